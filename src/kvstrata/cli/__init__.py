@@ -1,0 +1,64 @@
+"""The ``kvstrata`` command: one module a subcommand, each a function that typer reads.
+
+A new subcommand is a file here and a line in `build_app`. What is slow to import is imported
+inside the function, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from kvstrata import __version__
+from kvstrata.cli import clear, config, doctor, serve, status
+from kvstrata.errors import KVStrataError
+
+
+def build_app() -> typer.Typer:
+    """All subcommands in one application."""
+    app = typer.Typer(
+        name="kvstrata",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback()(root)
+    app.command("serve")(serve.run)
+    app.command("status")(status.run)
+    app.command("clear")(clear.run)
+    app.command("config")(config.run)
+    app.command("doctor")(doctor.run)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvstrata {__version__}")
+        raise typer.Exit
+
+
+def root(
+    version: bool = typer.Option(
+        False,
+        "--version",
+        help="Print the version and end.",
+        callback=_print_version,
+        is_eager=True,  # before a missing command is an error
+    ),
+) -> None:
+    """A KV-cache layer for LLM inference: what a prompt computed once is never prefilled again.
+
+    Every option of the configuration can be set in a file (--config or KVSTRATA_CONFIG), in the
+    environment (KVSTRATA_HOST_CAPACITY=8GiB) or with --set host.capacity=8GiB.
+    """
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on stderr and exit status 2."""
+    try:
+        build_app()()
+    except KVStrataError as error:
+        typer.echo(f"kvstrata: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)

@@ -1,0 +1,250 @@
+"""What the doctor checks without moving a byte of KV: one function a question, one `Check` each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvstrata import __version__
+from kvstrata.cli import machine
+from kvstrata.cli.counting import TROUBLE, total
+from kvstrata.errors import ConfigError
+from kvstrata.units import approximate_size
+
+if TYPE_CHECKING:
+    from kvstrata.config import Config, DiskConfig
+    from kvstrata.node.protocol import Hello
+
+TESTED_VLLM = "0.32.0"
+SMALL_POOL_BYTES = 512 << 20
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "lustre")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor: what was looked at, how it is, and in words why."""
+
+    name: str
+    result: Literal["ok", "warn", "FAIL"]
+    message: str
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+def check_secret(config: Config, hello: Hello | None) -> Check:
+    """The deployment's secret: private, whole, and the one that the node has."""
+    from kvstrata.keys import load_secret
+
+    file = config.secret_file
+    if hello is None and not file.exists():
+        return Check("secret", "ok", f"{file} is not there yet; the first node makes it")
+    try:
+        if file.exists() and hello is not None and load_secret(file) != hello.secret:
+            return Check(
+                "secret",
+                "warn",
+                f"the node has another secret than {file}: it was started with another file or "
+                "before this one changed, and finds nothing that was stored under this one",
+            )
+        load_secret(file)
+    except ConfigError as error:
+        return Check("secret", "FAIL", error.problem + f" ({file})")
+    return Check("secret", "ok", f"{file}, for this user only")
+
+
+def check_socket(path: Path) -> Check:
+    """The socket: ours, and nobody else's."""
+    try:
+        status, folder = path.stat(), path.parent.stat()
+    except OSError as error:
+        return Check("socket", "FAIL", f"{path}: {error.strerror}")
+    if status.st_uid != os.getuid():
+        return Check(
+            "socket",
+            "FAIL" if os.getuid() else "warn",
+            f"{path} belongs to user {status.st_uid}, you are {os.getuid()}: a node serves its own "
+            "user and root, so run engines and node as one user",
+        )
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        return Check(
+            "socket",
+            "warn",
+            f"{path} has mode {stat.S_IMODE(status.st_mode):04o}, expected 0600: chmod 600 {path}",
+        )
+    if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
+        return Check(
+            "socket", "warn", f"others may replace it: chmod go-w {path.parent}, or move it"
+        )
+    return Check("socket", "ok", f"unix:{path}, for this user only")
+
+
+def check_release(hello: Hello) -> Check:
+    """Both sides of the socket run one release."""
+    if hello.release != __version__:
+        return Check(
+            "version",
+            "warn",
+            f"the node runs KVStrata {hello.release}, this is {__version__}: they understand each "
+            "other, but restart the node to have one release on both sides",
+        )
+    return Check("version", "ok", f"KVStrata {__version__} on both sides")
+
+
+def check_host(state: Mapping[str, Any], available_bytes: int) -> Check:
+    """The pool is of a useful size, and the machine has the memory it was promised."""
+    capacity, populated = state["host"]["capacity_bytes"], state["host"]["populated_bytes"]
+    size = approximate_size(capacity)
+    missing = capacity - populated
+    if missing > available_bytes:
+        return Check(
+            "host memory",
+            "warn",
+            f"memory runs short: {approximate_size(missing)} of the pool's {size} are still to be "
+            f"taken, {approximate_size(available_bytes)} are available; the system may end the "
+            "node. Lower host.capacity",
+        )
+    if capacity < SMALL_POOL_BYTES:
+        return Check(
+            "host memory",
+            "warn",
+            f"the pool has only {size}: 3,000 tokens of an 8B model take about 370MiB, so little "
+            "will still be there when it is asked for again. Raise host.capacity",
+        )
+    leased = state["leases"]["bytes"]
+    if leased > capacity // 2:
+        return Check(
+            "host memory",
+            "warn",
+            f"{approximate_size(leased)} of the pool's {size} are leased by loads that wait or "
+            "run: matches are cut short. Raise host.capacity",
+        )
+    return Check("host memory", "ok", f"{size}, {approximate_size(available_bytes)} more available")
+
+
+def check_tier(tier: Mapping[str, Any]) -> Check:
+    """A slower tier's own word for how it is."""
+    name, how = str(tier["name"]), str(tier["state"])
+    kept = f"{tier['num_objects']} objects, {approximate_size(tier['used_bytes'])} of " + (
+        approximate_size(tier["capacity_bytes"])
+    )
+    if how == "ok":
+        return Check(name, "ok", kept)
+    if how == "scanning":
+        return Check(name, "warn", f"still scanning what earlier nodes left; {kept} found so far")
+    if how.startswith("read only"):
+        return Check(name, "warn", f"{how}; what it holds ({kept}) still hits")
+    return Check(name, "FAIL", f"{how}; it is tried again within a minute")
+
+
+def check_missing(config: Config, left_out: bool, log: Path | None) -> Check:
+    """Why the node has no disk tier: it could not open one, or was not told to have one."""
+    disk = config.disk
+    if not left_out:
+        return Check(
+            "disk",
+            "warn",
+            "this configuration names a disk tier, but the node was started without one; start it "
+            "with this configuration, or give doctor the node's own --config",
+        )
+    reason = _logged(log, "the disk tier is off: ")
+    if not reason and disk is not None:
+        reason = folder_trouble(disk.path)
+    reason = reason or "the node's log says why, in the line `the disk tier is off`"
+    return Check("disk", "FAIL", f"the tier is off since the node started: {reason}")
+
+
+def check_folder(disk: DiskConfig, used_bytes: int) -> Check:
+    """The disk tier's folder is on a disk, with the room that it was promised."""
+    if trouble := folder_trouble(disk.path, held_is_trouble=False):
+        return Check("disk folder", "FAIL", trouble)
+    kind = machine.file_system_of(disk.path)
+    free = os.statvfs(disk.path).f_bavail * os.statvfs(disk.path).f_frsize
+    where = f"{disk.path} on {kind or 'an unknown file system'}"
+    if kind in MEMORY_FILE_SYSTEMS:
+        return Check(
+            "disk folder",
+            "warn",
+            f"{where}, which is memory: it takes what the pool could have, and a restart of the "
+            "machine empties it. Name a folder on a disk",
+        )
+    if kind in NETWORK_FILE_SYSTEMS:
+        return Check(
+            "disk folder",
+            "warn",
+            f"{where}, which is a network: when it hangs, so do the tier's threads (the node "
+            "serves on without the tier). Prefer a local disk",
+        )
+    if free < disk.capacity - used_bytes:
+        return Check(
+            "disk folder",
+            "warn",
+            f"{where} has {approximate_size(free)} free, but the tier may grow by "
+            f"{approximate_size(disk.capacity - used_bytes)}: it will turn read only. Lower "
+            "disk.capacity, or make room",
+        )
+    return Check("disk folder", "ok", f"{where}, {approximate_size(free)} free")
+
+
+def folder_trouble(folder: Path, *, held_is_trouble: bool = True) -> str:
+    """Why a node cannot use a folder for its disk tier, in words; empty if it can."""
+    if not folder.exists():
+        return f"the folder {folder} does not exist"
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"{folder} cannot be written by user {os.getuid()}, or lies on a read-only mount"
+    holder = machine.lock_holder(folder / "lock")
+    if held_is_trouble and holder is not None:
+        return f"another node, pid {holder}, holds {folder}; a folder belongs to one node"
+    return ""
+
+
+def check_past(counters: Mapping[str, float]) -> Check:
+    """What went wrong since the node started, by its counters."""
+    found = [
+        f"{total(counters, name):.0f} {meaning}"
+        for name, meaning in TROUBLE.items()
+        if total(counters, name)
+    ]
+    if found:
+        return Check("so far", "warn", "since the node started: " + "; ".join(found))
+    return Check("so far", "ok", "nothing has gone wrong since the node started")
+
+
+def check_vllm(version: str | None) -> Check:
+    """The engine in this Python: there, and of a version that was tested."""
+    if version is None:
+        return Check(
+            "vllm",
+            "warn",
+            f"vLLM is not installed in this Python ({sys.executable}): fine for a node alone; to "
+            "check an engine, run doctor in the engine's environment",
+        )
+    if version.partition("+")[0] != TESTED_VLLM:
+        return Check(
+            "vllm",
+            "warn",
+            f"vLLM {version}: tested is {TESTED_VLLM}. The connector trusts only its self-test at "
+            "start; if that fails it says so and caches nothing",
+        )
+    return Check(
+        "vllm",
+        "ok",
+        f"vLLM {version}, as tested. A repeated prompt hits in vLLM's own prefix cache first; to "
+        "see KVStrata's hits restart vLLM between, or outgrow that cache",
+    )
+
+
+def _logged(log: Path | None, words: str) -> str:
+    """What follows these words in the last line of a log that has them."""
+    with contextlib.suppress(OSError):
+        for line in reversed(log.read_text(errors="replace").splitlines() if log else []):
+            if words in line:
+                return line.partition(words)[2].strip()
+    return ""

@@ -1,0 +1,243 @@
+"""``kvstrata doctor``: try everything that a request needs, and say in words what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kvstrata.cli.config import ConfigFile, Settings
+from kvstrata.cli.counting import total
+from kvstrata.cli.join import NodeOption, configured, join
+from kvstrata.units import approximate_size
+
+if TYPE_CHECKING:
+    from kvstrata.cli.canary import Step
+    from kvstrata.cli.checks import Check
+    from kvstrata.client import NodeClient
+    from kvstrata.config import Config
+
+COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "FAIL": typer.colors.RED}
+NUM_CHUNKS = 16
+MAX_PAYLOAD_BYTES = 4 << 20
+HEADER_BYTES = 4096
+SLOW_ROUND_TRIP_S = 2e-3
+
+
+def run(
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    node: NodeOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Find out what is wrong: check, store, look up, read back through every tier, and compare.
+
+    Joins the configured node, or starts it on demand and says so. Stores some chunks of random
+    bytes that no request can hit, measures what each tier does with them, and forgets them again.
+    Safe beside running engines. For a service give the service's own --config, so that its disk
+    folder can be looked at too.
+
+    Each line is ok, warn or FAIL. Exit status 1 if any line is FAIL.
+    """
+    config = configured(config_file, settings, node)
+    checks: list[Check] = []
+    for check in examine(config):
+        checks.append(check)
+        if not as_json:
+            result = typer.style(f"{check.result:5}", fg=COLOURS[check.result])
+            typer.echo(f"{result} {check.name + ':':13} {' '.join(check.message.split())}")
+    bad = [check for check in checks if check.result == "FAIL"]
+    if as_json:
+        lines = [
+            {
+                "name": check.name,
+                "result": check.result,
+                "message": check.message,
+                "measured": dict(check.measured),
+            }
+            for check in checks
+        ]
+        typer.echo(json.dumps({"ok": not bad, "checks": lines}, indent=2))
+    elif bad:
+        typer.echo(f"{len(bad)} of {len(checks)} checks failed; docs/troubleshooting.md goes on")
+    else:
+        num_warnings = sum(check.result == "warn" for check in checks)
+        typer.echo(f"KVStrata works{f'; {num_warnings} warnings' if num_warnings else ''}")
+    if bad:
+        raise typer.Exit(1)
+
+
+def examine(config: Config) -> Iterator[Check]:
+    """All checks of the node that this configuration names, in order."""
+    from kvstrata.cli import checks, machine
+    from kvstrata.config import socket_path
+    from kvstrata.errors import KVStrataError
+    from kvstrata.memory import available_bytes
+
+    yield checks.check_vllm(machine.installed_vllm())
+    try:
+        path = socket_path(config)
+        client, how = attach(config)
+    except KVStrataError as error:
+        yield checks.check_secret(config, None)
+        yield checks.Check("node", "FAIL", str(error))
+        return
+    with closing(client):
+        yield checks.Check("node", "ok", how)
+        yield checks.check_release(client.hello)
+        yield checks.check_secret(config, client.hello)
+        yield checks.check_socket(path)
+        try:
+            state = client.status()
+            yield checks.check_past(state["counters"])
+            yield checks.check_host(state, available_bytes())
+            tiers = {tier["name"]: tier for tier in state["tiers"]}
+            yield from map(checks.check_tier, tiers.values())
+            left_out = bool(total(state["counters"], "tiers_left_out_total"))
+            if left_out or (config.disk is not None and "disk" not in tiers):
+                log = path.with_suffix(".log") if config.node == "auto" else None
+                yield checks.check_missing(config, left_out, log)
+            elif config.disk is not None:
+                yield checks.check_folder(config.disk, tiers["disk"]["used_bytes"])
+            yield from round_trip(client, config)
+        except KVStrataError as error:
+            yield checks.Check("round trip", "FAIL", f"{error} ({type(error).__name__})")
+
+
+def attach(config: Config) -> tuple[NodeClient, str]:
+    """A client of the configured node, and in words how it was come by.
+
+    Raises:
+        KVStrataError: as `kvstrata.node.launch.connect`.
+    """
+    from kvstrata.config import socket_path
+    from kvstrata.errors import NodeUnavailable
+    from kvstrata.node.launch import connect
+
+    try:
+        client = join(config)
+    except NodeUnavailable:
+        if config.node != "auto":
+            raise
+        client = connect(config)
+        return client, (
+            f"none ran with this configuration: started one on demand, pid {client.hello.pid}; it "
+            f"ends {config.linger:g} s after its last client, log in "
+            f"{socket_path(config).with_suffix('.log')}"
+        )
+    return client, f"joined pid {client.hello.pid}"
+
+
+def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
+    """Store a canary, read it back through every tier, compare, and forget it.
+
+    Stops between its steps, so that a test can break something in between.
+    """
+    from kvstrata.cli.canary import ABSENT, Canary
+    from kvstrata.cli.checks import Check
+
+    before = client.status()
+    names = ["host", *(tier["name"] for tier in before["tiers"])]
+    num_chunks, payload_bytes = canary_size(before, config)
+    with closing(Canary(client, num_chunks, payload_bytes, config.deadlines.load)) as canary:
+
+        def judge(name: str, tier: str, step: Step, what: str) -> Check:
+            if step.problem:
+                result, why = diagnose(before, client.status(), tier)
+                return Check(name, result, f"{step.problem}: {why}")
+            speed = canary.nbytes / 1e9 / max(step.seconds[what], 1e-9)
+            message = f"{num_chunks} chunks of {approximate_size(payload_bytes)}, {speed:.1f} GB/s"
+            return Check(name, "ok", message, {"gb_per_s": round(speed, 3)})
+
+        yield _round_trip_check(canary.round_trip())
+        stored = canary.store()
+        yield judge("host write", "host", stored, "copy")
+        if stored.problem:
+            return
+        yield judge("host read", "host", canary.read_back(), "copy")
+        for number, name in enumerate(names[1:], 1):
+            written = canary.write_behind()
+            canary.drop(names[:number])
+            if missing := sum(where != number for where in canary.where()):
+                written.problem = f"{missing} of {num_chunks} chunks did not get there"
+            yield judge(f"{name} write", name, written, "flush")
+            if written.problem:
+                break
+            yield judge(f"{name} read", name, canary.read_back(), "arrive")
+        count = canary.drop([])
+        if left := sum(where != ABSENT for where in canary.where()):
+            yield Check("clean up", "FAIL", f"{left} chunks are still found after a clear")
+        else:
+            yield Check("clean up", "ok", f"forgot the {count} objects of this test")
+
+
+def canary_size(state: Mapping[str, Any], config: Config) -> tuple[int, int]:
+    """How many chunks, and bytes of payload in each, fit without crowding anybody out."""
+    capacity = state["host"]["capacity_bytes"]
+    room = min(capacity // 4, int(config.leases.per_client * capacity))
+    for tier in state["tiers"]:
+        room = min(room, tier["capacity_bytes"] // 4)
+    if config.disk is not None:
+        room = min(room, config.disk.write_queue // 2)
+    each = min(MAX_PAYLOAD_BYTES, room // NUM_CHUNKS) // HEADER_BYTES * HEADER_BYTES
+    return NUM_CHUNKS, max(HEADER_BYTES, each - HEADER_BYTES)
+
+
+def diagnose(
+    before: Mapping[str, Any], after: Mapping[str, Any], tier: str
+) -> tuple[Literal["warn", "FAIL"], str]:
+    """Why a step of the canary failed, from what a node's status says before and after it.
+
+    What merely comes of a busy node is a warning.
+    """
+
+    def rose(name: str, *values: str) -> int:
+        counts = [total(state["counters"], name, *values) for state in (before, after)]
+        return int(counts[1] - counts[0])
+
+    state = next((t["state"] for t in after["tiers"] if t["name"] == tier), "ok")
+    if corrupt := rose("corrupt_objects_total", tier):
+        return "FAIL", (
+            f"{corrupt} failed their checksum, so the {tier} tier did not keep the bytes that it "
+            "was given (a failing drive, bad memory, or somebody changed its files); the node "
+            "drops such objects and engines compute instead"
+        )
+    if state not in ("ok", "scanning"):
+        return "FAIL", f"the {tier} tier is {state}"
+    if failed := rose("tier_writes_total", tier, "failed"):
+        return "FAIL", f"{failed} writes failed; the node's log may say more"
+    if failed := rose("tier_reads_total", tier, "failed"):
+        return "FAIL", f"{failed} reads failed; the node's log may say more"
+    if rose("tier_reads_total", tier, "miss"):
+        return "FAIL", f"somebody removed them from the {tier} tier"
+    if rose("write_behind_skipped_total", tier, "queue"):
+        return "warn", (
+            "the write queue is full, since engines store faster than the tier writes; a larger "
+            "disk.write_queue helps against bursts only"
+        )
+    if rose("matches_cut_total") or after["leases"]["bytes"] > after["host"]["capacity_bytes"] // 2:
+        return "warn", "too much of the pool is leased by loads; try again, or raise host.capacity"
+    if (after["host"]["num_evicted"] > before["host"]["num_evicted"]) or rose(
+        "evicted_chunks_total", tier
+    ):
+        return "warn", "engines stored so much meanwhile that these were evicted; try again"
+    return "FAIL", "no counter tells why; the node's log may"
+
+
+def _round_trip_check(step: Step) -> Check:
+    from kvstrata.cli.checks import Check
+
+    median, p99 = step.seconds["median"], step.seconds["p99"]
+    measured = {"median_ms": round(median * 1e3, 4), "p99_ms": round(p99 * 1e3, 4)}
+    message = f"{median * 1e3:.2f} ms median, {p99 * 1e3:.2f} ms p99, of a message and its answer"
+    if median > SLOW_ROUND_TRIP_S:
+        return Check(
+            "round trip",
+            "warn",
+            f"{message}: slow. The node gets too little of the processor; leave it a core",
+            measured,
+        )
+    return Check("round trip", "ok", message, measured)

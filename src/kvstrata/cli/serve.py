@@ -1,0 +1,121 @@
+"""``kvstrata serve``: a node as a service, in the foreground, as systemd and containers want it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvstrata.cli.config import ConfigFile, Settings
+from kvstrata.cli.join import configured
+from kvstrata.errors import ConfigError, NodeUnavailable
+
+if TYPE_CHECKING:
+    from kvstrata.config import Config
+
+
+def run(
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            "--socket",
+            "--node",
+            metavar="unix:/PATH",
+            help="Where to listen; engines name the same in their `node` option.",
+        ),
+    ] = None,
+) -> None:
+    """Run a node in the foreground until SIGTERM or ctrl-C.
+
+    Prints the effective configuration, then "serving on ..." once engines can connect. On a
+    signal it writes behind what is still queued (10 s at most) and ends with exit status 0.
+    The log goes to stderr. Under systemd use Type=notify, or Type=exec.
+
+    Without --socket the node listens where an on-demand node of this user and configuration
+    would: engines with the same options and no `node` of their own find it.
+    """
+    from kvstrata.config import effective, host_capacity_bytes, socket_path
+    from kvstrata.memory import available_bytes
+    from kvstrata.node.run import prepare_folder, run
+    from kvstrata.units import approximate_size
+
+    config = configured(config_file, settings, at)
+    path = socket_path(config)
+    typer.echo(effective(config))
+    logging.basicConfig(
+        level=config.log.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    available = available_bytes()
+    capacity = host_capacity_bytes(config, available)
+    if capacity > available:
+        logging.getLogger(__name__).warning(
+            "host.capacity is %s, but only %s of memory is available now: the pool fills in the "
+            "background, and the system may end the node when memory runs out",
+            approximate_size(capacity),
+            approximate_size(available),
+        )
+    ready = False
+
+    def on_ready() -> None:
+        nonlocal ready
+        ready = True
+        typer.echo(f"serving on unix:{path} (pid {os.getpid()}, {approximate_size(capacity)})")
+        notify("READY=1")
+
+    try:
+        prepare_folder(path.parent)
+        wait_for_turn(config, path)
+        run(config, on_ready=on_ready)
+    except OSError as error:
+        if ready:  # not about how the node was set up: a bug's trace must be seen
+            raise
+        raise ConfigError("node", f"cannot listen on {path}: {error.strerror or error}") from error
+    typer.echo("drained, and ended")
+
+
+def wait_for_turn(config: Config, path: Path) -> None:
+    """Return when no other node uses this socket; one that is ending is waited for.
+
+    Raises:
+        ConfigError: a node listens there and means to stay.
+    """
+    from kvstrata.cli.join import join
+
+    with open(path.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        try:
+            client = join(config)
+        except NodeUnavailable:
+            typer.echo(f"waiting: an earlier node on {path} is still writing to its tiers")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return
+        hello = client.hello
+        client.close()
+        raise ConfigError(
+            "node",
+            f"a node already listens on {path}: pid {hello.pid}, KVStrata {hello.release}; stop it "
+            f"(kill {hello.pid}), or give this one another socket with --socket unix:/path",
+        )
+
+
+def notify(state: str) -> None:
+    """Tell systemd about this service, where it asked to be told (sd_notify's protocol)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):  # Linux's abstract namespace
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.connect(address)
+        channel.sendall(state.encode())

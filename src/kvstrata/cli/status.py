@@ -1,0 +1,158 @@
+"""``kvstrata status``: what a running node holds, how it hits, and what troubles it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvstrata.cli.config import ConfigFile, Settings
+from kvstrata.cli.counting import TROUBLE, label_values, labelled, total
+from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
+from kvstrata.errors import DeadlineExceeded, NodeUnavailable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SHOWN_REQUESTS = 8
+
+#: columns of the last requests: heading and field of a request's record
+REQUEST_COLUMNS: Mapping[str, str] = {
+    "request": "request",
+    "outcome": "outcome",
+    "prompt": "prompt_tokens",
+    "engine": "local_tokens",
+    "host": "host_tokens",
+    "slower": "slower_tokens",
+    "load": "load",
+    "s": "seconds",
+    "why missed": "miss",
+}
+
+
+def run(
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    node: NodeOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Show a running node: memory, leases, tiers, hits and misses, the last requests.
+
+    It never starts a node. Exit status 1 and one line on stderr if none answers.
+    """
+    from kvstrata.config import socket_path
+
+    config = configured(config_file, settings, node)
+    client = join_or_exit(config)
+    try:
+        state = {"socket": str(socket_path(config)), **client.status()}
+    except (NodeUnavailable, DeadlineExceeded) as error:
+        fail(error)
+    finally:
+        client.close()
+    if as_json:
+        typer.echo(json.dumps(state, indent=2, default=str))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for part in render(state):
+        console.print(part)
+
+
+def render(state: Mapping[str, Any]) -> list[RenderableType]:
+    """The answer of `NodeClient.status` for people, part by part."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from kvstrata.units import approximate_size
+
+    parts: list[RenderableType] = [
+        Text(
+            f"KVStrata {state['release']} · pid {state['pid']} · up {_age(state['uptime_s'])} · "
+            f"unix:{state['socket']}"
+        )
+    ]
+    host, leases = state["host"], state["leases"]
+    tiers = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("tier", "used", "of", "chunks", "objects"):
+        tiers.add_column(column, justify="left" if column == "tier" else "right", no_wrap=True)
+    tiers.add_column("state")
+    populated, capacity = host["populated_bytes"], host["capacity_bytes"]
+    tiers.add_row(
+        "host",
+        approximate_size(host["allocated_bytes"]),
+        approximate_size(capacity),
+        str(host["num_chunks"]),
+        str(host["num_objects"]),
+        "ok" if populated >= capacity else f"ok, {populated / capacity:.0%} of it faulted in",
+    )
+    for tier in state["tiers"]:
+        waiting = tier["queued_bytes"]
+        tiers.add_row(
+            tier["name"],
+            approximate_size(tier["used_bytes"]),
+            approximate_size(tier["capacity_bytes"]),
+            str(tier["num_chunks"]),
+            str(tier["num_objects"]),
+            tier["state"] + (f", {approximate_size(waiting)} to write" if waiting else ""),
+        )
+    parts.append(tiers)
+    parts.append(
+        Text(
+            f"leases: {leases['count']} hold {approximate_size(leases['bytes'])} still · "
+            f"writing: {leases['reservations']} · evicted from host: {host['num_evicted']}"
+        )
+    )
+    parts.append(Text(_hits(state["counters"])))
+    for name, meaning in TROUBLE.items():
+        for labels, value in labelled(state["counters"], name).items():
+            if value:
+                words = ", ".join(label_values(labels))
+                where = f" ({words})" if words else ""
+                parts.append(Text(f"trouble: {value:.0f} {meaning}{where}", style="yellow"))
+    if state["requests"]:
+        parts.append(_requests(state["requests"][-SHOWN_REQUESTS:]))
+    return parts
+
+
+def _hits(counters: Mapping[str, float]) -> str:
+    hits = labelled(counters, "hit_chunks_total")
+    hit, missed = sum(hits.values()), total(counters, "missed_chunks_total")
+    if not hit + missed:
+        return "chunks asked for: none yet"
+    by_tier = ", ".join(f"{label_values(labels)[0]} {value:.0f}" for labels, value in hits.items())
+    return (
+        f"chunks asked for: {hit + missed:.0f} in {total(counters, 'matches_total'):.0f} matches · "
+        f"hit: {hit:.0f} ({hit / (hit + missed):.0%})"
+        + (f": {by_tier}" if by_tier else "")
+        + f" · missed: {missed:.0f} · objects stored: {total(counters, 'stored_objects_total'):.0f}"
+    )
+
+
+def _requests(records: list[Mapping[str, Any]]) -> RenderableType:
+    from rich.table import Table
+
+    title = "last requests (prompt tokens; of them from the engine's own cache, host, slower tiers)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for heading in REQUEST_COLUMNS:
+        table.add_column(heading, max_width=16 if heading == "request" else None)
+    for record in records:
+        table.add_row(*(_value(record.get(name, "")) for name in REQUEST_COLUMNS.values()))
+    return table
+
+
+def _value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _age(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h" if hours < 48 else f"{hours // 24} d"

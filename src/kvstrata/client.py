@@ -1,0 +1,345 @@
+"""The client of a node: the same for a node in this process, on demand, or in service.
+
+The control plane is the socket; the data plane is `NodeClient.pool`, the node's memory mapped here.
+Every wait has a deadline. What is answered after its deadline is given back by itself: a late
+lease is released, a late reservation ended unwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import threading
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from kvstrata import errors
+from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeUnavailable
+from kvstrata.memory import PoolMapping
+from kvstrata.node import protocol as p
+
+RECEIVE_BYTES = 1 << 20
+
+R = TypeVar("R")
+
+
+class Call:
+    """A request under way. Wait for it once, from any thread."""
+
+    __slots__ = ("_client", "_reply_type", "abandoned", "id", "reply")
+
+    def __init__(self, client: NodeClient, id: int, reply_type: type) -> None:
+        self._client = client
+        self._reply_type = reply_type
+        self.id = id
+        self.reply: p.Reply | None = None
+        self.abandoned = False
+
+    def ready(self) -> bool:
+        """Whether the answer is here; takes in what has arrived, and does not block."""
+        if self.reply is None:
+            self._client.pump(self, 0.0)
+        return self.reply is not None
+
+    def wait(self, timeout_s: float) -> Any:
+        """The answer.
+
+        Raises:
+            DeadlineExceeded: it has not come in time; the call is abandoned.
+            NodeUnavailable: the node has gone.
+            KVStrataError: what the node answered instead.
+        """
+        try:
+            self._client.pump(self, timeout_s)
+        except NodeUnavailable:
+            if self.reply is None:
+                raise
+        if self.reply is None:
+            self.abandon()
+            raise DeadlineExceeded(f"the node has not answered within {timeout_s * 1e3:.0f} ms")
+        if isinstance(self.reply, p.Failed):
+            kind = getattr(errors, self.reply.kind, None)
+            if not (isinstance(kind, type) and issubclass(kind, KVStrataError)):
+                kind = KVStrataError
+            if kind is errors.ConfigError:
+                kind = KVStrataError
+            raise kind(self.reply.message)
+        if not isinstance(self.reply, self._reply_type):
+            raise Incompatible(f"the node answered with {type(self.reply).__name__}")
+        return self.reply
+
+    def abandon(self) -> None:
+        """Wait no longer; what is granted late is given back."""
+        self._client.abandon(self)
+
+
+class NodeClient:
+    """A connection to a node. Thread-safe.
+
+    Args:
+        connected: a connected Unix socket whose other end is a node; owned from now on.
+        timeout_s: for the node's first word, and for taking a request in.
+
+    Raises:
+        NodeUnavailable: nobody answered, or the other end hung up.
+        Incompatible: the node speaks another version.
+    """
+
+    def __init__(self, connected: socket.socket, timeout_s: float) -> None:
+        self._socket = connected
+        self._timeout_s = timeout_s
+        self._frames = p.Frames()
+        self._calls: dict[int, Call] = {}
+        self._numbers = itertools.count(1)
+        self._state = threading.Condition()
+        self._sending = threading.Lock()
+        self._receiving = False
+        self._lost: str | None = None
+        self._poll = select.poll()
+        connected.setblocking(False)
+        self._poll.register(connected, select.POLLIN)
+        try:
+            hello, fd = self._greet()
+        except BaseException:
+            connected.close()
+            raise
+        self.hello = hello
+        #: the node's memory, mapped into this process
+        try:
+            self.pool = PoolMapping.attach(fd, hello.capacity_bytes)
+        except BaseException:
+            connected.close()
+            raise
+        finally:
+            os.close(fd)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection still stands, as far as is known without asking."""
+        return self._lost is None
+
+    def begin(self, message_type: type, reply_type: type, *fields: Any) -> Call:
+        """Send a request and do not wait.
+
+        Args:
+            message_type: a request of `kvstrata.node.protocol` whose first field is ``id``.
+            reply_type: what must answer it.
+            fields: the request's other fields, in order.
+
+        Raises:
+            NodeUnavailable: the node has gone.
+        """
+        call = Call(self, next(self._numbers), reply_type)
+        with self._state:
+            self._calls[call.id] = call
+        try:
+            self.send(message_type(call.id, *fields))
+        except NodeUnavailable:
+            with self._state:
+                self._calls.pop(call.id, None)
+            raise
+        return call
+
+    def match(self, keys: Sequence[bytes], parts: list[int], orders: list[str]) -> Call:
+        """Begin a match; `Call.wait` answers `kvstrata.node.protocol.Matched`."""
+        return self.begin(p.Match, p.Matched, b"".join(keys), parts, orders)
+
+    def await_arrival(self, lease: int, have: int) -> Call:
+        """Begin to wait for more than ``have`` chunks of a lease; answers `Arrived`."""
+        return self.begin(p.Await, p.Arrived, lease, have)
+
+    def release(self, lease: int, keep: int = 0) -> None:
+        """End a lease but for its first ``keep`` chunks; nothing happens if the node is gone."""
+        if lease:
+            with contextlib.suppress(NodeUnavailable):
+                self.send(p.Release(lease, keep))
+
+    def reserve(
+        self,
+        namespace: bytes,
+        prefix: Sequence[bytes],
+        first: int,
+        part: int,
+        template: p.Template,
+        cost: float = 0.0,
+    ) -> Call:
+        """Begin to reserve slots for ``prefix[first:]``; answers `Reserved`."""
+        return self.begin(
+            p.Reserve, p.Reserved, namespace, b"".join(prefix), first, part, template, cost
+        )
+
+    def commit(self, reservation: int, checksums: Sequence[bytes]) -> Call:
+        """Begin to publish what was written; answers `Done`. 16 zero bytes give a slot back."""
+        return self.begin(p.Commit, p.Done, reservation, b"".join(checksums))
+
+    def lookup(self, keys: Sequence[bytes], parts: list[int]) -> bytes:
+        """The tier of each chunk, one byte each, 255 where absent."""
+        found: p.Found = self.begin(p.Lookup, p.Found, b"".join(keys), parts).wait(self._timeout_s)
+        return found.tiers
+
+    def clear(
+        self,
+        keys: Sequence[bytes] | None = None,
+        tiers: Sequence[str] = (),
+        timeout_s: float = 60.0,
+    ) -> int:
+        """Forget these chunks, or all; returns the number of objects that went."""
+        packed = None if keys is None else b"".join(keys)
+        done: p.Done = self.begin(p.Clear, p.Done, packed, list(tiers)).wait(timeout_s)
+        return done.count
+
+    def flush(self, timeout_s: float = 60.0) -> None:
+        """Wait until everything committed so far is written behind."""
+        self.begin(p.Flush, p.Done).wait(timeout_s)
+
+    def status(self) -> dict[str, Any]:
+        """The node's state, as ``kvstrata status --json`` prints it."""
+        state: p.State = self.begin(p.Status, p.State).wait(self._timeout_s)
+        return state.state
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Hand in one request's record; nothing happens if the node is gone."""
+        with contextlib.suppress(NodeUnavailable):
+            self.send(p.Record(record))
+
+    def close(self) -> None:
+        """Say that no copy is under way, and hang up. Repeatable; never raises."""
+        if self._lost is None:
+            with contextlib.suppress(NodeUnavailable):
+                self.send(p.Bye())
+        self._lose("this client was closed")
+        self.pool.close()
+
+    def send(self, message: p.Request) -> None:
+        """Send one message. Raises `NodeUnavailable`."""
+        data = memoryview(p.encode(message))
+        deadline = time.monotonic() + self._timeout_s
+        with self._sending:
+            while data:
+                if self._lost is not None:
+                    raise NodeUnavailable(self._lost)
+                try:
+                    data = data[self._socket.send(data) :]
+                except BlockingIOError:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not select.select([], [self._socket], [], left)[1]:
+                        # A frame may be cut in two now, so the connection is of no more use.
+                        self._lose("the node takes no messages")
+                except OSError as error:
+                    self._lose(f"the node is gone: {error}")
+
+    def pump(self, call: Call, timeout_s: float) -> None:
+        """Receive until this call is answered or the time is over. One thread receives for all."""
+        deadline = time.monotonic() + timeout_s
+        with self._state:
+            while call.reply is None:
+                if self._lost is not None:
+                    raise NodeUnavailable(self._lost)
+                left = deadline - time.monotonic()
+                if left < 0 and timeout_s > 0:
+                    return
+                if self._receiving:
+                    if timeout_s <= 0 or not self._state.wait(left):
+                        return
+                    continue
+                self._receiving = True
+                self._state.release()
+                try:
+                    replies = self._receive(max(0.0, left))
+                finally:
+                    self._state.acquire()
+                    self._receiving = False
+                    self._state.notify_all()
+                if replies is None:
+                    return
+                for reply in replies:
+                    self._settle(reply)
+
+    def abandon(self, call: Call) -> None:
+        """Wait no longer for a call; what it grants goes back."""
+        with self._state:
+            call.abandoned = True
+            if call.reply is not None:
+                self._give_back(call.reply)
+
+    def _settle(self, reply: p.Reply) -> None:
+        call = self._calls.pop(getattr(reply, "id", 0), None)
+        if call is not None:
+            call.reply = reply
+            if call.abandoned:
+                self._give_back(reply)
+
+    def _give_back(self, reply: p.Reply) -> None:
+        if isinstance(reply, p.Matched):
+            self.release(reply.lease)
+        elif isinstance(reply, p.Reserved):
+            with contextlib.suppress(NodeUnavailable):
+                self.send(p.Commit(0, reply.reservation, bytes(2 * len(reply.offsets))))
+
+    def _receive(self, timeout_s: float) -> list[p.Reply] | None:
+        """What has come, waiting for it this long; None if nothing has."""
+        try:
+            # poll() takes whole milliseconds; rounding down would spin, rounding up is late.
+            if not self._poll.poll(max(timeout_s * 1e3, 0.0)):
+                return None
+            data = self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return []
+        except (OSError, ValueError) as error:
+            self._lose(f"the node is gone: {error}")
+            return []
+        if not data:
+            self._lose("the node hung up")
+            return []
+        try:
+            return [p.decode_reply(body) for body in self._frames.feed(data)]
+        except Incompatible as error:
+            self._lose(str(error))
+            return []
+
+    def _greet(self) -> tuple[p.Hello, int]:
+        """The node's first frame, and the pool's descriptor that comes with it."""
+        deadline = time.monotonic() + self._timeout_s
+        fds: list[int] = []
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._poll.poll(left * 1e3):
+                    raise NodeUnavailable("the node says nothing")
+                try:
+                    data, got, _, _ = socket.recv_fds(self._socket, 4096, 4)
+                except OSError as error:
+                    raise NodeUnavailable(f"the node is gone: {error}") from error
+                fds += got
+                if not data:
+                    raise NodeUnavailable("the node hung up")
+                for body in self._frames.feed(data):
+                    hello = p.decode_reply(body)
+                    if not isinstance(hello, p.Hello) or len(fds) != 1:
+                        raise Incompatible("the other end of the socket is no node")
+                    if hello.version != p.PROTOCOL_VERSION:
+                        raise Incompatible(
+                            f"the node ({hello.release}) speaks protocol {hello.version}, this "
+                            f"client {p.PROTOCOL_VERSION}; install one release on both sides"
+                        )
+                    return hello, fds.pop()
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _lose(self, why: str) -> None:
+        if self._lost is None:
+            self._lost = why
+            self._socket.close()
+
+
+def offsets_of(packed: bytes) -> array[int]:
+    """Offsets as the node packs them: signed 64-bit numbers."""
+    offsets: array[int] = array("q")
+    offsets.frombytes(packed)
+    return offsets

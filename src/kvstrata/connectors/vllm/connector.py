@@ -1,0 +1,215 @@
+"""vLLM's connector interface, answered by the two sides."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from kvstrata.config import Config, load_config
+from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
+from kvstrata.connectors.vllm.scheduler import SchedulerSide
+from kvstrata.connectors.vllm.worker import WorkerSide
+from kvstrata.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+TESTED_VERSIONS = ("0.32.0",)
+
+
+class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
+    """Keeps vLLM's KV in a KVStrata node; ``docs/vllm.md`` says how to use it.
+
+    vLLM makes one instance in the scheduler and one in each worker. When a model or an engine is
+    one that KVStrata does not cache, it says so once in the log and the engine runs as if it were
+    not there.
+    """
+
+    def __init__(
+        self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        config = load_config(overrides=transfer.kv_connector_extra_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        reason = _unsupported(kv_cache_config)
+        if role is KVConnectorRole.SCHEDULER:
+            _greet(transfer, reason)
+        if reason:
+            return
+        block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        chunk_tokens = _chunk_tokens(config, block_tokens)
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(vllm_config, config, chunk_tokens, block_tokens)
+        else:
+            self._worker = WorkerSide(vllm_config, kv_cache_config, config, chunk_tokens)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A store that is lost is a future miss, nothing more."""
+        return False
+
+    # scheduler
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        hellos = {rank: hello for rank, hello in metadata.items() if isinstance(hello, WorkerHello)}
+        if self._scheduler is not None:
+            self._scheduler.introduce(hellos)
+
+    def on_new_request(self, request: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Any, blocks: Any, num_external_tokens: int
+    ) -> None:
+        if self._scheduler is not None:
+            self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        if self._scheduler is None:
+            return StepMetadata()
+        return self._scheduler.build_connector_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.update_connector_output(connector_output)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is not None:
+            self._scheduler.request_finished(request, block_ids)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])
+
+    def get_external_cache_hit_sources(
+        self, request: Any, num_external_tokens: int
+    ) -> dict[Any, int]:
+        if self._scheduler is None:
+            return super().get_external_cache_hit_sources(request, num_external_tokens)
+        return self._scheduler.hit_sources(request, num_external_tokens)
+
+    def take_events(self) -> Iterable[Any]:
+        return ()
+
+    def reset_cache(self) -> bool | None:
+        return self._scheduler.reset_cache() if self._scheduler is not None else None
+
+    # worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        if self._worker is not None:
+            self._worker.register(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._worker.hello() if self._worker is not None else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None:
+            assert isinstance(kv_connector_metadata, StepMetadata)
+            self._worker.before_step(kv_connector_metadata)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            assert isinstance(connector_metadata, StepMetadata)
+            self._worker.bind(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.load_sync()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        if self._worker is not None:
+            self._worker.load_layer(layer_name)
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Stores read whole chunks after the step, see `wait_for_save`."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.after_forward()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        if self._worker is None:
+            return KVConnectorTransferResults()
+        loaded, failed = self._worker.loads_ended()
+        return KVConnectorTransferResults(finished_recving=loaded, failed_recving=failed)
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._worker.report() if self._worker is not None else None
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        if self._scheduler is not None:
+            self._scheduler.close()
+
+
+def _unsupported(kv_cache_config: Any) -> str:
+    """Why this model's KV is left uncached; empty if it is cached."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+        return f"the model has {len(groups)} KV cache groups ({', '.join(kinds)})"
+    spec = groups[0].kv_cache_spec
+    if not isinstance(spec, FullAttentionSpec):
+        return f"the model's KV cache is of the kind {type(spec).__name__}, not full attention"
+    return ""
+
+
+def _greet(transfer: Any, reason: str) -> None:
+    """Say once what an operator must know, and mend the failure policy."""
+    if transfer.kv_load_failure_policy != "recompute":
+        # vLLM's default would fail requests over a cache that can only make them faster.
+        transfer.kv_load_failure_policy = "recompute"
+        logger.warning("KVStrata set kv_load_failure_policy to 'recompute'; it was 'fail'")
+    if vllm.__version__ not in TESTED_VERSIONS:
+        logger.warning(
+            "KVStrata was tested with vLLM %s, not with %s; its self-test at start decides whether "
+            "the KV's bytes are understood", ", ".join(TESTED_VERSIONS), vllm.__version__,
+        )  # fmt: skip
+    if reason:
+        logger.warning("KVStrata leaves this engine's KV uncached: %s", reason)
+
+
+def _chunk_tokens(config: Config, block_tokens: int) -> int:
+    """Tokens of a chunk: as configured, or the next whole number of blocks if that is the default."""
+    if config.chunk_tokens % block_tokens == 0:
+        return config.chunk_tokens
+    if "chunk_tokens" in config.sources:
+        raise ConfigError(
+            "chunk_tokens",
+            f"{config.chunk_tokens} is no multiple of the engine's blocks of {block_tokens} tokens",
+        )
+    return math.ceil(config.chunk_tokens / block_tokens) * block_tokens

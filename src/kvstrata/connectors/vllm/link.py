@@ -1,0 +1,89 @@
+"""A connection to the node that comes back: the engine never waits for it, and never dies of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from kvstrata.client import NodeClient
+from kvstrata.config import Config
+from kvstrata.errors import KVStrataError
+from kvstrata.node.launch import connect
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.25, 10.0
+
+
+class Link:
+    """Attaches to the configured node in the background, again and again until it succeeds.
+
+    Args:
+        config: says which node.
+        who: for the log.
+    """
+
+    def __init__(self, config: Config, who: str) -> None:
+        self._config = config
+        self._who = who
+        self._client: NodeClient | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._ready = threading.Event()
+
+    def start(self) -> None:
+        """Begin to attach, unless that is under way."""
+        if self._thread is None and not self._closing.is_set():
+            self._ready.clear()
+            self._thread = threading.Thread(
+                target=self._attach, name="kvstrata-attach", daemon=True
+            )
+            self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the attempt under way; False if it has not succeeded in time."""
+        return self._ready.wait(timeout_s)
+
+    def take(self) -> NodeClient | None:
+        """The client of a finished attempt, once; the caller closes it."""
+        if not self._ready.is_set():
+            return None
+        client, self._client = self._client, None
+        return client
+
+    def close(self) -> None:
+        """Attach no more. Repeatable."""
+        self._closing.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=1.0)
+        if (client := self.take()) is not None:
+            client.close()
+
+    def _attach(self) -> None:
+        delay, told = FIRST_RETRY_S, False
+        try:
+            while not self._closing.is_set():
+                try:
+                    client = connect(self._config)
+                except (KVStrataError, OSError) as error:
+                    if not told:
+                        logger.warning(
+                            "KVStrata: the %s has no node, the engine computes everything; "
+                            "it keeps trying: %s", self._who, error,
+                        )  # fmt: skip
+                        told = True
+                    self._closing.wait(delay)
+                    delay = min(2 * delay, LONGEST_RETRY_S)
+                else:
+                    logger.info(
+                        "KVStrata: the %s is attached to node %d, %.2f GiB of host memory",
+                        self._who, client.hello.pid, client.hello.capacity_bytes / 2**30,
+                    )  # fmt: skip
+                    client.pool.populate()
+                    self._client = client
+                    self._thread = None
+                    self._ready.set()
+                    return
+        except Exception:
+            logger.exception("KVStrata: attaching died of a bug; the engine computes everything")

@@ -1,0 +1,111 @@
+"""What the connector's two sides tell each other, through vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass(frozen=True)
+class WorkerHello(KVConnectorHandshakeMetadata):
+    """What the scheduler must know of a worker's KV, once, at start.
+
+    Args:
+        order: name of the byte order its payloads have.
+        layout: logical layout of its layers, in one canonical text.
+        node: identity of the node it is attached to; empty if to none.
+        problem: why the worker cannot take part; empty if it can.
+    """
+
+    order: str = ""
+    layout: str = ""
+    node: bytes = b""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Copy chunks out of leased slots into a request's blocks.
+
+    Args:
+        request_id: whose blocks.
+        lease: the lease that holds the slots still; the scheduler's side releases it.
+        first_chunk: number of the first chunk to copy, counted from the start of the prompt.
+        offsets: for each chunk to copy, the slot of each rank; -1 while it is still arriving.
+        keys: the chunks' keys.
+        blocks: target blocks, from the first one of ``first_chunk`` on; -1 for one that vLLM
+            has already and that must not be written.
+    """
+
+    request_id: str
+    lease: int
+    first_chunk: int
+    offsets: list[list[int]]
+    keys: list[bytes]
+    blocks: list[int]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Copy a request's full blocks into slots that the worker reserves.
+
+    Args:
+        namespace: what the KV belongs to.
+        prefix: keys of the prompt's chunks from the first to the last one to store.
+        first: number of the first chunk to store.
+        blocks: the source blocks of the chunks ``first`` and later.
+    """
+
+    namespace: bytes
+    prefix: list[bytes]
+    first: int
+    blocks: list[int]
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """What a worker has to do in one step.
+
+    Args:
+        node: identity of the node that the scheduler is attached to; empty if to none.
+        sync_loads: done before and during this step's forward.
+        async_loads: done in the background; each is reported exactly once.
+        stores: copied after this step's forward.
+        late_stores: of requests that have ended; copied before anything in this step is written.
+        fresh_blocks: blocks that this step may overwrite.
+        num_tokens: tokens computed in this step.
+    """
+
+    node: bytes = b""
+    sync_loads: list[Load] = field(default_factory=list)
+    async_loads: list[Load] = field(default_factory=list)
+    stores: list[Store] = field(default_factory=list)
+    late_stores: list[Store] = field(default_factory=list)
+    fresh_blocks: set[int] = field(default_factory=set)
+    num_tokens: int = 0
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """What the workers have to say after a step.
+
+    Args:
+        nodes: the nodes that the workers are attached to.
+        sync_loaded: how many workers have ended each synchronous load.
+    """
+
+    nodes: set[bytes] = field(default_factory=set)
+    sync_loaded: dict[str, int] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        """Both reports in one."""
+        assert isinstance(other, WorkerReport)
+        counts = dict(self.sync_loaded)
+        for request_id, count in other.sync_loaded.items():
+            counts[request_id] = counts.get(request_id, 0) + count
+        return WorkerReport(self.nodes | other.nodes, counts)

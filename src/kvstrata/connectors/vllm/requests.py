@@ -1,0 +1,96 @@
+"""One request as the connector's scheduler side sees it: its keys, its lease, what was stored."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from typing import Any
+
+from kvstrata.client import Call
+from kvstrata.keys import KeyChain, MediaItem
+
+
+class RequestState:
+    """Everything the connector remembers of one request.
+
+    Args:
+        request: vLLM's request; its tokens grow while it runs.
+        bypass: why nothing of it is cached; empty if it is.
+    """
+
+    def __init__(self, request: Any, bypass: str) -> None:
+        self.request = request
+        self.bypass = bypass
+        self.namespace = b""
+        self.chain: KeyChain | None = None
+        self.keys: list[bytes] = []
+        self._hashed: tuple[int, int] = (0, 0)
+        # the match under way, and since when
+        self.call: Call | None = None
+        self.asked_at = 0.0
+        # what was found: a lease on leading chunks, its slots, their tiers
+        self.lease = 0
+        self.tiers = b""
+        self.offsets: array[int] = array("q")
+        self.matched = False
+        # the load that was decided
+        self.local_tokens = 0
+        self.sync = False
+        self.loading: bytes = b""
+        self.failed = False
+        # chunks that are known to be stored, or were handed to the workers to store
+        self.num_stored = 0
+        # for the record
+        self.arrived_at = time.monotonic()
+        self.hit_chunks = [0, 0]
+        self.loaded_tokens = 0
+        self.stored_chunks = 0
+        self.miss = ""
+
+    def rehash(self) -> bool:
+        """Bring the keys up to date with the request's tokens; whether any changed."""
+        assert self.chain is not None
+        request, size = self.request, self.chain.chunk_tokens
+        # A streaming session may rewrite tokens that were there before.
+        version = (request.num_tokens, id(request.prompt_token_ids))
+        if version == self._hashed and not request.resumable:
+            return False
+        rewritten = request.resumable or version[1] != self._hashed[1]
+        known = 0 if rewritten else min(len(self.keys), request.num_tokens // size)
+        whole = request.num_tokens // size * size
+        tokens = request.all_token_ids[known * size : whole]
+        media = [
+            MediaItem(item.identifier, item.mm_position.offset, item.mm_position.length)
+            for item in request.mm_features
+        ]
+        parent = self.keys[known - 1] if known else None
+        before = self.keys
+        self.keys = before[:known] + self.chain.keys(tokens, media, known * size, parent)
+        self._hashed = version
+        return self.keys != before
+
+    def forget_match(self) -> None:
+        """Forget what was found; the lease must have been released."""
+        self.lease = 0
+        self.tiers = b""
+        self.offsets = array("q")
+        self.matched = False
+        self.loading = b""
+        self.sync = False
+
+    def record(self, outcome: str, chunk_tokens: int) -> dict[str, Any]:
+        """What an operator may want to know of this request."""
+        return {
+            "request": self.request.request_id,
+            "outcome": outcome,
+            "tokens": self.request.num_tokens,
+            "prompt_tokens": self.request.num_prompt_tokens,
+            "host_tokens": self.hit_chunks[0] * chunk_tokens,
+            "slower_tokens": self.hit_chunks[1] * chunk_tokens,
+            "local_tokens": self.local_tokens,
+            "loaded_tokens": self.loaded_tokens,
+            "load": "" if not self.loaded_tokens else "sync" if self.sync else "async",
+            "stored_chunks": self.stored_chunks,
+            "miss": self.bypass or self.miss,
+            "seconds": round(time.monotonic() - self.arrived_at, 4),
+        }

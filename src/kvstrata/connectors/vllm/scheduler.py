@@ -1,0 +1,468 @@
+"""The connector in vLLM's scheduler: what a request finds, how it is loaded, what of it is stored.
+
+The rules it keeps, each read in vLLM 0.32's source, are in ``docs/design.md`` under "Life of a
+request in vLLM". Nothing here waits for the node longer than ``deadlines.match`` in a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvstrata.client import NodeClient, offsets_of
+from kvstrata.config import Config
+from kvstrata.connectors.vllm.fingerprint import cache_file, engine_namespace
+from kvstrata.connectors.vllm.link import Link
+from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store, WorkerHello, WorkerReport
+from kvstrata.connectors.vllm.requests import RequestState
+from kvstrata.errors import ConfigError, KVStrataError, NodeUnavailable
+from kvstrata.identity import adapter_identity
+from kvstrata.keys import KeyChain, Namespace
+from kvstrata.node import protocol as p
+
+logger = logging.getLogger(__name__)
+
+#: requests that have not been scheduled yet and hold a lease, at most; the others ask in their turn
+LOOK_AHEAD = 8
+#: how long the start waits for the weights' identity; later requests wait for nothing
+IDENTITY_WAIT_S = 10.0
+
+
+class SchedulerSide:
+    """Plans loads and stores; lives in the engine core's process, on its one thread.
+
+    Args:
+        vllm_config: the engine's configuration.
+        config: KVStrata's.
+        chunk_tokens: tokens of a chunk, a whole number of blocks.
+        block_tokens: tokens of one of vLLM's blocks.
+    """
+
+    def __init__(
+        self, vllm_config: Any, config: Config, chunk_tokens: int, block_tokens: int
+    ) -> None:
+        self._vllm_config = vllm_config
+        self._config = config
+        self._chunk = chunk_tokens
+        self._block = block_tokens
+        self._link = Link(config, "scheduler")
+        self._link.start()
+        self._client: NodeClient | None = None
+        self._off = "the workers have not introduced themselves"
+        self._orders: list[str] = []
+        self._parts: list[int] = []
+        self._namespace: Future[Namespace] = Future()
+        self._generation = b""
+        self._adapters: dict[str, Future[str]] = {}
+        self._hashing = ThreadPoolExecutor(1, "kvstrata-adapters")
+        self._worker_nodes: set[bytes] = set()
+        self._states: dict[str, RequestState] = {}
+        # requests that run or load, so that the engine is not idle
+        self._active: set[str] = set()
+        # loads in the workers' hands: their lease, and the first chunk they bring
+        self._loads: dict[str, tuple[int, bytes]] = {}
+        self._loading_chunks: dict[bytes, str] = {}
+        self._next = StepMetadata()
+
+    def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
+        """Learn of the workers' KV; called once, before the first request."""
+        ranked = [hellos[rank] for rank in sorted(hellos)]
+        problems = [hello.problem for hello in ranked if hello.problem]
+        if problems:
+            self._off = problems[0]
+        elif len({hello.order for hello in ranked}) != 1:
+            self._off = f"the workers keep KV in different orders: {[h.order for h in ranked]}"
+        else:
+            self._off = ""
+            self._orders = [ranked[0].order]
+            self._parts = list(range(len(ranked)))
+            layout = "; ".join(hello.layout for hello in ranked)
+            self._worker_nodes = {hello.node for hello in ranked}
+            threading.Thread(target=self._identify, args=(layout,), daemon=True).start()
+            try:
+                self._namespace.result(IDENTITY_WAIT_S)
+            except TimeoutError:
+                logger.warning("KVStrata: still hashing the weights; nothing is cached until then")
+            except Exception as error:
+                logger.exception("KVStrata: the model cannot be identified")
+                self._off = f"the model cannot be identified: {error}"
+        if self._off:
+            logger.error("KVStrata is off: %s", self._off)
+        else:
+            self._link.wait(self._config.deadlines.attach)
+
+    # asked by vLLM's scheduler
+
+    def on_new_request(self, request: Any) -> None:
+        """Begin to look a request up."""
+        state = self._states[request.request_id] = RequestState(request, self._bypass(request))
+        waiting = sum(
+            1
+            for other in self._states.values()
+            if (other.call or other.lease) and other.request.request_id not in self._active
+        )
+        if not state.bypass and waiting < LOOK_AHEAD:
+            self._ask(state)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens beyond the local ones that can be loaded, and whether in the background."""
+        state = self._states.get(request.request_id)
+        if state is None or state.bypass or state.failed or request.skip_reading_prefix_cache:
+            return 0, False
+        if state.chain is not None and state.rehash() and (state.matched or state.call):
+            # A resumed request has outputs now, a session new input: what was found is of the past.
+            self._give_up(state)
+        if not state.matched:
+            if state.call is None and not self._ask(state):
+                return None, False
+            if not self._answered(state):
+                return None, False
+        found = len(state.tiers) * self._chunk
+        if found <= num_computed_tokens:
+            return 0, False
+        first = num_computed_tokens // self._chunk
+        if self._loading_chunks.get(state.keys[first], request.request_id) != request.request_id:
+            # Somebody loads this very chunk: wait, and find it in vLLM's own prefix cache.
+            return None, False
+        state.local_tokens = num_computed_tokens
+        state.sync = self._may_load_sync(state, first)
+        if state.sync:
+            found = min(found, request.num_tokens - 1)
+        if found <= num_computed_tokens:
+            return 0, False
+        return found - num_computed_tokens, not state.sync
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """A request got its blocks: hand its load to the workers."""
+        state = self._states.get(request.request_id)
+        if state is None or state.bypass:
+            return
+        self._active.add(request.request_id)
+        if request.request_id in self._loads:
+            return
+        state.num_stored = max(state.num_stored, len(state.tiers))
+        if num_external_tokens == 0:
+            if state.matched:
+                self._give_up(state)
+            return
+        end = state.local_tokens + num_external_tokens
+        first, last = state.local_tokens // self._chunk, -(-end // self._chunk)
+        if last < len(state.tiers) and self._client is not None:
+            self._client.release(state.lease, keep=last)
+        load = Load(
+            request_id=request.request_id,
+            lease=state.lease,
+            first_chunk=first,
+            offsets=[
+                state.offsets[i * len(self._parts) : (i + 1) * len(self._parts)].tolist()
+                for i in range(first, last)
+            ],
+            keys=state.keys[first:last],
+            blocks=self._targets(blocks.get_block_ids()[0], state.local_tokens, end, first, last),
+        )
+        for tier in state.tiers[first:last]:
+            state.hit_chunks[min(tier, 1)] += 1
+        state.loaded_tokens += num_external_tokens
+        self._loads[request.request_id] = (state.lease, state.keys[first])
+        self._loading_chunks[state.keys[first]] = request.request_id
+        (self._next.sync_loads if state.sync else self._next.async_loads).append(load)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        """Everything the workers have to do in this step."""
+        meta, self._next = self._next, StepMetadata()
+        client = self._attached()
+        meta.node = client.hello.node if client is not None else b""
+        meta.num_tokens = scheduler_output.total_num_scheduled_tokens
+        meta.fresh_blocks = self._fresh_blocks(scheduler_output)
+        resolve = scheduler_output.kv_connector_block_state
+        for request_id, count in scheduler_output.num_scheduled_tokens.items():
+            self._active.add(request_id)
+            state = self._states.get(request_id)
+            if state is not None and client is not None and state.chain is not None:
+                # A token that is sampled but not known yet has no key; a draft may be rejected.
+                known = min(state.request.num_computed_tokens + count, state.request.num_tokens)
+                if known // self._chunk > state.num_stored:
+                    blocks = resolve.get_block_ids(request_id)[0]
+                    meta.stores.append(self._store(state, known // self._chunk, blocks))
+        return meta
+
+    def update_connector_output(self, output: Any) -> None:
+        """Hear what the workers have done."""
+        report = output.kv_connector_worker_meta
+        if isinstance(report, WorkerReport):
+            self._worker_nodes = report.nodes
+            for request_id, count in report.sync_loaded.items():
+                if count >= len(self._parts):
+                    self._end_load(request_id, failed=False)
+        for request_id in output.finished_recving or ():
+            self._end_load(request_id, failed=request_id in output.failed_recving)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> None:
+        """Forget a request; what it computed last is stored before its blocks are overwritten."""
+        self._active.discard(request.request_id)
+        state = self._states.pop(request.request_id, None)
+        if state is None:
+            return
+        if request.request_id in self._loads:
+            self._abandon(state)
+        else:
+            self._give_up(state)
+            known = min(request.num_computed_tokens - request.num_in_flight_tokens,
+                        request.num_tokens)  # fmt: skip
+            if (
+                state.chain is not None
+                and self._client is not None
+                and known // self._chunk > state.num_stored
+            ):
+                store = self._store(state, known // self._chunk, block_ids)
+                if len(store.blocks) == (len(store.prefix) - store.first) * self._blocks_per_chunk:
+                    self._next.late_stores.append(store)
+        if self._client is not None:
+            outcome = request.status.name.removeprefix("FINISHED_").lower()
+            self._client.record(state.record(outcome, self._chunk))
+
+    def hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        """Which tiers the tokens of a load come from."""
+        state = self._states.get(request.request_id)
+        if state is None or not num_external_tokens:
+            return {}
+        slower = min(num_external_tokens, state.hit_chunks[1] * self._chunk)
+        sources = {
+            CacheHitSource.HOST: num_external_tokens - slower,
+            CacheHitSource.DISK: slower,
+        }
+        return {source: count for source, count in sources.items() if count}
+
+    def reset_cache(self) -> bool:
+        """Begin a new namespace: nothing that was stored so far is found again by this engine."""
+        self._generation = os.urandom(16)
+        for state in self._states.values():
+            # What runs now has KV of before and after; none of it may be stored.
+            state.bypass, state.chain = "the cache was reset", None
+            if state.request.request_id in self._loads:
+                self._abandon(state)
+            else:
+                self._give_up(state)
+        self._next.stores.clear()
+        self._next.late_stores.clear()
+        return True
+
+    def close(self) -> None:
+        """Let go of the node. Repeatable."""
+        self._hashing.shutdown(wait=False, cancel_futures=True)
+        self._link.close()
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    # how
+
+    @property
+    def _blocks_per_chunk(self) -> int:
+        return self._chunk // self._block
+
+    def _identify(self, layout: str) -> None:
+        try:
+            self._namespace.set_result(
+                engine_namespace(self._vllm_config, layout, self._chunk, self._config.tenant)
+            )
+        except BaseException as error:
+            self._namespace.set_exception(error)
+
+    def _bypass(self, request: Any) -> str:
+        """Why nothing of a request is cached; empty if it is."""
+        if self._off:
+            return self._off
+        if request.prompt_embeds is not None or request.prompt_token_ids is None:
+            return "prompt embeddings have no token ids"
+        if request.pooling_params is not None:
+            return "pooling requests are not cached"
+        if any(item.identifier is None for item in request.mm_features):
+            return "a multimodal item has no identifier"
+        if request.lora_request is not None and request.lora_request.load_inplace:
+            return "an adapter that is reloaded in place has no lasting identity"
+        return ""
+
+    def _attached(self) -> NodeClient | None:
+        """The node, if there is one now; begins to look for one if not."""
+        if self._client is not None and not self._client.alive:
+            logger.warning("KVStrata: the node is gone; the engine computes everything")
+            self._client.close()
+            self._client = None
+            # Leases died with their node. Loads in the workers' hands end by themselves.
+            for state in self._states.values():
+                state.lease = 0
+                if state.request.request_id not in self._loads:
+                    state.forget_match()
+        if self._client is None:
+            self._client = self._link.take()
+            if self._client is None:
+                self._link.start()
+        return self._client
+
+    def _ask(self, state: RequestState) -> bool:
+        """Begin a request's match; False while its adapter is still being identified."""
+        client = self._attached()
+        state.miss = ""
+        if client is None:
+            state.matched, state.miss = True, "no node"
+            return True
+        if state.chain is None:
+            try:
+                namespace = self._request_namespace(state.request)
+            except (KVStrataError, OSError) as error:
+                state.bypass = f"an identity is missing: {error}"
+                state.matched = True
+                return True
+            if namespace is None:
+                return False
+            state.namespace = namespace
+            state.chain = KeyChain(
+                client.hello.secret, namespace, self._chunk, state.request.cache_salt or ""
+            )
+        state.rehash()
+        if not state.keys:
+            state.matched, state.miss = True, "shorter than a chunk"
+            return True
+        try:
+            state.call = client.match(state.keys, self._parts, self._orders)
+        except NodeUnavailable:
+            state.matched, state.miss = True, "no node"
+        state.asked_at = time.monotonic()
+        return True
+
+    def _request_namespace(self, request: Any) -> bytes | None:
+        """Raises what kept an identity from being computed; None while it is computed."""
+        if not self._namespace.done():
+            raise ConfigError("model", "its weights are still being hashed")
+        namespace = self._namespace.result()
+        if request.lora_request is not None:
+            path = request.lora_request.lora_path
+            adapter = self._adapters.get(path)
+            if adapter is None:
+                adapter = self._hashing.submit(adapter_identity, path, cache_file())
+                self._adapters[path] = adapter
+            if not adapter.done():
+                return None
+            namespace = replace(namespace, adapter=adapter.result())
+        if self._generation:
+            namespace = replace(namespace, model=namespace.model + self._generation.hex())
+        return namespace.digest()
+
+    def _answered(self, state: RequestState) -> bool:
+        """Take in a match's answer; False if it has not come and may still."""
+        if state.call is None:
+            return True
+        idle = not (self._active - {state.request.request_id})
+        try:
+            if not state.call.ready() and idle and self._client is not None:
+                self._client.pump(state.call, self._config.deadlines.match)
+            if state.call.reply is None:
+                if time.monotonic() - state.asked_at < self._config.deadlines.request:
+                    return False
+                state.call.abandon()
+                state.miss = "the match missed its deadline"
+            else:
+                reply: p.Matched = state.call.wait(0)
+                state.lease, state.tiers = reply.lease, reply.tiers
+                state.offsets = offsets_of(reply.offsets)
+                if len(reply.tiers) < len(state.keys):
+                    state.miss = "not stored" if not reply.tiers else "partly stored"
+        except KVStrataError as error:
+            state.miss = f"the match failed: {error}"
+        state.call = None
+        state.matched = True
+        return True
+
+    def _may_load_sync(self, state: RequestState, first: int) -> bool:
+        """Whether the load cannot fail and nothing else would be held up by it."""
+        client = self._client
+        return (
+            client is not None
+            and client.alive
+            and self._worker_nodes == {client.hello.node}
+            and not (self._active - {state.request.request_id})
+            and p.ARRIVING not in state.offsets[first * len(self._parts) :]
+        )
+
+    def _targets(
+        self, block_ids: list[int], local: int, end: int, first: int, last: int
+    ) -> list[int]:
+        """The blocks of chunks ``first`` to ``last``, -1 for those not to be written."""
+        per_chunk = self._blocks_per_chunk
+        wanted = range(local // self._block, min(-(-end // self._block), len(block_ids)))
+        return [
+            block_ids[i] if i in wanted else -1 for i in range(first * per_chunk, last * per_chunk)
+        ]
+
+    def _store(self, state: RequestState, done: int, block_ids: list[int]) -> Store:
+        """Store the chunks from the first unstored one up to number ``done``."""
+        state.rehash()
+        first, per_chunk = state.num_stored, self._blocks_per_chunk
+        state.num_stored = done
+        state.stored_chunks += done - first
+        return Store(
+            namespace=state.namespace,
+            prefix=state.keys[:done],
+            first=first,
+            blocks=list(block_ids[first * per_chunk : done * per_chunk]),
+        )
+
+    def _end_load(self, request_id: str, *, failed: bool) -> None:
+        lease, chunk = self._loads.pop(request_id)
+        if self._loading_chunks.get(chunk) == request_id:
+            del self._loading_chunks[chunk]
+        if self._client is not None:
+            self._client.release(lease)
+        state = self._states.get(request_id)
+        if state is not None:
+            sync = state.sync
+            state.forget_match()
+            state.sync = sync
+            if failed:
+                state.failed = True
+                state.miss = "the load failed"
+                state.loaded_tokens = 0
+                # What it was thought to have is not there: store what is recomputed.
+                state.num_stored = 0
+                self._active.discard(request_id)
+
+    def _abandon(self, state: RequestState) -> None:
+        if state.call is not None:
+            state.call.abandon()
+            state.call = None
+
+    def _give_up(self, state: RequestState) -> None:
+        """Let go of what a request asked for or found."""
+        self._abandon(state)
+        if state.lease and self._client is not None:
+            self._client.release(state.lease)
+        state.forget_match()
+
+    def _fresh_blocks(self, scheduler_output: Any) -> set[int]:
+        """Blocks that this step may overwrite although an earlier step's store reads them."""
+        fresh: set[int] = set(scheduler_output.new_block_ids_to_zero or ())
+        for new in scheduler_output.scheduled_new_reqs:
+            fresh.update(new.block_ids[0][new.num_computed_tokens // self._block :])
+        cached = scheduler_output.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            if (ids := cached.new_block_ids[i]) is not None:
+                skip = (
+                    cached.num_computed_tokens[i] // self._block
+                    if request_id in cached.resumed_req_ids
+                    else 0
+                )
+                fresh.update(ids[0][skip:])
+        for copy in scheduler_output.kv_cache_block_copies or ():
+            fresh.add(copy.dst_block_id)
+        return fresh

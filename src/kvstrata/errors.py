@@ -1,0 +1,69 @@
+"""The error tree, by who must act.
+
+::
+
+    KVStrataError
+    ├── ConfigError          the operator fixes the configuration
+    ├── Incompatible         a version, format or byte order this build does not know
+    │   └── LayoutMismatch   shape, dtype or order differs from what was declared
+    ├── CorruptObject        drop the object: checksum, length or identity is wrong
+    ├── TierUnavailable      skip the tier until it recovers
+    │   └── TierFull         stop writing to it; reading goes on
+    ├── DeadlineExceeded     stop waiting, count a miss
+    ├── NodeUnavailable      the node is gone: recompute now, reattach later
+    └── UsageError           fix the calling code
+
+A miss is a value, not an error. Only a connector turns these into misses.
+"""
+
+from __future__ import annotations
+
+
+class KVStrataError(Exception):
+    """Base of everything KVStrata raises on purpose."""
+
+
+class ConfigError(KVStrataError):
+    """A configuration value is wrong.
+
+    Args:
+        path: dotted path of the key, for instance ``host.capacity``.
+        problem: what is wrong and what was expected.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class Incompatible(KVStrataError):
+    """The other side speaks a version, format or byte order that is unknown here."""
+
+
+class LayoutMismatch(Incompatible):
+    """A tensor's shape, dtype or byte order differs from what was declared."""
+
+
+class CorruptObject(KVStrataError):
+    """Stored bytes fail a check; the object must be dropped, never served."""
+
+
+class TierUnavailable(KVStrataError):
+    """A tier cannot be used now: an I/O error, a missing folder, a dead peer."""
+
+
+class TierFull(TierUnavailable):
+    """A tier takes no more objects; what it holds can still be read."""
+
+
+class DeadlineExceeded(KVStrataError):
+    """The wait ended before the answer came."""
+
+
+class NodeUnavailable(KVStrataError):
+    """No node answers on the socket."""
+
+
+class UsageError(KVStrataError):
+    """The calling code broke a documented rule."""

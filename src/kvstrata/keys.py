@@ -1,0 +1,292 @@
+"""From token ids to chunk keys: a keyed hash chain that starts in a namespace.
+
+``docs/keys.md`` is the contract. Nothing here depends on the process, the machine or Python's own
+hash, so everybody who holds the deployment's secret derives the same keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from kvstrata.errors import ConfigError, UsageError
+
+KEY_BYTES = 32
+SECRET_BYTES = 32
+
+Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+_NAMESPACE_VERSION = "kvstrata namespace 1"
+_CHAIN_CONTEXT = "KVStrata 1 chunk keys"
+_MAX_TOKEN = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """What must be equal before two caches may share a key.
+
+    Args:
+        model: `kvstrata.identity.model_fingerprint`.
+        layout: the logical KV layout of all groups, in one canonical text.
+        chunk_tokens: tokens of a chunk.
+        tensor_parallel, pipeline_parallel, context_parallel: sizes of the topology.
+        adapter: `kvstrata.identity.adapter_identity`, or empty.
+        tenant: whose cache it is, or empty.
+    Raises:
+        UsageError: an empty model or layout, or a size below 1.
+    """
+
+    model: str
+    layout: str
+    chunk_tokens: int
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    context_parallel: int = 1
+    adapter: str = ""
+    tenant: str = ""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise UsageError(f"namespace: {field.name} is {value}, not at least 1")
+        for name in ("model", "layout"):
+            if not getattr(self, name):
+                raise UsageError(f"namespace: {name} is empty")
+
+    def digest(self) -> bytes:
+        """32 bytes; every field changes them.
+
+        Raises:
+            UsageError: a text that UTF-8 cannot encode.
+        """
+        ordered = (
+            _NAMESPACE_VERSION,
+            self.model,
+            self.layout,
+            str(self.tensor_parallel),
+            str(self.pipeline_parallel),
+            str(self.context_parallel),
+            str(self.chunk_tokens),
+            self.adapter,
+            self.tenant,
+        )
+        return blake3(b"".join(map(length_prefixed, ordered))).digest()
+
+
+class MediaItem(NamedTuple):
+    """An image, sound or video in a prompt.
+
+    ``identifier`` is its content hash, ``offset`` the position in the prompt of its first
+    placeholder token, ``length`` how many tokens it covers.
+    """
+
+    identifier: str
+    offset: int
+    length: int
+
+
+class KeyChain:
+    """Chunk keys of one namespace and salt; make one and use it for many prompts.
+
+    Stateless after construction, so threads may share it.
+
+    Args:
+        secret: the deployment's, 32 bytes, see `load_secret`.
+        namespace: ``Namespace.digest()``.
+        chunk_tokens: tokens of a chunk.
+        salt: the request's, empty if it has none.
+    Raises:
+        UsageError: a wrong length, a size below 1, or a salt that UTF-8 cannot encode.
+    """
+
+    def __init__(self, secret: bytes, namespace: bytes, chunk_tokens: int, salt: str = "") -> None:
+        if len(secret) != SECRET_BYTES:
+            raise UsageError(f"secret of {len(secret)} bytes, not {SECRET_BYTES}")
+        if len(namespace) != KEY_BYTES:
+            raise UsageError(f"namespace digest of {len(namespace)} bytes, not {KEY_BYTES}")
+        if chunk_tokens < 1:
+            raise UsageError(f"chunk_tokens {chunk_tokens}: expected at least 1")
+        self.chunk_tokens = chunk_tokens
+        self._namespace = bytes(namespace)
+        material = secret + _utf8(salt)
+        self._hasher = blake3(
+            key=blake3(material, derive_key_context=_CHAIN_CONTEXT).digest(), max_threads=1
+        )
+
+    def keys(
+        self,
+        tokens: Tokens,
+        media: Sequence[MediaItem] = (),
+        start: int = 0,
+        parent: bytes | None = None,
+    ) -> list[bytes]:
+        """Keys of the whole chunks of ``tokens``; what is left over has none.
+
+        Args:
+            tokens: ids from position ``start`` of the prompt on, each 0 to 2^31 - 1. An integer
+                array is fastest; a list costs about 16 ns a token more.
+            media: items of the prompt in any order, offsets counted from the prompt's start.
+                Those that overlap no chunk here change nothing.
+            start: a multiple of ``chunk_tokens``.
+            parent: key of the chunk that ends at ``start``; given exactly if ``start`` is not 0.
+        Returns:
+            One 32-byte key a chunk.
+        Raises:
+            UsageError: an id out of range (the message names its index in ``tokens``), or an
+                argument that breaks a rule above.
+        """
+        size = self.chunk_tokens
+        if start < 0 or start % size:
+            raise UsageError(f"start {start} is not a multiple of chunk_tokens {size}")
+        if (parent is None) != (start == 0):
+            raise UsageError(f"start {start} and parent must be given together")
+        key = self._namespace if parent is None else parent
+        if len(key) != KEY_BYTES:
+            raise UsageError(f"parent of {len(key)} bytes, not {KEY_BYTES}")
+        ids = _token_ids(tokens)
+        count = len(ids) // size
+        if not count:
+            return []
+        # One row a chunk: number of tokens, tokens, number of media items.
+        rows = np.zeros((count, size + 2), "<u4")
+        rows[:, 0] = size
+        rows[:, 1:-1] = ids[: count * size].reshape(count, size)
+        items = _media_by_chunk(media, start, size, count) if media else {}
+        for chunk, (number, _) in items.items():
+            rows[chunk, -1] = number
+        messages = rows.data.cast("B")
+        row_bytes = rows.itemsize * (size + 2)
+        keys: list[bytes] = []
+        for chunk in range(count):
+            hasher = self._hasher.copy()
+            hasher.update(key)
+            hasher.update(messages[chunk * row_bytes : (chunk + 1) * row_bytes])
+            if chunk in items:
+                hasher.update(items[chunk][1])
+            key = hasher.digest()
+            keys.append(key)
+        return keys
+
+
+def length_prefixed(text: str) -> bytes:
+    """``text`` in UTF-8 behind its length in bytes (32-bit little endian).
+
+    Raises:
+        UsageError: UTF-8 cannot encode it.
+    """
+    encoded = _utf8(text)
+    return struct.pack("<I", len(encoded)) + encoded
+
+
+def load_secret(path: str | os.PathLike[str]) -> bytes:
+    """The deployment's secret, 32 bytes; made at the first call, with mode 0600.
+
+    Processes that call this at once, on one machine or on a shared file system, get the same
+    secret: the file is complete before it has its name, and the first to name it wins.
+
+    Raises:
+        ConfigError: the file cannot be read or made, others can read it, or it has another
+            length; the message names the path and what to do.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            _make_secret(path)
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            secret = file.read(SECRET_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot read or make the secret: {error.strerror}") from error
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        raise ConfigError(
+            str(path), f"others may use the secret (mode {mode:04o}); run: chmod 600 '{path}'"
+        )
+    if len(secret) != SECRET_BYTES:
+        raise ConfigError(
+            str(path),
+            f"holds {status.st_size} bytes, expected {SECRET_BYTES}; copy the deployment's secret"
+            " here, or remove the file to have a new one made (what is stored is then lost)",
+        )
+    return secret
+
+
+def _make_secret(path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    whole = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        # If another process was first, its secret is the deployment's.
+        with contextlib.suppress(FileExistsError):
+            os.link(whole, path)
+    finally:
+        os.unlink(whole)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{text!r} cannot be encoded in UTF-8: {error.reason}") from error
+
+
+def _token_ids(tokens: Tokens) -> npt.NDArray[np.integer[Any]]:
+    """One flat array of checked ids."""
+    if isinstance(tokens, np.ndarray):
+        ids = tokens
+    elif isinstance(tokens, (bytes, bytearray)):
+        raise UsageError("token ids given as raw bytes: expected whole numbers")
+    else:
+        try:
+            # Two thirds of np.asarray's time, and it refuses what is not a whole number.
+            ids = np.frombuffer(array("q", tokens), np.int64)
+        except (TypeError, OverflowError):
+            raise UsageError(_first_bad(tokens)) from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UsageError(f"token ids of shape {ids.shape}, {ids.dtype}: expected flat integers")
+    if ids.size and (ids.min() < 0 or ids.max() > _MAX_TOKEN):
+        raise UsageError(_first_bad(ids.tolist()))
+    return ids
+
+
+def _first_bad(tokens: Sequence[object]) -> str:
+    for index, token in enumerate(tokens):
+        if not hasattr(token, "__index__"):
+            return f"token {index} is {token!r}, not a whole number"
+        if not 0 <= token.__index__() <= _MAX_TOKEN:
+            return f"token {index} is {token!r}, not 0 to {_MAX_TOKEN}"
+    return "token ids must be a flat sequence of whole numbers"
+
+
+def _media_by_chunk(
+    media: Sequence[MediaItem], start: int, size: int, count: int
+) -> dict[int, tuple[int, bytes]]:
+    """For each chunk that items overlap: how many, and their encoding."""
+    found: dict[int, list[bytes]] = {}
+    for item in sorted(media, key=lambda item: (item.offset, item.length, item.identifier)):
+        if item.offset < 0 or item.length < 1:
+            raise UsageError(f"{item}: offset must be at least 0 and length at least 1")
+        identifier = length_prefixed(item.identifier)
+        first = max((item.offset - start) // size, 0)
+        last = min((item.offset + item.length - 1 - start) // size, count - 1)
+        for chunk in range(first, last + 1):
+            offset = item.offset - start - chunk * size
+            found.setdefault(chunk, []).append(identifier + struct.pack("<qQ", offset, item.length))
+    return {chunk: (len(items), b"".join(items)) for chunk, items in found.items()}

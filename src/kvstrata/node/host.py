@@ -1,0 +1,168 @@
+"""Host memory: the slots of the pool, who holds them still, and what makes room.
+
+A slot is allocated, filled (by a client that reserved it, or by a promotion), and published; from
+then on it can be leased and evicted. Whatever happens, its bytes go back to the allocator only
+when nobody holds the slot any more: an eviction, a clear or a failure only marks it gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from kvstrata.memory import Pool, SlotAllocator
+from kvstrata.node.index import Index
+from kvstrata.policies.base import Policy
+
+if TYPE_CHECKING:
+    from kvstrata.node.leases import Lease
+
+
+def order_name(kind: str, order: str) -> str:
+    """The one name under which readers ask for an object's byte order."""
+    return order if kind == "native" else kind
+
+
+class SlotState(IntEnum):
+    """FILLING: bytes are on their way in. READY: published. GONE: never to be read again."""
+
+    FILLING = 0
+    READY = 1
+    GONE = 2
+
+
+class Slot:
+    """A region of the pool with one object in it.
+
+    ``holds`` counts those who need its bytes to stay: the one who fills it, leases, writes to
+    slower tiers. ``waiters`` are leases that want to hear when it is filled or has failed.
+    """
+
+    __slots__ = ("holds", "nbytes", "offset", "order", "state", "waiters")
+
+    def __init__(self, offset: int, nbytes: int) -> None:
+        self.offset = offset
+        self.nbytes = nbytes
+        self.order = ""
+        self.state = SlotState.FILLING
+        self.holds = 0
+        self.waiters: list[Lease] | None = None
+
+
+class HostMemory:
+    """The pool's slots and the index of those that are ready.
+
+    Args:
+        pool: where the bytes are.
+        policy: orders chunks for eviction.
+    """
+
+    def __init__(self, pool: Pool, policy: Policy) -> None:
+        self.pool = pool
+        self.index: Index[Slot] = Index(pool.capacity_bytes, policy, lambda slot: slot.nbytes)
+        self.num_evicted = 0
+        self._allocator = SlotAllocator(pool.capacity_bytes)
+        # Allocated but not in the index: being filled, or gone and still held.
+        self._loose: set[Slot] = set()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the pool in use, held ones that are gone included."""
+        return self._allocator.allocated_bytes
+
+    def get(self, key: bytes, part: int) -> Slot | None:
+        """The ready slot of an object."""
+        return self.index.get(key, part)
+
+    def allocate(self, nbytes: int) -> Slot | None:
+        """A slot to fill, held once by the caller; evicts what it must, None if it may not."""
+        if nbytes > self.pool.capacity_bytes:
+            return None
+        while (offset := self._allocator.allocate(nbytes)) is None:
+            victim = self.index.victim(self._evictable)
+            if victim is None:
+                return None
+            self.num_evicted += 1
+            self.drop(victim)
+        slot = Slot(offset, nbytes)
+        slot.holds = 1
+        self._loose.add(slot)
+        return slot
+
+    def publish(self, key: bytes, part: int, slot: Slot, order: str, cost: float = 1.0) -> None:
+        """Make a filled slot readable; the caller's hold stays."""
+        assert slot.state is SlotState.FILLING
+        slot.order = order
+        slot.state = SlotState.READY
+        self._loose.discard(slot)
+        replaced = self.index.pop(key, part)
+        if replaced is not None:
+            self._retire(replaced)
+        fits = self.index.claim(slot.nbytes)
+        assert fits, "the allocator gave more than the pool has"
+        self.index.put(key, part, slot, cost)
+
+    def discard(self, slot: Slot) -> None:
+        """Give up a slot that was never published; the caller's hold stays."""
+        assert slot.state is SlotState.FILLING
+        slot.state = SlotState.GONE
+
+    def hold(self, slot: Slot) -> None:
+        """Keep the slot's bytes where they are."""
+        slot.holds += 1
+
+    def unhold(self, slot: Slot) -> None:
+        """End one hold; the last one frees a slot that is gone."""
+        assert slot.holds > 0
+        slot.holds -= 1
+        if slot.holds == 0 and slot.state is SlotState.GONE:
+            self._free(slot)
+
+    def drop(self, key: bytes) -> int:
+        """Forget a chunk; returns the number of its objects."""
+        objects = self.index.pop_chunk(key)
+        for _, slot in objects:
+            self._retire(slot)
+        return len(objects)
+
+    def drop_object(self, key: bytes, part: int) -> None:
+        """Forget one object."""
+        slot = self.index.pop(key, part)
+        if slot is not None:
+            self._retire(slot)
+
+    def check_integrity(self, fillers: Iterable[Slot] = ()) -> None:
+        """Raise AssertionError unless every byte of the pool is accounted for.
+
+        Args:
+            fillers: the slots that reservations and promotions say they are filling.
+        """
+        self._allocator.check_integrity()
+        self.index.check_integrity()
+        loose = sum(slot.nbytes for slot in self._loose)
+        assert self.index.used_bytes + loose == self.allocated_bytes, (
+            f"{self.index.used_bytes} indexed + {loose} loose != {self.allocated_bytes} allocated"
+        )
+        for slot in self._loose:
+            assert slot.state is not SlotState.READY
+            assert slot.holds > 0, "a slot that nobody holds was not freed"
+        filling = {slot for slot in self._loose if slot.state is SlotState.FILLING}
+        assert filling == set(fillers), "a slot is being filled by nobody, or twice"
+
+    def close(self) -> None:
+        """Let go of the pool."""
+        self.pool.close()
+
+    def _evictable(self, key: bytes) -> bool:
+        return all(slot.holds == 0 for _, slot in self.index.objects(key))
+
+    def _retire(self, slot: Slot) -> None:
+        slot.state = SlotState.GONE
+        self._loose.add(slot)
+        if slot.holds == 0:
+            self._free(slot)
+
+    def _free(self, slot: Slot) -> None:
+        self._loose.discard(slot)
+        self._allocator.free(slot.offset)

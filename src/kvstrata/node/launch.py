@@ -1,0 +1,104 @@
+"""How a client comes to a node: it joins one, or starts one on demand.
+
+Of several clients that find no node, one starts it, under a lock, and the others wait for it. The
+node lives in a session of its own, so it outlives the engine that happened to start it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kvstrata.client import NodeClient
+from kvstrata.config import Config, socket_path
+from kvstrata.errors import NodeUnavailable
+from kvstrata.node.run import prepare_folder
+
+RETRY_S = 0.02
+
+
+def connect(config: Config, timeout_s: float | None = None) -> NodeClient:
+    """A client of the configured node; starts it when the configuration says ``auto``.
+
+    Args:
+        config: ``node`` says which; see `kvstrata.config`.
+        timeout_s: ``config.deadlines.attach`` if None.
+
+    Raises:
+        NodeUnavailable: no node answers; with the path of the log when it was started here.
+        Incompatible: it speaks another protocol version.
+        ConfigError: the socket's folder cannot be used.
+    """
+    deadline = time.monotonic() + (config.deadlines.attach if timeout_s is None else timeout_s)
+    path = socket_path(config)
+    if config.node != "auto":
+        return _join(path, config)
+    with contextlib.suppress(NodeUnavailable):
+        return _join(path, config)
+    prepare_folder(path.parent)
+    with open(path.with_suffix(".start"), "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                _wait(deadline, path, "somebody else is starting the node")
+        with contextlib.suppress(NodeUnavailable):
+            return _join(path, config)
+        _start(config, path, deadline)
+        return _join(path, config)
+
+
+def _join(path: Path, config: Config) -> NodeClient:
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connected.settimeout(config.deadlines.attach)
+        connected.connect(str(path))
+    except OSError as error:
+        connected.close()
+        raise NodeUnavailable(
+            f"no node answers on {path} ({error.strerror or error}); is `kvstrata serve` running?"
+        ) from error
+    return NodeClient(connected, config.deadlines.attach)
+
+
+def _start(config: Config, path: Path, deadline: float) -> None:
+    """Start a node and return when it listens."""
+    log = path.with_suffix(".log")
+    with open(log, "ab") as output:
+        try:
+            subprocess.run(
+                [sys.executable, "-m", "kvstrata.node.run"],
+                input=json.dumps(config.to_dict()).encode(),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd="/",
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                timeout=max(1.0, deadline - time.monotonic()),
+                check=True,
+            )
+        except subprocess.CalledProcessError as error:
+            raise NodeUnavailable(f"the node did not start: {_tail(log)} ({log})") from error
+        except subprocess.TimeoutExpired as error:
+            raise NodeUnavailable(f"the node does not come up; {log} may say why") from error
+
+
+def _wait(deadline: float, path: Path, why: str) -> None:
+    if time.monotonic() > deadline:
+        raise NodeUnavailable(f"{why} ({path.with_suffix('.log')} may say why)")
+    time.sleep(RETRY_S)
+
+
+def _tail(log: Path) -> str:
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no word in its log"
+    return "no log"

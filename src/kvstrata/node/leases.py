@@ -1,0 +1,189 @@
+"""Leases, reservations, and the clients that hold them.
+
+A lease keeps slots still for a reader, a reservation for a writer. Both belong to a connection of
+a process. They end when the client says so, or when the process is dead; a connection that ended
+without a word leaves them in force, since a copy may still be running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvstrata.node.host import HostMemory, Slot, SlotState
+from kvstrata.node.protocol import Template
+
+
+class Lease:
+    """Leading chunks of one prompt, held still; some may still be arriving.
+
+    ``slots`` is flat: the objects of chunk ``i`` are ``slots[i * num_parts : (i + 1) * num_parts]``.
+    ``ready`` counts the leading chunks whose objects all lie in host memory, in an order the
+    client reads; ``failed`` says that the chunk behind them will not come.
+    """
+
+    __slots__ = ("client", "failed", "id", "listeners", "nbytes", "num_parts", "orders", "ready",
+                 "slots")  # fmt: skip
+
+    def __init__(
+        self, id: int, client: Client, slots: list[Slot], num_parts: int, orders: frozenset[str]
+    ) -> None:
+        self.id = id
+        self.client = client
+        self.slots = slots
+        self.num_parts = num_parts
+        self.orders = orders
+        self.nbytes = sum(slot.nbytes for slot in slots)
+        self.ready = 0
+        self.failed = False
+        self.listeners: list[tuple[int, Callable[[], None]]] = []
+        for slot in slots:
+            if slot.state is SlotState.FILLING:
+                if slot.waiters is None:
+                    slot.waiters = []
+                slot.waiters.append(self)
+        self.advance()
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks still leased."""
+        return len(self.slots) // self.num_parts
+
+    def advance(self) -> None:
+        """Count on after a slot was filled or failed, and tell who listens."""
+        slots, parts = self.slots, self.num_parts
+        while not self.failed and self.ready * parts < len(slots):
+            chunk = slots[self.ready * parts : (self.ready + 1) * parts]
+            if any(slot.state is SlotState.FILLING for slot in chunk):
+                break
+            # An object that goes away while it is leased (a clear) still has its bytes.
+            if all(slot.order in self.orders for slot in chunk):
+                self.ready += 1
+            else:
+                self.failed = True
+        waiting, self.listeners = self.listeners, []
+        for have, tell in waiting:
+            if self.settled(have):
+                tell()
+            else:
+                self.listeners.append((have, tell))
+
+    def settled(self, have: int) -> bool:
+        """Whether a client that has ``have`` chunks can be told something new, or the end."""
+        return self.ready > have or self.failed or self.ready >= self.num_chunks
+
+
+class Reservation:
+    """Slots that a client may write into until it commits; None where it got none.
+
+    The chunks are ``prefix[first:]``; those in ``unwanted`` were cleared meanwhile.
+    """
+
+    __slots__ = ("client", "cost", "first", "id", "namespace", "part", "prefix", "slots",
+                 "template", "unwanted")  # fmt: skip
+
+    def __init__(
+        self,
+        id: int,
+        client: Client,
+        namespace: bytes,
+        prefix: list[bytes],
+        first: int,
+        part: int,
+        template: Template,
+        cost: float,
+        slots: list[Slot | None],
+    ) -> None:
+        self.id = id
+        self.client = client
+        self.namespace = namespace
+        self.prefix = prefix
+        self.first = first
+        self.part = part
+        self.template = template
+        self.cost = cost
+        self.slots = slots
+        self.unwanted: set[bytes] = set()
+
+
+class Client:
+    """One connection's holdings."""
+
+    __slots__ = ("leased_bytes", "leases", "name", "reservations", "reserved_bytes")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.leases: dict[int, Lease] = {}
+        self.reservations: dict[int, Reservation] = {}
+        self.leased_bytes = 0
+        self.reserved_bytes = 0
+
+
+class LeaseTable:
+    """All leases of the node, with the caps on what they may hold.
+
+    Args:
+        host: whose slots they hold.
+        per_client_bytes: what one client's leases may hold.
+        total_bytes: what all leases together may hold.
+    """
+
+    def __init__(self, host: HostMemory, per_client_bytes: int, total_bytes: int) -> None:
+        self._host = host
+        self.per_client_bytes = per_client_bytes
+        self.total_bytes = total_bytes
+        self.leased_bytes = 0
+        self._leases: dict[int, Lease] = {}
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def room_for(self, client: Client) -> int:
+        """Bytes that one more lease of this client may hold."""
+        return min(
+            self.per_client_bytes - client.leased_bytes, self.total_bytes - self.leased_bytes
+        )
+
+    def get(self, id: int) -> Lease | None:
+        """A lease by its number."""
+        return self._leases.get(id)
+
+    def grant(
+        self, client: Client, slots: list[Slot], num_parts: int, orders: frozenset[str]
+    ) -> Lease:
+        """Lease slots that the caller already holds; the holds become the lease's."""
+        lease = Lease(self._next, client, slots, num_parts, orders)
+        self._next += 1
+        self._leases[lease.id] = client.leases[lease.id] = lease
+        client.leased_bytes += lease.nbytes
+        self.leased_bytes += lease.nbytes
+        return lease
+
+    def release(self, lease: Lease, keep: int = 0) -> None:
+        """End a lease but for its first ``keep`` chunks; repeatable."""
+        if self._leases.get(lease.id) is not lease:
+            return
+        cut = max(0, min(keep, lease.num_chunks)) * lease.num_parts
+        dropped, lease.slots = lease.slots[cut:], lease.slots[:cut]
+        nbytes = sum(slot.nbytes for slot in dropped)
+        lease.nbytes -= nbytes
+        lease.client.leased_bytes -= nbytes
+        self.leased_bytes -= nbytes
+        for slot in dropped:
+            self._host.unhold(slot)
+        if not lease.slots:
+            del self._leases[lease.id]
+            del lease.client.leases[lease.id]
+        lease.ready = min(lease.ready, lease.num_chunks)
+        lease.advance()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every lease is counted once, within its caps."""
+        total = 0
+        for lease in self._leases.values():
+            nbytes = sum(slot.nbytes for slot in lease.slots)
+            assert nbytes == lease.nbytes
+            assert lease.client.leases.get(lease.id) is lease
+            assert all(slot.holds > 0 for slot in lease.slots)
+            total += nbytes
+        assert total == self.leased_bytes <= self.total_bytes

@@ -1,0 +1,217 @@
+"""Messages between a node and its clients: ``docs/protocol.md`` as code.
+
+Frames are a little-endian 32-bit length and a MessagePack array. Encoding and decoding is
+msgspec's; nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any, Union
+
+import msgspec
+
+from kvstrata.errors import Incompatible
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 64 << 20
+
+#: offsets that `Reserved` answers instead of a slot
+PRESENT, BUSY, FULL, REFUSED = -1, -2, -3, -4
+#: the offset in `Matched` of an object that is still on its way into host memory
+ARRIVING = -1
+#: the tier byte in `Found` of a chunk that no tier has
+ABSENT = 255
+
+
+class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
+    version: int
+    release: str
+    pid: int
+    node: bytes
+    capacity_bytes: int
+    secret: bytes
+
+
+class Match(msgspec.Struct, array_like=True, tag="match", frozen=True):
+    id: int
+    keys: bytes
+    parts: list[int]
+    orders: list[str]
+
+
+class Matched(msgspec.Struct, array_like=True, tag="matched", frozen=True):
+    id: int
+    lease: int
+    tiers: bytes
+    offsets: bytes
+
+
+class Await(msgspec.Struct, array_like=True, tag="await", frozen=True):
+    id: int
+    lease: int
+    have: int
+
+
+class Arrived(msgspec.Struct, array_like=True, tag="arrived", frozen=True):
+    id: int
+    ready: int
+    failed: bool
+    offsets: bytes
+
+
+class Release(msgspec.Struct, array_like=True, tag="release", frozen=True):
+    lease: int
+    keep: int = 0
+
+
+class Template(msgspec.Struct, array_like=True, frozen=True):
+    """What the headers of one reservation share; fields as in `kvstrata.objects.ObjectHeader`."""
+
+    kind: str
+    order: str
+    dtype: str
+    shape: list[int]
+    num_tokens: int
+    raw_length: int
+    codec: str = "raw"
+    codec_parameters: bytes = b""
+
+
+class Reserve(msgspec.Struct, array_like=True, tag="reserve", frozen=True):
+    id: int
+    namespace: bytes
+    prefix: bytes
+    first: int
+    part: int
+    template: Template
+    cost: float = 0.0
+
+
+class Reserved(msgspec.Struct, array_like=True, tag="reserved", frozen=True):
+    id: int
+    reservation: int
+    offsets: bytes
+
+
+class Commit(msgspec.Struct, array_like=True, tag="commit", frozen=True):
+    id: int
+    reservation: int
+    checksums: bytes
+
+
+class Done(msgspec.Struct, array_like=True, tag="done", frozen=True):
+    id: int
+    count: int
+
+
+class Lookup(msgspec.Struct, array_like=True, tag="lookup", frozen=True):
+    id: int
+    keys: bytes
+    parts: list[int]
+
+
+class Found(msgspec.Struct, array_like=True, tag="found", frozen=True):
+    id: int
+    tiers: bytes
+
+
+class Clear(msgspec.Struct, array_like=True, tag="clear", frozen=True):
+    id: int
+    keys: bytes | None = None
+    tiers: list[str] = msgspec.field(default_factory=list)
+
+
+class Flush(msgspec.Struct, array_like=True, tag="flush", frozen=True):
+    id: int
+
+
+class Status(msgspec.Struct, array_like=True, tag="status", frozen=True):
+    id: int
+
+
+class State(msgspec.Struct, array_like=True, tag="state", frozen=True):
+    id: int
+    state: dict[str, Any]
+
+
+class Record(msgspec.Struct, array_like=True, tag="record", frozen=True):
+    record: dict[str, Any]
+
+
+class Bye(msgspec.Struct, array_like=True, tag="bye", frozen=True):
+    pass
+
+
+class Failed(msgspec.Struct, array_like=True, tag="failed", frozen=True):
+    id: int
+    kind: str
+    message: str
+
+
+Request = Union[
+    Match, Await, Release, Reserve, Commit, Lookup, Clear, Flush, Status, Record, Bye
+]  # fmt: skip
+Reply = Union[Hello, Matched, Arrived, Reserved, Done, Found, State, Failed]
+
+_length = struct.Struct("<I")
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder = msgspec.msgpack.Decoder(Request)
+_reply_decoder = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """One frame."""
+    body = _encoder.encode(message)
+    return _length.pack(len(body)) + body
+
+
+def decode_request(body: bytes) -> Request:
+    """Raises `Incompatible` for anything that is not a request of this version."""
+    try:
+        return _request_decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Incompatible(f"not a request of protocol {PROTOCOL_VERSION}: {error}") from error
+
+
+def decode_reply(body: bytes) -> Reply:
+    """Raises `Incompatible` for anything that is not a reply of this version."""
+    try:
+        return _reply_decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Incompatible(f"not a reply of protocol {PROTOCOL_VERSION}: {error}") from error
+
+
+class Frames:
+    """Cuts a byte stream into frames.
+
+    Feed it what came; it yields each frame's body once the whole of it is there.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Raises `Incompatible` when a frame announces more than `MAX_FRAME_BYTES`."""
+        self._buffer += data
+        start, end = 0, len(self._buffer)
+        try:
+            while end - start >= 4:
+                (length,) = _length.unpack_from(self._buffer, start)
+                if length > MAX_FRAME_BYTES:
+                    raise Incompatible(f"a frame of {length} bytes; {MAX_FRAME_BYTES} at most")
+                if end - start - 4 < length:
+                    break
+                body = bytes(self._buffer[start + 4 : start + 4 + length])
+                start += 4 + length
+                yield body
+        finally:
+            del self._buffer[:start]
+
+
+def split(packed: bytes, size: int) -> list[bytes]:
+    """Cut a packed column into its items. Raises `Incompatible` when it does not divide."""
+    if len(packed) % size:
+        raise Incompatible(f"a column of {len(packed)} bytes is no multiple of {size}")
+    return [packed[i : i + size] for i in range(0, len(packed), size)]

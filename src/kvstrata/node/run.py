@@ -1,0 +1,149 @@
+"""The node as a process: binds its socket, runs the loop, and ends when it should.
+
+``python -m kvstrata.node.run`` reads its configuration as JSON from standard input; that is how a
+client starts a node on demand. ``kvstrata serve`` calls `run` itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+
+from kvstrata.config import Config, load_config, socket_path
+from kvstrata.errors import ConfigError, KVStrataError
+from kvstrata.keys import load_secret
+from kvstrata.node.node import Node
+from kvstrata.node.server import STARTUP_GRACE_S, Server
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.0005
+
+
+def run(
+    config: Config, *, on_demand: bool = False, on_ready: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until SIGTERM or SIGINT; on demand, also until nobody has been connected for a while.
+
+    Args:
+        config: the whole configuration.
+        on_demand: end ``config.linger`` seconds after the last client.
+        on_ready: called once clients can connect.
+
+    Raises:
+        ConfigError: the socket's folder or the secret cannot be used.
+    """
+    path = socket_path(config)
+    secret = load_secret(config.secret_file)
+    # The engine that started us may have bound itself to a single core.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    # A thread that computes gives the loop its turn within this time, not within 5 ms.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    prepare_folder(path.parent)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        # An earlier node that is still writing behind holds this, and the disk tier's folder.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        uvloop.install()
+        asyncio.run(_serve(config, path, secret, on_demand, on_ready))
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the socket's folder, for this user only.
+
+    Raises:
+        ConfigError: it belongs to somebody else or cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.stat().st_uid
+    except OSError as error:
+        raise ConfigError("node", f"cannot make the folder {folder}: {error}") from error
+    if owner not in (os.getuid(), 0):
+        raise ConfigError("node", f"{folder} belongs to user {owner}; name another socket")
+
+
+def bind(path: Path) -> socket.socket:
+    """A listening Unix socket of mode 0600, in the place of a dead one."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    listener.listen(128)
+    return listener
+
+
+async def _serve(
+    config: Config, path: Path, secret: bytes, on_demand: bool, on_ready: Callable[[], None]
+) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    node = Node.create(config)
+    await node.start()
+
+    def stop_if_alone() -> None:
+        if not server.num_peers:
+            stop.set()
+
+    def on_alone() -> None:
+        if on_demand:
+            loop.call_later(config.linger, stop_if_alone)
+
+    server = Server(node, secret, on_alone)
+    if on_demand:
+        loop.call_later(STARTUP_GRACE_S, stop_if_alone)
+    listener = bind(path)
+    server.listen(listener)
+    logger.info(
+        "node %d serves on %s: %d bytes of host memory", os.getpid(), path,
+        node.host.pool.capacity_bytes,
+    )  # fmt: skip
+    on_ready()
+    try:
+        await stop.wait()
+    finally:
+        # Unlink first: who comes now must start a new node, which waits for our lock.
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        server.close()
+        await node.stop()
+        logger.info("node %d has ended", os.getpid())
+
+
+def _main() -> None:
+    try:
+        config = load_config(environ={}, overrides=json.load(sys.stdin))
+        logging.basicConfig(
+            level=config.log.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        told, tell = os.pipe()
+        if os.fork():
+            # The starter waits for this process only; the node itself is nobody's child.
+            os.close(tell)
+            os._exit(0 if os.read(told, 1) else 2)
+        os.close(told)
+        run(config, on_demand=True, on_ready=lambda: os.close(tell) if os.write(tell, b"1") else None)
+    except KVStrataError as error:
+        print(f"kvstrata node: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    _main()

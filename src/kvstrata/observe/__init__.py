@@ -1,0 +1,1 @@
+"""What the node saw: counters, and one record per request."""

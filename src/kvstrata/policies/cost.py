@@ -1,0 +1,150 @@
+"""GreedyDual-Size-Frequency: who saves the fewest seconds per byte goes first.
+
+Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching
+policy", HP Labs HPL-98-69R1, 1998, after Cao and Irani's GreedyDual-Size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from heapq import heapify, heappop, heappush
+
+from kvstrata.policies.base import Policy, check_arguments, unknown_key
+
+LOOKS_PER_POP = 256
+
+
+class _Entry:
+    __slots__ = ("cost", "key", "live", "nbytes", "order", "priority", "uses")
+
+    def __init__(self, key: bytes, nbytes: int, cost: float, uses: int) -> None:
+        self.key = key
+        self.nbytes = nbytes
+        self.cost = cost
+        self.uses = uses
+        self.priority = 0.0
+        self.order = 0
+        self.live = True
+
+
+_Item = tuple[float, int, _Entry]  # priority, order of use
+
+
+class CostAware(Policy):
+    """Evict by `inflation + uses * cost / nbytes`, lowest first, oldest use first among equals.
+
+    Inflation is the priority of the dearest victim so far, so whatever is not used any more is
+    overtaken in the end, however dear it was. Cost is seconds to recompute the key.
+
+    No eviction stalls: it puts at most `LOOKS_PER_POP` used keys into their new places, and if
+    the lowest key is not known by then, it takes the lowest that has been put into its place.
+    About 300 bytes a key.
+    """
+
+    def __init__(self, capacity_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(capacity_bytes, clock)
+        self._entries: dict[bytes, _Entry] = {}
+        # One item per entry that is not parked, plus those of removed entries. A use raises an
+        # entry's priority but not its item, which is corrected when it comes up. Until then it
+        # is a lower bound, so the lowest item that needs no correction is the lowest entry.
+        # Corrected items have a heap of their own, for when there is no time to find that one.
+        self._new: list[_Item] = []
+        self._corrected: list[_Item] = []
+        self._dead_items = 0
+        self._inflation = 0.0
+        self._order = 0
+
+    def insert(self, key: bytes, nbytes: int, cost: float = 1.0) -> None:
+        check_arguments(nbytes, cost)
+        known = self._entries.get(key)
+        if known is not None and (known.nbytes, known.cost) == (nbytes, cost):
+            self.touch(key)
+            return
+        uses = 0 if known is None else known.uses
+        self.remove(key)  # its priority may fall, which an item in the heap cannot follow
+        entry = self._entries[key] = _Entry(key, nbytes, cost, uses)
+        self._total_bytes += nbytes
+        self._use(entry)
+        heappush(self._new, (entry.priority, entry.order, entry))
+
+    def touch(self, key: bytes) -> None:
+        entry = self._entries.get(key)
+        if entry is None:
+            raise unknown_key(key)
+        self._use(entry)
+        if self.parking.discard(key) is not None:
+            heappush(self._new, (entry.priority, entry.order, entry))
+
+    def remove(self, key: bytes) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return
+        self._total_bytes -= entry.nbytes
+        if self.parking.discard(key) is None:
+            entry.live = False
+            self._dead_items += 1
+            self._bound_dead_items()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def keys(self) -> Iterator[bytes]:
+        for key, _ in self.parking.items():
+            yield key
+        for _, _, entry in self._items():
+            if entry.live:
+                yield entry.key
+
+    def _use(self, entry: _Entry) -> None:
+        self._order += 1
+        entry.order = self._order
+        entry.uses += 1
+        entry.priority = self._inflation + entry.uses * entry.cost / entry.nbytes
+
+    def _items(self) -> Iterator[_Item]:
+        yield from self._corrected
+        yield from self._new
+
+    def _pop(self) -> tuple[bytes, int] | None:
+        looks_left = LOOKS_PER_POP
+        while self._new or self._corrected:
+            heap = self._corrected
+            if not heap or (looks_left > 0 and self._new and self._new[0] < heap[0]):
+                heap = self._new
+            _, order, entry = heappop(heap)
+            if not entry.live:
+                self._dead_items -= 1
+            elif entry.order == order or looks_left <= 0:
+                self._bound_dead_items()
+                return entry.key, entry.nbytes
+            else:
+                looks_left -= 1
+                heappush(self._corrected, (entry.priority, entry.order, entry))
+        return None
+
+    def _bound_dead_items(self) -> None:
+        if self._dead_items > (len(self._new) + len(self._corrected)) // 2:
+            self._new = [item for item in self._items() if item[2].live]
+            heapify(self._new)
+            self._corrected = []
+            self._dead_items = 0
+
+    def _evicted(self, key: bytes, nbytes: int) -> None:
+        self._inflation = max(self._inflation, self._entries.pop(key).priority)
+
+    def check_integrity(self) -> None:
+        parked = dict(self.parking.items())
+        items = list(self._items())
+        queued = {entry.key: entry for _, _, entry in items if entry.live}
+        assert not parked.keys() & queued.keys(), "a key stands in two places"
+        assert parked.keys() | queued.keys() == self._entries.keys()
+        assert all(self._entries[key] is entry for key, entry in queued.items())
+        assert len(items) == len(queued) + self._dead_items
+        assert self._dead_items <= len(items) // 2, "removed keys pile up"
+        total = sum(entry.nbytes for entry in self._entries.values())
+        assert total == self._total_bytes, f"{total} bytes held, {self._total_bytes} counted"
+        assert all(item[:2] <= (item[2].priority, item[2].order) for item in items)

@@ -1,0 +1,141 @@
+"""S3-FIFO: three plain queues, so that keys used once leave before they push out the rest.
+
+Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Differs:
+queues are measured in bytes, leased keys are passed over, and one eviction gives at most
+`TURNS_PER_POP` second chances.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+from kvstrata.policies.base import Policy, check_arguments, unknown_key
+
+SMALL_SHARE = 0.1
+MAX_HITS = 3  # two bits, as in the paper
+HITS_TO_STAY = 2
+TURNS_PER_POP = 1000  # about a millisecond
+
+
+class S3FIFO(Policy):
+    """A small queue for new keys, a main queue for proven ones, and a memory of the evicted.
+
+    New keys enter the small queue (10% of the capacity). At its end those used at least twice
+    move to main, the others are evicted and remembered as ghosts; a ghost that is inserted
+    again enters main at once. At the end of main a used key goes round again with one use less.
+    Ghosts are bare keys, as many as would fill main. Ignores cost.
+    """
+
+    def __init__(self, capacity_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(capacity_bytes, clock)
+        self._small_target = int(capacity_bytes * SMALL_SHARE)
+        self._small: OrderedDict[bytes, int] = OrderedDict()  # key -> size, oldest first
+        self._main: OrderedDict[bytes, int] = OrderedDict()
+        self._ghost: OrderedDict[bytes, int] = OrderedDict()
+        self._hits: dict[bytes, int] = {}  # only keys used since they entered; at most MAX_HITS
+        self._small_bytes = 0
+        self._ghost_bytes = 0
+
+    def insert(self, key: bytes, nbytes: int, cost: float = 1.0) -> None:
+        check_arguments(nbytes, cost)
+        queue = self._queue_of(key)
+        if queue is not None:
+            grown = nbytes - queue[key]
+            queue[key] = nbytes  # keeps its place
+            self._total_bytes += grown
+            if queue is self._small:
+                self._small_bytes += grown
+            self.touch(key)
+            return
+        wanted = self.parking.discard(key)
+        if wanted is not None:
+            self._total_bytes -= wanted
+        ghost = self._ghost.pop(key, None)
+        if ghost is not None:
+            self._ghost_bytes -= ghost
+        if wanted is not None or ghost is not None:
+            self._main[key] = nbytes
+        else:
+            self._small[key] = nbytes
+            self._small_bytes += nbytes
+        self._total_bytes += nbytes
+
+    def touch(self, key: bytes) -> None:
+        if self._queue_of(key) is not None:
+            self._hits[key] = min(self._hits.get(key, 0) + 1, MAX_HITS)
+            return
+        nbytes = self.parking.discard(key)
+        if nbytes is None:
+            raise unknown_key(key)
+        # It stood at the end of its queue; used there, it goes round again.
+        self._main[key] = nbytes
+
+    def remove(self, key: bytes) -> None:
+        queue = self._queue_of(key)
+        nbytes = self.parking.discard(key) if queue is None else queue.pop(key)
+        if nbytes is None:
+            return
+        self._total_bytes -= nbytes
+        if queue is self._small:
+            self._small_bytes -= nbytes
+        self._hits.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._small) + len(self._main) + len(self.parking)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._small or key in self._main or key in self.parking
+
+    def keys(self) -> Iterator[bytes]:
+        for key, _ in self.parking.items():
+            yield key
+        yield from self._small
+        yield from self._main
+
+    def _queue_of(self, key: bytes) -> OrderedDict[bytes, int] | None:
+        if key in self._small:
+            return self._small
+        return self._main if key in self._main else None
+
+    def _pop(self) -> tuple[bytes, int] | None:
+        # Every turn that returns nothing takes uses away, so the queues do not turn for ever;
+        # past the bound the next key goes as if it were unused.
+        turns_left = TURNS_PER_POP
+        while self._small or self._main:
+            turns_left -= 1
+            if self._small and (self._small_bytes > self._small_target or not self._main):
+                key, nbytes = self._small.popitem(last=False)
+                self._small_bytes -= nbytes
+                if self._hits.pop(key, 0) < HITS_TO_STAY or turns_left < 0:
+                    return key, nbytes
+            else:
+                key, nbytes = self._main.popitem(last=False)
+                hits = self._hits.pop(key, 0)
+                if hits == 0 or turns_left < 0:
+                    return key, nbytes
+                if hits > 1:
+                    self._hits[key] = hits - 1
+            self._main[key] = nbytes
+        return None
+
+    def _evicted(self, key: bytes, nbytes: int) -> None:
+        self._ghost[key] = nbytes
+        self._ghost_bytes += nbytes
+        while self._ghost_bytes > self.capacity_bytes - self._small_target:
+            _, gone = self._ghost.popitem(last=False)
+            self._ghost_bytes -= gone
+
+    def check_integrity(self) -> None:
+        parked = dict(self.parking.items())
+        places = [parked.keys(), self._small.keys(), self._main.keys(), self._ghost.keys()]
+        assert len(set().union(*places)) == sum(map(len, places)), "a key stands in two places"
+        small = sum(self._small.values())
+        assert small == self._small_bytes
+        total = small + sum(self._main.values()) + sum(parked.values())
+        assert total == self._total_bytes, f"{total} bytes held, {self._total_bytes} counted"
+        assert sum(self._ghost.values()) == self._ghost_bytes
+        assert self._ghost_bytes <= self.capacity_bytes - self._small_target
+        assert self._hits.keys() <= self._small.keys() | self._main.keys()
+        assert all(0 < hits <= MAX_HITS for hits in self._hits.values())

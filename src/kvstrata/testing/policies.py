@@ -1,0 +1,239 @@
+"""The contract every eviction policy keeps, as a class of tests to subclass.
+
+::
+
+    class TestMine(PolicyContract):
+        def make_policy(self, capacity_bytes, clock):
+            return Mine(capacity_bytes, clock)
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import pytest
+
+from kvstrata.errors import UsageError
+from kvstrata.policies.base import LOOKS_PER_EVICTION, Policy
+from kvstrata.testing.clock import ManualClock
+
+NBYTES = 1000
+
+
+def key(number: int) -> bytes:
+    """A key of 32 bytes, distinct for every number."""
+    return number.to_bytes(32, "big")
+
+
+def anything(_: bytes) -> bool:
+    """Nothing is leased."""
+    return True
+
+
+class PolicyContract(ABC):
+    """Subclass, implement `make_policy`, and pytest collects the tests."""
+
+    @abstractmethod
+    def make_policy(self, capacity_bytes: int, clock: Callable[[], float]) -> Policy:
+        """A fresh, empty policy."""
+
+    @pytest.fixture
+    def policy(self) -> Policy:
+        return self.make_policy(100 * NBYTES, ManualClock())
+
+    def test_empty(self, policy: Policy) -> None:
+        assert len(policy) == 0
+        assert policy.total_bytes == 0
+        assert key(1) not in policy
+        assert list(policy.keys()) == []
+        assert policy.evict(anything) is None
+        policy.check_integrity()
+
+    def test_insert_then_evict_all(self, policy: Policy) -> None:
+        for i in range(50):
+            policy.insert(key(i), NBYTES + i)
+        assert len(policy) == 50
+        assert policy.total_bytes == 50 * NBYTES + sum(range(50))
+        assert set(policy.keys()) == {key(i) for i in range(50)}
+        victims = [policy.evict(anything) for _ in range(50)]
+        assert sorted(victim for victim in victims if victim) == [key(i) for i in range(50)]
+        assert policy.evict(anything) is None
+        assert (len(policy), policy.total_bytes) == (0, 0)
+        policy.check_integrity()
+
+    def test_victim_is_gone(self, policy: Policy) -> None:
+        policy.insert(key(1), NBYTES)
+        assert policy.evict(anything) == key(1)
+        assert key(1) not in policy
+        with pytest.raises(UsageError):
+            policy.touch(key(1))
+
+    def test_fresh_prefix_goes_tail_first(self, policy: Policy) -> None:
+        tail_to_head = [key(i) for i in range(60)]
+        for one in tail_to_head:
+            policy.insert(one, NBYTES)
+        assert [policy.evict(anything) for _ in tail_to_head] == tail_to_head
+
+    def test_used_prefix_goes_tail_first(self, policy: Policy) -> None:
+        tail_to_head = [key(i) for i in range(60)]
+        for one in tail_to_head:
+            policy.insert(one, NBYTES)
+        for _ in range(3):
+            for one in tail_to_head:
+                policy.touch(one)
+        assert [policy.evict(anything) for _ in tail_to_head] == tail_to_head
+
+    def test_prefix_goes_tail_first_after_its_lease_ends(self, policy: Policy) -> None:
+        tail_to_head = [key(i) for i in range(60)]
+        for one in tail_to_head:
+            policy.insert(one, NBYTES)
+        policy.insert(key(99), NBYTES)
+        assert policy.evict(lambda one: one == key(99)) == key(99)  # passes over the prefix
+        assert [policy.evict(anything) for _ in tail_to_head] == tail_to_head
+
+    def test_insert_of_a_present_key_is_a_touch(self, policy: Policy) -> None:
+        policy.insert(key(1), NBYTES)
+        policy.insert(key(1), 2 * NBYTES)
+        assert len(policy) == 1
+        assert policy.total_bytes == 2 * NBYTES
+        assert policy.evict(anything) == key(1)
+        assert policy.evict(anything) is None
+        policy.check_integrity()
+
+    def test_insert_of_a_passed_over_key(self, policy: Policy) -> None:
+        policy.insert(key(1), NBYTES)
+        assert policy.evict(lambda _: False) is None
+        policy.insert(key(1), 2 * NBYTES)
+        assert (len(policy), policy.total_bytes) == (1, 2 * NBYTES)
+        policy.check_integrity()
+
+    def test_touch_of_an_unknown_key_is_a_bug(self, policy: Policy) -> None:
+        with pytest.raises(UsageError, match=key(7).hex()):
+            policy.touch(key(7))
+
+    def test_remove_is_idempotent(self, policy: Policy) -> None:
+        policy.insert(key(1), NBYTES)
+        policy.insert(key(2), NBYTES)
+        policy.remove(key(1))
+        policy.remove(key(1))
+        policy.remove(key(3))
+        assert (len(policy), policy.total_bytes) == (1, NBYTES)
+        assert policy.evict(anything) == key(2)
+        assert policy.evict(anything) is None
+
+    def test_remove_of_a_passed_over_key(self, policy: Policy) -> None:
+        policy.insert(key(1), NBYTES)
+        assert policy.evict(lambda _: False) is None
+        assert key(1) in policy
+        policy.remove(key(1))
+        assert (len(policy), policy.total_bytes) == (0, 0)
+        assert policy.evict(anything) is None
+        policy.check_integrity()
+
+    @pytest.mark.parametrize("nbytes", [0, -1])
+    def test_size_must_be_positive(self, policy: Policy, nbytes: int) -> None:
+        with pytest.raises(UsageError):
+            policy.insert(key(1), nbytes)
+        assert len(policy) == 0
+
+    @pytest.mark.parametrize("cost", [-1.0, math.inf, math.nan])
+    def test_cost_must_be_a_time(self, policy: Policy, cost: float) -> None:
+        with pytest.raises(UsageError):
+            policy.insert(key(1), NBYTES, cost)
+        assert len(policy) == 0
+
+    def test_free_of_cost(self, policy: Policy) -> None:
+        policy.insert(key(1), NBYTES, 0.0)
+        assert policy.evict(anything) == key(1)
+
+    def test_leased_keys_stay(self, policy: Policy) -> None:
+        for i in range(10):
+            policy.insert(key(i), NBYTES)
+        leased = {key(i) for i in range(0, 10, 2)}
+        free = [key(i) for i in range(1, 10, 2)]
+        assert [policy.evict(lambda one: one not in leased) for _ in free] == free
+        assert policy.evict(lambda one: one not in leased) is None
+        assert set(policy.keys()) == leased
+        assert policy.total_bytes == 5 * NBYTES
+        policy.check_integrity()
+
+    def test_leased_keys_keep_their_place(self, policy: Policy) -> None:
+        for i in range(5):
+            policy.insert(key(i), NBYTES)
+        assert policy.evict(lambda one: one not in (key(0), key(1))) == key(2)
+        assert [policy.evict(anything) for _ in range(4)] == [key(0), key(1), key(3), key(4)]
+
+    def test_no_key_is_lost_when_the_question_fails(self, policy: Policy) -> None:
+        for i in range(3):
+            policy.insert(key(i), NBYTES)
+
+        def broken(_: bytes) -> bool:
+            raise RuntimeError("boom")
+
+        for _ in range(5):
+            with pytest.raises(RuntimeError, match="boom"):
+                policy.evict(broken)
+            policy.check_integrity()
+        assert len(policy) == 3
+        assert {policy.evict(anything) for _ in range(3)} == {key(0), key(1), key(2)}
+
+    def test_many_leased_keys_cost_little(self, policy: Policy) -> None:
+        num_leased, num_free = 2000, 1000
+        for i in range(num_leased + num_free):
+            policy.insert(key(i), NBYTES)
+        calls = 0
+
+        def evictable(one: bytes) -> bool:
+            nonlocal calls
+            calls += 1
+            return int.from_bytes(one, "big") >= num_leased
+
+        for _ in range(num_free):
+            assert policy.evict(evictable) is not None
+        assert calls <= num_leased + num_free * (LOOKS_PER_EVICTION + 3)
+        assert len(policy) == num_leased
+        policy.check_integrity()
+
+    def test_a_released_key_is_found_though_many_are_leased(self, policy: Policy) -> None:
+        for i in range(1000):
+            policy.insert(key(i), NBYTES)
+        assert policy.evict(lambda _: False) is None
+        assert policy.evict(lambda one: one == key(500)) == key(500)
+        assert policy.evict(lambda one: one == key(500)) is None
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_random_history(self, policy: Policy, seed: int) -> None:
+        draw = random.Random(seed)
+        model: dict[bytes, int] = {}
+        leased: set[bytes] = set()
+
+        def is_free(one: bytes) -> bool:
+            return one not in leased
+
+        for _ in range(2000):
+            one = key(draw.randrange(80))
+            action = draw.randrange(6)
+            if action <= 1:
+                model[one] = draw.randrange(1, 3 * NBYTES)
+                policy.insert(one, model[one], draw.random())
+            elif action == 2 and one in model:
+                policy.touch(one)
+            elif action == 3 and draw.random() < 0.3:
+                policy.remove(one)
+                model.pop(one, None)
+            elif action == 4:
+                leased.symmetric_difference_update({one})
+            elif action == 5:
+                victim = policy.evict(is_free)
+                assert (victim is None) == (not model.keys() - leased)
+                if victim is not None:
+                    assert victim not in leased
+                    del model[victim]
+            assert len(policy) == len(model)
+            assert policy.total_bytes == sum(model.values())
+        policy.check_integrity()
+        assert set(policy.keys()) == model.keys()
+        assert all(one in policy for one in model)

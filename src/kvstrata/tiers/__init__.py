@@ -1,0 +1,1 @@
+"""Places where objects live; one tier a file."""

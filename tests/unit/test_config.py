@@ -1,0 +1,445 @@
+"""Configuration: every source is one parser, nothing is ignored, what is printed loads again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import FrozenInstanceError
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstrata import cli
+from kvstrata.config import (
+    OPTIONS,
+    OTHER_VARIABLES,
+    POLICY_NAMES,
+    Config,
+    effective,
+    file_system_bytes,
+    host_capacity_bytes,
+    load_config,
+    socket_path,
+)
+from kvstrata.config_file import read_file
+from kvstrata.errors import ConfigError
+from kvstrata.policies import POLICIES
+
+GIB = 1 << 30
+ROOT = Path(__file__).parents[2]
+
+# One accepted value per option, different from its default.
+SAMPLES: Mapping[str, Any] = {
+    "node": "unix:/run/kvstrata/node.sock",
+    "chunk_tokens": 256,
+    "tenant": "Zoë & söhne",
+    "secret_file": "/etc/kvstrata/secret",
+    "linger": "1min",
+    "log": "debug",
+    "host.capacity": "3GiB",
+    "host.policy": "s3fifo",
+    "host.verify_every": 1,
+    "disk.path": "/var/cache/kv",
+    "disk.capacity": "200GB",
+    "disk.policy": "cost",
+    "disk.io_threads": 8,
+    "disk.write_queue": "1GiB",
+    "disk.scrub_rate": 0,
+    "deadlines.match": "1ms",
+    "deadlines.request": "1s",
+    "deadlines.load": "2.5s",
+    "deadlines.attach": "1min",
+    "leases.per_client": "10%",
+    "leases.total": "90%",
+}
+
+
+def load(
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> Config:
+    """On a machine of 64 GiB memory and 1 TiB disk, with an empty environment."""
+    return load_config(
+        file, environ or {}, overrides, memory_bytes=64 * GIB, disk_bytes=lambda path: 1024 * GIB
+    )
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        part, _, name = path.rpartition(".")
+        (tree.setdefault(part, {}) if part else tree)[name] = value
+    return tree
+
+
+def variables(flat: Mapping[str, Any]) -> dict[str, str]:
+    return {OPTIONS[path].variable: str(value) for path, value in flat.items()}
+
+
+def test_defaults() -> None:
+    config = load()
+    assert config == Config(secret_file=config.secret_file)
+    assert (config.node, config.chunk_tokens, config.disk) == ("auto", 128, None)
+    assert (config.linger, config.deadlines.match, config.deadlines.load) == (5.0, 0.002, 10.0)
+    assert config.host.capacity == Fraction(1, 5)
+    assert (config.leases.per_client, config.leases.total) == (Fraction(1, 2), Fraction(4, 5))
+    with pytest.raises(FrozenInstanceError):
+        config.tenant = "other"  # type: ignore[misc]
+
+
+def test_every_source_gives_the_same_configuration(tmp_path: Path) -> None:
+    assert SAMPLES.keys() == OPTIONS.keys()
+    yaml_file, toml_file = tmp_path / "kv.yaml", tmp_path / "kv.toml"
+    yaml_file.write_text(json.dumps(nested(SAMPLES)))  # JSON is YAML
+    want = load(SAMPLES)
+    toml_file.write_text(effective(want))
+    for config in (
+        load(nested(SAMPLES)),
+        load(environ=variables(SAMPLES)),
+        load(file=yaml_file),
+        load(file=toml_file),
+        load(environ={"KVSTRATA_CONFIG": str(toml_file)}),
+    ):
+        assert config == want
+    for path, option in OPTIONS.items():
+        assert option.kind.format(_value(want, path)) != option.default, "samples differ"
+
+
+def _value(config: Config, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def test_precedence_and_sources(tmp_path: Path) -> None:
+    file = tmp_path / "kv.toml"
+    file.write_text('tenant = "file"\nlog = "error"\n[host]\ncapacity = "1GiB"\npolicy = "cost"')
+    environ = {"KVSTRATA_TENANT": "environment", "KVSTRATA_HOST_CAPACITY": "2GiB"}
+    config = load({"tenant": "override"}, environ, file)
+    assert (config.tenant, config.host.capacity) == ("override", 2 * GIB)
+    assert (config.log, config.host.policy) == ("error", "cost")
+    assert config.sources == {
+        "tenant": "override",
+        "host.capacity": "environment",
+        "log": "file",
+        "host.policy": "file",
+    }
+    lines = effective(config).splitlines()
+    assert 'tenant = "override"  # override' in lines
+    assert 'capacity = "2GiB"  # environment' in lines
+    assert "verify_every = 64  # default" in lines
+
+
+def test_a_file_named_by_argument_comes_before_the_variable(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('tenant = "a"')
+    environ = {"KVSTRATA_CONFIG": str(tmp_path / "missing.toml")}
+    assert load(environ=environ, file=tmp_path / "a.toml").tenant == "a"
+
+
+def test_parts_of_the_disk_may_come_from_different_sources() -> None:
+    config = load({"disk.path": "/d"}, {"KVSTRATA_DISK_CAPACITY": "1GiB"})
+    assert config.disk is not None
+    assert (config.disk.path, config.disk.capacity) == (Path("/d"), GIB)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "problem"),
+    [
+        ({"host.capcity": "1GiB"}, "host.capcity", "did you mean host.capacity"),
+        ({"host": {"capcity": "1GiB"}}, "host.capcity", "did you mean host.capacity"),
+        ({"path": "/x"}, "path", "did you mean disk.path"),
+        ({"capacity": 1}, "capacity", "did you mean host.capacity or disk.capacity"),
+        ({"host_capacity": 1}, "host_capacity", "did you mean host.capacity"),
+        ({"zzz": 1}, "zzz", "expected one of node, chunk_tokens"),
+        ({"": 1}, "", "unknown key"),
+        ({1: 2}, "1", "unknown key"),
+        ({"sources": {}}, "sources", "unknown key"),
+        ({"host": "8GiB"}, "host", "not a table of capacity, policy, verify_every"),
+        ({"host": None}, "host", "not a table"),
+        ({"host": {"capacity": 1}, "host.capacity": 2}, "host.capacity", "given twice"),
+        ({"host.capacity": "8G"}, "host.capacity", "unknown unit 'G'"),
+        ({"host.capacity": "-8GiB"}, "host.capacity", "negative"),
+        ({"host.capacity": 8}, "host.capacity", "less than 1MiB"),
+        ({"host.capacity": "0%"}, "host.capacity", "leaves nothing"),
+        ({"host.capacity": "101%"}, "host.capacity", "more than 100%"),
+        ({"host.capacity": 0.2}, "host.capacity", "is not a size"),
+        ({"host.capacity": "65GiB"}, "host.capacity", "memory this machine has.*at most 64GiB"),
+        ({"host.policy": "lur"}, "host.policy", "did you mean lru.*one of lru, s3fifo, cost"),
+        ({"host.policy": ["lru"]}, "host.policy", "is not known"),
+        ({"host.verify_every": -1}, "host.verify_every", "from 0 to 1000000"),
+        ({"chunk_tokens": 100}, "chunk_tokens", "a multiple of 16 from 16 to 4096"),
+        ({"chunk_tokens": 0}, "chunk_tokens", "from 16 to 4096"),
+        ({"chunk_tokens": 8192}, "chunk_tokens", "from 16 to 4096"),
+        ({"chunk_tokens": True}, "chunk_tokens", "not a whole number"),
+        ({"chunk_tokens": 128.0}, "chunk_tokens", "not a whole number"),
+        ({"tenant": ""}, "tenant", "1 to 128 printable"),
+        ({"tenant": "a\nb"}, "tenant", "1 to 128 printable"),
+        ({"tenant": 7}, "tenant", "1 to 128 printable"),
+        ({"linger": 5}, "linger", "is not a duration"),
+        ({"linger": "5"}, "linger", "no unit"),
+        ({"deadlines.load": "0s"}, "deadlines.load", "leaves no time"),
+        ({"leases.total": "40%"}, "leases.per_client", "50% is more than leases.total, 40%"),
+        ({"node": "tcp:1"}, "node", '"auto", or "unix:"'),
+        ({"node": "unix:x.sock"}, "node", "not absolute"),
+        ({"node": "unix:/" + "x" * 107}, "node", "longer than a socket's 107 bytes"),
+        ({"secret_file": "secret"}, "secret_file", "not absolute"),
+        ({"secret_file": "/a\0b"}, "secret_file", "not a path"),
+        ({"disk": {}}, "disk.path", "missing"),
+        ({"disk.path": "/d"}, "disk.capacity", "missing, but disk.path is given"),
+        ({"disk.capacity": "1GiB"}, "disk.path", "missing, but disk.capacity is given"),
+        ({"disk.io_threads": 2}, "disk.path", "missing, but disk.io_threads is given"),
+        ({"disk": {"path": "/d", "capacity": "50%"}}, "disk.capacity", "unknown unit '%'"),
+        ({"disk": {"path": "/d", "capacity": "2TiB"}}, "disk.capacity", "file system of /d"),
+        ({"disk": {"path": "d", "capacity": "1GiB"}}, "disk.path", "not absolute"),
+    ],
+)
+def test_what_is_wrong_is_named(overrides: dict[str, Any], path: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load(overrides)
+    assert caught.value.path == path
+
+
+@pytest.mark.parametrize("path", sorted(OPTIONS))
+@pytest.mark.parametrize("value", [None, [], {}, 1.5, False, "", object()])
+def test_no_option_takes_a_value_of_another_kind(path: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({**SAMPLES, path: value})
+    assert caught.value.path == path
+    assert f"expected {OPTIONS[path].kind.expected} (override)" in caught.value.problem
+
+
+def test_a_wrong_value_names_its_source(tmp_path: Path) -> None:
+    file = tmp_path / "kv.yml"
+    file.write_text("host: {capacity: 8G}")
+    with pytest.raises(ConfigError, match=f"\\(file {file}\\)"):
+        load(file=file)
+    with pytest.raises(ConfigError, match=r"\(environment variable KVSTRATA_HOST_CAPACITY\)"):
+        load(environ={"KVSTRATA_HOST_CAPACITY": "8G"})
+
+
+def test_unknown_variables_are_errors() -> None:
+    with pytest.raises(ConfigError, match="did you mean KVSTRATA_HOST_CAPACITY"):
+        load(environ={"KVSTRATA_HOST_CAPCITY": "1GiB"})
+    with pytest.raises(ConfigError, match="expected one of KVSTRATA_NODE"):
+        load(environ={"KVSTRATA_": ""})
+
+
+def test_other_variables_are_let_through(tmp_path: Path) -> None:
+    (tmp_path / "kv.yaml").write_text("")
+    environ = {**dict.fromkeys(OTHER_VARIABLES, "x"), "KVSTRATA_CONFIG": f"{tmp_path}/kv.yaml"}
+    kubernetes = {
+        "KVSTRATA_SERVICE_HOST": "10.0.0.1",
+        "KVSTRATA_SERVICE_PORT": "9000",
+        "KVSTRATA_NODE_SERVICE_PORT_METRICS": "9000",
+        "KVSTRATA_PORT": "tcp://10.0.0.1:9000",
+        "KVSTRATA_PORT_9000_TCP": "tcp://10.0.0.1:9000",
+        "KVSTRATA_PORT_9000_TCP_ADDR": "10.0.0.1",
+    }
+    assert load(environ={**environ, **kubernetes, "PATH": "/bin"}).sources == {}
+    with pytest.raises(ConfigError, match="unknown environment variable"):
+        load(environ={"KVSTRATA_PORT": "9000"})
+
+
+def test_variables_are_distinct() -> None:
+    names = {option.variable for option in OPTIONS.values()}
+    assert len(names) == len(OPTIONS)
+    assert names.isdisjoint(OTHER_VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.toml", b"x = ", "is no valid toml"),
+        ("a.toml", b"tenant = 'a'\ntenant = 'b'", "is no valid toml"),
+        ("a.toml", b"\xff", "is no valid toml"),
+        ("a.yaml", b"tenant: a\ntenant: b", "'tenant' is given twice"),
+        ("a.yaml", b"host: {policy: lru, policy: cost}", "'policy' is given twice"),
+        ("a.yaml", b"x: [", "is no valid yaml"),
+        ("a.yaml", b"!!python/object/apply:os.getcwd []", "is no valid yaml"),
+        ("a.yaml", b"[1]", "expected keys and values"),
+        ("a.ini", b"", "ends in .toml, .yaml or .yml"),
+        ("a.toml", None, "cannot be read: No such file"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load(file=file)
+    assert caught.value.path == str(file)
+
+
+sizes = st.integers(1 << 20, 60 * GIB)
+shares = st.integers(1, 9999).map(lambda n: f"{n / 100:.2f}%")
+durations = st.integers(1, 10**9).map(lambda n: f"{n}us")
+values: Mapping[str, st.SearchStrategy[Any]] = {
+    "chunk_tokens": st.integers(1, 256).map(lambda n: 16 * n),
+    "tenant": st.text(min_size=1, max_size=20).filter(str.isprintable),
+    "secret_file": st.text(min_size=1).filter(str.isprintable).map(lambda name: f"/s/{name}"),
+    "linger": durations,
+    "host.capacity": sizes | shares,
+    "host.policy": st.sampled_from(POLICY_NAMES),
+    "disk.path": st.text(min_size=1).filter(str.isprintable).map(lambda name: f"/d/{name}"),
+    "disk.capacity": sizes,
+    "disk.scrub_rate": st.integers(0, GIB).map(lambda n: f"{n}B/s"),
+    "deadlines.load": durations,
+    "leases.total": st.integers(50, 100).map(lambda n: f"{n}%"),
+}
+some_values = st.fixed_dictionaries(
+    {}, optional={path: value for path, value in values.items() if not path.startswith("disk")}
+) | st.fixed_dictionaries(dict(values))
+
+
+@given(some_values)
+def test_what_is_printed_loads_as_the_same_configuration(
+    tmp_path_factory: pytest.TempPathFactory, flat: dict[str, Any]
+) -> None:
+    config = load(flat)
+    file = tmp_path_factory.getbasetemp() / "printed.toml"
+    file.write_text(effective(config), encoding="utf-8")
+    assert read_file(file) == config.to_dict()
+    assert load(file=file) == config
+    assert load(config.to_dict()) == config
+    assert load(json.loads(json.dumps(config.to_dict()))) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_capacity_in_bytes() -> None:
+    assert host_capacity_bytes(load({"host.capacity": "25%"}), 1_000_001) == 61 * 4096
+    assert host_capacity_bytes(load({"host.capacity": (1 << 20) + 5}), 1) == 1 << 20
+
+
+def test_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load({"secret_file": "~/a/../b"}).secret_file == tmp_path / "b"
+    assert load({"node": "unix:~/n.sock"}).node == f"unix:{tmp_path}/n.sock"
+    assert load().secret_file == tmp_path / ".config/kvstrata/secret"
+    assert load(environ={"XDG_CONFIG_HOME": "/xdg"}).secret_file == Path("/xdg/kvstrata/secret")
+
+
+def test_identity_covers_the_nodes_options_and_no_others() -> None:
+    base = {"disk.path": "/d", "disk.capacity": "1GiB"}
+    identity = load(base).node_identity(uid=1)
+    clients = {"node", "chunk_tokens", "tenant", "log"}
+    for path, value in SAMPLES.items():
+        other = load({**base, path: value}).node_identity(uid=1)
+        is_client = path in clients or path.startswith("deadlines.")
+        assert (other == identity) == is_client, path
+    assert load().node_identity(uid=1) != identity
+    assert load(base).node_identity(uid=2) != identity
+    assert load({**base, "host.capacity": "20.0%"}).node_identity(uid=1) == identity
+
+
+def test_socket_path(tmp_path: Path) -> None:
+    assert socket_path(load({"node": "unix:/run/n.sock"})) == Path("/run/n.sock")
+    config, uid = load(), os.getuid()
+    name = f"{config.node_identity()}.sock"
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    assert socket_path(config, environ) == tmp_path / "kvstrata" / name
+    fallback = tmp_path / f"kvstrata-{uid}" / name
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    for folder in (None, "relative", f"{tmp_path}/missing", str(long)):
+        environ = {} if folder is None else {"XDG_RUNTIME_DIR": folder}
+        assert socket_path(config, environ, temporary=tmp_path) == fallback
+    assert list(tmp_path.iterdir()) == [long], "nothing is created"
+
+
+def test_a_strangers_socket_folder_is_refused(tmp_path: Path) -> None:
+    stranger = os.getuid() + 1
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    other = socket_path(load(), environ, uid=stranger, temporary=tmp_path / "t")
+    assert other.parent == tmp_path / f"t/kvstrata-{stranger}", "a stranger's XDG folder is passed"
+    (tmp_path / f"kvstrata-{stranger}").mkdir()
+    with pytest.raises(ConfigError, match="is not a folder of user"):
+        socket_path(load(), {}, uid=stranger, temporary=tmp_path)
+    (tmp_path / f"kvstrata-{os.getuid()}").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="is not a folder of user"):
+        socket_path(load(), {}, temporary=tmp_path)
+
+
+def test_machine_is_measured(tmp_path: Path) -> None:
+    assert file_system_bytes(tmp_path / "not/there") == file_system_bytes(tmp_path) > 0
+    with pytest.raises(ConfigError, match="memory this machine has"):
+        load_config(environ={}, overrides={"host.capacity": "9000TiB"})
+    with pytest.raises(ConfigError, match="more than the file system"):
+        load_config(
+            environ={}, overrides={"disk.path": str(tmp_path), "disk.capacity": "900000TiB"}
+        )
+
+
+def test_an_unknown_file_system_size_is_not_held_against_it() -> None:
+    overrides = {"disk.path": "/d", "disk.capacity": "900TiB"}
+    assert load_config(environ={}, overrides=overrides, disk_bytes=lambda path: 0).disk is not None
+
+
+def test_policies_are_those_that_exist() -> None:
+    assert set(POLICY_NAMES) == set(POLICIES)
+
+
+def test_the_page_is_what_the_code_says() -> None:
+    script = ROOT / "scripts" / "generate_configuration.py"
+    spec = importlib.util.spec_from_file_location("generate_configuration", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == module.page(), "stale: run scripts/generate_configuration.py"
+    for option in OPTIONS.values():
+        assert option.variable in page
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    for name in [name for name in os.environ if name.startswith("KVSTRATA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("sys.argv", ["kvstrata", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_command_prints_what_loads_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "kv.yaml"
+    file.write_text("tenant: acme")
+    arguments = ("config", "-c", str(file), "--set", "host.capacity=2MiB", "-s", "chunk_tokens=64")
+    assert run_command(monkeypatch, *arguments) == 0
+    printed = tmp_path / "printed.toml"
+    printed.write_text(capsys.readouterr().out)
+    want = {"tenant": "acme", "host.capacity": 2 << 20, "chunk_tokens": 64}
+    assert load(file=printed) == load(want)
+    assert run_command(monkeypatch, *arguments, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["config"] == load(want).to_dict()
+    assert answer["sources"]["tenant"] == "file"
+    assert answer["host_capacity_bytes"] == 2 << 20
+    assert answer["socket"].endswith(".sock")
+
+
+@pytest.mark.parametrize("setting", ["host.capacity=9", "host.capacity", "nope=1"])
+def test_command_tells_an_error_in_one_line(
+    setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(monkeypatch, "config", "--set", setting) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"kvstrata: {setting.partition('=')[0]}: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("kvstrata ")

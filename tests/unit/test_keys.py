@@ -1,0 +1,344 @@
+"""Keys follow docs/keys.md to the byte, and everything that matters changes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import os
+import re
+import stat
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstrata.errors import ConfigError, UsageError
+from kvstrata.keys import KeyChain, MediaItem, Namespace, load_secret
+
+SECRET = bytes(range(32))
+NAMESPACE = Namespace(model="5f3a", layout="full/30x3x64x2/bfloat16", chunk_tokens=4)
+CHAIN = KeyChain(SECRET, NAMESPACE.digest(), 4)
+
+small_tokens = st.lists(st.integers(0, 2**31 - 1), max_size=30)
+items = st.builds(
+    MediaItem, identifier=st.text("ab", max_size=2), offset=st.integers(0, 30),
+    length=st.integers(1, 12),
+)  # fmt: skip
+namespaces = st.builds(
+    Namespace,
+    model=st.text("ab", min_size=1, max_size=3),
+    layout=st.text("ab", min_size=1, max_size=3),
+    chunk_tokens=st.integers(1, 12),
+    tensor_parallel=st.integers(1, 12),
+    pipeline_parallel=st.integers(1, 12),
+    context_parallel=st.integers(1, 12),
+    adapter=st.text("ab", max_size=3),
+    tenant=st.text("ab", max_size=3),
+)
+
+
+def by_the_page(tokens: list[int], media: list[MediaItem], salt: str = "") -> list[bytes]:
+    """The chain as docs/keys.md words it, one piece at a time."""
+    hash_key = blake3(SECRET + salt.encode(), derive_key_context="KVStrata 1 chunk keys").digest()
+    key, keys = NAMESPACE.digest(), []
+    for start in range(0, len(tokens) - 3, 4):
+        message = key + struct.pack("<I", 4)
+        message += b"".join(struct.pack("<I", token) for token in tokens[start : start + 4])
+        inside = [
+            item
+            for item in sorted(media, key=lambda item: (item.offset, item.length, item.identifier))
+            if item.offset < start + 4 and item.offset + item.length > start
+        ]
+        message += struct.pack("<I", len(inside))
+        for item in inside:
+            name = item.identifier.encode()
+            message += struct.pack("<I", len(name)) + name
+            message += struct.pack("<qQ", item.offset - start, item.length)
+        key = blake3(message, key=hash_key).digest()
+        keys.append(key)
+    return keys
+
+
+def test_examples_of_the_keys_page_are_true() -> None:
+    path = Path(__file__).parents[2] / "docs/keys.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+    test = doctest.DocTestParser().get_doctest("".join(blocks), {}, "keys.md", str(path), 0)
+    assert len(test.examples) >= 14
+    output: list[str] = []
+    doctest.DocTestRunner().run(test, out=output.append)
+    assert not output, "".join(output)
+
+
+@given(small_tokens, st.lists(items, max_size=4), st.sampled_from(["", "alice", "ü"]))
+def test_chain_is_the_pages(tokens: list[int], media: list[MediaItem], salt: str) -> None:
+    chain = KeyChain(SECRET, NAMESPACE.digest(), 4, salt)
+    assert chain.keys(tokens, media) == by_the_page(tokens, media, salt)
+
+
+@given(small_tokens, st.lists(items, max_size=4), st.integers(1, 7))
+def test_extending_equals_starting_over(
+    tokens: list[int], media: list[MediaItem], chunks: int
+) -> None:
+    whole, start = CHAIN.keys(tokens, media), chunks * 4
+    if len(whole) < chunks:
+        return
+    rest = CHAIN.keys(tokens[start:], media, start=start, parent=whole[chunks - 1])
+    assert rest == whole[chunks:]
+
+
+@given(small_tokens, small_tokens)
+def test_keys_agree_exactly_as_far_as_tokens_do(one: list[int], other: list[int]) -> None:
+    pairs = list(zip(CHAIN.keys(one), CHAIN.keys(other), strict=False))
+    for chunk, (key, its) in enumerate(pairs):
+        end = (chunk + 1) * 4
+        assert (key == its) == (one[:end] == other[:end])
+
+
+@given(small_tokens.filter(len), st.data())
+def test_any_changed_token_changes_all_keys_from_there(tokens: list[int], data: Any) -> None:
+    at = data.draw(st.integers(0, len(tokens) - 1))
+    changed = list(tokens)
+    changed[at] ^= 1
+    before, after = CHAIN.keys(tokens), CHAIN.keys(changed)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [
+        chunk < at // 4 for chunk in range(len(before))
+    ]
+
+
+def test_media_enters_every_chunk_it_overlaps_and_no_other() -> None:
+    def bare(chunk: int, media: list[MediaItem]) -> bytes:
+        """The key of one chunk under a fixed parent, so that only its own hash shows."""
+        return CHAIN.keys([7] * 4, media, start=4 * chunk, parent=bytes(32))[0]
+
+    image = MediaItem("image", offset=7, length=6)  # tokens 7 to 12: chunks 1, 2, 3
+    touched = [bare(chunk, [image]) != bare(chunk, []) for chunk in range(1, 6)]
+    assert touched == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [MediaItem("other", 2, 3), MediaItem("image", 1, 3), MediaItem("image", 2, 4)],
+    ids=["identifier", "offset", "length"],
+)
+def test_media_differing_in_one_thing_differ(other: MediaItem) -> None:
+    tokens, image = [7] * 8, MediaItem("image", 2, 3)
+    assert CHAIN.keys(tokens, [image]) != CHAIN.keys(tokens, [other])
+    both = [CHAIN.keys(tokens, [image, other]), CHAIN.keys(tokens, [other, image])]
+    assert both[0] == both[1]
+    assert both[0] not in (CHAIN.keys(tokens, [image]), CHAIN.keys(tokens, [image, image]))
+
+
+@given(namespaces, namespaces)
+def test_namespaces_meet_only_if_equal(one: Namespace, other: Namespace) -> None:
+    assert (one.digest() == other.digest()) == (one == other)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Namespace)])
+def test_every_field_changes_the_namespace(field: str) -> None:
+    value = getattr(NAMESPACE, field)
+    change: dict[str, Any] = {field: value + 1 if isinstance(value, int) else value + "x"}
+    changed = dataclasses.replace(NAMESPACE, **change)
+    assert changed.digest() != NAMESPACE.digest()
+    assert KeyChain(SECRET, changed.digest(), 4).keys([1] * 4) != CHAIN.keys([1] * 4)
+
+
+def test_secret_and_salt_change_keys() -> None:
+    tokens = [1, 2, 3, 4]
+    chains = [
+        CHAIN,
+        KeyChain(bytes(32), NAMESPACE.digest(), 4),
+        KeyChain(SECRET, NAMESPACE.digest(), 4, "alice"),
+        KeyChain(SECRET, NAMESPACE.digest(), 4, "bob"),
+        KeyChain(SECRET, NAMESPACE.digest(), 2),
+    ]
+    keys = [chain.keys(tokens)[-1] for chain in chains]
+    assert len(set(keys)) == len(chains)
+
+
+def test_another_process_derives_the_same_keys() -> None:
+    program = (
+        "from kvstrata.keys import KeyChain\n"
+        f"print(KeyChain({SECRET!r}, {NAMESPACE.digest()!r}, 4, 'alice').keys(range(8))[1].hex())"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("0", "1")
+    }
+    assert said == {KeyChain(SECRET, NAMESPACE.digest(), 4, "alice").keys(range(8))[1].hex()}
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [5, 0, 2**31 - 1, 9],
+        (5, 0, 2**31 - 1, 9),
+        np.array([5, 0, 2**31 - 1, 9], np.int32),
+        np.array([5, 0, 2**31 - 1, 9], ">i8"),
+        np.array([5, 7, 0, 7, 2**31 - 1, 7, 9, 7], np.uint64)[::2],
+        [np.int64(5), 0, 2**31 - 1, 9],
+    ],
+    ids=["list", "tuple", "int32", "big-endian", "strided", "numpy scalars"],
+)
+def test_every_form_of_token_ids_has_the_same_keys(tokens: Any) -> None:
+    assert CHAIN.keys(tokens) == by_the_page([5, 0, 2**31 - 1, 9], [])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([1, 2, -1, 3], "token 2 is -1, not 0 to 2147483647"),
+        ([1, 2**31], "token 1 is 2147483648"),
+        ([1, 2**63], "token 1 is 9223372036854775808"),
+        (np.array([0, 0, 0, 0, -5]), "token 4 is -5"),
+        (np.array([2**31], np.uint32), "token 0 is 2147483648"),
+        ([1, 2.0], "token 1 is 2.0, not a whole number"),
+        ([1, None], "token 1 is None"),
+        (["a"], "token 0 is 'a'"),
+        (np.zeros(4), "float64: expected flat integers"),
+        (np.zeros((2, 4), np.int32), r"\(2, 4\), int32"),
+        (bytes(32), "raw bytes"),
+    ],
+    ids=repr,
+)
+def test_wrong_token_ids_are_named(tokens: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        CHAIN.keys(tokens)
+
+
+def test_less_than_a_chunk_has_no_key() -> None:
+    assert CHAIN.keys([]) == CHAIN.keys(np.array([], np.int32)) == CHAIN.keys([1, 2, 3]) == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"start": 2, "parent": bytes(32)}, "start 2 is not a multiple"),
+        ({"start": -4, "parent": bytes(32)}, "start -4 is not a multiple"),
+        ({"start": 4}, "must be given together"),
+        ({"parent": bytes(32)}, "must be given together"),
+        ({"start": 4, "parent": b"short"}, "parent of 5 bytes"),
+        ({"media": [MediaItem("x", -1, 2)]}, "offset must be at least 0"),
+        ({"media": [MediaItem("x", 0, 0)]}, "length at least 1"),
+        ({"media": [MediaItem("\ud800", 0, 1)]}, "UTF-8"),
+    ],
+    ids=repr,
+)
+def test_wrong_arguments(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        CHAIN.keys([1, 2, 3, 4], **kwargs)
+
+
+def test_wrong_chains_and_namespaces() -> None:
+    digest = NAMESPACE.digest()
+    with pytest.raises(UsageError, match="secret of 31 bytes"):
+        KeyChain(bytes(31), digest, 4)
+    with pytest.raises(UsageError, match="namespace digest of 64 bytes"):
+        KeyChain(SECRET, digest * 2, 4)
+    with pytest.raises(UsageError, match="chunk_tokens 0"):
+        KeyChain(SECRET, digest, 0)
+    with pytest.raises(UsageError, match="UTF-8"):
+        KeyChain(SECRET, digest, 4, "\ud800")
+    with pytest.raises(UsageError, match="tensor_parallel is 0"):
+        dataclasses.replace(NAMESPACE, tensor_parallel=0)
+    with pytest.raises(UsageError, match="model is empty"):
+        dataclasses.replace(NAMESPACE, model="")
+    with pytest.raises(UsageError, match="UTF-8"):
+        dataclasses.replace(NAMESPACE, tenant="\udc80").digest()
+
+
+def test_secret_is_made_once_and_for_the_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "secret"
+    secret = load_secret(path)
+    assert len(secret) == 32
+    assert load_secret(path) == secret == path.read_bytes()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert [file.name for file in path.parent.iterdir()] == ["secret"]
+    assert load_secret(tmp_path / "other") != secret
+
+
+def test_processes_that_start_at_once_agree_on_one_secret(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom kvstrata.keys import load_secret\n"
+        "print('ready', flush=True)\nsys.stdin.readline()\n"
+        f"print(load_secret({str(tmp_path / 'secret')!r}).hex())"
+    )
+    starters = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for starter in starters:
+        assert starter.stdout
+        assert starter.stdout.readline() == "ready\n"
+    for starter in starters:
+        assert starter.stdin
+        starter.stdin.write("\n")
+        starter.stdin.flush()
+    said = {starter.communicate()[0].strip() for starter in starters}
+    assert said == {(tmp_path / "secret").read_bytes().hex()}
+    assert os.listdir(tmp_path) == ["secret"]
+
+
+def test_who_comes_second_takes_the_first_ones_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "secret"
+    link = os.link
+
+    def slower(source: Any, target: Any) -> None:
+        monkeypatch.setattr(os, "link", link)
+        first = load_secret(path)
+        assert len(first) == 32
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", slower)
+    assert load_secret(path) == load_secret(path)
+    assert os.listdir(tmp_path) == ["secret"]
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
+def test_secret_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(SECRET)
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match=f"{path}: .*mode 0{mode:o}.*chmod 600 '{path}'"):
+        load_secret(path)
+    path.chmod(0o400)
+    assert load_secret(path) == SECRET
+
+
+@pytest.mark.parametrize("size", [0, 31, 33, 4096])
+def test_secret_of_another_length_is_refused(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(bytes(size))
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=f"{path}: holds {size} bytes, expected 32; copy"):
+        load_secret(path)
+    assert path.stat().st_size == size
+
+
+def test_secret_that_cannot_be_read_or_made(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "folder", tmp_path / "file" / "secret"):
+        with pytest.raises(ConfigError, match=f"{path}: cannot read or make the secret"):
+            load_secret(path)
