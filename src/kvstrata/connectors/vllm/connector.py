@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import vllm
@@ -20,10 +20,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvstrata.config import Config, load_config
+from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
 from kvstrata.connectors.vllm.worker import WorkerSide
-from kvstrata.errors import ConfigError
+from kvstrata.errors import ConfigError, KVStrataError
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +39,14 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
     not there.
     """
 
-    def __init__(
-        self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any
-    ) -> None:
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         config = load_config(overrides=transfer.kv_connector_extra_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._make_worker: Callable[[dict[str, Any]], WorkerSide] | None = None
+        self._problem = "vLLM registered no KV caches"
         reason = _unsupported(kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             _greet(transfer, reason)
@@ -56,7 +57,11 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(vllm_config, config, chunk_tokens, block_tokens)
         else:
-            self._worker = WorkerSide(vllm_config, kv_cache_config, config, chunk_tokens)
+            self._link = Link(config, f"worker of rank {vllm_config.parallel_config.rank}")
+            self._link.start()
+            self._make_worker = lambda kv_caches: WorkerSide(
+                vllm_config, kv_cache_config, kv_caches, self._link, config, chunk_tokens
+            )
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -83,9 +88,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
             return 0, False
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
 
-    def update_state_after_alloc(
-        self, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None:
             self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
 
@@ -114,7 +117,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, num_external_tokens: int
     ) -> dict[Any, int]:
         if self._scheduler is None:
-            return super().get_external_cache_hit_sources(request, num_external_tokens)
+            return {}
         return self._scheduler.hit_sources(request, num_external_tokens)
 
     def take_events(self) -> Iterable[Any]:
@@ -126,11 +129,18 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
     # worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        if self._worker is not None:
-            self._worker.register(kv_caches)
+        if self._make_worker is None:
+            return
+        try:
+            self._worker = self._make_worker(kv_caches)
+        except KVStrataError as error:
+            self._problem = str(error)
+            self._link.close()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        return self._worker.hello() if self._worker is not None else None
+        return (
+            self._worker.hello() if self._worker is not None else WorkerHello(problem=self._problem)
+        )
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None:
@@ -165,6 +175,9 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
             return KVConnectorTransferResults()
         loaded, failed = self._worker.loads_ended()
         return KVConnectorTransferResults(finished_recving=loaded, failed_recving=failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.invalid_blocks() if self._worker is not None else set()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return self._worker.report() if self._worker is not None else None
@@ -204,7 +217,7 @@ def _greet(transfer: Any, reason: str) -> None:
 
 
 def _chunk_tokens(config: Config, block_tokens: int) -> int:
-    """Tokens of a chunk: as configured, or the next whole number of blocks if that is the default."""
+    """Tokens of a chunk: as configured; the default is rounded up to whole blocks."""
     if config.chunk_tokens % block_tokens == 0:
         return config.chunk_tokens
     if "chunk_tokens" in config.sources:

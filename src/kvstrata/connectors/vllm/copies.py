@@ -65,8 +65,8 @@ class Copier(ABC):
     """Copies plans one way or the other; blocks until the bytes are there."""
 
     @abstractmethod
-    def load(self, plan: Plan) -> None:
-        """Slots to blocks."""
+    def load(self, plan: Plan, after: Any) -> None:
+        """Slots to blocks, once ``after`` (from `mark`) has come to pass."""
 
     @abstractmethod
     def store(self, plan: Plan, after: Any) -> None:
@@ -74,28 +74,25 @@ class Copier(ABC):
 
     @abstractmethod
     def mark(self) -> Any:
-        """A point in the engine's own work that a later `store` has to wait for."""
+        """A point in the engine's own work that a copy has to wait for."""
 
-    def attach(self, pool: PoolMapping) -> None:
+    def attach(self, pool: PoolMapping) -> None:  # noqa: B027 - optional
         """Prepare for copies from and to this mapping."""
 
-    def detach(self) -> None:
+    def detach(self) -> None:  # noqa: B027 - optional
         """Undo `attach`; no copy is under way."""
 
 
 class CpuCopier(Copier):
     """The engine's blocks are in this process's own memory."""
 
-    def load(self, plan: Plan) -> None:
+    def load(self, plan: Plan, after: Any) -> None:
         slots, blocks, lengths = plan.runs()
-        for slot, block, length in zip(slots, blocks, lengths, strict=True):
-            # ctypes releases the GIL for the copy
-            ctypes.memmove(block, slot, length)
+        copy_runs(blocks, slots, lengths)
 
     def store(self, plan: Plan, after: Any) -> None:
         slots, blocks, lengths = plan.runs()
-        for slot, block, length in zip(slots, blocks, lengths, strict=True):
-            ctypes.memmove(slot, block, length)
+        copy_runs(slots, blocks, lengths)
 
     def mark(self) -> None:
         """On the CPU the forward is over when it returns."""
@@ -121,9 +118,10 @@ class CudaCopier(Copier):
         self._registering: threading.Thread | None = None
         self._stop = threading.Event()
 
-    def load(self, plan: Plan) -> None:
+    def load(self, plan: Plan, after: Any) -> None:
         slots, blocks, lengths = plan.runs()
         stream = self._stream()
+        stream.wait_event(after)
         with torch.cuda.stream(stream):
             self._swap(_pointers(slots), _pointers(blocks), _pointers(lengths))
         stream.synchronize()
@@ -183,6 +181,12 @@ class CudaCopier(Copier):
 def make_copier(device: torch.device) -> Copier:
     """The copier for blocks on this device."""
     return CudaCopier(device) if device.type == "cuda" else CpuCopier()
+
+
+def copy_runs(to: Sequence[int], source: Sequence[int], lengths: Sequence[int]) -> None:
+    """Copy runs of this process's memory, on this thread, without holding the GIL meanwhile."""
+    for to_address, from_address, length in zip(to, source, lengths, strict=True):
+        ctypes.memmove(to_address, from_address, length)
 
 
 def payload_address(pool: PoolMapping, offset: int) -> int:

@@ -1,15 +1,21 @@
-"""Which namespace a vLLM engine's KV belongs to: everything that decides what the bytes mean."""
+"""Which namespace a request's KV belongs to: everything that decides what the bytes mean."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvstrata.errors import ConfigError
-from kvstrata.identity import model_fingerprint, weights_identity
+from kvstrata.identity import adapter_identity, model_fingerprint, weights_identity
 from kvstrata.keys import Namespace
+
+logger = logging.getLogger(__name__)
 
 
 def cache_file() -> Path:
@@ -18,10 +24,72 @@ def cache_file() -> Path:
     return Path(root) / "kvstrata" / "weights"
 
 
-def engine_namespace(
-    vllm_config: Any, layout: str, chunk_tokens: int, tenant: str
-) -> Namespace:
-    """The namespace of an engine without an adapter. Reads the weights once, so it may take seconds.
+class Namespaces:
+    """The engine's namespace and those of its adapters, found out in the background.
+
+    Args:
+        vllm_config: the engine's configuration.
+        chunk_tokens: tokens of a chunk.
+        tenant: as configured.
+    """
+
+    def __init__(self, vllm_config: Any, chunk_tokens: int, tenant: str) -> None:
+        self._vllm_config = vllm_config
+        self._chunk_tokens = chunk_tokens
+        self._tenant = tenant
+        self._hashing = ThreadPoolExecutor(1, "kvstrata-identity")
+        self._engine: Future[Namespace] | None = None
+        self._adapters: dict[str, Future[str]] = {}
+        self._generation = ""
+
+    def identify(self, layout: str, wait_s: float) -> None:
+        """Begin to find out the engine's namespace, and wait for it a little.
+
+        Args:
+            layout: the logical layout of the KV of all ranks, in one canonical text.
+
+        Raises:
+            ConfigError: the weights cannot be identified, so nothing may be cached.
+        """
+        self._engine = self._hashing.submit(
+            engine_namespace, self._vllm_config, layout, self._chunk_tokens, self._tenant
+        )
+        try:
+            self._engine.result(wait_s)
+        except FutureTimeout:
+            logger.warning("KVStrata: still hashing the weights; nothing is cached until then")
+
+    def of(self, request: Any) -> bytes | None:
+        """The namespace of a request's KV; None while its adapter is being hashed.
+
+        Raises:
+            ConfigError: the weights are still being hashed, or an identity cannot be had.
+        """
+        if self._engine is None or not self._engine.done():
+            raise ConfigError("model", "its weights are still being hashed")
+        namespace = self._engine.result()
+        if request.lora_request is not None:
+            path = request.lora_request.lora_path
+            adapter = self._adapters.get(path)
+            if adapter is None:
+                adapter = self._hashing.submit(adapter_identity, path, cache_file())
+                self._adapters[path] = adapter
+            if not adapter.done():
+                return None
+            namespace = replace(namespace, adapter=adapter.result())
+        return replace(namespace, model=namespace.model + self._generation).digest()
+
+    def renew(self) -> None:
+        """Begin a new namespace: the weights may have changed where they are."""
+        self._generation = os.urandom(16).hex()
+
+    def close(self) -> None:
+        """Hash no more. Repeatable."""
+        self._hashing.shutdown(wait=False, cancel_futures=True)
+
+
+def engine_namespace(vllm_config: Any, layout: str, chunk_tokens: int, tenant: str) -> Namespace:
+    """The namespace of an engine without an adapter; reads the weights, so it may take seconds.
 
     Args:
         vllm_config: the engine's configuration.

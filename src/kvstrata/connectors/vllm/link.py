@@ -30,6 +30,7 @@ class Link:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._ready = threading.Event()
+        self._tried = threading.Event()
 
     def start(self) -> None:
         """Begin to attach, unless that is under way."""
@@ -40,9 +41,9 @@ class Link:
             )
             self._thread.start()
 
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for the attempt under way; False if it has not succeeded in time."""
-        return self._ready.wait(timeout_s)
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the first attempt has ended, well or not."""
+        self._tried.wait(timeout_s)
 
     def take(self) -> NodeClient | None:
         """The client of a finished attempt, once; the caller closes it."""
@@ -73,6 +74,7 @@ class Link:
                             "it keeps trying: %s", self._who, error,
                         )  # fmt: skip
                         told = True
+                    self._tried.set()
                     self._closing.wait(delay)
                     delay = min(2 * delay, LONGEST_RETRY_S)
                 else:
@@ -84,6 +86,7 @@ class Link:
                     self._client = client
                     self._thread = None
                     self._ready.set()
+                    self._tried.set()
                     return
         except Exception:
             logger.exception("KVStrata: attaching died of a bug; the engine computes everything")

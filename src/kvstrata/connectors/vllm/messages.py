@@ -34,6 +34,7 @@ class Load:
 
     Args:
         request_id: whose blocks.
+        node: identity of the node whose pool the slots are in.
         lease: the lease that holds the slots still; the scheduler's side releases it.
         first_chunk: number of the first chunk to copy, counted from the start of the prompt.
         offsets: for each chunk to copy, the slot of each rank; -1 while it is still arriving.
@@ -43,6 +44,7 @@ class Load:
     """
 
     request_id: str
+    node: bytes
     lease: int
     first_chunk: int
     offsets: list[list[int]]

@@ -7,29 +7,26 @@ request in vLLM". Nothing here waits for the node longer than ``deadlines.match`
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.client import NodeClient, offsets_of
 from kvstrata.config import Config
-from kvstrata.connectors.vllm.fingerprint import cache_file, engine_namespace
+from kvstrata.connectors.vllm.fingerprint import Namespaces
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.requests import RequestState
-from kvstrata.errors import ConfigError, KVStrataError, NodeUnavailable
-from kvstrata.identity import adapter_identity
-from kvstrata.keys import KeyChain, Namespace
+from kvstrata.errors import KVStrataError, NodeUnavailable
+from kvstrata.keys import KeyChain
 from kvstrata.node import protocol as p
 
 logger = logging.getLogger(__name__)
 
+#: the name under which payloads in the portable order are asked for
+PORTABLE = "portable"
 #: requests that have not been scheduled yet and hold a lease, at most; the others ask in their turn
 LOOK_AHEAD = 8
 #: how long the start waits for the weights' identity; later requests wait for nothing
@@ -49,7 +46,6 @@ class SchedulerSide:
     def __init__(
         self, vllm_config: Any, config: Config, chunk_tokens: int, block_tokens: int
     ) -> None:
-        self._vllm_config = vllm_config
         self._config = config
         self._chunk = chunk_tokens
         self._block = block_tokens
@@ -59,10 +55,7 @@ class SchedulerSide:
         self._off = "the workers have not introduced themselves"
         self._orders: list[str] = []
         self._parts: list[int] = []
-        self._namespace: Future[Namespace] = Future()
-        self._generation = b""
-        self._adapters: dict[str, Future[str]] = {}
-        self._hashing = ThreadPoolExecutor(1, "kvstrata-adapters")
+        self._namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
         self._worker_nodes: set[bytes] = set()
         self._states: dict[str, RequestState] = {}
         # requests that run or load, so that the engine is not idle
@@ -82,15 +75,12 @@ class SchedulerSide:
             self._off = f"the workers keep KV in different orders: {[h.order for h in ranked]}"
         else:
             self._off = ""
-            self._orders = [ranked[0].order]
+            self._orders = [ranked[0].order, PORTABLE]
             self._parts = list(range(len(ranked)))
             layout = "; ".join(hello.layout for hello in ranked)
             self._worker_nodes = {hello.node for hello in ranked}
-            threading.Thread(target=self._identify, args=(layout,), daemon=True).start()
             try:
-                self._namespace.result(IDENTITY_WAIT_S)
-            except TimeoutError:
-                logger.warning("KVStrata: still hashing the weights; nothing is cached until then")
+                self._namespaces.identify(layout, IDENTITY_WAIT_S)
             except Exception as error:
                 logger.exception("KVStrata: the model cannot be identified")
                 self._off = f"the model cannot be identified: {error}"
@@ -161,6 +151,7 @@ class SchedulerSide:
             self._client.release(state.lease, keep=last)
         load = Load(
             request_id=request.request_id,
+            node=self._client.hello.node if self._client is not None else b"",
             lease=state.lease,
             first_chunk=first,
             offsets=[
@@ -245,7 +236,7 @@ class SchedulerSide:
 
     def reset_cache(self) -> bool:
         """Begin a new namespace: nothing that was stored so far is found again by this engine."""
-        self._generation = os.urandom(16)
+        self._namespaces.renew()
         for state in self._states.values():
             # What runs now has KV of before and after; none of it may be stored.
             state.bypass, state.chain = "the cache was reset", None
@@ -259,7 +250,7 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Let go of the node. Repeatable."""
-        self._hashing.shutdown(wait=False, cancel_futures=True)
+        self._namespaces.close()
         self._link.close()
         if self._client is not None:
             self._client.close()
@@ -270,14 +261,6 @@ class SchedulerSide:
     @property
     def _blocks_per_chunk(self) -> int:
         return self._chunk // self._block
-
-    def _identify(self, layout: str) -> None:
-        try:
-            self._namespace.set_result(
-                engine_namespace(self._vllm_config, layout, self._chunk, self._config.tenant)
-            )
-        except BaseException as error:
-            self._namespace.set_exception(error)
 
     def _bypass(self, request: Any) -> str:
         """Why nothing of a request is cached; empty if it is."""
@@ -319,7 +302,7 @@ class SchedulerSide:
             return True
         if state.chain is None:
             try:
-                namespace = self._request_namespace(state.request)
+                namespace = self._namespaces.of(state.request)
             except (KVStrataError, OSError) as error:
                 state.bypass = f"an identity is missing: {error}"
                 state.matched = True
@@ -340,24 +323,6 @@ class SchedulerSide:
             state.matched, state.miss = True, "no node"
         state.asked_at = time.monotonic()
         return True
-
-    def _request_namespace(self, request: Any) -> bytes | None:
-        """Raises what kept an identity from being computed; None while it is computed."""
-        if not self._namespace.done():
-            raise ConfigError("model", "its weights are still being hashed")
-        namespace = self._namespace.result()
-        if request.lora_request is not None:
-            path = request.lora_request.lora_path
-            adapter = self._adapters.get(path)
-            if adapter is None:
-                adapter = self._hashing.submit(adapter_identity, path, cache_file())
-                self._adapters[path] = adapter
-            if not adapter.done():
-                return None
-            namespace = replace(namespace, adapter=adapter.result())
-        if self._generation:
-            namespace = replace(namespace, model=namespace.model + self._generation.hex())
-        return namespace.digest()
 
     def _answered(self, state: RequestState) -> bool:
         """Take in a match's answer; False if it has not come and may still."""
@@ -419,7 +384,7 @@ class SchedulerSide:
         )
 
     def _end_load(self, request_id: str, *, failed: bool) -> None:
-        lease, chunk = self._loads.pop(request_id)
+        lease, chunk = self._loads.pop(request_id, (0, b""))
         if self._loading_chunks.get(chunk) == request_id:
             del self._loading_chunks[chunk]
         if self._client is not None:

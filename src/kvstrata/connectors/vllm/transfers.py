@@ -1,0 +1,284 @@
+"""Loads and stores of one worker: threads of their own, each copy at its end or never begun.
+
+A load fills a request's blocks from leased slots as these arrive. A store reserves slots, copies
+blocks into them, and commits. A step that is about to overwrite blocks waits for the stores that
+read them, or cancels those that have not begun to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from kvstrata.client import NodeClient, offsets_of
+from kvstrata.config import DeadlineConfig
+from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
+from kvstrata.connectors.vllm.messages import Load, Store
+from kvstrata.connectors.vllm.pages import Pages
+from kvstrata.errors import CorruptObject, KVStrataError, NodeUnavailable
+from kvstrata.node import protocol as p
+from kvstrata.objects import HEADER_BYTES, checksum, decode
+
+logger = logging.getLogger(__name__)
+
+NUM_LOAD_THREADS = 2
+#: stores that may wait for their turn; beyond it they are dropped, loads never are
+MAX_WAITING_STORES = 64
+NOT_WRITTEN = bytes(16)
+
+
+class StoreJob:
+    """A store on its way.
+
+    Args:
+        store: what to copy.
+        after: a mark of the copier's; the blocks hold their bytes from then on.
+        cost: seconds that computing one chunk took; 0 if unknown.
+    """
+
+    def __init__(self, store: Store, after: Any, cost: float) -> None:
+        self.store = store
+        self.blocks = frozenset(store.blocks)
+        self.after = after
+        self.cost = cost
+        self.ended = threading.Event()
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._copying = False
+
+    def begin_copy(self) -> bool:
+        """Whether the blocks may still be read; if so they hold still until `ended` is set."""
+        with self._lock:
+            self._copying = not self._cancelled
+            return self._copying
+
+    def settle(self, timeout_s: float) -> bool:
+        """Return when the blocks are no longer read; False if the store was cancelled for that.
+
+        The time limit is for a copy to begin. One that has begun is waited for to its end.
+        """
+        if self.ended.wait(timeout_s):
+            return True
+        with self._lock:
+            if not self._copying:
+                self._cancelled = True
+                return False
+        self.ended.wait()
+        return True
+
+
+class Transfers:
+    """Copies between a node's slots and this worker's blocks.
+
+    Args:
+        pages: the worker's pages, proven by their self-test.
+        copier: copies between them and the pool.
+        template: what the headers of this worker's objects share.
+        rank: this worker's, among ``world``.
+        deadlines: for a load as a whole, and for each answer of the node to a store.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        copier: Copier,
+        template: p.Template,
+        rank: int,
+        world: int,
+        deadlines: DeadlineConfig,
+    ) -> None:
+        self._pages = pages
+        self._copier = copier
+        self._template = template
+        self._rank = rank
+        self._world = world
+        self._deadlines = deadlines
+        self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", _use_all_cores)
+        self._storing = ThreadPoolExecutor(1, "kvstrata-store", _use_all_cores)
+        self._jobs: list[StoreJob] = []
+        self._changed = threading.Condition()
+        self._num_loading = 0
+        self._loaded: set[str] = set()
+        self._failed: set[str] = set()
+
+    def begin_loads(self, loads: list[Load], client: NodeClient | None) -> None:
+        """Begin loads into blocks that the engine has finished with; each ends exactly once."""
+        after = self._copier.mark()
+        for load in loads:
+            with self._changed:
+                self._num_loading += 1
+            self._loading.submit(self._load, load, client, after)
+
+    def loads_ended(self, wait_s: float) -> tuple[set[str], set[str]]:
+        """Requests whose loads have ended since the last call, and those of them that failed.
+
+        Args:
+            wait_s: how long to wait if loads are under way and none has ended.
+        """
+        with self._changed:
+            if self._num_loading and not self._loaded:
+                self._changed.wait(wait_s)
+            loaded, self._loaded = self._loaded, set()
+            failed, self._failed = self._failed, set()
+        return loaded, failed
+
+    def begin_store(self, store: Store, client: NodeClient, cost: float) -> None:
+        """Begin a store of blocks that the engine has filled, unless too many are waiting."""
+        self._jobs = [job for job in self._jobs if not job.ended.is_set()]
+        if len(self._jobs) < MAX_WAITING_STORES:
+            job = StoreJob(store, self._copier.mark(), cost)
+            self._jobs.append(job)
+            self._storing.submit(self._store, job, client)
+
+    def fence(self, blocks: set[int]) -> None:
+        """Return when no store reads these blocks any more."""
+        deadline = time.monotonic() + self._deadlines.request
+        for job in self._jobs:
+            if job.blocks.isdisjoint(blocks):
+                continue
+            if not job.settle(max(0.0, deadline - time.monotonic())):
+                logger.warning("KVStrata: a store was dropped, its blocks are needed")
+
+    def settle(self) -> None:
+        """Return when no copy is under way; loads end at their deadline at the latest."""
+        with self._changed:
+            while self._num_loading:
+                self._changed.wait()
+        for job in self._jobs:
+            job.settle(0.0)
+
+    def plan(
+        self, load: Load, client: NodeClient | None, offsets: list[list[int]], first: int, last: int
+    ) -> tuple[Plan, list[object]]:
+        """How chunks ``first`` to ``last`` of a load get into their blocks.
+
+        Args:
+            offsets: the slots of the load's chunks, as far as they are known by now.
+
+        Returns:
+            The copies, and what must be kept until they are done.
+
+        Raises:
+            NodeUnavailable: the client is not the one of the node that holds the lease.
+            CorruptObject: a slot holds something else than what was leased.
+        """
+        if client is None or client.hello.node != load.node:
+            raise NodeUnavailable("this worker is not attached to the node of the lease")
+        per_chunk = len(load.blocks) // len(load.keys)
+        payloads, kept = [], []
+        for i in range(first, last):
+            address, keep = self._payload(client, offsets[i][self._rank], load.keys[i])
+            payloads.append(address)
+            kept.append(keep)
+        return Plan(self._pages, payloads, load.blocks[first * per_chunk : last * per_chunk]), kept
+
+    def close(self) -> None:
+        """End the threads, and what they do. Repeatable."""
+        self._loading.shutdown(wait=True, cancel_futures=True)
+        self._storing.shutdown(wait=True)
+
+    def _load(self, load: Load, client: NodeClient | None, after: Any) -> None:
+        """One load, from its first chunk to its end; never raises."""
+        failed = True
+        try:
+            self._load_chunks(load, client, after)
+            failed = False
+        except KVStrataError as error:
+            logger.warning("KVStrata: request %s is computed: %s", load.request_id, error)
+        except Exception:
+            logger.exception("KVStrata: a load died of a bug, request %s", load.request_id)
+        finally:
+            with self._changed:
+                self._num_loading -= 1
+                self._loaded.add(load.request_id)
+                if failed:
+                    self._failed.add(load.request_id)
+                self._changed.notify_all()
+
+    def _load_chunks(self, load: Load, client: NodeClient | None, after: Any) -> None:
+        deadline = time.monotonic() + self._deadlines.load
+        offsets = list(load.offsets)
+        done, total = 0, len(offsets)
+        while done < total:
+            ready = done
+            while ready < total and p.ARRIVING not in offsets[ready]:
+                ready += 1
+            plan, kept = self.plan(load, client, offsets, done, ready)
+            if ready > done:
+                self._copier.load(plan, after)
+                done = ready
+                continue
+            del kept
+            assert client is not None
+            have = load.first_chunk + done
+            left = max(deadline - time.monotonic(), 0.001)
+            arrived: p.Arrived = client.await_arrival(load.lease, have).wait(left)
+            came = offsets_of(arrived.offsets).tolist()
+            if not came:
+                raise CorruptObject(f"chunk {have} will not come")
+            chunks = [came[i : i + self._world] for i in range(0, len(came), self._world)]
+            offsets[done : done + len(chunks)] = chunks[: total - done]
+
+    def _payload(self, client: NodeClient, offset: int, key: bytes) -> tuple[int, object]:
+        """Address of a chunk's bytes in the engine's own order, and what keeps them there."""
+        header = decode(client.pool.view(offset, HEADER_BYTES))
+        if header.key != key or header.rank != self._rank or header.dtype != self._template.dtype:
+            raise CorruptObject("a slot holds another object than the one that was leased")
+        payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
+        group = self._pages.group
+        if header.kind == "native":
+            expected = tuple(self._template.shape)
+        else:
+            expected = group.portable_shape(self._template.num_tokens)
+        if header.shape != expected:
+            raise CorruptObject(f"a payload of shape {header.shape}, not {expected}")
+        if header.kind == "portable":
+            portable = payload.view(f"u{group.item_bytes}").reshape(header.shape)
+            payload = self._pages.order.pack_layers(portable, group).reshape(-1)
+        return int(payload.ctypes.data), payload
+
+    def _store(self, job: StoreJob, client: NodeClient) -> None:
+        """One store, from reservation to commit; never raises."""
+        try:
+            self._store_chunks(job, client)
+        except KVStrataError as error:
+            logger.warning("KVStrata: a store was dropped: %s", error)
+        except Exception:
+            logger.exception("KVStrata: a store died of a bug")
+        finally:
+            job.ended.set()
+
+    def _store_chunks(self, job: StoreJob, client: NodeClient) -> None:
+        store, patience = job.store, self._deadlines.request
+        reserved: p.Reserved = client.reserve(
+            store.namespace, store.prefix, store.first, self._rank, self._template, job.cost
+        ).wait(patience)
+        offsets = offsets_of(reserved.offsets)
+        given = [i for i, offset in enumerate(offsets) if offset >= 0]
+        checksums = [NOT_WRITTEN] * len(offsets)
+        per_chunk = len(store.blocks) // len(offsets)
+        try:
+            if given and job.begin_copy():
+                blocks = [b for i in given for b in store.blocks[i * per_chunk :][:per_chunk]]
+                payloads = [payload_address(client.pool, offsets[i]) for i in given]
+                self._copier.store(Plan(self._pages, payloads, blocks), job.after)
+                # The blocks may go now; what remains reads the slots.
+                job.ended.set()
+                for i in given:
+                    payload = client.pool.view(offsets[i] + HEADER_BYTES, self._template.raw_length)
+                    checksums[i] = checksum(payload)
+        finally:
+            if given:
+                client.commit(reserved.reservation, checksums).wait(patience)
+
+
+def _use_all_cores() -> None:
+    """vLLM binds the worker's main thread to one core, and threads inherit that."""
+    try:
+        os.sched_setaffinity(threading.get_native_id(), range(os.cpu_count() or 1))
+    except OSError:
+        logger.debug("KVStrata: a copy thread keeps to the engine's core")
