@@ -166,8 +166,7 @@ class Transfers:
             NodeUnavailable: the client is not the one of the node that holds the lease.
             CorruptObject: a slot holds something else than what was leased.
         """
-        if client is None or client.hello.node != load.node:
-            raise NodeUnavailable("this worker is not attached to the node of the lease")
+        client = _of_node(client, load)
         per_chunk = len(load.blocks) // len(load.keys)
         payloads, kept = [], []
         for i in range(first, last):
@@ -207,16 +206,16 @@ class Transfers:
             ready = done
             while ready < total and p.ARRIVING not in offsets[ready]:
                 ready += 1
-            plan, kept = self.plan(load, client, offsets, done, ready)
             if ready > done:
+                plan, kept = self.plan(load, client, offsets, done, ready)
                 self._copier.load(plan, after)
+                del kept
                 done = ready
                 continue
-            del kept
-            assert client is not None
             have = load.first_chunk + done
             left = max(deadline - time.monotonic(), 0.001)
-            arrived: p.Arrived = client.await_arrival(load.lease, have).wait(left)
+            call = _of_node(client, load).await_arrival(load.lease, have)
+            arrived: p.Arrived = call.wait(left)
             came = offsets_of(arrived.offsets).tolist()
             if not came:
                 raise CorruptObject(f"chunk {have} will not come")
@@ -274,6 +273,13 @@ class Transfers:
         finally:
             if given:
                 client.commit(reserved.reservation, checksums).wait(patience)
+
+
+def _of_node(client: NodeClient | None, load: Load) -> NodeClient:
+    """The client, if it is one of the node whose pool the load reads."""
+    if client is None or client.hello.node != load.node:
+        raise NodeUnavailable("this worker is not attached to the node of the lease")
+    return client
 
 
 def _use_all_cores() -> None:
