@@ -13,16 +13,14 @@ import logging
 import os
 import secrets
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvstrata.errors import TierFull, TierUnavailable
-from kvstrata.tiers import disk_scan
 from kvstrata.tiers.base import Found, Outcome, Tier
-from kvstrata.tiers.disk_folder import DiskFolder, unavailable
+from kvstrata.tiers.disk_folder import DiskFolder, run_walk, unavailable
 from kvstrata.tiers.disk_scan import HEADER, PAGE, RECORD, file_name
 
 logger = logging.getLogger(__name__)
@@ -85,14 +83,11 @@ class DiskTier(Tier):
         self._locks = [threading.Lock() for _ in range(NUM_LOCKS)]
         self._sizes: frozenset[int] = frozenset()
         self._sizes_complete = False
-        self._clearing = threading.Lock()
+        self._size_lock = threading.Lock()
         self._quarantining = threading.Lock()
-        self._trash_gone = threading.Event()
-        self._trash_gone.set()
         try:
             if not self.read_only:
                 self._sizes_complete = not os.listdir(self._folder.objects)
-                self._remove_trash()
             if self._direct:
                 self._probe()
         except OSError as error:
@@ -137,20 +132,18 @@ class DiskTier(Tier):
             return 0
 
     def contains(self, ids: Sequence[bytes]) -> list[Outcome]:
-        return self._for_each(ids, "look for", self._contains_one)
+        return self._for_each("look for", self._contains_one, ids)
 
     def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
-        buffers = iter(into)
-        return self._for_each(ids, "read", lambda object_id: self._read_one(object_id, buffers))
+        return self._for_each("read", self._read_one, ids, into)
 
     def write(self, objects: Sequence[tuple[bytes, memoryview]]) -> list[Outcome]:
         if self.read_only:
             raise TierFull(f"disk: {self.path} is read only: {self.read_only_reason}")
-        if not self._trash_gone.wait(TRASH_WAIT_S):
+        if not self._folder.wait_for_trash(TRASH_WAIT_S):
             raise TierFull(f"disk: {self.path} still removes what was cleared")
-        buffers = iter([data for _, data in objects])
-        ids = [object_id for object_id, _ in objects]
-        return self._for_each(ids, "write", lambda object_id: self._write_one(object_id, buffers))
+        ids, buffers = [object_id for object_id, _ in objects], [data for _, data in objects]
+        return self._for_each("write", self._write_one, ids, buffers)
 
     def delete(self, ids: Sequence[bytes]) -> list[Outcome]:
         return self._take_out(ids, "delete", os.unlink)
@@ -182,7 +175,7 @@ class DiskTier(Tier):
         self._folder.check()
         epoch, sizes = self.epoch, set[int]()
         owner = 0 if self.read_only else os.getpid()
-        process = _run_walk("scan", self._folder.objects, str(epoch), self._token, str(owner))
+        process = run_walk("scan", self._folder.objects, str(epoch), self._token, str(owner))
         try:
             assert process.stdout is not None
             head = process.stdout.read(HEADER.size)
@@ -208,41 +201,40 @@ class DiskTier(Tier):
         finally:
             process.kill()
             process.communicate()
-        with self._clearing:
+        with self._size_lock:
             if self.epoch == epoch:
                 self._sizes |= sizes
                 self._sizes_complete = True
 
     def clear(self) -> None:
         self._folder.check()
-        with self._clearing, contextlib.ExitStack() as stack:
-            for lock in self._locks:
+        with contextlib.ExitStack() as stack:
+            for lock in (*self._locks, self._size_lock):
                 stack.enter_context(lock)
             try:
-                self._folder.advance_epoch()
-            except TierFull:
-                # No room even for a number. What is about to be cleared makes it.
-                self._empty_objects()
-                self._folder.advance_epoch()
-            # From here on nothing stored before can be found, whatever becomes of the files.
-            self._sizes, self._sizes_complete = frozenset(), True
-            try:
-                self._empty_objects()
+                self._advance_epoch()
+                # From here on nothing stored before can be found, whatever becomes of the files.
+                self._sizes, self._sizes_complete = frozenset(), True
+                self._folder.empty()
             except OSError as error:
-                self._sizes_complete = False
                 raise unavailable(error, f"clear {self.path}") from error
 
     def close(self) -> None:
         self._folder.close()
 
     def _for_each(
-        self, ids: Sequence[bytes], verb: str, work: Callable[[bytes], Outcome]
+        self,
+        verb: str,
+        work: Callable[..., Outcome],
+        ids: Sequence[bytes],
+        *buffers: Sequence[memoryview],
     ) -> list[Outcome]:
+        """``work`` on each id, with its buffer if there are any."""
         self._folder.check()
         outcomes = []
-        for object_id in ids:
+        for object_id, *buffer in zip(ids, *buffers, strict=True):
             try:
-                outcomes.append(work(object_id))
+                outcomes.append(work(object_id, *buffer))
             except FileNotFoundError:
                 self._folder.check()
                 outcomes.append(Outcome.FAILED if verb == "write" else Outcome.MISS)
@@ -264,8 +256,7 @@ class DiskTier(Tier):
                 return Outcome.HIT
         return Outcome.MISS
 
-    def _read_one(self, object_id: bytes, buffers: Iterator[memoryview]) -> Outcome:
-        into = next(buffers)
+    def _read_one(self, object_id: bytes, into: memoryview) -> Outcome:
         path = self._path(object_id, len(into))
 
         def work(flags: int) -> Outcome:
@@ -286,8 +277,8 @@ class DiskTier(Tier):
                     self._quarantine(path)
             raise
 
-    def _write_one(self, object_id: bytes, buffers: Iterator[memoryview]) -> Outcome:
-        data, epoch = next(buffers), self.epoch
+    def _write_one(self, object_id: bytes, data: memoryview) -> Outcome:
+        epoch = self.epoch
         path = self._path(object_id, len(data))
         shard = os.path.dirname(path)
         unfinished = f"{shard}/{object_id.hex()}-{next(self._count):x}.{self._token}.tmp"
@@ -332,14 +323,10 @@ class DiskTier(Tier):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(other)
             if nbytes not in self._sizes:
-                self._add_size(nbytes)
+                with self._size_lock:
+                    self._sizes |= {nbytes}
             os.rename(unfinished, path)
         return Outcome.HIT
-
-    def _add_size(self, nbytes: int) -> None:
-        # Without a lock of its own: a lost update would hide a file. Retried until it shows.
-        while nbytes not in self._sizes:
-            self._sizes |= {nbytes}
 
     def _take_out(
         self, ids: Sequence[bytes], verb: str, remove: Callable[[str], None]
@@ -401,28 +388,14 @@ class DiskTier(Tier):
             for _, path in kept[:-MAX_QUARANTINED]:
                 os.unlink(path)
 
-    def _empty_objects(self) -> None:
-        """Put the shards out of the way and remove them in the background."""
-        objects = self._folder.objects
-        with contextlib.suppress(FileNotFoundError):
-            if os.listdir(objects):
-                os.rename(objects, f"{self.path}/trash-{self.epoch}-{secrets.token_hex(4)}")
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(objects, 0o700)
-        self._remove_trash()
-
-    def _remove_trash(self) -> None:
-        trash = self._folder.trash()
-        if not trash:
-            return
-        self._trash_gone.clear()
-        process = _run_walk("remove", *trash)
-
-        def wait() -> None:
-            process.communicate()
-            self._trash_gone.set()
-
-        threading.Thread(target=wait, name="kvstrata-disk-trash", daemon=True).start()
+    def _advance_epoch(self) -> None:
+        try:
+            self._folder.advance_epoch()
+        except TierFull:
+            # No room even for a number. What is about to be cleared makes it.
+            self._folder.empty()
+            self._folder.wait_for_trash(TRASH_WAIT_S)
+            self._folder.advance_epoch()
 
     def _in_mode(self, work: Callable[[int], Outcome]) -> Outcome:
         """Do it with O_DIRECT; where that is refused, from then on without."""
@@ -464,17 +437,6 @@ def _transfer(call: _Transfer, fd: int, buffer: memoryview) -> int:
             break
         done = ahead
     return done
-
-
-def _run_walk(*arguments: str) -> subprocess.Popen[bytes]:
-    # -I -S: neither the environment nor site-packages; the start takes 10 ms.
-    command = [sys.executable, "-I", "-S", disk_scan.__file__, *arguments]
-    try:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-    except OSError as error:
-        raise unavailable(error, f"start {sys.executable or 'an interpreter'}") from error
 
 
 def _last_words(process: subprocess.Popen[bytes]) -> str:

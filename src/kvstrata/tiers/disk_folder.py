@@ -11,17 +11,23 @@ import fcntl
 import logging
 import os
 import re
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 from kvstrata.errors import ConfigError, Incompatible, TierFull, TierUnavailable
+from kvstrata.tiers import disk_scan
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "kvstrata-disk 1\n"
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-# An empty file system has lost+found; FORMAT.tmp is left when the very first start was killed.
-_AS_GOOD_AS_EMPTY = frozenset({"lost+found", "FORMAT.tmp"})
+# An empty file system has lost+found; the others are left when the very first start was killed.
+_AS_GOOD_AS_EMPTY = frozenset({"lost+found", "lock", "FORMAT.tmp"})
 
 
 def unavailable(error: OSError, doing: str) -> TierUnavailable:
@@ -50,8 +56,9 @@ class DiskFolder:
         self.epoch = 0
         self.reason = ""
         self.closed = False
-        self._format = os.path.join(self.path, "FORMAT")
         self._lock = -1
+        self._num_removals = 0
+        self._removal = threading.Condition()
         try:
             self._open()
         except OSError as error:
@@ -75,7 +82,7 @@ class DiskFolder:
         if self.closed:
             raise TierUnavailable(f"disk: {self.path} is closed")
         try:
-            status = os.stat(self._format)
+            status = os.stat(self._witness)
         except FileNotFoundError as error:
             raise TierUnavailable(f"disk: {self.path} has vanished") from error
         except OSError as error:
@@ -87,23 +94,37 @@ class DiskFolder:
         """Make the next epoch the current one, on disk first.
 
         Raises:
-            TierUnavailable: it could not be written; the epoch is then what it was on disk.
+            TierUnavailable: it could not be written. On a read-only folder this process goes on
+                with the next epoch all the same; the next process will not.
         """
         if self.read_only:
-            raise TierUnavailable(f"disk: {self.path} is read only: {self.reason}")
+            self.epoch += 1
+            raise TierUnavailable(
+                f"disk: {self.path} is cleared for this process only, it is read only: "
+                f"{self.reason}"
+            )
         try:
             self._replace("epoch", f"{self.epoch + 1}\n")
         except OSError as error:
             raise unavailable(error, f"write {self.path}/epoch") from error
         self.epoch += 1
 
-    def trash(self) -> list[str]:
-        """Folders whose removal was begun, and not ended, by this process or an earlier one."""
-        return [
-            os.path.join(self.path, name)
-            for name in os.listdir(self.path)
-            if name.startswith("trash-")
-        ]
+    def empty(self) -> None:
+        """Put the shards out of the way, at once, and remove them in the background."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.listdir(self.objects):
+                name = f"trash-{self.epoch}-{secrets.token_hex(4)}"
+                os.rename(self.objects, os.path.join(self.path, name))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.objects, 0o700)
+        self._remove_trash()
+
+    def wait_for_trash(self, timeout_s: float) -> bool:
+        """Wait until what `empty` put away takes no room any more; False after ``timeout_s``."""
+        if not self._num_removals:
+            return True
+        with self._removal:
+            return self._removal.wait_for(lambda: not self._num_removals, timeout_s)
 
     def close(self) -> None:
         """Let another process have the folder. Repeatable."""
@@ -122,26 +143,50 @@ class DiskFolder:
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise ConfigError("disk.path", f"{self.path} is not a folder")
         os.makedirs(self.path, 0o700, exist_ok=True)
-        found = self._read("FORMAT")
         self.reason = self._why_not_writable()
-        if found is None:
-            self._make()
-        elif found != FORMAT:
+        new = not self._is_ours()
+        if self.read_only:
+            if new:
+                raise TierUnavailable(f"disk: {self.path} is empty and read only: {self.reason}")
+            logger.warning("disk: %s is read only: %s", self.path, self.reason)
+            self._read_epoch()
+            self._watch("FORMAT")
+            return
+        self._take_lock()
+        if new and not self._is_ours():
+            self._replace("FORMAT", FORMAT)
+        self._read_epoch()
+        self._watch("lock")
+        for folder in (self.objects, self.quarantine):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+        self._remove_trash()
+
+    def _is_ours(self) -> bool:
+        """Whether the folder has our format; False if it is as good as empty."""
+        found = self._read("FORMAT")
+        if found == FORMAT:
+            return True
+        if found is not None:
             first_line = found.partition("\n")[0][:80]
             raise Incompatible(
-                f"disk: {self._format} says {first_line!r}; this build knows {FORMAT.strip()!r}"
+                f"disk: {self.path}/FORMAT says {first_line!r}; this build knows {FORMAT.strip()!r}"
             )
-        status = os.stat(self._format)
+        names = set(os.listdir(self.path))
+        foreign = sorted(names - _AS_GOOD_AS_EMPTY)
+        if foreign and "FORMAT" not in names:
+            raise ConfigError(
+                "disk.path",
+                f"{self.path} is not empty and not a folder of KVStrata (it has {foreign[0]!r}); "
+                "expected an empty or a new one",
+            )
+        return False
+
+    def _watch(self, name: str) -> None:
+        # A lock that is held open keeps its inode, so no later folder can have the same.
+        self._witness = os.path.join(self.path, name)
+        status = os.stat(self._witness)
         self._identity = (status.st_dev, status.st_ino)
-        if self.read_only:
-            logger.warning("disk: %s is read only: %s", self.path, self.reason)
-        else:
-            self._take_lock()
-        self._read_epoch()
-        if not self.read_only:
-            for folder in (self.objects, self.quarantine):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(folder, 0o700)
 
     def _why_not_writable(self) -> str:
         owner = os.stat(self.path).st_uid
@@ -152,18 +197,6 @@ class DiskFolder:
         if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
             return "the folder is not writable"
         return ""
-
-    def _make(self) -> None:
-        foreign = sorted(set(os.listdir(self.path)) - _AS_GOOD_AS_EMPTY)
-        if foreign:
-            raise ConfigError(
-                "disk.path",
-                f"{self.path} is not empty and not a folder of KVStrata (it has {foreign[0]!r}); "
-                "expected an empty or a new one",
-            )
-        if self.read_only:
-            raise TierUnavailable(f"disk: {self.path} is empty and read only: {self.reason}")
-        self._replace("FORMAT", FORMAT)
 
     def _take_lock(self) -> None:
         self._lock = os.open(
@@ -191,6 +224,27 @@ class DiskFolder:
             )
         self.epoch = int(text)
 
+    def _remove_trash(self) -> None:
+        names = [name for name in os.listdir(self.path) if name.startswith("trash-")]
+        if not names:
+            return
+        trash = [os.path.join(self.path, name) for name in names]
+        with self._removal:
+            self._num_removals += 1
+
+        def work() -> None:
+            try:
+                run_walk("remove", *trash).communicate()
+            except TierUnavailable:  # then here, at the expense of the other threads
+                for folder in trash:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                with self._removal:
+                    self._num_removals -= 1
+                    self._removal.notify_all()
+
+        threading.Thread(target=work, name="kvstrata-disk-trash", daemon=True).start()
+
     def _read(self, name: str) -> str | None:
         try:
             with open(os.path.join(self.path, name), "rb") as file:
@@ -214,6 +268,18 @@ class DiskFolder:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def run_walk(*arguments: str) -> subprocess.Popen[bytes]:
+    """Start `disk_scan` as a program; its output and its complaints are pipes."""
+    # -I -S: neither the environment nor site-packages; the start takes 10 ms.
+    command = [sys.executable, "-I", "-S", disk_scan.__file__, *arguments]
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    except OSError as error:
+        raise unavailable(error, f"start {sys.executable or 'an interpreter'}") from error
 
 
 def file_system_of(path: str | Path) -> str:

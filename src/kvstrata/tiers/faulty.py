@@ -242,7 +242,7 @@ class FaultyTier(Tier):
             for effects in hurt
         ]
         asked = [i for i, answer in enumerate(answers) if answer is None]
-        outcomes = iter(ask(asked))
+        outcomes = iter(ask(asked) if asked else [])
         return [next(outcomes) if answer is None else answer for answer in answers]
 
     def _flip(self, data: memoryview, effect: FlipBit) -> None:
