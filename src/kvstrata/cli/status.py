@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
-from kvstrata.cli.counting import TROUBLE, label_values, labelled, total
+from kvstrata.cli.counting import label_values, labelled, total, troubles
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable
 
@@ -107,12 +107,7 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
         )
     )
     parts.append(Text(_hits(state["counters"])))
-    for name, meaning in TROUBLE.items():
-        for labels, value in labelled(state["counters"], name).items():
-            if value:
-                words = ", ".join(label_values(labels))
-                where = f" ({words})" if words else ""
-                parts.append(Text(f"trouble: {value:.0f} {meaning}{where}", style="yellow"))
+    parts += [Text(f"trouble: {words}", style="yellow") for words in troubles(state["counters"])]
     if state["requests"]:
         parts.append(_requests(state["requests"][-SHOWN_REQUESTS:]))
     return parts
