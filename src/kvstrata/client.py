@@ -1,8 +1,8 @@
 """The client of a node: the same for a node in this process, on demand, or in service.
 
 The control plane is the socket; the data plane is `NodeClient.pool`, the node's memory mapped here.
-Every wait has a deadline. What is answered after its deadline is given back by itself: a late
-lease is released, a late reservation ended unwritten.
+Every wait has a deadline, and sending never waits. What is answered after its deadline is given
+back by itself: a late lease is released, a late reservation ended unwritten.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 from array import array
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from kvstrata import errors
 from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeUnavailable
@@ -24,8 +24,11 @@ from kvstrata.memory import PoolMapping
 from kvstrata.node import protocol as p
 
 RECEIVE_BYTES = 1 << 20
+# What may wait here for a node that takes no messages, before it counts as gone for new ones.
+MAX_UNSENT_BYTES = 1 << 20
+CLOSE_S = 0.25
 
-R = TypeVar("R")
+_IN_AND_OUT = select.POLLIN | select.POLLOUT
 
 
 class Call:
@@ -41,7 +44,11 @@ class Call:
         self.abandoned = False
 
     def ready(self) -> bool:
-        """Whether the answer is here; takes in what has arrived, and does not block."""
+        """Whether the answer is here; takes in what has arrived, and does not block.
+
+        Raises:
+            NodeUnavailable: the node has gone, and there will be no answer.
+        """
         if self.reply is None:
             self._client.pump(self, 0.0)
         return self.reply is not None
@@ -83,7 +90,7 @@ class NodeClient:
 
     Args:
         connected: a connected Unix socket whose other end is a node; owned from now on.
-        timeout_s: for the node's first word, and for taking a request in.
+        timeout_s: for the node's first word, and for `lookup` and `status`.
 
     Raises:
         NodeUnavailable: nobody answered, or the other end hung up.
@@ -98,7 +105,9 @@ class NodeClient:
         self._numbers = itertools.count(1)
         self._state = threading.Condition()
         self._sending = threading.Lock()
+        self._unsent = bytearray()
         self._receiving = False
+        self._pid = os.getpid()
         self._lost: str | None = None
         self._poll = select.poll()
         connected.setblocking(False)
@@ -209,29 +218,35 @@ class NodeClient:
 
     def close(self) -> None:
         """Say that no copy is under way, and hang up. Repeatable; never raises."""
-        if self._lost is None:
+        if self._lost is None and self._pid == os.getpid():
             with contextlib.suppress(NodeUnavailable):
                 self.send(p.Bye())
+                deadline = time.monotonic() + CLOSE_S
+                while self._unsent and (left := deadline - time.monotonic()) > 0:
+                    select.select([], [self._socket], [], left)
+                    self._flush()
         self._lose("this client was closed")
         self.pool.close()
 
     def send(self, message: p.Request) -> None:
-        """Send one message. Raises `NodeUnavailable`."""
-        data = memoryview(p.encode(message))
-        deadline = time.monotonic() + self._timeout_s
+        """Send one message, or queue it for a node that is slow to take it; does not wait.
+
+        Raises:
+            NodeUnavailable: the node has gone, or has taken nothing for too many messages.
+        """
+        if self._pid != os.getpid():
+            raise NodeUnavailable("a forked process must connect to the node itself")
         with self._sending:
-            while data:
-                if self._lost is not None:
-                    raise NodeUnavailable(self._lost)
-                try:
-                    data = data[self._socket.send(data) :]
-                except BlockingIOError:
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not select.select([], [self._socket], [], left)[1]:
-                        # A frame may be cut in two now, so the connection is of no more use.
-                        self._lose("the node takes no messages")
-                except OSError as error:
-                    self._lose(f"the node is gone: {error}")
+            if self._lost is not None:
+                raise NodeUnavailable(self._lost)
+            if len(self._unsent) > MAX_UNSENT_BYTES:
+                self._flush_locked()
+            if len(self._unsent) > MAX_UNSENT_BYTES:
+                raise NodeUnavailable("the node takes no messages")
+            self._unsent += p.encode(message)
+            self._flush_locked()
+        if self._lost is not None:
+            raise NodeUnavailable(self._lost)
 
     def pump(self, call: Call, timeout_s: float) -> None:
         """Receive until this call is answered or the time is over. One thread receives for all."""
@@ -281,12 +296,35 @@ class NodeClient:
             with contextlib.suppress(NodeUnavailable):
                 self.send(p.Commit(0, reply.reservation, bytes(2 * len(reply.offsets))))
 
+    def _flush(self) -> None:
+        with self._sending:
+            self._flush_locked()
+
+    def _flush_locked(self) -> None:
+        """Send what the node takes now."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(f"the node is gone: {error}")
+
     def _receive(self, timeout_s: float) -> list[p.Reply] | None:
         """What has come, waiting for it this long; None if nothing has."""
+        deadline = time.monotonic() + timeout_s
         try:
-            # poll() takes whole milliseconds; rounding down would spin, rounding up is late.
-            if not self._poll.poll(max(timeout_s * 1e3, 0.0)):
-                return None
+            while True:
+                if self._unsent:
+                    self._flush()
+                # poll() rounds up to whole milliseconds, so an answer may be that late.
+                left = max(0.0, deadline - time.monotonic())
+                self._poll.modify(self._socket, _IN_AND_OUT if self._unsent else select.POLLIN)
+                events = self._poll.poll(left * 1e3)
+                if not events:
+                    return None
+                if events[0][1] != select.POLLOUT:
+                    break
             data = self._socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return []
@@ -319,14 +357,9 @@ class NodeClient:
                 if not data:
                     raise NodeUnavailable("the node hung up")
                 for body in self._frames.feed(data):
-                    hello = p.decode_reply(body)
-                    if not isinstance(hello, p.Hello) or len(fds) != 1:
-                        raise Incompatible("the other end of the socket is no node")
-                    if hello.version != p.PROTOCOL_VERSION:
-                        raise Incompatible(
-                            f"the node ({hello.release}) speaks protocol {hello.version}, this "
-                            f"client {p.PROTOCOL_VERSION}; install one release on both sides"
-                        )
+                    hello = p.decode_hello(body)
+                    if len(fds) != 1:
+                        raise Incompatible("the node sent no pool with its hello")
                     return hello, fds.pop()
         finally:
             for fd in fds:
@@ -335,6 +368,10 @@ class NodeClient:
     def _lose(self, why: str) -> None:
         if self._lost is None:
             self._lost = why
+            if self._pid == os.getpid():
+                # A thread that waits for an answer hears of it; close alone would not tell it.
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from kvstrata.errors import CorruptObject, Incompatible, TierFull, TierUnavailable
+from kvstrata.node.background import Threads, report_bug
+from kvstrata.node.host import order_name
 from kvstrata.node.index import Index
 from kvstrata.objects import ObjectHeader, object_id, split_object_id, verify_object
 from kvstrata.observe.counters import Counters
@@ -26,11 +28,49 @@ R = TypeVar("R")
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 SCAN_SLICE = 256
+# Sizes are multiples of 4096, so an entry has room for the number of the object's byte order.
+ORDER_MASK = 4095
 
 
 def identity(key: bytes, part: int) -> bytes:
     """The object id of one part of a chunk."""
     return object_id(key, part >> 16, part & 0xFFFF)
+
+
+class Backoff:
+    """Leaves something alone for a while, twice as long each time until it works again."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._until = -math.inf
+        self._delay_s = FIRST_BACKOFF_S
+
+    @property
+    def left_s(self) -> float:
+        """For how long still; zero when it may be tried."""
+        return max(0.0, self._until - self._clock())
+
+    def begin(self) -> bool:
+        """It has failed; False when that is known already."""
+        if self.left_s:
+            return False
+        self._until = self._clock() + self._delay_s
+        self._delay_s = min(2 * self._delay_s, LONGEST_BACKOFF_S)
+        return True
+
+    def worked(self) -> None:
+        """It works; the next failure is a first one."""
+        self._delay_s = FIRST_BACKOFF_S
+
+
+class _Write:
+    """A write under way; no longer wanted once its chunk is cleared."""
+
+    __slots__ = ("key", "wanted")
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.wanted = True
 
 
 class Backing:
@@ -59,30 +99,37 @@ class Backing:
     ) -> None:
         self.tier = tier
         self.name = tier.name
-        self.index: Index[int] = Index(capacity_bytes, policy, int)
-        self.deadline_s = deadline_s
+        # An entry is the object's size plus the number of its byte order, 0 while unknown.
+        self.index: Index[int] = Index(capacity_bytes, policy, lambda entry: entry & ~ORDER_MASK)
         self.num_threads = num_threads
-        self.last_progress = clock()
-        self.scanned = False
+        self._deadline_s = deadline_s
         self._counters = counters
         self._clock = clock
-        self._readers = ThreadPoolExecutor(num_threads, f"kvstrata-{self.name}-read")
-        self._writers = ThreadPoolExecutor(num_threads, f"kvstrata-{self.name}-write")
-        self._off_until = self._full_until = 0.0
-        self._backoff_s = FIRST_BACKOFF_S
+        self._readers = Threads(num_threads, f"kvstrata-{self.name}-read")
+        self._writers = Threads(num_threads, f"kvstrata-{self.name}-write")
+        self._scanned = asyncio.Event()
+        self._off = Backoff(clock)
+        self._full = Backoff(clock)
         self._trouble = ""
-        self._used: dict[bytes, int] = {}
+        self._orders: dict[str, int] = {}
+        self._num_reading = 0
+        self._last_progress = clock()
+        self._writes: set[_Write] = set()
+        # Out of the index but still in the tier, their bytes claimed; deleted at the next chance.
+        self._doomed: dict[tuple[bytes, int], int] = {}
+        self._forgotten: set[bytes] = set()
+        self._used: dict[bytes, None] = {}
         self._clears = 0
 
     @property
     def readable(self) -> bool:
         """Whether the tier is asked at all now."""
-        return self._clock() >= self._off_until
+        return not self._off.left_s
 
     @property
     def writable(self) -> bool:
-        """Whether the tier takes new objects now."""
-        return self.readable and self._clock() >= self._full_until
+        """Whether the tier takes new objects now; they may still wait for the scan to end."""
+        return self.readable and not self._full.left_s
 
     @property
     def state(self) -> str:
@@ -91,180 +138,334 @@ class Backing:
             return f"off: {self._trouble}"
         if not self.writable:
             return f"read only: {self._trouble}"
-        return "ok" if self.scanned else "scanning"
+        return "ok" if self._scanned.is_set() else "scanning"
 
-    async def read(self, key: bytes, part: int, nbytes: int, into: memoryview) -> ObjectHeader | None:
-        """Read one object and verify it; None when it cannot be had. Counts what went wrong."""
+    def find(self, key: bytes, part: int, orders: Iterable[str] | None) -> int | None:
+        """Size of an object that can be asked for now; None if it is absent.
+
+        One known to be in none of these byte orders (None: any will do) counts as absent too. Of
+        what a scan found the order is unknown until it is read.
+        """
+        entry = self.index.get(key, part) if self.readable else None
+        if entry is None:
+            return None
+        order = entry & ORDER_MASK
+        if order and orders is not None and all(self._orders.get(o) != order for o in orders):
+            return None
+        return entry & ~ORDER_MASK
+
+    def use(self, keys: list[bytes]) -> None:
+        """Note the use of a prefix, given head first."""
+        self.index.touch(keys)
+        for key in reversed(keys):
+            if key in self.index:
+                self._used.pop(key, None)
+                self._used[key] = None
+
+    async def read(
+        self,
+        key: bytes,
+        part: int,
+        nbytes: int,
+        into: memoryview,
+        give_up: Callable[[], None] = lambda: None,
+    ) -> ObjectHeader | None:
+        """Read one object and verify it; None when it cannot be had. Counts what went wrong.
+
+        Returns only when no thread touches ``into`` any more; ``give_up`` is called before, when
+        the deadline passes.
+        """
         name = identity(key, part)
 
         def work() -> tuple[Outcome, ObjectHeader | None]:
             (outcome,) = self.tier.read([name], [into])
             return outcome, verify_object(into, name) if outcome is Outcome.HIT else None
 
+        if not self._num_reading:
+            self._last_progress = self._clock()
+        self._num_reading += 1
         try:
-            outcome, header = await self._run(self._readers, work)
+            outcome, header = await self._within_deadline(work, give_up)
         except (CorruptObject, Incompatible) as error:
             logger.error("%s: object %s is rejected: %s", self.name, name.hex(), error)
             self._counters.add("corrupt_objects_total", tier=self.name)
-            await self._take_out(key, part, name)
+            self._condemn(key, part)
+            await self._remove(self.tier.reject, (key, part))
             return None
         except TierUnavailable as error:
             self.trip(error)
             return None
-        self.last_progress = self._clock()
+        finally:
+            self._num_reading -= 1
         self._counters.add("tier_reads_total", tier=self.name, outcome=outcome.value)
-        if outcome is Outcome.HIT:
-            self._backoff_s = FIRST_BACKOFF_S
+        if header is not None:
+            if self.readable:
+                self._off.worked()
             self._counters.add("tier_read_bytes_total", nbytes, tier=self.name)
-            self._used[key] = part
-            return header
-        if outcome is Outcome.FAILED:
-            await self._take_out(key, part, name)
-        elif self.index.get(key, part) is not None:
+            if self.index.get(key, part) == nbytes:
+                self.index.amend(key, part, nbytes | self._order(header.kind, header.order))
+        elif outcome is Outcome.FAILED:
+            # It must not stand in the way of a fresh copy.
+            self._condemn(key, part)
+            await self._remove(self.tier.delete)
+        else:
             self.index.pop(key, part)
-        return None
+        return header
 
-    async def write(self, key: bytes, part: int, data: memoryview, cost: float) -> bool:
-        """Store one object within the byte budget, evicting what it must; False if it could not."""
-        if not self.writable or not await self._make_room(len(data)):
-            return False
-        name, clears = identity(key, part), self._clears
-        older = self.index.get(key, part)
+    async def write(
+        self, key: bytes, part: int, data: memoryview, order: str = "", cost: float = 1.0
+    ) -> bool:
+        """Store one object within the byte budget, evicting what it must; False if it could not.
+
+        Waits for the scan: before its end nobody knows what the tier holds already.
+
+        Args:
+            key: of the chunk.
+            part: which of the chunk's objects.
+            data: header page and payload, kept still by the caller.
+            order: as readers will ask for it, see `kvstrata.node.host.order_name`.
+            cost: what computing the chunk took, in seconds.
+        """
+        writing, nbytes = _Write(key), len(data)
+        self._writes.add(writing)
         try:
-            if older is not None and older != len(data):
-                await self._delete([(key, part, older)])
-            (outcome,) = await self._run(self._writers, lambda: self.tier.write([(name, data)]))
-        except TierUnavailable as error:
-            self.index.unclaim(len(data))
-            self.trip(error)
-            return False
-        self._counters.add("tier_writes_total", tier=self.name, outcome=outcome.value)
-        if outcome is not Outcome.HIT or clears != self._clears:
-            self.index.unclaim(len(data))
-            return False
-        self._counters.add("tier_write_bytes_total", len(data), tier=self.name)
-        self.index.put(key, part, len(data), cost)
+            await self._scanned.wait()
+            if not self.writable or not await self._make_room(nbytes):
+                return False
+            outcome = Outcome.MISS
+            try:
+                if writing.wanted:
+                    name = identity(key, part)
+                    (outcome,) = await self._call(lambda: self.tier.write([(name, data)]))
+            except TierUnavailable as error:
+                self.trip(error)
+            if outcome is not Outcome.HIT:
+                self.index.unclaim(nbytes)
+                self._counters.add("tier_writes_total", tier=self.name, outcome="failed")
+                return False
+            self._full.worked()
+            # What was here under this name before has been replaced.
+            self.index.unclaim(self._doomed.pop((key, part), 0))
+            if not writing.wanted:
+                self._doomed[key, part] = nbytes
+                await self._remove(self.tier.delete)
+                return False
+        finally:
+            self._writes.discard(writing)
+        self._counters.add("tier_writes_total", tier=self.name, outcome="hit")
+        self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
+        self.index.put(key, part, nbytes | self._order_number(order), cost)
         return True
 
     async def scan(self) -> None:
-        """Enter what an earlier process left, in slices, while requests are served."""
-        loop = asyncio.get_running_loop()
-        batches = self.tier.scan()
-        doomed: list[tuple[bytes, int, int]] = []
-        try:
-            while batch := await loop.run_in_executor(self._writers, lambda: next(batches, None)):
-                for start in range(0, len(batch), SCAN_SLICE):
-                    for found in batch[start : start + SCAN_SLICE]:
-                        self._enter(found, doomed)
-                    await asyncio.sleep(0)
-        except TierUnavailable as error:
-            self.trip(error)
-        self.scanned = True
-        if doomed:
-            await self._delete(doomed)
+        """Enter what an earlier process left, in slices, while requests are served.
+
+        A tier that fails meanwhile is scanned again when it is back.
+        """
+        while True:
+            try:
+                await self._scan()
+                break
+            except TierUnavailable as error:
+                self.trip(error)
+                await asyncio.sleep(self._off.left_s)
+        self._forgotten.clear()
+        await self._remove(self.tier.delete)
+        self._scanned.set()
         logger.info("%s: %d objects, %d bytes", self.name, self.index.num_objects,
                     self.index.used_bytes)  # fmt: skip
 
     async def clear(self) -> int:
-        """Forget everything, also for a later process; returns the number of objects."""
+        """Forget everything, also for a later process; returns the number of objects.
+
+        Raises:
+            TierUnavailable: nothing is served any more, but a later process may find it.
+        """
         count = self.index.num_objects
         self._clears += 1
-        for key in list(self.index.keys()):
-            self.index.pop_chunk(key)
+        for write in self._writes:
+            write.wanted = False
+        held = self.index.used_bytes - self.index.claimed_bytes
+        chunks = self.index.clear()
         try:
-            await self._run(self._writers, self.tier.clear)
+            await self._call(self.tier.clear)
         except TierUnavailable as error:
+            for key, flat in chunks.items():
+                for part, entry in zip(flat[::2], flat[1::2], strict=True):
+                    assert isinstance(part, int)
+                    assert isinstance(entry, int)
+                    self._doom(key, part, entry & ~ORDER_MASK)
             self.trip(error)
+            raise
+        self.index.unclaim(held)
         return count
 
-    async def drop(self, keys: list[bytes]) -> int:
-        """Forget these chunks."""
-        doomed = [
-            (key, part, nbytes) for key in keys for part, nbytes in self.index.pop_chunk(key)
-        ]
-        for _, _, nbytes in doomed:
-            self.index.claim(nbytes)
-        try:
-            await self._delete(doomed)
-        except TierUnavailable as error:
-            self.trip(error)
-        return len(doomed)
+    async def drop(self, keys: Iterable[bytes]) -> int:
+        """Forget these chunks; returns the number of objects.
 
-    async def reject(self, key: bytes, part: int) -> None:
-        """Take a corrupt object out of service."""
-        await self._take_out(key, part, identity(key, part))
+        Raises:
+            TierUnavailable: they are not served any more, but a later process may find them.
+        """
+        gone = set(keys)
+        for write in self._writes:
+            write.wanted = write.wanted and write.key not in gone
+        if not self._scanned.is_set():
+            self._forgotten |= gone
+        count = sum(self._condemn_chunk(key) for key in gone)
+        if count and not await self._remove(self.tier.delete):
+            raise TierUnavailable(f"{self.name}: not all of it could be deleted: {self._trouble}")
+        return count
 
     async def note_use(self) -> None:
-        """Tell the tier what was used since the last call."""
+        """Tell the tier what was used since the last call, tails of a prefix first."""
         used, self._used = self._used, {}
-        if used and self.readable:
-            names = [identity(key, part) for key, part in used.items()]
+        names = [identity(key, part) for key in used for part, _ in self.index.objects(key)]
+        if names and self.readable:
             try:
-                await self._run(self._writers, lambda: self.tier.touch(names))
+                await self._call(lambda: self.tier.touch(names))
             except TierUnavailable as error:
                 self.trip(error)
 
     def trip(self, error: Exception) -> None:
         """Leave the tier alone for a while: off, or read only when it is merely full."""
-        until = self._clock() + self._backoff_s
-        self._trouble = str(error)
-        if isinstance(error, TierFull):
-            self._full_until = until
-            what = "takes no writes"
-        else:
-            self._off_until = until
-            what = "is off"
-        self._counters.add("tier_trips_total", tier=self.name)
-        logger.error("%s %s for %.0f s: %s", self.name, what, self._backoff_s, error)
-        self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+        full = isinstance(error, TierFull)
+        backoff = self._full if full else self._off
+        if backoff.begin():
+            self._trouble = str(error)
+            self._counters.add("tier_trips_total", tier=self.name)
+            what = "takes no writes" if full else "is off"
+            logger.error("%s %s for %.0f s: %s", self.name, what, backoff.left_s, error)
 
     def close(self) -> None:
         """Release the tier; threads that hang are left behind."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        self._writers.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
+        self._writers.close()
         self.tier.close()
 
-    async def _run(self, threads: ThreadPoolExecutor, work: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
+    async def _within_deadline(self, work: Callable[[], R], give_up: Callable[[], None]) -> R:
+        call = self._readers.submit(work)
+        future = asyncio.wrap_future(call)
+        while not future.done():
+            left = self._last_progress + self._deadline_s - self._clock()
+            if left > 0:
+                await asyncio.wait({future}, timeout=left)
+                continue
+            hung = TierUnavailable(f"no read has ended for {self._deadline_s:g} s")
+            self.trip(hung)
+            give_up()
+            if call.cancel():
+                raise hung
+            await asyncio.wait({future})
+        self._last_progress = self._clock()
+        try:
+            return future.result()
+        except (TierUnavailable, CorruptObject, Incompatible):
+            raise
+        except Exception as error:
+            raise self._bug(error) from error
+
+    async def _call(self, work: Callable[[], R]) -> R:
+        try:
+            return await asyncio.wrap_future(self._writers.submit(work))
+        except TierUnavailable:
+            raise
+        except Exception as error:
+            raise self._bug(error) from error
+
+    def _bug(self, error: Exception) -> TierUnavailable:
+        """What a tier should not have raised makes it unavailable, like what it may."""
+        report_bug(self._counters, f"tier {self.name}", error)
+        return TierUnavailable(f"{type(error).__name__}: {error}")
 
     async def _make_room(self, nbytes: int) -> bool:
+        """Claim bytes, evicting what it takes; False if they cannot be had."""
         if nbytes > self.index.capacity_bytes:
             return False
         while not self.index.claim(nbytes):
             victim = self.index.victim(lambda _: True)
-            if victim is None:
+            if victim is not None:
+                self._counters.add("evicted_chunks_total", tier=self.name)
+                self._condemn_chunk(victim)
+            elif not self._doomed:
                 return False
-            self._counters.add("evicted_chunks_total", tier=self.name)
-            await self.drop([victim])
-            if not self.writable:
+            if not await self._remove(self.tier.delete):
                 return False
         return True
 
-    async def _delete(self, doomed: list[tuple[bytes, int, int]]) -> None:
-        """Delete objects whose bytes are claimed; those that stay keep their claim."""
-        names = [identity(key, part) for key, part, _ in doomed]
-        outcomes = await self._run(self._writers, lambda: self.tier.delete(names))
-        for (_, _, nbytes), outcome in zip(doomed, outcomes, strict=True):
+    def _condemn(self, key: bytes, part: int) -> None:
+        """Out of the index; the bytes stay claimed until they are deleted."""
+        entry = self.index.pop(key, part)
+        if entry is not None:
+            self.index.claim_existing(entry & ~ORDER_MASK)
+            self._doom(key, part, entry & ~ORDER_MASK)
+
+    def _condemn_chunk(self, key: bytes) -> int:
+        parts = [part for part, _ in self.index.objects(key)]
+        for part in parts:
+            self._condemn(key, part)
+        return len(parts)
+
+    def _doom(self, key: bytes, part: int, nbytes: int) -> None:
+        self._doomed[key, part] = self._doomed.get((key, part), 0) + nbytes
+
+    async def _remove(
+        self,
+        verb: Callable[[Sequence[bytes]], list[Outcome]],
+        only: tuple[bytes, int] | None = None,
+    ) -> bool:
+        """Delete what is doomed, or one object of it; what cannot be deleted stays doomed.
+
+        Returns:
+            Whether all of it has gone.
+        """
+        if only is None:
+            batch, self._doomed = self._doomed, {}
+        else:
+            batch = {only: self._doomed.pop(only, 0)}
+        if not batch:
+            return True
+        names = [identity(key, part) for key, part in batch]
+        error: TierUnavailable | None = None
+        try:
+            outcomes = await self._call(lambda: verb(names))
+        except TierUnavailable as failure:
+            error, outcomes = failure, [Outcome.FAILED] * len(batch)
+        for ((key, part), nbytes), outcome in zip(batch.items(), outcomes, strict=True):
             if outcome is not Outcome.FAILED:
                 self.index.unclaim(nbytes)
-
-    async def _take_out(self, key: bytes, part: int, name: bytes) -> None:
-        self.index.pop(key, part)
-        try:
-            await self._run(self._writers, lambda: self.tier.reject([name]))
-        except TierUnavailable as error:
+                continue
+            self._doom(key, part, nbytes)
+            error = error or TierFull("objects cannot be deleted")
+        if error is not None:
             self.trip(error)
+        return error is None
 
-    def _enter(self, found: Found, doomed: list[tuple[bytes, int, int]]) -> None:
+    async def _scan(self) -> None:
+        clears = self._clears
+        batches = self.tier.scan()
+        while (batch := await self._call(lambda: next(batches, None))) is not None:
+            for start in range(0, len(batch), SCAN_SLICE):
+                for found in batch[start : start + SCAN_SLICE]:
+                    if clears == self._clears:
+                        await self._enter(found)
+                await asyncio.sleep(0)
+
+    async def _enter(self, found: Found) -> None:
         key, group, rank = split_object_id(found.object_id)
         part = group << 16 | rank
-        if self.index.get(key, part) is not None:
+        if self.index.get(key, part) is not None or (key, part) in self._doomed:
             return
-        while not self.index.claim(found.nbytes):
-            victim = self.index.victim(lambda _: True)
-            if victim is None:
-                # A smaller budget than last time: what does not fit goes.
-                doomed.append((key, part, 0))
-                return
-            doomed.extend((victim, p, 0) for p, _ in self.index.pop_chunk(victim))
-        self.index.put(key, part, found.nbytes)
+        if key not in self._forgotten and await self._make_room(found.nbytes):
+            self.index.put(key, part, found.nbytes)
+        else:
+            # Cleared while the scan ran, or beyond a budget smaller than last time's.
+            self.index.claim_existing(found.nbytes)
+            self._doom(key, part, found.nbytes)
+
+    def _order(self, kind: str, order: str) -> int:
+        return self._order_number(order_name(kind, order))
+
+    def _order_number(self, order: str) -> int:
+        if not order or len(self._orders) >= ORDER_MASK:
+            return self._orders.get(order, 0)
+        return self._orders.setdefault(order, len(self._orders) + 1)

@@ -7,7 +7,7 @@ when nobody holds the slot any more: an eviction, a clear or a failure only mark
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ class Slot:
     def __init__(self, offset: int, nbytes: int) -> None:
         self.offset = offset
         self.nbytes = nbytes
-        self.order = ""
+        self.order: str | None = None
         self.state = SlotState.FILLING
         self.holds = 0
         self.waiters: list[Lease] | None = None
@@ -75,12 +75,21 @@ class HostMemory:
         """The ready slot of an object."""
         return self.index.get(key, part)
 
-    def allocate(self, nbytes: int) -> Slot | None:
-        """A slot to fill, held once by the caller; evicts what it must, None if it may not."""
+    def allocate(self, nbytes: int, spare: Container[bytes] = ()) -> Slot | None:
+        """A slot to fill, held once by the caller; evicts what it must, None if it may not.
+
+        Args:
+            nbytes: of the whole object.
+            spare: chunks not to evict for this: a prompt's tail must not cost it its head.
+        """
         if nbytes > self.pool.capacity_bytes:
             return None
+
+        def evictable(key: bytes) -> bool:
+            return key not in spare and all(slot.holds == 0 for _, slot in self.index.objects(key))
+
         while (offset := self._allocator.allocate(nbytes)) is None:
-            victim = self.index.victim(self._evictable)
+            victim = self.index.victim(evictable)
             if victim is None:
                 return None
             self.num_evicted += 1
@@ -96,12 +105,11 @@ class HostMemory:
         slot.order = order
         slot.state = SlotState.READY
         self._loose.discard(slot)
-        replaced = self.index.pop(key, part)
-        if replaced is not None:
-            self._retire(replaced)
         fits = self.index.claim(slot.nbytes)
         assert fits, "the allocator gave more than the pool has"
-        self.index.put(key, part, slot, cost)
+        replaced = self.index.put(key, part, slot, cost)
+        if replaced is not None:
+            self._retire(replaced)
 
     def discard(self, slot: Slot) -> None:
         """Give up a slot that was never published; the caller's hold stays."""
@@ -153,9 +161,6 @@ class HostMemory:
     def close(self) -> None:
         """Let go of the pool."""
         self.pool.close()
-
-    def _evictable(self, key: bytes) -> bool:
-        return all(slot.holds == 0 for _, slot in self.index.objects(key))
 
     def _retire(self, slot: Slot) -> None:
         slot.state = SlotState.GONE

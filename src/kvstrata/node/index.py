@@ -19,7 +19,8 @@ class Index(Generic[E]):
     """Chunks of one tier, each with an entry per part (``group << 16 | rank``).
 
     ``used_bytes`` never exceeds ``capacity_bytes``: `claim` bytes first, then `put` the object
-    that takes them, or give them back with `unclaim`.
+    that takes them, or give them back with `unclaim`. Bytes of objects that have left the index
+    and still lie in the tier stay claimed until they are gone.
 
     Args:
         capacity_bytes: the hard bound.
@@ -68,44 +69,55 @@ class Index(Generic[E]):
         """Set bytes aside for an object that is about to be written; False when they do not fit."""
         if self.used_bytes + nbytes > self.capacity_bytes:
             return False
+        self.claim_existing(nbytes)
+        return True
+
+    def claim_existing(self, nbytes: int) -> None:
+        """Count bytes that lie in the tier already, whatever the bound says."""
         self.used_bytes += nbytes
         self.claimed_bytes += nbytes
-        return True
 
     def unclaim(self, nbytes: int) -> None:
         """Give claimed bytes back."""
+        assert 0 <= nbytes <= self.claimed_bytes
         self.used_bytes -= nbytes
         self.claimed_bytes -= nbytes
 
     def put(self, key: bytes, part: int, entry: E, cost: float = 1.0) -> E | None:
         """Enter an object whose bytes were claimed; returns the entry it replaces, if any."""
         nbytes = self._nbytes_of(entry)
+        assert nbytes <= self.claimed_bytes
         self.claimed_bytes -= nbytes
-        replaced = self.pop(key, part)
-        flat = self._chunks.get(key, ())
+        flat, replaced = _without(self._chunks.get(key, ()), part)
+        if replaced is None:
+            self.num_objects += 1
+        else:
+            self.used_bytes -= self._nbytes_of(replaced)  # type: ignore[arg-type]
         self._chunks[key] = (*flat, part, entry)
-        self.num_objects += 1
-        self._policy.insert(key, nbytes, cost)
-        return replaced
+        # The policy weighs whole chunks.
+        weight = sum(self._nbytes_of(item) for _, item in self.objects(key))
+        self._policy.insert(key, weight, cost)
+        return replaced  # type: ignore[return-value]
+
+    def amend(self, key: bytes, part: int, entry: E) -> None:
+        """Note something new about an object that is here and keeps its size."""
+        flat, before = _without(self._chunks[key], part)
+        assert self._nbytes_of(entry) == self._nbytes_of(before)  # type: ignore[arg-type]
+        self._chunks[key] = (*flat, part, entry)
 
     def pop(self, key: bytes, part: int) -> E | None:
         """Take one object out and return its entry."""
-        flat = self._chunks.get(key)
-        if flat is None:
+        rest, entry = _without(self._chunks.get(key, ()), part)
+        if entry is None:
             return None
-        for i in range(0, len(flat), 2):
-            if flat[i] == part:
-                entry: E = flat[i + 1]  # type: ignore[assignment]
-                rest = flat[:i] + flat[i + 2 :]
-                if rest:
-                    self._chunks[key] = rest
-                else:
-                    del self._chunks[key]
-                    self._policy.remove(key)
-                self.used_bytes -= self._nbytes_of(entry)
-                self.num_objects -= 1
-                return entry
-        return None
+        if rest:
+            self._chunks[key] = rest
+        else:
+            del self._chunks[key]
+            self._policy.remove(key)
+        self.used_bytes -= self._nbytes_of(entry)  # type: ignore[arg-type]
+        self.num_objects -= 1
+        return entry  # type: ignore[return-value]
 
     def pop_chunk(self, key: bytes) -> list[tuple[int, E]]:
         """Take a whole chunk out."""
@@ -116,6 +128,18 @@ class Index(Generic[E]):
             self.used_bytes -= sum(self._nbytes_of(entry) for _, entry in objects)
             self.num_objects -= len(objects)
         return objects
+
+    def clear(self) -> dict[bytes, tuple[object, ...]]:
+        """Forget all chunks, in no time however many there are; their bytes stay claimed.
+
+        Returns:
+            What was here: key to (part, entry, part, entry, ...).
+        """
+        chunks, self._chunks = self._chunks, {}
+        self._policy = type(self._policy)(self._policy.capacity_bytes, self._policy.clock)
+        self.claimed_bytes = self.used_bytes
+        self.num_objects = 0
+        return chunks
 
     def touch(self, keys: list[bytes]) -> None:
         """Note the use of a prefix, given head first.
@@ -139,8 +163,19 @@ class Index(Generic[E]):
         assert total + self.claimed_bytes == self.used_bytes, (
             f"{total} bytes held + {self.claimed_bytes} claimed != {self.used_bytes} used"
         )
-        assert 0 <= self.used_bytes <= self.capacity_bytes
+        assert 0 <= total <= self.capacity_bytes
+        assert self.claimed_bytes >= 0
+        # Beyond the bound lies only what a scan found there and is being deleted.
+        assert self.used_bytes <= self.capacity_bytes or self.claimed_bytes
         assert count == self.num_objects
         assert len(self._policy) == len(self._chunks)
         assert all(key in self._policy for key in self._chunks)
         self._policy.check_integrity()
+
+
+def _without(flat: tuple[object, ...], part: int) -> tuple[tuple[object, ...], object | None]:
+    """A chunk's entries without one part's, and that one's entry."""
+    for i in range(0, len(flat), 2):
+        if flat[i] == part:
+            return flat[:i] + flat[i + 2 :], flat[i + 1]
+    return flat, None

@@ -1,20 +1,21 @@
-"""A node inside this process, for a library user or a test: the same node, on a thread of its own."""
+"""A node inside this process, for a library user or a test: the same, on a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
+import inspect
 import socket
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import Future
+from typing import Any
 
 from kvstrata.client import NodeClient
 from kvstrata.config import Config
+from kvstrata.keys import load_secret
 from kvstrata.node.node import Node
 from kvstrata.node.server import Server
-
-R = TypeVar("R")
 
 
 class InProcessNode:
@@ -23,33 +24,37 @@ class InProcessNode:
     Args:
         config: the whole configuration; ``node`` plays no part.
         make: builds the node, by default `Node.create`; called on the loop.
+
+    Raises:
+        ConfigError: the secret cannot be used, or as ``make`` does.
     """
+
+    node: Node
+    server: Server
 
     def __init__(self, config: Config, make: Callable[[Config], Node] = Node.create) -> None:
         self.config = config
-        self._loop = asyncio.new_event_loop()
+        self._secret = load_secret(config.secret_file)
+        self._make = make
+        started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._loop.run_forever, name="kvstrata-node", daemon=True
+            target=self._run, args=(started,), name="kvstrata-node", daemon=True
         )
         self._thread.start()
-        try:
-            self.node, self.server = self.run(lambda: self._start(make))
-        except BaseException:
-            self._end_loop()
-            raise
+        started.result()
 
     def connect(self) -> NodeClient:
         """A new client of this node."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.run(lambda: self._adopt(theirs))
+        self.run(lambda: self.server.adopt(theirs))
         return NodeClient(ours, self.config.deadlines.attach)
 
-    def run(self, work: Callable[[], R]) -> R:
+    def run(self, work: Callable[[], Any]) -> Any:
         """Call a function on the node's loop and wait for it, and for what it may await."""
 
-        async def call() -> R:
+        async def call() -> Any:
             result = work()
-            return await result if asyncio.iscoroutine(result) else result
+            return await result if inspect.isawaitable(result) else result
 
         return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
 
@@ -59,9 +64,9 @@ class InProcessNode:
 
     def close(self) -> None:
         """Write behind what is queued and release everything; repeatable."""
-        if self._thread.is_alive():
-            self.run(lambda: self._stop())
-            self._end_loop()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._ending.set)
+        self._thread.join()
 
     def __enter__(self) -> InProcessNode:
         return self
@@ -69,19 +74,23 @@ class InProcessNode:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    async def _start(self, make: Callable[[Config], Node]) -> tuple[Node, Server]:
-        node = make(self.config)
-        await node.start()
-        return node, Server(node, os.urandom(32))
+    def _run(self, started: Future[None]) -> None:
+        try:
+            asyncio.run(self._serve(started))
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
 
-    async def _adopt(self, connected: socket.socket) -> None:
-        self.server.adopt(connected)
-
-    async def _stop(self) -> None:
-        self.server.close()
-        await self.node.stop()
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    async def _serve(self, started: Future[None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ending = asyncio.Event()
+        self.node = self._make(self.config)
+        self.server = Server(self.node, self._secret)
+        try:
+            await self.node.start()
+            started.set_result(None)
+            await self._ending.wait()
+        finally:
+            await self.server.close()
+            await self.node.stop()

@@ -39,9 +39,9 @@ def connect(config: Config, timeout_s: float | None = None) -> NodeClient:
     deadline = time.monotonic() + (config.deadlines.attach if timeout_s is None else timeout_s)
     path = socket_path(config)
     if config.node != "auto":
-        return _join(path, config)
+        return _join(path, deadline)
     with contextlib.suppress(NodeUnavailable):
-        return _join(path, config)
+        return _join(path, deadline)
     prepare_folder(path.parent)
     with open(path.with_suffix(".start"), "w") as lock:
         while True:
@@ -51,22 +51,23 @@ def connect(config: Config, timeout_s: float | None = None) -> NodeClient:
             except BlockingIOError:
                 _wait(deadline, path, "somebody else is starting the node")
         with contextlib.suppress(NodeUnavailable):
-            return _join(path, config)
+            return _join(path, deadline)
         _start(config, path, deadline)
-        return _join(path, config)
+        return _join(path, deadline)
 
 
-def _join(path: Path, config: Config) -> NodeClient:
+def _join(path: Path, deadline: float) -> NodeClient:
+    left = max(0.1, deadline - time.monotonic())
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connected.settimeout(config.deadlines.attach)
+        connected.settimeout(left)
         connected.connect(str(path))
     except OSError as error:
         connected.close()
         raise NodeUnavailable(
             f"no node answers on {path} ({error.strerror or error}); is `kvstrata serve` running?"
         ) from error
-    return NodeClient(connected, config.deadlines.attach)
+    return NodeClient(connected, left)
 
 
 def _start(config: Config, path: Path, deadline: float) -> None:
@@ -81,7 +82,8 @@ def _start(config: Config, path: Path, deadline: float) -> None:
                 stderr=output,
                 start_new_session=True,
                 cwd="/",
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                # Our modules, wherever we have them from: "" is our folder, not the node's.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
                 timeout=max(1.0, deadline - time.monotonic()),
                 check=True,
             )

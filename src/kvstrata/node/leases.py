@@ -1,22 +1,18 @@
-"""Leases, reservations, and the clients that hold them.
-
-A lease keeps slots still for a reader, a reservation for a writer. Both belong to a connection of
-a process. They end when the client says so, or when the process is dead; a connection that ended
-without a word leaves them in force, since a copy may still be running.
-"""
+"""Leases: slots held still for a reader, and what has become of those still being filled."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
+from kvstrata.node.clients import Client
 from kvstrata.node.host import HostMemory, Slot, SlotState
-from kvstrata.node.protocol import Template
 
 
 class Lease:
     """Leading chunks of one prompt, held still; some may still be arriving.
 
-    ``slots`` is flat: the objects of chunk ``i`` are ``slots[i * num_parts : (i + 1) * num_parts]``.
+    ``slots`` is flat: the objects of chunk 0, then those of chunk 1, ``num_parts`` each.
     ``ready`` counts the leading chunks whose objects all lie in host memory, in an order the
     client reads; ``failed`` says that the chunk behind them will not come.
     """
@@ -55,7 +51,8 @@ class Lease:
             chunk = slots[self.ready * parts : (self.ready + 1) * parts]
             if any(slot.state is SlotState.FILLING for slot in chunk):
                 break
-            # An object that goes away while it is leased (a clear) still has its bytes.
+            # An object that goes away while it is leased (a clear) still has its bytes, and its
+            # order; one that never came has none.
             if all(slot.order in self.orders for slot in chunk):
                 self.ready += 1
             else:
@@ -70,52 +67,6 @@ class Lease:
     def settled(self, have: int) -> bool:
         """Whether a client that has ``have`` chunks can be told something new, or the end."""
         return self.ready > have or self.failed or self.ready >= self.num_chunks
-
-
-class Reservation:
-    """Slots that a client may write into until it commits; None where it got none.
-
-    The chunks are ``prefix[first:]``; those in ``unwanted`` were cleared meanwhile.
-    """
-
-    __slots__ = ("client", "cost", "first", "id", "namespace", "part", "prefix", "slots",
-                 "template", "unwanted")  # fmt: skip
-
-    def __init__(
-        self,
-        id: int,
-        client: Client,
-        namespace: bytes,
-        prefix: list[bytes],
-        first: int,
-        part: int,
-        template: Template,
-        cost: float,
-        slots: list[Slot | None],
-    ) -> None:
-        self.id = id
-        self.client = client
-        self.namespace = namespace
-        self.prefix = prefix
-        self.first = first
-        self.part = part
-        self.template = template
-        self.cost = cost
-        self.slots = slots
-        self.unwanted: set[bytes] = set()
-
-
-class Client:
-    """One connection's holdings."""
-
-    __slots__ = ("leased_bytes", "leases", "name", "reservations", "reserved_bytes")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.leases: dict[int, Lease] = {}
-        self.reservations: dict[int, Reservation] = {}
-        self.leased_bytes = 0
-        self.reserved_bytes = 0
 
 
 class LeaseTable:
@@ -133,7 +84,8 @@ class LeaseTable:
         self.total_bytes = total_bytes
         self.leased_bytes = 0
         self._leases: dict[int, Lease] = {}
-        self._next = 1
+        # No number means anything to another node, where a client may come with an old one.
+        self._next = int.from_bytes(os.urandom(6), "little") + 1
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -175,6 +127,7 @@ class LeaseTable:
             del self._leases[lease.id]
             del lease.client.leases[lease.id]
         lease.ready = min(lease.ready, lease.num_chunks)
+        lease.failed = lease.failed and lease.ready < lease.num_chunks
         lease.advance()
 
     def check_integrity(self) -> None:

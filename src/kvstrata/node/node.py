@@ -7,9 +7,9 @@ one, and tests call it directly.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
+import re
 import time
 from array import array
 from collections import deque
@@ -18,24 +18,27 @@ from typing import Any
 
 import kvstrata
 from kvstrata.config import Config, host_capacity_bytes
-from kvstrata.errors import ConfigError, CorruptObject, Incompatible, TierUnavailable, UsageError
+from kvstrata.errors import ConfigError, Incompatible, TierUnavailable, UsageError
 from kvstrata.memory import Pool, available_bytes
 from kvstrata.node import protocol as p
-from kvstrata.node.backing import Backing, identity
-from kvstrata.node.host import HostMemory, Slot, SlotState, order_name
-from kvstrata.node.leases import Client, LeaseTable, Reservation
+from kvstrata.node.background import Tasks
+from kvstrata.node.backing import Backing
+from kvstrata.node.clients import Client
+from kvstrata.node.host import HostMemory, Slot, SlotState
+from kvstrata.node.leases import LeaseTable
 from kvstrata.node.movement import Movement
+from kvstrata.node.reservations import ReservationTable
+from kvstrata.node.sampling import Sampler
 from kvstrata.node.scrub import scrub
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes, verify_object
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 
 logger = logging.getLogger(__name__)
 
-NO_PARENT = bytes(32)
-NOT_WRITTEN = bytes(16)
 NUM_RECORDS = 1024
 NOTE_USE_S = 10.0
+
+_LABEL = re.compile(r"[a-z0-9_ -]{1,32}")
 
 Answer = p.Reply | None | Awaitable[p.Reply]
 
@@ -65,28 +68,17 @@ class Node:
         self.counters = counters
         self.backings = backings
         capacity = pool.capacity_bytes
+        per_client = int(config.leases.per_client * capacity)
+        queue = config.disk.write_queue if config.disk else 0
         self.host = HostMemory(pool, create_policy(config.host.policy, capacity, clock))
-        self.leases = LeaseTable(
-            self.host,
-            int(config.leases.per_client * capacity),
-            int(config.leases.total * capacity),
-        )
-        self.movement = Movement(
-            self.host,
-            backings,
-            config.disk.write_queue if config.disk else 0,
-            counters,
-            clock,
-        )
+        self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
+        self.reservations = ReservationTable(self.host, per_client)
+        self.movement = Movement(self.host, backings, queue, counters)
         self.records: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
+        self._sampler = Sampler(self.host, config.host.verify_every, counters)
         self._clock = clock
         self._started = clock()
-        self._writing: dict[tuple[bytes, int], Reservation] = {}
-        self._reservations: dict[int, Reservation] = {}
-        self._numbers = itertools.count(1)
-        self._until_verify = config.host.verify_every
-        self._background: list[asyncio.Task[None]] = []
-        self._verifying: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(counters)
         self._handlers: dict[type, Callable[[Client, Any], Answer]] = {
             p.Match: self.match,
             p.Await: self.await_arrival,
@@ -134,21 +126,21 @@ class Node:
     async def start(self) -> None:
         """Begin the background work: fault the pool in, scan the tiers, scrub them."""
         self.host.pool.populate()
-        spawn = asyncio.get_running_loop().create_task
         for backing in self.backings:
-            self._background.append(spawn(self._scan(backing)))
-            self._background.append(spawn(self._maintain(backing)))
+            self._tasks.spawn(f"the scan of {backing.name}", self._scan(backing))
+            self._tasks.spawn(f"the upkeep of {backing.name}", self._maintain(backing))
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Write behind what is queued, for ``drain_s`` at most, and release everything."""
         try:
             await asyncio.wait_for(self.movement.flush(), drain_s)
+            for backing in self.backings:
+                await asyncio.wait_for(backing.note_use(), drain_s)
         except asyncio.TimeoutError:
             logger.warning("stopped with %d bytes not yet written", self.movement.queued_bytes)
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
-        await self.movement.close()
+        await self._tasks.cancel()
+        await self._sampler.close()
+        await self.movement.close(min(2.0, drain_s))
         for backing in self.backings:
             backing.close()
         self.host.close()
@@ -162,15 +154,16 @@ class Node:
         for lease in list(client.leases.values()):
             self.leases.release(lease)
         for reservation in list(client.reservations.values()):
-            self._finish(reservation, [NOT_WRITTEN] * len(reservation.slots))
+            self.reservations.abort(reservation)
 
     # reading
 
     def match(self, client: Client, message: p.Match) -> p.Matched:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
-        keys, parts, orders = p.split(message.keys, 32), message.parts, frozenset(message.orders)
-        if not parts:
-            raise UsageError("a match must name the parts that make up a chunk")
+        keys, parts = p.split(message.keys, 32), _checked(message.parts)
+        orders = frozenset(message.orders)
+        if len(set(keys)) != len(keys):
+            raise UsageError("no two chunks of a prompt have one key")
         room = self.leases.room_for(client)
         slots: list[Slot | None] = []
         pending: list[tuple[int, bytes, int, int, Backing]] = []
@@ -195,12 +188,12 @@ class Node:
             tiers.append(max(number for _, number in located))
         num_chunks = len(tiers)
         for position, key, part, nbytes, backing in pending:
-            if position >= num_chunks * len(parts):
-                break
-            slots[position] = self.movement.promote(key, part, nbytes, backing)
-            if slots[position] is None:
+            slot = self.movement.promote(key, part, nbytes, backing)
+            if slot is None:
                 num_chunks = position // len(parts)
                 self.counters.add("matches_cut_total", why="room")
+                break
+            slots[position] = slot
         for slot in slots[num_chunks * len(parts) :]:
             if slot is not None:
                 self.host.unhold(slot)
@@ -210,20 +203,25 @@ class Node:
         if not held:
             return p.Matched(message.id, 0, b"", b"")
         lease = self.leases.grant(client, held, len(parts), orders)
-        self._sample(keys, parts, held)
+        self._sampler.note_hits(keys, parts, held)
         return p.Matched(message.id, lease.id, bytes(tiers), _offsets(held))
 
     def await_arrival(self, client: Client, message: p.Await) -> Answer:
-        """Answer when more chunks of a lease are in host memory, or one will not come."""
-        lease = self.leases.get(message.lease)
+        """Answer when more chunks of a lease are in host memory, or one will not come.
+
+        Any connection may ask: of one engine a scheduler leases, and its workers load.
+        """
+        lease, have = self.leases.get(message.lease), message.have
         if lease is None:
             raise UsageError(f"there is no lease {message.lease}")
+        if have < 0:
+            raise UsageError(f"nobody has {have} chunks")
 
         def arrived() -> p.Arrived:
-            slots = lease.slots[message.have * lease.num_parts : lease.ready * lease.num_parts]
+            slots = lease.slots[have * lease.num_parts : lease.ready * lease.num_parts]
             return p.Arrived(message.id, lease.ready, lease.failed, _offsets(slots))
 
-        if lease.settled(message.have):
+        if lease.settled(have):
             return arrived()
         future: asyncio.Future[p.Reply] = asyncio.get_running_loop().create_future()
 
@@ -231,20 +229,23 @@ class Node:
             if not future.done():
                 future.set_result(arrived())
 
-        lease.listeners.append((message.have, tell))
+        lease.listeners.append((have, tell))
         return future
 
     def release(self, client: Client, message: p.Release) -> None:
         """End a lease, or all of it but its first chunks."""
         lease = self.leases.get(message.lease)
         if lease is not None:
+            if lease.client is not client:
+                raise UsageError("a lease is released on the connection that was granted it")
             self.leases.release(lease, message.keep)
 
     def lookup(self, client: Client, message: p.Lookup) -> p.Found:
         """Say where each chunk is; changes nothing."""
+        parts = _checked(message.parts)
         tiers = bytearray()
         for key in p.split(message.keys, 32):
-            located = self._locate(key, message.parts, None)
+            located = self._locate(key, parts, None)
             tiers.append(p.ABSENT if located is None else max(number for _, number in located))
         return p.Found(message.id, bytes(tiers))
 
@@ -252,46 +253,12 @@ class Node:
 
     def reserve(self, client: Client, message: p.Reserve) -> p.Reserved:
         """Give out slots for the chunks ``prefix[first:]``, head first, as far as there is room."""
-        prefix, template, part = p.split(message.prefix, 32), message.template, message.part
-        if not 0 <= message.first < len(prefix) or len(message.namespace) != 32:
-            raise UsageError("a reservation needs a namespace and at least one chunk")
-        order, nbytes = order_name(template.kind, template.order), stored_bytes(template.raw_length)
-        reservation = Reservation(
-            next(self._numbers),
-            client,
-            message.namespace,
-            prefix,
-            message.first,
-            part,
-            template,
-            message.cost,
-            [],
-        )
-        offsets = array("q")
-        refusal = 0
-        for key in prefix[message.first :]:
-            slot, answer = None, refusal
-            if not answer:
-                answer = self._presence(key, part, order)
-            if not answer and client.reserved_bytes + nbytes > self.leases.per_client_bytes:
-                answer = refusal = p.REFUSED
-            if not answer:
-                slot = self.host.allocate(nbytes)
-                if slot is None:
-                    answer = refusal = p.FULL
-            if slot is not None:
-                client.reserved_bytes += nbytes
-                self._writing[key, part] = reservation
-            offsets.append(answer if slot is None else slot.offset)
-            reservation.slots.append(slot)
-        if any(slot is not None for slot in reservation.slots):
-            client.reservations[reservation.id] = reservation
-            self._reservations[reservation.id] = reservation
+        reservation, offsets = self.reservations.grant(client, message, self._presence)
         return p.Reserved(message.id, reservation.id, offsets.tobytes())
 
     def commit(self, client: Client, message: p.Commit) -> p.Done:
         """Publish what was written into reserved slots; the rest of them go back."""
-        reservation = self._reservations.get(message.reservation)
+        reservation = self.reservations.get(message.reservation)
         if reservation is None:
             return p.Done(message.id, 0)
         if reservation.client is not client:
@@ -299,7 +266,21 @@ class Node:
         checksums = p.split(message.checksums, 16)
         if len(checksums) != len(reservation.slots):
             raise UsageError(f"{len(reservation.slots)} checksums expected, not {len(checksums)}")
-        return p.Done(message.id, self._finish(reservation, checksums))
+        epoch = self.backings[0].tier.epoch if self.backings else 0
+        written = self.reservations.finish(reservation, checksums, epoch)
+        if written:
+            last = reservation.prefix.index(written[-1][0])
+            self.movement.write_behind(
+                reservation.prefix[: last + 1],
+                reservation.part,
+                reservation.order,
+                written,
+                reservation.cost,
+            )
+        for _, slot in written:
+            self.host.unhold(slot)
+        self.counters.add("stored_objects_total", len(written))
+        return p.Done(message.id, len(written))
 
     # operating
 
@@ -311,29 +292,29 @@ class Node:
         tiers = set(message.tiers) or names
         wanted = None if message.keys is None else set(p.split(message.keys, 32))
         self.movement.forget(wanted)
-        for reservation in self._reservations.values():
-            chunks = reservation.prefix[reservation.first :]
-            reservation.unwanted.update(chunks if wanted is None else wanted & set(chunks))
+        self.reservations.forget(wanted)
         count = 0
         if "host" in tiers:
             for key in list(self.host.index.keys() if wanted is None else wanted):
                 count += self.host.drop(key)
+        backings = [backing for backing in self.backings if backing.name in tiers]
 
         async def finish() -> p.Reply:
+            counts = await asyncio.gather(
+                *(b.clear() if wanted is None else b.drop(wanted) for b in backings),
+                return_exceptions=True,
+            )
             total = count
-            for backing in self.backings:
-                if backing.name in tiers:
-                    total += await (
-                        backing.clear()
-                        if wanted is None
-                        else backing.drop([key for key in wanted if key in backing.index])
-                    )
+            for cleared in counts:
+                if isinstance(cleared, BaseException):
+                    raise cleared
+                total += cleared
             return p.Done(message.id, total)
 
         return finish()
 
     def flush(self, client: Client, message: p.Flush) -> Awaitable[p.Reply]:
-        """Answer once nothing is left to write behind."""
+        """Answer once what was committed so far has been written behind, or given up."""
 
         async def finish() -> p.Reply:
             await self.movement.flush()
@@ -344,7 +325,9 @@ class Node:
     def record(self, client: Client, message: p.Record) -> None:
         """Keep one request's record for the operator."""
         self.records.append(message.record)
-        self.counters.add("requests_total", outcome=str(message.record.get("outcome", "")))
+        outcome = str(message.record.get("outcome", ""))
+        label = outcome if _LABEL.fullmatch(outcome) else "other"
+        self.counters.add("requests_total", outcome=label)
 
     def status(self, client: Client, message: p.Status) -> p.State:
         """Everything an operator may ask of a node."""
@@ -367,7 +350,7 @@ class Node:
                 "leases": {
                     "count": len(self.leases),
                     "bytes": self.leases.leased_bytes,
-                    "reservations": len(self._reservations),
+                    "reservations": len(self.reservations),
                 },
                 "tiers": [
                     {
@@ -388,19 +371,11 @@ class Node:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the conservation laws hold: every byte has one owner."""
-        reserved = [
-            slot for r in self._reservations.values() for slot in r.slots if slot is not None
-        ]
-        self.host.check_integrity([*reserved, *self.movement.filling()])
+        self.host.check_integrity([*self.reservations.filling(), *self.movement.filling()])
         self.leases.check_integrity()
+        self.reservations.check_integrity()
         for backing in self.backings:
             backing.index.check_integrity()
-        for reservation in self._reservations.values():
-            assert reservation.client.reservations.get(reservation.id) is reservation
-        for client in {r.client for r in self._reservations.values()}:
-            held = [s for r in client.reservations.values() for s in r.slots if s is not None]
-            assert client.reserved_bytes == sum(slot.nbytes for slot in held)
-        assert self._until_verify >= 0
 
     # how
 
@@ -417,7 +392,7 @@ class Node:
                 located.append((slot, 0))
                 continue
             for number, backing in enumerate(self.backings, 1):
-                nbytes = backing.index.get(key, part) if backing.readable else None
+                nbytes = backing.find(key, part, orders)
                 if nbytes is not None:
                     slot = self.movement.arriving.get((key, part))
                     located.append(((backing, nbytes) if slot is None else slot, number))
@@ -427,81 +402,16 @@ class Node:
         return located
 
     def _presence(self, key: bytes, part: int, order: str) -> int:
-        """Why an object need not be written: `PRESENT`, `BUSY`; 0 when it does need it."""
-        if (key, part) in self._writing:
-            return p.BUSY
+        """`PRESENT` if an object need not be written, else 0.
+
+        One in another order is of no use to this writer's kind of engine, and may be replaced.
+        """
         slot = self.host.get(key, part)
         if slot is not None:
-            # In another order it is of no use to this writer's kind of engine, and may be replaced.
             return p.PRESENT if slot.order == order else 0
-        if (key, part) in self.movement.arriving:
+        if any(backing.find(key, part, (order,)) is not None for backing in self.backings):
             return p.PRESENT
-        stored = any(b.readable and b.index.get(key, part) is not None for b in self.backings)
-        return p.PRESENT if stored else 0
-
-    def _finish(self, reservation: Reservation, checksums: list[bytes]) -> int:
-        """End a reservation: publish the slots that have a checksum, give back the others."""
-        client, part, first = reservation.client, reservation.part, reservation.first
-        del client.reservations[reservation.id]
-        del self._reservations[reservation.id]
-        written: list[int] = []
-        for i, slot in enumerate(reservation.slots):
-            if slot is None:
-                continue
-            key = reservation.prefix[first + i]
-            del self._writing[key, part]
-            client.reserved_bytes -= slot.nbytes
-            if checksums[i] == NOT_WRITTEN or key in reservation.unwanted:
-                self.host.discard(slot)
-                self.host.unhold(slot)
-            else:
-                self._write_header(reservation, first + i, slot, checksums[i])
-                written.append(i)
-        # Tails enter the policy before heads, so that they leave it first.
-        for i in reversed(written):
-            slot, key = reservation.slots[i], reservation.prefix[first + i]
-            assert slot is not None
-            order = order_name(reservation.template.kind, reservation.template.order)
-            self.host.publish(key, part, slot, order, reservation.cost or 1.0)
-        self.host.index.touch(reservation.prefix[:first])
-        for i in written:
-            slot, key = reservation.slots[i], reservation.prefix[first + i]
-            assert slot is not None
-            self.movement.write_behind(key, part, slot, reservation.cost or 1.0)
-            self.host.unhold(slot)
-        self.counters.add("stored_objects_total", len(written))
-        return len(written)
-
-    def _write_header(
-        self, reservation: Reservation, number: int, slot: Slot, checksum: bytes
-    ) -> None:
-        template = reservation.template
-        header = ObjectHeader(
-            namespace=reservation.namespace,
-            key=reservation.prefix[number],
-            parent=reservation.prefix[number - 1] if number else NO_PARENT,
-            start=number * template.num_tokens,
-            num_tokens=template.num_tokens,
-            group=reservation.part >> 16,
-            rank=reservation.part & 0xFFFF,
-            kind=template.kind,
-            order=template.order,
-            dtype=template.dtype,
-            shape=tuple(template.shape),
-            codec=template.codec,
-            codec_parameters=template.codec_parameters,
-            epoch=self.backings[0].tier.epoch if self.backings else 0,
-            created_ns=time.time_ns(),
-            raw_length=template.raw_length,
-            stored_length=template.raw_length,
-            raw_checksum=checksum,
-            stored_checksum=checksum,
-        )
-        view = self.host.pool.view(slot.offset, slot.nbytes)
-        view[:HEADER_BYTES] = header.encode()
-        padding = slot.nbytes - HEADER_BYTES - template.raw_length
-        if padding:
-            view[-padding:] = bytes(padding)
+        return 0
 
     def _count_match(self, keys: list[bytes], tiers: bytearray) -> None:
         self.counters.add("matches_total")
@@ -514,37 +424,7 @@ class Node:
         found = keys[: len(tiers)]
         self.host.index.touch(found)
         for backing in self.backings:
-            backing.index.touch(found)
-
-    def _sample(self, keys: list[bytes], parts: list[int], slots: list[Slot]) -> None:
-        """Verify one host hit in ``verify_every``, in a thread, while it is held."""
-        if not self.config.host.verify_every:
-            return
-        self._until_verify -= len(slots)
-        if self._until_verify > 0:
-            return
-        self._until_verify = self.config.host.verify_every
-        position = next(self._numbers) % len(slots)
-        slot = slots[position]
-        if slot.state is SlotState.READY:
-            key, part = keys[position // len(parts)], parts[position % len(parts)]
-            self.host.hold(slot)
-            task = asyncio.get_running_loop().create_task(self._verify(key, part, slot))
-            self._verifying.add(task)
-            task.add_done_callback(self._verifying.discard)
-
-    async def _verify(self, key: bytes, part: int, slot: Slot) -> None:
-        view = self.host.pool.view(slot.offset, slot.nbytes)
-        try:
-            await asyncio.to_thread(verify_object, view, identity(key, part))
-            self.counters.add("verified_objects_total", tier="host")
-        except CorruptObject as error:
-            logger.error("host memory: an object is rejected: %s", error)
-            self.counters.add("corrupt_objects_total", tier="host")
-            if self.host.get(key, part) is slot:
-                self.host.drop_object(key, part)
-        finally:
-            self.host.unhold(slot)
+            backing.use(found)
 
     async def _scan(self, backing: Backing) -> None:
         await backing.scan()
@@ -556,6 +436,15 @@ class Node:
         while True:
             await asyncio.sleep(NOTE_USE_S)
             await backing.note_use()
+
+
+def _checked(parts: list[int]) -> list[int]:
+    """Raises `UsageError` unless these can make up a chunk."""
+    if not parts or len(set(parts)) != len(parts):
+        raise UsageError("name the parts that make up a chunk, each once")
+    if not all(0 <= part < 1 << 32 for part in parts):
+        raise UsageError(f"not all of {parts} are parts: group << 16 | rank")
+    return parts
 
 
 def _offsets(slots: list[Slot]) -> bytes:

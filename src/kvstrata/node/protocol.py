@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 
+import kvstrata
 from kvstrata.errors import Incompatible
 
 PROTOCOL_VERSION = 1
@@ -25,7 +26,11 @@ ARRIVING = -1
 ABSENT = 255
 
 
-class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
+class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    pass
+
+
+class Hello(_Message, tag="hello", frozen=True):
     version: int
     release: str
     pid: int
@@ -34,39 +39,39 @@ class Hello(msgspec.Struct, array_like=True, tag="hello", frozen=True):
     secret: bytes
 
 
-class Match(msgspec.Struct, array_like=True, tag="match", frozen=True):
+class Match(_Message, tag="match", frozen=True):
     id: int
     keys: bytes
     parts: list[int]
     orders: list[str]
 
 
-class Matched(msgspec.Struct, array_like=True, tag="matched", frozen=True):
+class Matched(_Message, tag="matched", frozen=True):
     id: int
     lease: int
     tiers: bytes
     offsets: bytes
 
 
-class Await(msgspec.Struct, array_like=True, tag="await", frozen=True):
+class Await(_Message, tag="await", frozen=True):
     id: int
     lease: int
     have: int
 
 
-class Arrived(msgspec.Struct, array_like=True, tag="arrived", frozen=True):
+class Arrived(_Message, tag="arrived", frozen=True):
     id: int
     ready: int
     failed: bool
     offsets: bytes
 
 
-class Release(msgspec.Struct, array_like=True, tag="release", frozen=True):
+class Release(_Message, tag="release", frozen=True):
     lease: int
     keep: int = 0
 
 
-class Template(msgspec.Struct, array_like=True, frozen=True):
+class Template(_Message, frozen=True):
     """What the headers of one reservation share; fields as in `kvstrata.objects.ObjectHeader`."""
 
     kind: str
@@ -79,7 +84,7 @@ class Template(msgspec.Struct, array_like=True, frozen=True):
     codec_parameters: bytes = b""
 
 
-class Reserve(msgspec.Struct, array_like=True, tag="reserve", frozen=True):
+class Reserve(_Message, tag="reserve", frozen=True):
     id: int
     namespace: bytes
     prefix: bytes
@@ -89,76 +94,79 @@ class Reserve(msgspec.Struct, array_like=True, tag="reserve", frozen=True):
     cost: float = 0.0
 
 
-class Reserved(msgspec.Struct, array_like=True, tag="reserved", frozen=True):
+class Reserved(_Message, tag="reserved", frozen=True):
     id: int
     reservation: int
     offsets: bytes
 
 
-class Commit(msgspec.Struct, array_like=True, tag="commit", frozen=True):
+class Commit(_Message, tag="commit", frozen=True):
     id: int
     reservation: int
     checksums: bytes
 
 
-class Done(msgspec.Struct, array_like=True, tag="done", frozen=True):
+class Done(_Message, tag="done", frozen=True):
     id: int
     count: int
 
 
-class Lookup(msgspec.Struct, array_like=True, tag="lookup", frozen=True):
+class Lookup(_Message, tag="lookup", frozen=True):
     id: int
     keys: bytes
     parts: list[int]
 
 
-class Found(msgspec.Struct, array_like=True, tag="found", frozen=True):
+class Found(_Message, tag="found", frozen=True):
     id: int
     tiers: bytes
 
 
-class Clear(msgspec.Struct, array_like=True, tag="clear", frozen=True):
+class Clear(_Message, tag="clear", frozen=True):
     id: int
     keys: bytes | None = None
     tiers: list[str] = msgspec.field(default_factory=list)
 
 
-class Flush(msgspec.Struct, array_like=True, tag="flush", frozen=True):
+class Flush(_Message, tag="flush", frozen=True):
     id: int
 
 
-class Status(msgspec.Struct, array_like=True, tag="status", frozen=True):
+class Status(_Message, tag="status", frozen=True):
     id: int
 
 
-class State(msgspec.Struct, array_like=True, tag="state", frozen=True):
+class State(_Message, tag="state", frozen=True):
     id: int
     state: dict[str, Any]
 
 
-class Record(msgspec.Struct, array_like=True, tag="record", frozen=True):
+class Record(_Message, tag="record", frozen=True):
     record: dict[str, Any]
 
 
-class Bye(msgspec.Struct, array_like=True, tag="bye", frozen=True):
+class Bye(_Message, tag="bye", frozen=True):
     pass
 
 
-class Failed(msgspec.Struct, array_like=True, tag="failed", frozen=True):
+class Failed(_Message, tag="failed", frozen=True):
     id: int
     kind: str
     message: str
 
 
-Request = Union[
-    Match, Await, Release, Reserve, Commit, Lookup, Clear, Flush, Status, Record, Bye
-]  # fmt: skip
-Reply = Union[Hello, Matched, Arrived, Reserved, Done, Found, State, Failed]
+Request = (
+    Match | Await | Release | Reserve | Commit | Lookup | Clear | Flush | Status | Record | Bye
+)
+Reply = Hello | Matched | Arrived | Reserved | Done | Found | State | Failed
+
+# What msgspec raises beside its own error: text that is not UTF-8, depth, a map as a map's key.
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)
 
 _length = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()
-_request_decoder = msgspec.msgpack.Decoder(Request)
-_reply_decoder = msgspec.msgpack.Decoder(Reply)
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
 def encode(message: Request | Reply) -> bytes:
@@ -171,7 +179,7 @@ def decode_request(body: bytes) -> Request:
     """Raises `Incompatible` for anything that is not a request of this version."""
     try:
         return _request_decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except _UNDECODABLE as error:
         raise Incompatible(f"not a request of protocol {PROTOCOL_VERSION}: {error}") from error
 
 
@@ -179,8 +187,27 @@ def decode_reply(body: bytes) -> Reply:
     """Raises `Incompatible` for anything that is not a reply of this version."""
     try:
         return _reply_decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except _UNDECODABLE as error:
         raise Incompatible(f"not a reply of protocol {PROTOCOL_VERSION}: {error}") from error
+
+
+def decode_hello(body: bytes) -> Hello:
+    """Raises `Incompatible` for another version's hello, whatever that looks like."""
+    try:
+        words = msgspec.msgpack.decode(body, type=list)
+    except _UNDECODABLE:
+        words = []
+    if words[:1] != ["hello"] or len(words) < 3:
+        raise Incompatible("the other end of the socket is no node")
+    _, version, release, *_ = words
+    if version != PROTOCOL_VERSION:
+        raise Incompatible(
+            f"the node (KVStrata {release}) speaks protocol {version}, this client (KVStrata "
+            f"{kvstrata.__version__}) {PROTOCOL_VERSION}; install one release on both sides"
+        )
+    hello = decode_reply(body)
+    assert isinstance(hello, Hello)
+    return hello
 
 
 class Frames:

@@ -24,11 +24,13 @@ from kvstrata.config import Config, load_config, socket_path
 from kvstrata.errors import ConfigError, KVStrataError
 from kvstrata.keys import load_secret
 from kvstrata.node.node import Node
-from kvstrata.node.server import STARTUP_GRACE_S, Server
+from kvstrata.node.server import Server
 
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
+# Who starts a node on demand connects as soon as it listens.
+STARTUP_GRACE_S = 60.0
 
 
 def run(
@@ -43,6 +45,7 @@ def run(
 
     Raises:
         ConfigError: the socket's folder or the secret cannot be used.
+        TierUnavailable: the system gives no memory for the pool.
     """
     path = socket_path(config)
     secret = load_secret(config.secret_file)
@@ -55,8 +58,7 @@ def run(
     with open(path.with_suffix(".lock"), "w") as lock:
         # An earlier node that is still writing behind holds this, and the disk tier's folder.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        uvloop.install()
-        asyncio.run(_serve(config, path, secret, on_demand, on_ready))
+        uvloop.run(_serve(config, path, secret, on_demand, on_ready))
 
 
 def prepare_folder(folder: Path) -> None:
@@ -82,47 +84,82 @@ def bind(path: Path) -> socket.socket:
     mask = os.umask(0o177)
     try:
         listener.bind(str(path))
+        listener.listen(128)
+    except BaseException:
+        listener.close()
+        raise
     finally:
         os.umask(mask)
-    listener.listen(128)
     return listener
+
+
+class _Door:
+    """The socket in the file system, and on demand the wish to close it for good.
+
+    Args:
+        path: of the socket.
+        linger_s: how long to wait for another client after the last; None for ever.
+    """
+
+    def __init__(self, path: Path, linger_s: float | None) -> None:
+        self.closed = asyncio.Event()
+        self.server: Server | None = None
+        self._path = path
+        self._linger_s = linger_s
+        self._leaving: asyncio.TimerHandle | None = None
+
+    def open(self, server: Server) -> None:
+        """Let clients in."""
+        self.server = server
+        server.listen(bind(self._path))
+        if self._linger_s is not None:
+            self._leave_in(STARTUP_GRACE_S)
+
+    def on_alone(self) -> None:
+        """The last client has gone."""
+        if self._linger_s is not None and not self.closed.is_set():
+            self._leave_in(self._linger_s)
+
+    def close(self) -> None:
+        """Let nobody in any more: who comes now starts a new node, which waits for our lock."""
+        self.closed.set()
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        if self.server is not None:
+            self.server.stop_listening()
+
+    def _leave_in(self, seconds: float) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+        self._leaving = asyncio.get_running_loop().call_later(seconds, self._leave_if_alone)
+
+    def _leave_if_alone(self) -> None:
+        assert self.server is not None
+        self.server.accept()
+        if not self.server.num_clients:
+            self.close()
 
 
 async def _serve(
     config: Config, path: Path, secret: bytes, on_demand: bool, on_ready: Callable[[], None]
 ) -> None:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    door = _Door(path, config.linger if on_demand else None)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, door.close)
     node = Node.create(config)
-    await node.start()
-
-    def stop_if_alone() -> None:
-        if not server.num_peers:
-            stop.set()
-
-    def on_alone() -> None:
-        if on_demand:
-            loop.call_later(config.linger, stop_if_alone)
-
-    server = Server(node, secret, on_alone)
-    if on_demand:
-        loop.call_later(STARTUP_GRACE_S, stop_if_alone)
-    listener = bind(path)
-    server.listen(listener)
-    logger.info(
-        "node %d serves on %s: %d bytes of host memory", os.getpid(), path,
-        node.host.pool.capacity_bytes,
-    )  # fmt: skip
-    on_ready()
+    server = Server(node, secret, door.on_alone)
     try:
-        await stop.wait()
+        await node.start()
+        door.open(server)
+        logger.info(
+            "node %d serves on %s: %d bytes of host memory", os.getpid(), path,
+            node.host.pool.capacity_bytes,
+        )  # fmt: skip
+        on_ready()
+        await door.closed.wait()
     finally:
-        # Unlink first: who comes now must start a new node, which waits for our lock.
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        server.close()
+        door.close()
+        await server.close()
         await node.stop()
         logger.info("node %d has ended", os.getpid())
 
@@ -139,8 +176,14 @@ def _main() -> None:
             os.close(tell)
             os._exit(0 if os.read(told, 1) else 2)
         os.close(told)
-        run(config, on_demand=True, on_ready=lambda: os.close(tell) if os.write(tell, b"1") else None)
-    except KVStrataError as error:
+
+        def on_ready() -> None:
+            with contextlib.suppress(BrokenPipeError):  # the starter has lost patience
+                os.write(tell, b"1")
+            os.close(tell)
+
+        run(config, on_demand=True, on_ready=on_ready)
+    except (KVStrataError, OSError) as error:
         print(f"kvstrata node: {error}", file=sys.stderr)
         sys.exit(2)
 

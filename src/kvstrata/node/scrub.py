@@ -17,15 +17,15 @@ async def scrub(backing: Backing, bytes_per_s: float) -> None:
         backing: the tier.
         bytes_per_s: the rate that is not exceeded on average.
     """
-    scratch = mmap.mmap(-1, 1 << 20)
+    scratch = mmap.mmap(-1, 1 << 20)  # aligned, as a tier wants its buffers
     while True:
-        objects = [
-            (key, part, nbytes)
-            for key in list(backing.index.keys())
-            for part, nbytes in backing.index.objects(key)
-        ]
-        for key, part, nbytes in objects:
-            if backing.readable and backing.index.get(key, part) == nbytes:
+        for key in list(backing.index.keys()):
+            for part, _ in list(backing.index.objects(key)):
+                while not backing.readable:
+                    await asyncio.sleep(IDLE_S)
+                nbytes = backing.find(key, part, None)
+                if nbytes is None:
+                    continue
                 if len(scratch) < nbytes:
                     scratch = mmap.mmap(-1, nbytes)
                 await backing.read(key, part, nbytes, memoryview(scratch)[:nbytes])

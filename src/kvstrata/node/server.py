@@ -8,97 +8,111 @@ copy may outlive its socket, and a forked child may keep a dead process's socket
 from __future__ import annotations
 
 import asyncio
-import errno
-import inspect
 import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import cast
 
 import kvstrata
 from kvstrata.errors import Incompatible, KVStrataError
 from kvstrata.node import protocol as p
-from kvstrata.node.leases import Client
+from kvstrata.node.background import Tasks, report_bug
+from kvstrata.node.clients import Client
 from kvstrata.node.node import Node
 
 logger = logging.getLogger(__name__)
 
 SO_PEERPIDFD = 77  # Linux 6.5; Python has no name for it yet
-STARTUP_GRACE_S = 60.0
-
-
-class Peer:
-    """A client process: its connections, and what connections that ended without a word still hold."""
-
-    def __init__(self, pid: int, pidfd: int | None) -> None:
-        self.pid = pid
-        self.pidfd = pidfd
-        self.connections: set[Connection] = set()
-        self.orphans: list[Client] = []
+ACCEPT_AGAIN_S = 1.0
 
 
 class Connection(asyncio.Protocol):
-    """One client's socket on the node's loop."""
+    """One client's socket on the node's loop, and its process.
 
-    def __init__(self, server: Server, peer: Peer) -> None:
-        self.client = Client(f"pid {peer.pid}")
-        self.peer = peer
+    Args:
+        server: whose client this is.
+        pid: the process, for the log.
+        pidfd: becomes readable when that process is dead; None if it cannot be watched. Owned.
+    """
+
+    def __init__(self, server: Server, pid: int, pidfd: int | None) -> None:
+        self.client = Client(f"pid {pid}")
+        self.pidfd = pidfd
         self._server = server
         self._frames = p.Frames()
         self._transport: asyncio.Transport | None = None
-        self._said_bye = False
+        self._closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclass of asyncio's
         self._transport = cast(asyncio.Transport, transport)
+        if self._closed:
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         try:
             for body in self._frames.feed(data):
+                if self._closed:
+                    return
                 self._answer(p.decode_request(body))
         except Incompatible as error:
             logger.error("%s is disconnected: %s", self.client.name, error)
+            self._server.counters.add("disconnects_total", why="garbage")
             self.close()
+
+    def pause_writing(self) -> None:
+        # A client that reads no answers may ask nothing more until it does.
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._server.disconnected(self, self._said_bye)
+        self._server.disconnected(self)
 
     def close(self) -> None:
         """Hang up."""
+        self._closed = True
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
 
     def _answer(self, message: p.Request) -> None:
         if isinstance(message, p.Bye):
-            self._said_bye = True
             self._server.node.end(self.client)
+            self.close()
             return
         number: int = getattr(message, "id", 0)
         try:
             answer = self._server.node.handle(self.client, message)
-        except KVStrataError as error:
-            self._send(p.Failed(number, type(error).__name__, str(error)))
+        except Exception as error:
+            self._refuse(number, message, error)
             return
-        if inspect.isawaitable(answer):
-            task = asyncio.ensure_future(answer)
-            self._server.pending.add(task)
-            task.add_done_callback(lambda done: self._settle(number, done))
+        if isinstance(answer, Awaitable):
+            self._server.tasks.spawn("a request", self._answer_later(number, message, answer))
         elif answer is not None:
             self._send(answer)
 
-    def _settle(self, number: int, done: asyncio.Future[p.Reply]) -> None:
-        self._server.pending.discard(done)
-        if done.cancelled():
-            return
-        error = done.exception()
-        if error is None:
-            self._send(done.result())
+    async def _answer_later(
+        self, number: int, message: p.Request, answer: Awaitable[p.Reply]
+    ) -> None:
+        try:
+            self._send(await answer)
+        except Exception as error:
+            self._refuse(number, message, error)
+
+    def _refuse(self, number: int, message: p.Request, error: Exception) -> None:
+        what = type(message).__name__.lower()
+        if isinstance(error, KVStrataError):
+            logger.warning("%s: %s is refused: %s", self.client.name, what, error)
+            self._server.counters.add("requests_refused_total", request=what)
         else:
-            if not isinstance(error, KVStrataError):
-                logger.error("a request died of a bug", exc_info=error)
+            report_bug(self._server.counters, f"a {what}", error)
+        if number:
             self._send(p.Failed(number, type(error).__name__, str(error)))
 
     def _send(self, reply: p.Reply) -> None:
@@ -112,70 +126,75 @@ class Server:
     Args:
         node: the node to serve.
         secret: the deployment's secret, handed to clients.
-        on_alone: called when the last client process has gone.
+        on_alone: called whenever the last client has gone.
     """
 
     def __init__(
         self, node: Node, secret: bytes, on_alone: Callable[[], None] = lambda: None
     ) -> None:
         self.node = node
-        self.pending: set[asyncio.Future[p.Reply]] = set()
+        self.counters = node.counters
+        self.tasks = Tasks(node.counters)
         self._secret = secret
         self._on_alone = on_alone
         self._identity = os.urandom(16)
-        self._peers: dict[int, Peer] = {}
+        self._connections: set[Connection] = set()
         self._listener: socket.socket | None = None
-        self._connecting: set[asyncio.Task[None]] = set()
 
     @property
-    def num_peers(self) -> int:
-        """Client processes that are alive and connected, or whose copies may still run."""
-        return len(self._peers)
+    def num_clients(self) -> int:
+        """Connections that stand, and those of living processes whose copies may still run."""
+        return len(self._connections)
 
     def listen(self, listener: socket.socket) -> None:
         """Serve a bound, listening Unix socket."""
         listener.setblocking(False)
         self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._accept)
+        asyncio.get_running_loop().add_reader(listener, self.accept)
 
     def adopt(self, connected: socket.socket) -> None:
         """Serve a client that is connected already: one end of a socketpair."""
         self._welcome(connected)
 
-    def close(self) -> None:
-        """Stop listening and hang up on everybody."""
-        loop = asyncio.get_running_loop()
-        if self._listener is not None:
-            loop.remove_reader(self._listener)
-            self._listener.close()
-            self._listener = None
-        for peer in list(self._peers.values()):
-            for connection in list(peer.connections):
-                connection.close()
-            self._forget(peer)
-
-    def disconnected(self, connection: Connection, said_bye: bool) -> None:
-        """A socket has closed."""
-        peer = connection.peer
-        peer.connections.discard(connection)
-        if not said_bye and peer.pidfd is not None:
-            peer.orphans.append(connection.client)
-        else:
-            self.node.end(connection.client)
-        if not peer.connections and not any(c.leases or c.reservations for c in peer.orphans):
-            self._forget(peer)
-
-    def _accept(self) -> None:
-        assert self._listener is not None
-        while True:
+    def accept(self) -> None:
+        """Welcome those who wait at the door."""
+        while self._listener is not None:
             try:
                 connected, _ = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
+                # Out of descriptors, most likely: the socket stays readable, so wait a while.
                 logger.error("cannot accept a client: %s", error)
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(self._listener)
+                loop.call_later(ACCEPT_AGAIN_S, self._listen_again)
                 return
             self._welcome(connected)
+
+    def stop_listening(self) -> None:
+        """Take no more clients. Repeatable."""
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+
+    async def close(self) -> None:
+        """Stop listening and hang up on everybody. Repeatable."""
+        self.stop_listening()
+        for connection in list(self._connections):
+            connection.close()
+            self._forget(connection)
+        await self.tasks.cancel()
+
+    def disconnected(self, connection: Connection) -> None:
+        """A socket has closed; what its process may still be copying stays held."""
+        if connection.pidfd is None or not connection.client.holds_something:
+            self._forget(connection)
+
+    def _listen_again(self) -> None:
+        if self._listener is not None:
+            self.listen(self._listener)
 
     def _welcome(self, connected: socket.socket) -> None:
         pid, uid, _ = struct.unpack(
@@ -185,79 +204,74 @@ class Server:
             logger.warning("refused a client of user %d", uid)
             connected.close()
             return
-        hello = p.Hello(
-            p.PROTOCOL_VERSION,
-            kvstrata.__version__,
-            os.getpid(),
-            self._identity,
-            self.node.host.pool.capacity_bytes,
-            self._secret,
-        )
+        pidfd = None
         try:
+            pidfd = _pidfd(connected, pid)
+            hello = p.Hello(
+                p.PROTOCOL_VERSION,
+                kvstrata.__version__,
+                os.getpid(),
+                self._identity,
+                self.node.host.pool.capacity_bytes,
+                self._secret,
+            )
+            connected.setblocking(False)
             socket.send_fds(connected, [p.encode(hello)], [self.node.host.pool.fd])
         except OSError as error:
             logger.warning("pid %d left before it was welcomed: %s", pid, error)
             connected.close()
+            if pidfd is not None:
+                os.close(pidfd)
             return
-        peer = self._peers.get(pid)
-        if peer is None:
-            peer = self._peers[pid] = Peer(pid, _pidfd(connected, pid))
-            if peer.pidfd is not None:
-                loop = asyncio.get_running_loop()
-                loop.add_reader(peer.pidfd, self._died, peer)
-        connection = Connection(self, peer)
-        peer.connections.add(connection)
-        connected.setblocking(False)
-        task = asyncio.ensure_future(self._connect(connection, connected))
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        connection = Connection(self, pid, pidfd)
+        self._connections.add(connection)
+        if pidfd is not None:
+            asyncio.get_running_loop().add_reader(pidfd, self._died, connection)
+        self.tasks.spawn("a connection", self._connect(connection, connected))
 
     async def _connect(self, connection: Connection, connected: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
             await loop.connect_accepted_socket(lambda: connection, connected)
-        except OSError:
+        except BaseException as error:
             connected.close()
-            self.disconnected(connection, said_bye=True)
+            self._forget(connection)
+            if not isinstance(error, OSError):
+                raise
 
-    def _died(self, peer: Peer) -> None:
-        logger.info("client pid %d is gone", peer.pid)
-        for client in peer.orphans:
-            self.node.end(client)
-        peer.orphans.clear()
-        for connection in list(peer.connections):
-            self.node.end(connection.client)
-            connection.close()
-        self._forget(peer)
+    def _died(self, connection: Connection) -> None:
+        logger.info("client %s is dead", connection.client.name)
+        connection.close()
+        self._forget(connection)
 
-    def _forget(self, peer: Peer) -> None:
-        if self._peers.get(peer.pid) is not peer:
+    def _forget(self, connection: Connection) -> None:
+        if connection not in self._connections:
             return
-        del self._peers[peer.pid]
-        if peer.pidfd is not None:
-            asyncio.get_running_loop().remove_reader(peer.pidfd)
-            os.close(peer.pidfd)
-            peer.pidfd = None
-        for client in peer.orphans:
-            self.node.end(client)
-        peer.orphans.clear()
-        if not self._peers:
+        self._connections.discard(connection)
+        if connection.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(connection.pidfd)
+            os.close(connection.pidfd)
+        self.node.end(connection.client)
+        if not self._connections:
             self._on_alone()
 
 
 def _pidfd(connected: socket.socket, pid: int) -> int | None:
-    """A descriptor that becomes readable when the peer's process is dead; None if none can be had."""
+    """A descriptor that becomes readable when the peer's process is dead; None if none can be had.
+
+    Raises:
+        ProcessLookupError: it is dead already.
+    """
     try:
         return connected.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError:
-        pass
+        pass  # an older kernel
     try:
         return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
     except OSError as error:
-        if error.errno != errno.ESRCH:
-            logger.warning(
-                "pid %d cannot be watched (%s); its closed socket will count as its death",
-                pid, error,
-            )  # fmt: skip
+        logger.warning(
+            "pid %d cannot be watched (%s); its closed socket will count as its death", pid, error
+        )
         return None
-

@@ -1,0 +1,31 @@
+"""What one connection holds on the node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvstrata.node.leases import Lease
+    from kvstrata.node.reservations import Reservation
+
+
+class Client:
+    """One connection's leases and reservations.
+
+    They end when the client says so, or when its process is dead; a connection that ended
+    without a word leaves them in force, since a copy may still be running.
+    """
+
+    __slots__ = ("leased_bytes", "leases", "name", "reservations", "reserved_bytes")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.leases: dict[int, Lease] = {}
+        self.reservations: dict[int, Reservation] = {}
+        self.leased_bytes = 0
+        self.reserved_bytes = 0
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether its end would free anything."""
+        return bool(self.leases or self.reservations)

@@ -1,0 +1,155 @@
+"""The messages: golden bytes of each, any bytes decode or are refused, frames cut anywhere."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstrata.errors import Incompatible
+from kvstrata.node import protocol as p
+
+TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096)
+
+GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
+    (
+        p.Hello(1, "0.1.0", 7, b"n", 8192, b"s"),
+        "1800000097a568656c6c6f01a5302e312e3007c4016ecd2000c40173",
+    ),
+    (
+        p.Match(1, b"k", [0, 65537], ["a/b"]),
+        "1700000095a56d6174636801c4016b9200ce0001000191a3612f62",
+    ),
+    (p.Matched(1, 2, b"\x00\x01", b"o"), "1200000095a76d6174636865640102c4020001c4016f"),
+    (p.Await(1, 2, 3), "0a00000094a56177616974010203"),
+    (p.Arrived(1, 2, True, b"o"), "0f00000095a7617272697665640102c3c4016f"),
+    (p.Release(1, 2), "0b00000093a772656c656173650102"),
+    (
+        p.Reserve(1, b"n", b"k", 0, 65537, TEMPLATE, 0.5),
+        "4200000098a77265736572766501c4016ec4016b00ce0001000198a66e6174697665a3612f62a862666c"
+        "6f61743136920203cc80cd1000a3726177c400cb3fe0000000000000",
+    ),
+    (p.Reserved(1, 2, b"o"), "0f00000094a872657365727665640102c4016f"),
+    (p.Commit(1, 2, b"c"), "0d00000094a6636f6d6d69740102c40163"),
+    (p.Done(1, 2), "0800000093a4646f6e650102"),
+    (p.Lookup(1, b"k", [0]), "0e00000094a66c6f6f6b757001c4016b9100"),
+    (p.Found(1, b"\xff"), "0b00000093a5666f756e6401c401ff"),
+    (p.Clear(1, None, ["host"]), "0f00000094a5636c65617201c091a4686f7374"),
+    (p.Flush(1), "0800000092a5666c75736801"),
+    (p.Status(1), "0900000092a673746174757301"),
+    (p.State(1, {"a": 1}), "0c00000093a573746174650181a16101"),
+    (p.Record({"a": 1}), "0c00000092a67265636f726481a16101"),
+    (p.Bye(), "0500000091a3627965"),
+    (p.Failed(1, "UsageError", "no"), "1700000094a66661696c656401aa55736167654572726f72a26e6f"),
+]
+MESSAGES = [message for message, _ in GOLDEN]
+
+
+def name(value: object) -> str:
+    return "" if isinstance(value, str) else type(value).__name__
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=name)
+def test_golden_bytes(message: p.Request | p.Reply, golden: str) -> None:
+    frame = bytes.fromhex(golden)
+    assert p.encode(message) == frame
+    (body,) = p.Frames().feed(frame)
+    decode = p.decode_request if isinstance(message, p.Request) else p.decode_reply
+    assert decode(body) == message
+
+
+def test_every_message_has_golden_bytes() -> None:
+    kinds = {type(message) for message in MESSAGES}
+    assert kinds == {*p.Request.__args__, *p.Reply.__args__}
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=name)
+def test_more_or_fewer_fields_are_refused(message: p.Request | p.Reply) -> None:
+    words = msgspec.msgpack.decode(p.encode(message)[4:])
+    decode = p.decode_request if isinstance(message, p.Request) else p.decode_reply
+    for wrong in ([*words, 0], [words[0] + "?", *words[1:]], [0, *words[1:]], words[:1], []):
+        if wrong == words:
+            continue  # `bye` has no fields
+        with pytest.raises(Incompatible, match="protocol 1"):
+            decode(msgspec.msgpack.encode(wrong))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_refused(body: bytes) -> None:
+    for decode in (p.decode_request, p.decode_reply, p.decode_hello):
+        try:
+            message = decode(body)
+        except Incompatible:
+            continue
+        assert type(message) in {*p.Request.__args__, *p.Reply.__args__}
+
+
+@given(st.sampled_from(MESSAGES), st.data())
+def test_damaged_messages_are_messages_or_refused(
+    message: p.Request | p.Reply, data: st.DataObject
+) -> None:
+    body = bytearray(p.encode(message)[4:])
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(body) - 1))
+        body[place] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(body)))
+    for damaged in (bytes(body), bytes(body[:cut]), bytes(body) + b"\0"):
+        for decode in (p.decode_request, p.decode_reply, p.decode_hello):
+            try:
+                decode(damaged)
+            except Incompatible:
+                continue
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x91" * 100_000 + b"\xa3bye",  # deep
+        b"\x92\xa6record\x81" + b"\x91" * 5000 + b"\xc0",
+        b"\x92\xa6record\x81\xa1x\x81\x80\xc0",  # a map as a map's key
+        b"\x92\xa6record\x81\xa1x\x81\x91\x90\xc0",  # a list as a map's key
+        b"\x92\xa6record\x81\xa1\xff\xc0",  # no UTF-8
+        b"\x92\xa5flush\xcf" + b"\xff" * 7,  # cut
+        b"\x92\xa5flush\xcb" + b"\x7f\xf0" + bytes(6),  # infinity
+        b"\xdd\xff\xff\xff\xff",  # a list of four thousand million
+        b"\xc6\xff\xff\xff\xff",
+    ],
+)
+def test_what_a_decoder_may_stumble_over(body: bytes) -> None:
+    for decode in (p.decode_request, p.decode_reply, p.decode_hello):
+        try:
+            decode(body)
+        except Incompatible:
+            continue
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8), st.data())
+def test_frames_cut_anywhere(bodies: list[bytes], data: st.DataObject) -> None:
+    stream = b"".join(len(body).to_bytes(4, "little") + body for body in bodies)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
+    frames, got = p.Frames(), []
+    for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        got += list(frames.feed(stream[start:end]))
+    assert got == bodies
+
+
+def test_frames_that_were_read_are_forgotten_even_if_the_reader_stops() -> None:
+    frames = p.Frames()
+    for body in frames.feed(p.encode(p.Bye()) + p.encode(p.Flush(7))):
+        assert p.decode_request(body) == p.Bye()
+        break
+    assert [p.decode_request(body) for body in frames.feed(b"")] == [p.Flush(7)]
+
+
+def test_a_frame_may_have_so_many_bytes_and_no_more() -> None:
+    assert list(p.Frames().feed((64 << 20).to_bytes(4, "little"))) == []
+    with pytest.raises(Incompatible, match="67108865 bytes"):
+        list(p.Frames().feed(((64 << 20) + 1).to_bytes(4, "little")))
+
+
+def test_columns() -> None:
+    assert p.split(b"", 32) == []
+    assert p.split(bytes(32) + b"\1" * 32, 32) == [bytes(32), b"\1" * 32]
+    with pytest.raises(Incompatible, match="33 bytes is no multiple of 32"):
+        p.split(bytes(33), 32)

@@ -1,0 +1,288 @@
+"""A node behind sockets: garbage, slow readers, ends of connections, descriptors."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.nodes import NAMESPACE, ORDER, RAW, chunk_keys, make_node, payload, template
+
+from kvstrata.client import NodeClient, offsets_of
+from kvstrata.config import Config, load_config
+from kvstrata.errors import Incompatible, KVStrataError, NodeUnavailable, UsageError
+from kvstrata.node import protocol as p
+from kvstrata.node import server as server_module
+from kvstrata.node.inprocess import InProcessNode
+from kvstrata.objects import HEADER_BYTES, checksum
+
+KEYS = chunk_keys(3)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[InProcessNode]:
+    def make(config: Config) -> Any:
+        return make_node(slots=10)
+
+    config = load_config(environ={}, overrides={"secret_file": str(tmp_path / "secret")})
+    with InProcessNode(config, make) as node:
+        yield node
+        node.check_integrity()
+
+
+def store(client: NodeClient, keys: list[bytes]) -> int:
+    reserved = client.reserve(NAMESPACE, keys, 0, 0, template()).wait(5)
+    sums = []
+    for key, offset in zip(keys, offsets_of(reserved.offsets), strict=True):
+        client.pool.view(offset + HEADER_BYTES, RAW)[:] = payload(key)
+        sums.append(checksum(payload(key)))
+    count = client.commit(reserved.reservation, sums).wait(5).count
+    assert isinstance(count, int)
+    return count
+
+
+def raw_client(node: InProcessNode) -> socket.socket:
+    """A socket whose hello has been read."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    node.run(lambda: node.server.adopt(theirs))
+    _, fds, _, _ = socket.recv_fds(ours, 4096, 4)
+    for fd in fds:
+        os.close(fd)
+    return ours
+
+
+def holdings(client: NodeClient) -> tuple[int, int]:
+    leases = client.status()["leases"]
+    return leases["count"], leases["reservations"]
+
+
+def wait_until(client: NodeClient, expected: tuple[int, int]) -> None:
+    for _ in range(2000):
+        if holdings(client) == expected:
+            return
+    raise AssertionError(f"{holdings(client)} is not {expected}")
+
+
+def ended(connected: socket.socket) -> bool:
+    try:
+        return connected.recv(4096) == b""
+    except ConnectionResetError:
+        return True
+
+
+class TestEnds:
+    def test_bye_frees(self, node: InProcessNode) -> None:
+        watcher, client = node.connect(), node.connect()
+        store(client, KEYS)
+        client.match(KEYS, [0], [ORDER]).wait(5)
+        client.reserve(NAMESPACE, chunk_keys(2, 1), 0, 0, template()).wait(5)
+        assert holdings(watcher) == (1, 1)
+        client.close()
+        wait_until(watcher, (0, 0))
+        watcher.close()
+
+    def test_a_closed_socket_of_a_living_process_keeps(self, node: InProcessNode) -> None:
+        watcher, client = node.connect(), node.connect()
+        store(client, KEYS)
+        client.match(KEYS, [0], [ORDER]).wait(5)
+        client.reserve(NAMESPACE, chunk_keys(2, 1), 0, 0, template()).wait(5)
+        client._lose("the cable was cut")
+        client.close()
+        for _ in range(100):
+            assert holdings(watcher) == (1, 1)
+        assert node.run(lambda: node.server.num_clients) == 2
+        watcher.close()
+
+    def test_nothing_is_heard_after_bye(self, node: InProcessNode) -> None:
+        watcher, raw = node.connect(), raw_client(node)
+        store(watcher, KEYS)
+        match = p.encode(p.Match(1, b"".join(KEYS), [0], [ORDER]))
+        raw.sendall(p.encode(p.Bye()) + match + match)
+        assert ended(raw)
+        assert holdings(watcher) == (0, 0)
+        raw.close()
+        watcher.close()
+
+    def test_a_client_refused_by_its_user(
+        self, node: InProcessNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        monkeypatch.setattr(
+            server_module.struct, "unpack", lambda *_: (os.getpid(), 54321, 0), raising=True
+        )
+        with pytest.raises(NodeUnavailable):
+            node.connect()
+
+    def test_without_pidfds_a_closed_socket_counts_as_death(
+        self, node: InProcessNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(pid: int) -> int:
+            raise PermissionError(1, "seccomp")
+
+        watcher = node.connect()
+        monkeypatch.setattr(server_module, "SO_PEERPIDFD", 9999)
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+        client = node.connect()
+        store(client, KEYS)
+        client.match(KEYS, [0], [ORDER]).wait(5)
+        client._lose("the cable was cut")
+        wait_until(watcher, (0, 0))
+        client.close()
+        watcher.close()
+
+    def test_a_process_that_is_dead_already_is_not_welcome(
+        self, node: InProcessNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def gone(pid: int) -> int:
+            raise ProcessLookupError(3, "no such process")
+
+        monkeypatch.setattr(server_module, "SO_PEERPIDFD", 9999)
+        monkeypatch.setattr(os, "pidfd_open", gone)
+        with pytest.raises(NodeUnavailable):
+            node.connect()
+        assert node.run(lambda: node.server.num_clients) == 0
+
+
+class TestGarbage:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\xff\xff\xff\xff",
+            b"\x01\x00\x00\x00\xc1",
+            b"\x00\x00\x00\x00",
+            p.encode(p.Done(1, 1)),
+            p.encode(p.Flush(1))[:4] + b"\x92\xa5fluSh\x01",
+        ],
+    )
+    def test_closes_that_connection_only(self, node: InProcessNode, data: bytes) -> None:
+        client, raw = node.connect(), raw_client(node)
+        raw.sendall(data)
+        assert ended(raw)
+        raw.close()
+        assert store(client, KEYS) == 3
+        assert client.status()["counters"]['disconnects_total{why="garbage"}'] == 1
+        client.close()
+
+    def test_a_malformed_request_is_answered(self, node: InProcessNode) -> None:
+        client = node.connect()
+        with pytest.raises(UsageError, match="parts"):
+            client.match(KEYS, [], [ORDER]).wait(5)
+        with pytest.raises(Incompatible, match="multiple of 32"):
+            client.match([b"short"], [0], [ORDER]).wait(5)
+        with pytest.raises(UsageError, match="no tier"):
+            client.clear(tiers=["tape"])
+        client.release(1 << 62)
+        client.await_arrival(1 << 62, 1 << 62).abandon()
+        client.release(-5, -7)
+        assert store(client, KEYS) == 3
+        assert client.status()["counters"]['requests_refused_total{request="match"}'] == 2
+        client.close()
+
+    def test_a_bug_is_logged_counted_and_answered(
+        self,
+        node: InProcessNode,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def broken(*_: Any) -> Any:
+            raise ZeroDivisionError("oops")
+
+        async def broken_later(*_: Any) -> Any:
+            raise ZeroDivisionError("oops later")
+
+        client = node.connect()
+        monkeypatch.setitem(node.node._handlers, p.Lookup, broken)
+        monkeypatch.setitem(node.node._handlers, p.Flush, broken_later)
+        monkeypatch.setitem(node.node._handlers, p.Release, broken)
+        with pytest.raises(KVStrataError, match="oops"):
+            client.lookup(KEYS, [0])
+        with pytest.raises(KVStrataError, match="oops later"):
+            client.flush(5)
+        client.release(5)
+        counters = client.status()["counters"]
+        assert [counters[f'bugs_total{{where="a {name}"}}'] for name in ("lookup", "flush")] == [
+            1,
+            1,
+        ]
+        assert counters['bugs_total{where="a release"}'] == 1
+        assert "ZeroDivisionError: oops" in caplog.text
+        client.close()
+
+
+class TestMany:
+    def test_a_client_that_stops_reading_stalls_nobody(self, node: InProcessNode) -> None:
+        client, raw = node.connect(), raw_client(node)
+        store(client, KEYS)
+        raw.settimeout(0.2)
+        status = p.encode(p.Status(1)) * 100
+        sent = 0
+        with pytest.raises(TimeoutError):  # noqa: PT012
+            # Backpressure: the node stops reading from it rather than pile up answers.
+            while sent < 64 << 20:
+                sent += raw.send(status)
+        for _ in range(100):
+            matched = client.match(KEYS, [0], [ORDER]).wait(1)
+            assert len(matched.tiers) == 3
+            client.release(matched.lease)
+        raw.settimeout(10)
+        answers = p.Frames()
+        count = 0
+        while count < 1000:
+            count += sum(1 for _ in answers.feed(raw.recv(1 << 20)))
+        raw.close()
+        client.close()
+
+    def test_descriptors_and_holdings_after_many_clients(self, node: InProcessNode) -> None:
+        watcher = node.connect()
+        store(watcher, KEYS)
+
+        def come_and_go() -> None:
+            client = node.connect()
+            client.match(KEYS, [0], [ORDER]).wait(5)
+            client.close()
+
+        come_and_go()
+        wait_until(watcher, (0, 0))
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(200):
+            come_and_go()
+        wait_until(watcher, (0, 0))
+        watcher.status()
+        assert len(os.listdir("/proc/self/fd")) <= before
+        assert node.run(lambda: node.server.num_clients) == 1
+        watcher.close()
+
+    def test_clients_in_many_threads(self, node: InProcessNode) -> None:
+        wrong: list[BaseException] = []
+
+        def work(number: int) -> None:
+            try:
+                client = node.connect()
+                for turn in range(20):
+                    keys = chunk_keys(1, 10 * number + turn % 3)
+                    reserved = client.reserve(NAMESPACE, keys, 0, 0, template()).wait(10)
+                    (offset,) = offsets_of(reserved.offsets)
+                    if offset >= 0:
+                        client.pool.view(offset + HEADER_BYTES, RAW)[:] = payload(keys[0])
+                        client.commit(reserved.reservation, [checksum(payload(keys[0]))]).wait(10)
+                    matched = client.match(keys, [0], [ORDER]).wait(10)
+                    for found in offsets_of(matched.offsets):
+                        data = bytes(client.pool.view(found + HEADER_BYTES, RAW))
+                        assert data == payload(keys[0])
+                    client.release(matched.lease)
+                client.close()
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not wrong
