@@ -198,6 +198,8 @@ def _unsupported(kv_cache_config: Any) -> str:
     spec = groups[0].kv_cache_spec
     if not isinstance(spec, FullAttentionSpec):
         return f"the model's KV cache is of the kind {type(spec).__name__}, not full attention"
+    if spec.non_causal:
+        return "the model's attention is not causal, so a chunk depends on what follows it"
     return ""
 
 

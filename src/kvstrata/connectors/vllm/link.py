@@ -29,13 +29,14 @@ class Link:
         self._client: NodeClient | None = None
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
-        self._ready = threading.Event()
+        self._lock = threading.Lock()
         self._tried = threading.Event()
 
     def start(self) -> None:
         """Begin to attach, unless that is under way."""
-        if self._thread is None and not self._closing.is_set():
-            self._ready.clear()
+        with self._lock:
+            if self._thread or self._client or self._closing.is_set():
+                return
             self._thread = threading.Thread(
                 target=self._attach, name="kvstrata-attach", daemon=True
             )
@@ -47,9 +48,8 @@ class Link:
 
     def take(self) -> NodeClient | None:
         """The client of a finished attempt, once; the caller closes it."""
-        if not self._ready.is_set():
-            return None
-        client, self._client = self._client, None
+        with self._lock:
+            client, self._client = self._client, None
         return client
 
     def close(self) -> None:
@@ -83,10 +83,13 @@ class Link:
                         self._who, client.hello.pid, client.hello.capacity_bytes / 2**30,
                     )  # fmt: skip
                     client.pool.populate()
-                    self._client = client
-                    self._thread = None
-                    self._ready.set()
-                    self._tried.set()
+                    with self._lock:
+                        # One step: between two, a second thread would attach a second client.
+                        self._client, self._thread = client, None
+                    if self._closing.is_set() and (late := self.take()) is not None:
+                        late.close()
                     return
         except Exception:
             logger.exception("KVStrata: attaching died of a bug; the engine computes everything")
+        finally:
+            self._tried.set()

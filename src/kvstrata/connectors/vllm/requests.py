@@ -44,6 +44,7 @@ class RequestState:
         self.arrived_at = time.monotonic()
         self.hit_chunks = [0, 0]
         self.loaded_tokens = 0
+        self.loaded_how = ""
         self.stored_chunks = 0
         self.miss = ""
 
@@ -89,7 +90,7 @@ class RequestState:
             "slower_tokens": self.hit_chunks[1] * chunk_tokens,
             "local_tokens": self.local_tokens,
             "loaded_tokens": self.loaded_tokens,
-            "load": "" if not self.loaded_tokens else "sync" if self.sync else "async",
+            "load": self.loaded_how if self.loaded_tokens else "",
             "stored_chunks": self.stored_chunks,
             "miss": self.bypass or self.miss,
             "seconds": round(time.monotonic() - self.arrived_at, 4),

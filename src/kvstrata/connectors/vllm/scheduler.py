@@ -60,6 +60,8 @@ class SchedulerSide:
         self._states: dict[str, RequestState] = {}
         # requests that run or load, so that the engine is not idle
         self._active: set[str] = set()
+        # requests that have asked or hold a lease, and have not been scheduled
+        self._looking: set[str] = set()
         # loads in the workers' hands: their lease, and the first chunk they bring
         self._loads: dict[str, tuple[int, bytes]] = {}
         self._loading_chunks: dict[bytes, str] = {}
@@ -94,12 +96,8 @@ class SchedulerSide:
     def on_new_request(self, request: Any) -> None:
         """Begin to look a request up."""
         state = self._states[request.request_id] = RequestState(request, self._bypass(request))
-        waiting = sum(
-            1
-            for other in self._states.values()
-            if (other.call or other.lease) and other.request.request_id not in self._active
-        )
-        if not state.bypass and waiting < LOOK_AHEAD:
+        # Those that wait already come first, whether they have asked or not.
+        if not state.bypass and len(self._states) - len(self._active) <= LOOK_AHEAD:
             self._ask(state)
 
     def get_num_new_matched_tokens(
@@ -113,8 +111,11 @@ class SchedulerSide:
             # A resumed request has outputs now, a session new input: what was found is of the past.
             self._give_up(state)
         if not state.matched:
-            if state.call is None and not self._ask(state):
-                return None, False
+            if state.call is None:
+                if len(self._looking) >= LOOK_AHEAD:
+                    return None, False
+                if not self._ask(state):
+                    return None, False
             if not self._answered(state):
                 return None, False
         found = len(state.tiers) * self._chunk
@@ -138,12 +139,12 @@ class SchedulerSide:
         if state is None or state.bypass:
             return
         self._active.add(request.request_id)
+        self._looking.discard(request.request_id)
         if request.request_id in self._loads:
             return
         state.num_stored = max(state.num_stored, len(state.tiers))
         if num_external_tokens == 0:
-            if state.matched:
-                self._give_up(state)
+            self._give_up(state)
             return
         end = state.local_tokens + num_external_tokens
         first, last = state.local_tokens // self._chunk, -(-end // self._chunk)
@@ -164,6 +165,7 @@ class SchedulerSide:
         for tier in state.tiers[first:last]:
             state.hit_chunks[min(tier, 1)] += 1
         state.loaded_tokens += num_external_tokens
+        state.loaded_how = "sync" if state.sync else "async"
         self._loads[request.request_id] = (state.lease, state.keys[first])
         self._loading_chunks[state.keys[first]] = request.request_id
         (self._next.sync_loads if state.sync else self._next.async_loads).append(load)
@@ -282,6 +284,7 @@ class SchedulerSide:
             logger.warning("KVStrata: the node is gone; the engine computes everything")
             self._client.close()
             self._client = None
+            self._looking.clear()
             # Leases died with their node. Loads in the workers' hands end by themselves.
             for state in self._states.values():
                 state.lease = 0
@@ -303,22 +306,23 @@ class SchedulerSide:
         if state.chain is None:
             try:
                 namespace = self._namespaces.of(state.request)
+                if namespace is None:
+                    return False
+                state.namespace = namespace
+                state.chain = KeyChain(
+                    client.hello.secret, namespace, self._chunk, state.request.cache_salt or ""
+                )
             except (KVStrataError, OSError) as error:
                 state.bypass = f"an identity is missing: {error}"
                 state.matched = True
                 return True
-            if namespace is None:
-                return False
-            state.namespace = namespace
-            state.chain = KeyChain(
-                client.hello.secret, namespace, self._chunk, state.request.cache_salt or ""
-            )
         state.rehash()
         if not state.keys:
             state.matched, state.miss = True, "shorter than a chunk"
             return True
         try:
             state.call = client.match(state.keys, self._parts, self._orders)
+            self._looking.add(state.request.request_id)
         except NodeUnavailable:
             state.matched, state.miss = True, "no node"
         state.asked_at = time.monotonic()
@@ -347,6 +351,8 @@ class SchedulerSide:
             state.miss = f"the match failed: {error}"
         state.call = None
         state.matched = True
+        if not state.lease:
+            self._looking.discard(state.request.request_id)
         return True
 
     def _may_load_sync(self, state: RequestState, first: int) -> bool:
@@ -409,6 +415,7 @@ class SchedulerSide:
 
     def _give_up(self, state: RequestState) -> None:
         """Let go of what a request asked for or found."""
+        self._looking.discard(state.request.request_id)
         self._abandon(state)
         if state.lease and self._client is not None:
             self._client.release(state.lease)

@@ -80,6 +80,9 @@ class WorkerSide:
         self._sync_kept: list[object] = []
         self._sync_loaded: dict[str, int] = {}
         self._invalid: set[int] = set()
+        # steps still to come that were planned before a failed synchronous load was heard of
+        self._num_doubtful = 0
+        self._num_in_flight = vllm_config.max_concurrent_batches
         link.wait(config.deadlines.attach)
         self._attach()
 
@@ -127,6 +130,7 @@ class WorkerSide:
             except KVStrataError as error:
                 logger.error("KVStrata: request %s is computed: %s", load.request_id, error)
                 self._invalid.update(block for block in load.blocks if block >= 0)
+                self._num_doubtful = self._num_in_flight
                 continue
             if self._pages.device.type == "cpu":
                 self._sync_kept.append(kept)
@@ -147,7 +151,10 @@ class WorkerSide:
         self._sync_loaded.update((load.request_id, 1) for load in meta.sync_loads)
         self._sync_runs.clear()
         self._sync_kept.clear()
-        if meta.stores:
+        if self._num_doubtful:
+            # This step's KV was computed from blocks that were not filled.
+            self._num_doubtful -= 1
+        elif meta.stores:
             seconds_per_token = (time.monotonic() - self._began) / max(meta.num_tokens, 1)
             self._begin_stores(meta.stores, chunk_cost(seconds_per_token * self._chunk))
 

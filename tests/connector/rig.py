@@ -1,0 +1,554 @@
+"""vLLM's real scheduler and both sides of the connector, around a model that anybody can check.
+
+The model's KV of a token is a digest of all tokens up to it, and the token it samples is one too,
+so any wrong byte in any block that a step reads is seen at once. Worker, node and scheduler run in
+this process; the node is real, behind a Unix socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import inspect
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm import SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kvstrata.config import Config, load_config
+from kvstrata.connectors.vllm import worker as worker_module
+from kvstrata.connectors.vllm.connector import KVStrataConnector
+from kvstrata.connectors.vllm.link import Link
+from kvstrata.connectors.vllm.pages import Pages
+from kvstrata.connectors.vllm.scheduler import SchedulerSide
+from kvstrata.connectors.vllm.worker import WorkerSide
+from kvstrata.layout import LayerGroup, native_order
+from kvstrata.memory import Pool
+from kvstrata.node.backing import Backing
+from kvstrata.node.inprocess import InProcessNode
+from kvstrata.node.node import Node
+from kvstrata.observe.counters import Counters
+from kvstrata.policies import create_policy
+from kvstrata.testing import models
+from kvstrata.tiers.base import Outcome, Tier
+from kvstrata.tiers.memory import MemoryTier
+
+BLOCK, CHUNK, LAYERS, WORD = 16, 32, 2, 8
+NAMES = tuple(f"model.layers.{i}.self_attn" for i in range(LAYERS))
+TIMEOUT_S = 30.0
+
+
+@functools.lru_cache(maxsize=1)
+def _engine_config() -> Any:
+    config = EngineArgs(
+        model=str(models.tiny_llama()),
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
+        max_num_seqs=16,
+        enable_prefix_caching=True,
+        block_size=BLOCK,
+        enforce_eager=True,
+        async_scheduling=False,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="KVStrataConnector",
+            kv_connector_module_path="kvstrata.connectors.vllm",
+            kv_role="kv_both",
+        ),
+    ).create_engine_config()
+    init_none_hash(sha256)
+    return config
+
+
+def vllm_config(extra: dict[str, Any], num_blocks: int, **scheduling: Any) -> Any:
+    """A configuration of vLLM's own making, with small blocks."""
+    config = copy.deepcopy(_engine_config())
+    config.cache_config.block_size = BLOCK
+    config.cache_config.num_gpu_blocks = num_blocks
+    config.kv_transfer_config.kv_connector_extra_config = extra
+    for name, value in scheduling.items():
+        setattr(config.scheduler_config, name, value)
+    return config
+
+
+def kv_cache_config(num_blocks: int, num_groups: int = 1) -> KVCacheConfig:
+    spec = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=2, dtype=torch.bfloat16
+    )
+    return KVCacheConfig(
+        num_blocks=num_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(list(NAMES), spec) for _ in range(num_groups)],
+    )
+
+
+class Memory:
+    """The blocks of one rank: (L, blocks, tokens, 8 bytes), and what belongs into them."""
+
+    def __init__(self, num_blocks: int, rank: int = 0) -> None:
+        self.kv = np.zeros((LAYERS, num_blocks, BLOCK, WORD), np.uint8)
+        self._rank = rank
+        base, layer, block = self.kv.ctypes.data, self.kv.strides[0], self.kv.strides[1]
+        self.pages = Pages(
+            group=LayerGroup(
+                index=0, kind="full", num_layers=LAYERS, num_kv_heads=1, head_dim=2, states=2,
+                dtype="bfloat16",
+            ),
+            order=native_order(f"vllm/strided-NHC/b{BLOCK}/bfloat16"),
+            layer_names=NAMES,
+            block_tokens=BLOCK,
+            page_bytes=block,
+            num_blocks=num_blocks,
+            bases=np.array([base + i * layer for i in range(LAYERS)], np.int64),
+            strides=np.full(LAYERS, block, np.int64),
+            device=torch.device("cpu"),
+            compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+
+    def word(self, layer: int, digest: bytes) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(digest, np.uint8) ^ np.uint8(layer * 16 + self._rank + 1)
+
+
+def digests(tokens: Sequence[int], salt: bytes = b"") -> list[bytes]:
+    """What each token's KV is made of: all tokens up to it."""
+    state = blake2b(salt, digest_size=WORD)
+    found = []
+    for token in tokens:
+        state.update(int(token).to_bytes(8, "little"))
+        found.append(state.digest())
+    return found
+
+
+def sampled(tokens: Sequence[int]) -> int:
+    """The token that the model answers after these."""
+    return 100 + digests(tokens)[-1][0]
+
+
+class Gate:
+    """Requests of one type that a node has heard and does not answer yet."""
+
+    def __init__(self, node: InProcessNode, message: type) -> None:
+        self.num_asked = 0
+        self._node = node
+        self._event = node.run(_make_event)
+        handlers = node.node._handlers
+        real = handlers[message]
+
+        async def later(client: Any, asked: Any) -> Any:
+            await self._event.wait()
+            answer = real(client, asked)
+            return await answer if inspect.isawaitable(answer) else answer
+
+        def hold(client: Any, asked: Any) -> Any:
+            self.num_asked += 1
+            return later(client, asked)
+
+        handlers[message] = hold
+
+    def open(self) -> None:
+        self._node.run(self._event.set)
+
+
+async def _make_event() -> asyncio.Event:
+    return asyncio.Event()
+
+
+class GatedTier(MemoryTier):
+    """A slow tier whose reads wait until somebody opens the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened = threading.Event()
+        self.opened.set()
+        self.num_reads = 0
+
+    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
+        self.num_reads += len(ids)
+        self.opened.wait(TIMEOUT_S)
+        return super().read(ids, into)
+
+
+def tiered(tier: Tier, deadline_s: float = TIMEOUT_S) -> Callable[[Config], Node]:
+    """Makes nodes that keep everything in this tier too."""
+
+    def make(config: Config) -> Node:
+        counters = Counters()
+        backing = Backing(
+            tier,
+            1 << 30,
+            create_policy("lru", 1 << 30, time.monotonic),
+            num_threads=2,
+            deadline_s=deadline_s,
+            counters=counters,
+            clock=time.monotonic,
+        )
+        capacity = config.host.capacity
+        assert isinstance(capacity, int)
+        node = Node(config, Pool.create(capacity), [backing], counters)
+        node.movement._queue_bytes = 1 << 30
+        return node
+
+    return make
+
+
+class Rig:
+    """An engine of vLLM's scheduler, the connector, and workers whose arithmetic is checkable.
+
+    Args:
+        folder: for the socket and the secret.
+        num_blocks: vLLM's KV pool.
+        ranks: workers.
+        extra: KVStrata's configuration.
+        pipelined: as with asynchronous scheduling, a step is planned before the last one is heard.
+        node: an existing node to share, on ``path``.
+        with_node: whether there is a node at all.
+        make_node: builds the node, `Node.create` if None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        num_blocks: int = 64,
+        ranks: int = 1,
+        extra: dict[str, Any] | None = None,
+        pipelined: bool = False,
+        node: InProcessNode | None = None,
+        path: Path | None = None,
+        with_node: bool = True,
+        make_node: Callable[[Config], Node] | None = None,
+        **scheduling: Any,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = path or folder / "node.sock"
+        self.extra: dict[str, Any] = {
+            "node": f"unix:{self.path}",
+            "chunk_tokens": CHUNK,
+            "secret_file": str(folder.parent / "secret"),
+            "host.capacity": "4MiB",
+            "host.verify_every": 1,
+            **(extra or {}),
+        }
+        self.config: Config = load_config(environ={}, overrides=self.extra)
+        self.owns_node = node is None
+        self.node = node
+        self._make_node = make_node or Node.create
+        if node is None and with_node:
+            self.start_node()
+        scheduling.setdefault("async_scheduling", pipelined)
+        self.vllm_config = vllm_config(self.extra, num_blocks, **scheduling)
+        self.ranks = ranks
+        self.vllm_config.parallel_config.world_size = ranks
+        caches = kv_cache_config(num_blocks)
+        make = AsyncScheduler if pipelined else Scheduler
+        self.scheduler = make(
+            vllm_config=self.vllm_config,
+            kv_cache_config=caches,
+            structured_output_manager=StructuredOutputManager(self.vllm_config),
+            block_size=BLOCK,
+            log_stats=True,
+        )
+        connector = self.scheduler.connector
+        assert isinstance(connector, KVStrataConnector)
+        self.connector = connector
+        self.memories = [Memory(num_blocks, rank) for rank in range(ranks)]
+        self.workers = [self._worker(rank, caches) for rank in range(ranks)]
+        connector.set_xfer_handshake_metadata_pp_aware(
+            {(0, rank): worker.hello() for rank, worker in enumerate(self.workers)}
+        )
+        assert connector._scheduler is not None
+        self.side: SchedulerSide = connector._scheduler
+        if with_node:
+            self.attach()
+        self.depth = 2 if pipelined else 1
+        self.tokens: dict[str, list[int]] = {}
+        self.prompts: dict[str, int] = {}
+        self.answers: dict[str, list[int]] = {}
+        self.loaded: list[str] = []
+        self.failed: list[str] = []
+        self.steps: list[Any] = []
+        self._aggregator = KVOutputAggregator(ranks)
+        self._hasher = get_request_block_hasher(BLOCK, sha256)
+        self._queue: list[tuple[Any, ModelRunnerOutput]] = []
+        self._count = 0
+        self._closed = False
+
+    # the node
+
+    def start_node(self) -> None:
+        """A node on this rig's socket, from nothing."""
+        self.node = InProcessNode(self.config, self._make_node)
+        self.path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self.path))
+        listener.listen(16)
+        self.node.run(lambda: self._server().listen(listener))
+
+    def stop_node(self) -> None:
+        """As a killed node looks from here: every socket closes."""
+        assert self.node is not None
+        self.path.unlink(missing_ok=True)
+        self.node.close()
+        self.node = None
+
+    def attach(self) -> None:
+        """Wait until scheduler and workers are attached to the same node."""
+        self.until(lambda: self.side._attached() is not None)
+        assert self.side._client is not None
+        node = self.side._client.hello.node
+        for worker in self.workers:
+            meta = worker_module.StepMetadata(node=node)
+            self.until(lambda w=worker, m=meta: w._follow(m) or w._node == node)  # type: ignore[misc]
+        self.side._worker_nodes = {worker._node for worker in self.workers}
+
+    def until(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not true():
+            assert time.monotonic() < deadline, "it never came"
+            time.sleep(0.002)
+
+    def state(self) -> dict[str, Any]:
+        """The node's status."""
+        assert self.node is not None
+        client = self.node.connect()
+        try:
+            return client.status()
+        finally:
+            client.close()
+
+    def settle(self) -> dict[str, Any]:
+        """Wait until every store has ended and the node holds nothing for this engine."""
+        for worker in self.workers:
+            for job in worker._transfers._jobs:
+                assert job.ended.wait(TIMEOUT_S)
+        held: dict[str, Any] = {}
+
+        def free() -> bool:
+            held.update(self.state())
+            return held["leases"]["count"] == 0 and held["leases"]["reservations"] == 0
+
+        self.until(free)
+        return held
+
+    def gate(self, message: type) -> Gate:
+        """Let the node answer messages of this type only once the gate is opened."""
+        assert self.node is not None
+        return Gate(self.node, message)
+
+    # requests
+
+    def add(self, prompt: Sequence[int], max_tokens: int = 1, **options: Any) -> str:
+        """A new request; its id."""
+        self._count += 1
+        name = options.pop("name", f"r{self._count}")
+        request = self.request(prompt, max_tokens, name=name, **options)
+        self.tokens[name] = list(prompt)
+        self.prompts[name] = len(prompt)
+        self.answers[name] = []
+        self.scheduler.add_request(request)
+        return name
+
+    def request(
+        self, prompt: Sequence[int] | None, max_tokens: int = 1, name: str = "x", **options: Any
+    ) -> Request:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        params.update_from_generation_config({}, 0)
+        arguments: dict[str, Any] = {"pooling_params": None, "sampling_params": params}
+        arguments.update(options)
+        return Request(
+            request_id=name,
+            prompt_token_ids=None if prompt is None else list(prompt),
+            block_hasher=self._hasher,
+            **arguments,
+        )
+
+    def abort(self, name: str) -> None:
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def ask(self, prompt: Sequence[int], max_tokens: int = 1, **options: Any) -> int:
+        """Run one request to its end; how many tokens of it came from the node."""
+        before = self.num_external
+        self.add(prompt, max_tokens, **options)
+        self.run()
+        return self.num_external - before
+
+    def reset(self) -> None:
+        """Empty vLLM's own prefix cache."""
+        assert self.scheduler.reset_prefix_cache(), "blocks are still held"
+
+    @property
+    def num_external(self) -> int:
+        """Tokens that loads were asked for so far."""
+        return sum(step.num_external for step in self.steps)
+
+    def run(self, most: int = 100_000) -> None:
+        """Step until nothing is left to do."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.scheduler.has_requests() or self._queue:
+            assert time.monotonic() < deadline, f"stuck: {self.scheduler.requests}"
+            self.step()
+        self.step()
+
+    def step(self) -> Any:
+        """One step of the engine, in the order of vLLM's model runner."""
+        output = self.scheduler.schedule()
+        meta = output.kv_connector_metadata
+        meta.num_external = sum(
+            sum(block >= 0 for block in load.blocks) * BLOCK
+            for load in (*meta.sync_loads, *meta.async_loads)
+        )
+        meta.has_sync = output.has_sync_kv_loads
+        self.steps.append(meta)
+        results = [self._execute(rank, output, meta) for rank in range(self.ranks)]
+        answer = (
+            self._aggregator.aggregate(results) if self.ranks > 1 else results[0]
+        )
+        assert answer is not None
+        heard = answer.kv_connector_output
+        assert heard is not None
+        self.loaded += sorted(heard.finished_recving or ())
+        self.failed += sorted(heard.failed_recving)
+        self._queue.append((output, answer))
+        if len(self._queue) >= self.depth or not output.num_scheduled_tokens:
+            self._hear()
+        return meta
+
+    def wrong(self) -> list[str]:
+        """Answers that a model without any cache would not have given."""
+        return [
+            name
+            for name, answer in self.answers.items()
+            if any(
+                token != sampled(self.tokens[name][: self.prompts[name] + i])
+                for i, token in enumerate(answer)
+            )
+        ]
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.scheduler.shutdown()
+        for worker in self.workers:
+            worker.close()
+        if self.node is not None and self.owns_node:
+            self.node.check_integrity()
+            self.node.close()
+
+    # how
+
+    def _server(self) -> Any:
+        assert self.node is not None
+        return self.node.server
+
+    def _worker(self, rank: int, caches: KVCacheConfig) -> WorkerSide:
+        config = copy.copy(self.vllm_config)
+        config.parallel_config = replace_rank(self.vllm_config.parallel_config, rank, self.ranks)
+        memory = self.memories[rank]
+        real = worker_module.describe, worker_module.self_test, worker_module.attention_layers
+        worker_module.describe = lambda *_: memory.pages
+        worker_module.self_test = lambda *_: None
+        worker_module.attention_layers = lambda *_: {}
+        try:
+            link = Link(self.config, f"worker {rank}")
+            link.start()
+            return WorkerSide(config, caches, {}, link, self.config, CHUNK)
+        finally:
+            worker_module.describe, worker_module.self_test, worker_module.attention_layers = real
+
+    def _execute(self, rank: int, output: Any, meta: Any) -> ModelRunnerOutput:
+        worker, memory = self.workers[rank], self.memories[rank]
+        worker.before_step(meta)
+        worker.bind(meta)
+        result = KVConnectorOutput()
+        if output.has_sync_kv_loads:
+            worker.load_sync()
+        for layer in NAMES:
+            worker.load_layer(layer)
+        names = list(output.num_scheduled_tokens)
+        answers = [self._compute(memory, name, output, worker._invalid) for name in names]
+        if not output.has_sync_kv_loads:
+            worker.load_sync()
+        worker.after_forward()
+        result.finished_recving, result.failed_recving = worker.loads_ended()
+        result.invalid_block_ids = worker.invalid_blocks()
+        result.kv_connector_worker_meta = worker.report()
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: i for i, name in enumerate(names)},
+            sampled_token_ids=answers,
+            kv_connector_output=result,
+        )
+
+    def _compute(self, memory: Memory, name: str, output: Any, invalid: set[int]) -> list[int]:
+        """Read what attention would read, write what the forward would write, sample."""
+        request = self.scheduler.requests[name]
+        count = output.num_scheduled_tokens[name]
+        end = request.num_computed_tokens
+        start = end - count
+        tokens = self.tokens[name]
+        assert end <= len(tokens)
+        salt = (request.cache_salt or "").encode()
+        wanted = digests(tokens[:end], salt)
+        blocks = self.scheduler.kv_cache_manager.get_block_ids(name)[0]
+        broken = not invalid.isdisjoint(blocks)
+        for i in range(end):
+            block, slot = blocks[i // BLOCK], i % BLOCK
+            assert block != 0, "the null block"
+            for layer in range(LAYERS):
+                word = memory.word(layer, wanted[i])
+                if i >= start:
+                    # What attention makes of garbage is garbage.
+                    memory.kv[layer, block, slot] = ~word if broken else word
+                elif not broken:
+                    found = memory.kv[layer, block, slot]
+                    assert (found == word).all(), f"{name}: wrong KV at token {i} of {start}"
+        if end < len(tokens):
+            return []
+        if broken:
+            return [0]  # vLLM throws it away and computes again
+        answer = sampled(tokens)
+        if memory is self.memories[-1]:
+            tokens.append(answer)
+            self.answers[name].append(answer)
+        return [answer]
+
+    def _hear(self) -> None:
+        output, answer = self._queue.pop(0)
+        self.scheduler.update_from_output(output, answer)
+
+
+def replace_rank(parallel: Any, rank: int, world: int) -> Any:
+    """A worker's own view of the parallel configuration."""
+    mine = copy.copy(parallel)
+    mine.rank, mine.world_size = rank, world
+    return mine
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Token ids that no other seed begins with."""
+    return [1000 + seed] + [(seed * 7919 + i * 31) % 5000 for i in range(1, length)]
+
+
+__all__ = [
+    "BLOCK", "CHUNK", "LAYERS", "NAMES", "Gate", "GatedTier", "Memory", "Rig", "digests",
+    "kv_cache_config", "prompt", "sampled", "tiered", "vllm_config",
+]  # fmt: skip
