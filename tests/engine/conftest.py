@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvstrata.testing import models
+from tests.engine.engine import Place, Plain, Texts
 
 # vLLM reads these when it is imported, in this process and in those that it starts.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,3 +62,16 @@ def gemma3() -> Path:
 def tiny_llama() -> Path:
     """Folder of the random Llama that two tensor-parallel ranks can share."""
     return models.tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def texts(smollm2: Path) -> Texts:
+    """Prompts of real text in SmolLM2's tokens."""
+    return Texts(smollm2)
+
+
+@pytest.fixture(scope="session")
+def plain(smollm2: Path) -> Iterator[Plain]:
+    """Plain vLLM with SmolLM2: what every answer is compared with."""
+    with Place(smollm2) as place:
+        yield Plain(place.engine(with_kvstrata=False))

@@ -1,0 +1,494 @@
+"""A real vLLM in a process of its own, asked over a pipe, and a place for it and its node to meet.
+
+What the demo and the benchmarks are made of. An `Engine` answers prompts one batch at a time and
+says when the first token came; a `Workplace` keeps socket, secret and logs of one experiment in a
+temporary folder, so that nothing of the user's own node is touched.
+
+``python -m kvstrata.testing.engine FD`` is the child's side of the pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from kvstrata.client import NodeClient
+from kvstrata.config import Config, load_config, socket_path
+from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
+from kvstrata.node.launch import connect
+
+CONNECTOR = {
+    "kv_connector": "KVStrataConnector",
+    "kv_connector_module_path": "kvstrata.connectors.vllm",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+}
+"""vLLM's ``kv_transfer_config`` for KVStrata, without KVStrata's own options."""
+
+ENGINE_OPTIONS: Mapping[str, Any] = {
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    "max_model_len": 8192,
+    "disable_log_stats": True,
+}
+ENGINE_ENVIRONMENT: Mapping[str, str] = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    # One process computes and answers, so that what is timed holds no hop between processes.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+START_S = 300.0
+NODE_END_S = 30.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one prompt got.
+
+    Args:
+        first_s: seconds from handing in its batch to its first token.
+        tokens: the new tokens.
+        cached_tokens: prompt tokens that were not computed, wherever they came from.
+    """
+
+    first_s: float
+    tokens: list[int]
+    cached_tokens: int
+
+
+class Engine:
+    """A vLLM in a child process; starts at once, `wait` returns when it can answer.
+
+    It dies with its creator: the child ends when the pipe does.
+
+    Args:
+        model: folder of the model.
+        log: file for everything the child prints.
+        environment: the child's, on top of this process's and of `ENGINE_ENVIRONMENT`.
+        options: vLLM's ``LLM`` arguments, on top of `ENGINE_OPTIONS`.
+    """
+
+    def __init__(
+        self, model: Path, log: Path, environment: Mapping[str, str], options: Mapping[str, Any]
+    ) -> None:
+        self._log = log
+        ours, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+                env=_environment(environment),
+            )
+        self._socket = ours
+        self._pipe: IO[str] = ours.makefile("rw")
+        self._say({"model": str(model), **ENGINE_OPTIONS, **options})
+        self._about: dict[str, Any] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    def wait(self) -> dict[str, Any]:
+        """Return once it can answer: versions, threads, and blocks of its KV cache.
+
+        Raises:
+            UsageError: it did not start; with the last lines that it printed.
+        """
+        if self._about is None:
+            self._about = self._hear(START_S)
+        return self._about
+
+    def ask(self, prompt: Sequence[int], max_tokens: int = 1) -> Answer:
+        """Answer one prompt, greedily."""
+        return self.ask_all([prompt], max_tokens)[1][0]
+
+    def ask_all(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 1, in_turn: bool = False
+    ) -> tuple[float, list[Answer]]:
+        """Answer several prompts.
+
+        Args:
+            in_turn: the next one is handed in when the one before is answered; all at once if not.
+        Returns:
+            Seconds from handing in the first to the end of the last answer, and the answers.
+        """
+        reply = self._call(
+            verb="ask",
+            prompts=[list(prompt) for prompt in prompts],
+            max_tokens=max_tokens,
+            in_turn=in_turn,
+        )
+        return reply["seconds"], [Answer(**answer) for answer in reply["answers"]]
+
+    def reset_prefix_cache(self) -> None:
+        """Make vLLM forget its own prefixes; what KVStrata holds stays."""
+        self._call(verb="reset")
+
+    def detach(self) -> None:
+        """Take the connector out of the engine, which then runs as it would without one.
+
+        For comparisons inside one process, where two processes would differ by chance.
+        """
+        self._call(verb="detach")
+
+    def attach(self) -> None:
+        """Undo `detach`."""
+        self._call(verb="attach")
+
+    def close(self) -> None:
+        """End the process and wait for that. Repeatable."""
+        with contextlib.suppress(OSError, ValueError):
+            self._pipe.close()
+        self._socket.close()
+        try:
+            self._process.wait(20.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _call(self, **request: Any) -> dict[str, Any]:
+        self.wait()
+        self._say(request)
+        return self._hear(START_S)
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a dead child is reported where its answer is missed
+            self._pipe.write(json.dumps(message) + "\n")
+            self._pipe.flush()
+
+    def _hear(self, timeout_s: float) -> dict[str, Any]:
+        self._socket.settimeout(timeout_s)
+        try:
+            line = self._pipe.readline()
+        except OSError as error:
+            raise UsageError(f"the engine does not answer ({error}); see {self._log}") from error
+        if not line:
+            self.close()
+            raise UsageError(f"the engine ended: {_last_words(self._log)}")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise UsageError(f"the engine refused: {reply['error']}")
+        return reply
+
+
+class Workplace:
+    """Where engines and one node meet: a private socket, secret and log in a temporary folder.
+
+    Use as a context manager; leaving it ends the engines and the node and removes the folder.
+
+    Args:
+        model: folder of the model.
+        settings: KVStrata's options, dotted.
+        service: start the node with ``kvstrata serve`` instead of on demand.
+    """
+
+    def __init__(
+        self, model: Path, settings: Mapping[str, Any] | None = None, service: bool = False
+    ) -> None:
+        # Not in $TMPDIR: a socket's path has room for little more than a hundred characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="kvstrata-", dir="/tmp"))
+        self._model = model
+        self._settings = {
+            "secret_file": str(self.folder / "secret"),
+            "linger": "1s",
+            **(settings or {}),
+        }
+        if service:
+            self._settings["node"] = f"unix:{self.folder}/node.sock"
+        self._engines: list[Engine] = []
+        self._clients: list[NodeClient] = []
+        self._pids: set[int] = set()
+        self._service: subprocess.Popen[bytes] | None = None
+        if service:
+            self._serve()
+
+    def __enter__(self) -> Workplace:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.end()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def config(self) -> Config:
+        """KVStrata's configuration here."""
+        return load_config(environ={}, overrides=self._settings)
+
+    def engine(
+        self, options: Mapping[str, Any] | None = None, with_kvstrata: bool = True
+    ) -> Engine:
+        """Begin to start an engine; the first one with KVStrata starts the node."""
+        options = dict(options or {})
+        if with_kvstrata:
+            settings = {**CONNECTOR, "kv_connector_extra_config": self._settings}
+            options["kv_transfer_config"] = settings
+        log = self.folder / f"engine-{len(self._engines)}.log"
+        engine = Engine(self._model, log, {"XDG_RUNTIME_DIR": str(self.folder)}, options)
+        self._engines.append(engine)
+        return engine
+
+    def client(self) -> NodeClient:
+        """A client of the node, which must run. Closed by `end`.
+
+        Raises:
+            NodeUnavailable: it does not run.
+        """
+        path = socket_path(self.config, {"XDG_RUNTIME_DIR": str(self.folder)})
+        client = connect(replace(self.config, node=f"unix:{path}"))
+        self._clients.append(client)
+        self._pids.add(client.hello.pid)
+        return client
+
+    def end(self) -> None:
+        """End every process here and wait for that; the folder stays. Repeatable.
+
+        An on-demand node ends by itself after its last client, a service on SIGTERM; both write
+        behind what is still queued.
+        """
+        if not self._pids:
+            with contextlib.suppress(NodeUnavailable, DeadlineExceeded):
+                self.client()
+        for engine in self._engines:
+            engine.close()
+        self._engines.clear()
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+        if self._service is not None:
+            self._service.terminate()
+            self._service.wait(NODE_END_S)
+            self._service = None
+        deadline = time.monotonic() + NODE_END_S
+        while self._pids:
+            pid = next(iter(self._pids))
+            if not _running(pid):
+                self._pids.remove(pid)
+            elif time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    def _serve(self) -> None:
+        arguments = [f"--set={key}={value}" for key, value in self._settings.items()]
+        with (self.folder / "node.log").open("ab") as output:
+            self._service = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    "from kvstrata.cli import main; main()",
+                    "serve",
+                    *arguments,
+                ],
+                stdout=output,
+                stderr=output,
+                env=_environment({}),
+            )
+        deadline = time.monotonic() + NODE_END_S
+        while True:
+            try:
+                self.client()
+                return
+            except NodeUnavailable as error:
+                if self._service.poll() is not None or time.monotonic() > deadline:
+                    words = _last_words(self.folder / "node.log")
+                    raise NodeUnavailable(f"the service did not start: {words}") from error
+            time.sleep(0.02)
+
+
+def wait_ready(client: NodeClient, timeout_s: float = 60.0) -> None:
+    """Return when a node's memory is faulted in and its tiers know what they hold.
+
+    Raises:
+        DeadlineExceeded: it took longer, or a tier is off.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        state = client.status()
+        host, tiers = state["host"], [(tier["name"], tier["state"]) for tier in state["tiers"]]
+        populated = host["populated_bytes"] >= host["capacity_bytes"]
+        if populated and all(what == "ok" for _, what in tiers):
+            return
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"the node is not ready: faulted in {populated}, {tiers}")
+        time.sleep(0.02)
+
+
+def wait_stored(client: NodeClient, num_objects: int, timeout_s: float = 60.0) -> None:
+    """Return when a node was given so many objects in its life, and has written them behind.
+
+    Raises:
+        DeadlineExceeded: it took longer.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        state = client.status()
+        stored = state["counters"].get("stored_objects_total", 0)
+        if stored >= num_objects and not state["leases"]["reservations"]:
+            client.flush()
+            return
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"{stored:.0f} objects were stored, not {num_objects}")
+        time.sleep(0.005)
+
+
+def compute_cores() -> str:
+    """The cores that every engine here is bound to: the first two this process may use.
+
+    With a connector vLLM leaves one core more unused, and engines with different numbers of
+    threads cannot be compared, so all are bound alike.
+    """
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+
+
+def _environment(more: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without KVStrata's options, which would be everybody's."""
+    kept = {"KVSTRATA_MODEL_CACHE"}
+    own = {k: v for k, v in os.environ.items() if not k.startswith("KVSTRATA_") or k in kept}
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": compute_cores()}
+    path = {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    return {**own, **ENGINE_ENVIRONMENT, **cores, **path, **more}
+
+
+def _running(pid: int) -> bool:
+    """Whether a process runs; a dead one that nobody waited for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+def _last_words(log: Path, count: int = 12) -> str:
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").strip().splitlines()
+        return "\n".join(["", *lines[-count:]]) if lines else "it printed nothing"
+    return "it printed nothing"
+
+
+class _Child:
+    """The child's side: an ``LLM`` in this process, and what can be asked of it."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        import vllm
+
+        self._vllm = vllm
+        self._llm = vllm.LLM(**options)
+        self._engine = self._llm.llm_engine
+        self._number = 0
+        self._removed: tuple[Any, Any] | None = None
+
+    def about(self) -> dict[str, Any]:
+        import torch
+
+        cache = self._engine.vllm_config.cache_config
+        return {
+            "vllm": self._vllm.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "num_blocks": cache.num_gpu_blocks,
+            "block_tokens": cache.block_size,
+        }
+
+    def ask(self, prompts: list[list[int]], max_tokens: int, in_turn: bool) -> dict[str, Any]:
+        params = self._vllm.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        batches = [[prompt] for prompt in prompts] if in_turn else [prompts]
+        answers: list[dict[str, Any]] = []
+        began = time.perf_counter()
+        for batch in batches:
+            answers += self._batch(batch, params)
+            ended = time.perf_counter()
+            # A serving engine takes this step by itself, after the answer: hand in late stores.
+            self._engine.step()
+        return {"seconds": ended - began, "answers": answers}
+
+    def _batch(self, prompts: list[list[int]], params: Any) -> list[dict[str, Any]]:
+        began = time.perf_counter()
+        numbers: dict[str, int] = {}
+        for i, prompt in enumerate(prompts):
+            self._number += 1
+            numbers[str(self._number)] = i
+            self._engine.add_request(
+                str(self._number), {"prompt_token_ids": prompt}, params.clone()
+            )
+        answers: list[dict[str, Any]] = [{} for _ in prompts]
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                answer = answers[numbers[output.request_id]]
+                if output.outputs[0].token_ids:
+                    answer.setdefault("first_s", time.perf_counter() - began)
+                if output.finished:
+                    answer["tokens"] = list(output.outputs[0].token_ids)
+                    answer["cached_tokens"] = output.num_cached_tokens
+        return answers
+
+    def reset(self) -> dict[str, Any]:
+        deadline = time.monotonic() + 10.0
+        # It answers False while blocks wait to be freed, which takes a step.
+        while not self._llm.reset_prefix_cache():
+            if time.monotonic() > deadline:
+                return {"error": "vLLM's prefix cache cannot be reset"}
+            self._engine.step()
+        return {}
+
+    def detach(self) -> dict[str, Any]:
+        from vllm.distributed.kv_transfer import kv_transfer_state
+
+        scheduler = self._engine.engine_core.engine_core.scheduler
+        if self._removed is None:
+            self._removed = scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT
+            scheduler.connector = kv_transfer_state._KV_CONNECTOR_AGENT = None
+        return {}
+
+    def attach(self) -> dict[str, Any]:
+        from vllm.distributed.kv_transfer import kv_transfer_state
+
+        scheduler = self._engine.engine_core.engine_core.scheduler
+        if self._removed is not None:
+            scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT = self._removed
+            self._removed = None
+        return {}
+
+
+def _serve_pipe(fd: int) -> None:
+    with socket.socket(fileno=fd) as connected, connected.makefile("rw") as pipe:
+
+        def say(message: Mapping[str, Any]) -> None:
+            pipe.write(json.dumps(message) + "\n")
+            pipe.flush()
+
+        child = _Child(json.loads(pipe.readline()))
+        verbs: dict[str, Callable[..., dict[str, Any]]] = {
+            "ask": child.ask,
+            "reset": child.reset,
+            "detach": child.detach,
+            "attach": child.attach,
+        }
+        say(child.about())
+        for line in pipe:
+            request = json.loads(line)
+            say(verbs[request.pop("verb")](**request))
+
+
+if __name__ == "__main__":
+    _serve_pipe(int(sys.argv[1]))

@@ -1,0 +1,294 @@
+"""A hit never changes an answer: cold, warm from host memory, in part, in a chat, and from disk.
+
+One engine serves the tests up to `test_warm_from_disk_after_restart`; node and engine are then
+restarted, and the tests behind it run on what came back from disk.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvstrata.objects import object_id
+from tests.engine.engine import (
+    CHUNK,
+    NEW_TOKENS,
+    Answer,
+    Engine,
+    Place,
+    Plain,
+    Prompt,
+    Texts,
+    eventually,
+    known_tokens,
+    request,
+    whole_chunks,
+)
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+# Shorter than a chunk, one token around its ends, and up to twelve chunks; no whole multiples,
+# whose hit vLLM cuts otherwise than we do (see test_hit_of_the_whole_prompt).
+LENGTHS = (
+    40, 90, 127, 129, 130, 140, 160, 191, 200, 230, 254, 255, 257, 270, 300, 310, 330, 345, 383,
+    385, 400, 420, 450, 500, 511, 513, 560, 600, 641, 700, 769, 900, 1100, 1500,
+)  # fmt: skip
+MULTIPLES = (128, 256, 384, 512, 640, 1024)
+
+
+@dataclass
+class Story:
+    """What happened so far in this file: prompts, their cold answers, and who gave them."""
+
+    place: Place
+    engine: Engine
+    prompts: list[Prompt]
+    cold: list[Answer]
+
+    def restart(self) -> None:
+        """End engine and node, and start both again over the same disk."""
+        self.place.node.flush()
+        self.place.end()
+        self.engine = self.place.engine()
+        self.engine.wait()
+
+
+@pytest.fixture(scope="module")
+def story(smollm2: Path, texts: Texts) -> Iterator[Story]:
+    with Place(smollm2) as place:
+        # disk.path names a folder that only exists now
+        place.set("disk.path", str(place.folder / "disk"))
+        place.set("disk.capacity", "4GiB")
+        # a scrub of its own would find flipped bits before a request does
+        place.set("disk.scrub_rate", "0")
+        place.set("disk.write_queue", "1GiB")
+        place.set("deadlines.load", "3s")
+        engine = place.engine()
+        prompts = texts.of(*LENGTHS)
+        cold = engine.answers(prompts)
+        place.await_stored(
+            engine, [known_tokens(*pair) for pair in zip(prompts, cold, strict=True)]
+        )
+        yield Story(place, engine, prompts, cold)
+
+
+def check_warm(story: Story, plain: Plain, tier: str) -> None:
+    """All prompts again: whole chunks hit in the named tier, answers as plain vLLM upon its hit."""
+    place, engine = story.place, story.engine
+    hits = place.count(f'hit_chunks_total{{tier="{tier}"}}')
+    engine.forget()
+    warm = engine.answers(story.prompts)
+    assert [answer.cached for answer in warm] == [whole_chunks(len(p)) for p in story.prompts]
+    num_chunks = sum(len(prompt) // CHUNK for prompt in story.prompts)
+    assert place.count(f'hit_chunks_total{{tier="{tier}"}}') - hits == num_chunks
+    assert [answer.tokens for answer in warm] == plain.warm(story.prompts)
+    place.check()
+
+
+def test_cold(story: Story, plain: Plain) -> None:
+    assert len(story.prompts) >= 30
+    assert {answer.cached for answer in story.cold} == {0}
+    assert [answer.tokens for answer in story.cold] == plain.cold(story.prompts)
+    assert {len(answer.tokens) for answer in story.cold} == {NEW_TOKENS}
+    story.place.check()
+
+
+def test_warm_from_host(story: Story, plain: Plain) -> None:
+    check_warm(story, plain, "host")
+
+
+def test_loaded_bytes_are_plain_vllm_s(story: Story, plain: Plain) -> None:
+    for prompt in story.prompts[-4:]:
+        story.engine.forget()
+        assert story.engine.answer(prompt, 1).cached == whole_chunks(len(prompt))
+        plain.engine.forget()
+        plain.engine.answer(prompt, 1)
+        loaded, computed = story.engine.kv(prompt), plain.engine.kv(prompt)
+        assert loaded.shape[1] == computed.shape[1] == len(prompt) // CHUNK
+        assert np.array_equal(loaded, computed)
+
+
+def test_hit_of_the_whole_prompt(story: Story, plain: Plain, texts: Texts) -> None:
+    """One token is left to compute, where vLLM's own hit would leave a block: first tokens."""
+    place, engine = story.place, story.engine
+    prompts = texts.of(*MULTIPLES)
+    cold = engine.answers(prompts)
+    assert [answer.tokens for answer in cold] == plain.cold(prompts)
+    place.await_stored(engine, prompts)
+    engine.forget()
+    warm = engine.answers(prompts)
+    assert [answer.cached for answer in warm] == [len(prompt) - 1 for prompt in prompts]
+    for one, other in zip(warm, cold, strict=True):
+        assert one.tokens[:2] == other.tokens[:2]
+    engine.forget()
+    # Several at once are loaded in the background, whole, and vLLM itself backs off one token.
+    together = engine.answers(prompts, in_turn=False)
+    for one, other in zip(together, cold, strict=True):
+        assert one.tokens[0] == other.tokens[0]
+        assert one.cached > 0
+    place.check()
+
+
+def test_only_what_lies_beyond_vllm_s_own_hit_is_loaded(
+    story: Story, plain: Plain, texts: Texts
+) -> None:
+    place, engine = story.place, story.engine
+    prompts = texts.of(*(5 * CHUNK + 7 + i for i in range(4)))
+    cold = engine.answers(prompts)
+    place.await_stored(engine, prompts)
+    for local, prompt, before in zip((1, 2, 4, 5), prompts, cold, strict=True):
+        engine.forget()
+        engine.answer(prompt[: local * CHUNK + 3], 1)
+        answer = engine.answer(prompt)
+        assert answer.cached == 5 * CHUNK
+        record = place.last_record(len(prompt) + NEW_TOKENS)
+        assert record["loaded_tokens"] == (5 - local) * CHUNK
+        assert answer.tokens == plain.warm([prompt])[0]
+        assert answer.tokens[0] == before.tokens[0]
+    place.check()
+
+
+def test_after_eviction_of_half_the_chunks(story: Story, plain: Plain) -> None:
+    """Tails of half the prompts, and one chunk in the middle of the others."""
+    place, engine = story.place, story.engine
+    expected = []
+    for number, prompt in enumerate(story.prompts):
+        keys = engine.keys(prompt)
+        half = len(keys) // 2
+        if number % 2:
+            place.node.clear(keys[half:])
+        elif keys:
+            place.node.clear([keys[half]])
+        expected.append(half * CHUNK)
+    engine.forget()
+    answers = engine.answers(story.prompts)
+    assert [answer.cached for answer in answers] == expected
+    # Plain vLLM at the same splits: it has those leading chunks in its own prefix cache.
+    plain.engine.forget()
+    for prompt, num_cached, answer in zip(story.prompts, expected, answers, strict=True):
+        if num_cached:
+            plain.engine.answer(prompt[: num_cached + 1], 1)
+        reference = plain.engine.answer(prompt)
+        assert reference.cached == num_cached
+        assert answer.tokens == reference.tokens
+    # What was missing was computed, and stored again.
+    place.await_stored(engine, story.prompts)
+    check_warm(story, plain, "host")
+
+
+def test_chat_of_six_turns(story: Story, plain: Plain, texts: Texts) -> None:
+    """Tokens that were generated hit in the next turn."""
+    place, engine = story.place, story.engine
+    plain.engine.forget()
+    for number in range(5):
+        (history,) = texts.of(170 + 17 * number)
+        for turn in range(6):
+            engine.forget()
+            ours, theirs = engine.answer(history, 100), plain.engine.answer(history, 100)
+            if turn:
+                assert ours.cached == whole_chunks(spoken)
+                assert ours.cached > prompted, "the hit ends in the last turn's prompt"
+            assert ours == theirs
+            left = known_tokens(history, ours)
+            place.await_stored(engine, [left])
+            prompted, spoken = len(history), len(left)
+            question = texts.words(f"\nAnd what follows from that, in the case of {turn}?\n")
+            history = [*history, *ours.tokens, *question]
+            # One of each turn's answers must reach beyond a chunk's end.
+            history += texts.words(" Please explain.") * 3
+    place.check()
+
+
+def test_salts_never_share(story: Story, plain: Plain, texts: Texts) -> None:
+    place, engine = story.place, story.engine
+    prompts = texts.of(*(300 + 11 * i for i in range(6)))
+    for salt in ("", "alice", "bob", "alicebob"):
+        engine.forget()
+        answers = engine.answers([request(prompt, salt=salt) for prompt in prompts])
+        assert {answer.cached for answer in answers} == {0}, f"salt {salt!r} hit another's"
+        assert [answer.tokens for answer in answers] == plain.cold(prompts)
+        for prompt in prompts:
+            keys = engine.keys(prompt, salt)
+            eventually(lambda keys=keys: 255 not in place.node.lookup(keys, [0]), "stored")
+    for salt in ("bob", "", "alice"):
+        engine.forget()
+        answers = engine.answers([request(prompt, salt=salt) for prompt in prompts])
+        assert [answer.cached for answer in answers] == [whole_chunks(len(p)) for p in prompts]
+        assert [answer.tokens for answer in answers] == plain.warm(prompts)
+    place.check()
+
+
+def test_warm_from_disk_after_restart(story: Story, plain: Plain) -> None:
+    before = story.place.node.hello.pid, story.engine.pid
+    story.restart()
+    assert story.place.node.hello.pid != before[0]
+    assert story.engine.pid != before[1]
+    check_warm(story, plain, "disk")
+    assert story.place.count('promotions_total{outcome="done"}') > 0
+    check_warm(story, plain, "host")
+
+
+def test_flipped_bit_on_disk(story: Story, plain: Plain) -> None:
+    """A counted miss, the right answer, and the object can be stored again, and hit."""
+    place, engine = story.place, story.engine
+    prompts = story.prompts[-8:]
+    for number, prompt in enumerate(prompts):
+        keys = engine.keys(prompt)
+        place.node.clear(keys, ["host"])
+        broken = number % len(keys)
+        (path,) = (place.folder / "disk" / "objects").rglob(
+            f"*{object_id(keys[broken], 0, 0).hex()}*"
+        )
+        flip(path, 8 * (4096 + 1000 * number) + number)
+        corrupt = place.count("corrupt_objects_total")
+        engine.forget()
+        answer = engine.answer(prompt)
+        assert place.count("corrupt_objects_total") == corrupt + 1
+        # vLLM computes all of it, or keeps what came before.
+        assert answer.cached <= broken * CHUNK
+        cold, warm = plain.both(prompt)
+        assert answer.tokens[0] == cold.tokens[0]
+        if answer.cached == 0:
+            assert answer.tokens == cold.tokens
+        place.await_stored(engine, [prompt])
+        place.node.flush()
+        place.node.clear(keys, ["host"])
+        engine.forget()
+        assert engine.answer(prompt) == warm
+        assert place.count("corrupt_objects_total") == corrupt + 1
+    place.check()
+
+
+def test_node_that_stops_while_it_loads(story: Story, plain: Plain) -> None:
+    """The deadline of a load passes: computed, right, and warm again when the node goes on."""
+    place, engine = story.place, story.engine
+    prompts = story.prompts[-4:]
+    for prompt in prompts:
+        pid = place.node.hello.pid
+        place.node.clear(engine.keys(prompt), ["host"])
+        engine.forget()
+        engine.call("stop_at_load", pid=pid)
+        try:
+            answer = engine.answer(prompt)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert answer.tokens == plain.cold([prompt])[0]
+        place.check()
+        engine.forget()
+        assert engine.answer(prompt) == plain.both(prompt)[1]
+    place.check()
+
+
+def flip(path: Path, bit: int) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        (byte,) = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
