@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -303,7 +304,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder", type=Path, default=Options.folder, help="on the disk to measure (%(default)s)"
     )
     parser.add_argument("--allow-tmpfs", action="store_true", help="though it is no disk")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
@@ -325,15 +326,19 @@ def main(measure: Callable[[Options], list[Row]], description: str | None) -> in
     parser = argparse.ArgumentParser(description=description)
     add_arguments(parser)
     arguments = parser.parse_args()
+    # Ended from outside it still ends its processes and removes its folders.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options = options_of(arguments)
     about = machine(options.folder)
-    say(", ".join(f"{name} {value}" for name, value in about.items()))
+    if not arguments.json:
+        say(", ".join(f"{name} {value}" for name, value in about.items()))
     try:
         rows = measure(options)
     except (Wrong, KVStrataError) as error:
         print(f"WRONG: {error}", file=sys.stderr)
         return 1
-    print(table(rows))
     if arguments.json:
         write_json(arguments.json, about, rows)
+    else:
+        print(table(rows))
     return 0

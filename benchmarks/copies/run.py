@@ -27,6 +27,7 @@ CHUNK_BYTES = CHUNK_TOKENS * BYTES_PER_TOKEN
 #: a document of 3,000 tokens is 23 chunks; so many documents that no cache holds what was copied
 CHUNKS_A_PLAN = 23
 NUM_PLANS = 8
+OURS, PLAIN, WHOLE = "KVStrata", "plain memcpy a document", "one memcpy of all documents"
 
 
 def engine_memory(num_blocks: int) -> tuple[Pages, torch.Tensor]:
@@ -95,23 +96,25 @@ def measure(options: Options) -> list[Row]:
                 same = np.array_equal(every[:, block].reshape(-1), slot)
                 expect(same, f"{name}: the bytes of block {block} differ")
 
-        def plain(to: int, source: int) -> Callable[[], None]:
-            # In one call: nothing that a copy in pieces could be faster than.
+        def plain(to: int, source: int, calls: int) -> Callable[[], None]:
+            each = nbytes // calls
+
             def copy() -> None:
-                ctypes.memmove(to, source, nbytes)
+                for start in range(0, nbytes, each):
+                    ctypes.memmove(to + start, source + start, each)
 
             return copy
 
-        # The directions: ours, the plain one in one call, where from and where to.
         whole, engine = pool.array(0, pool.capacity_bytes), memory.numpy()
-        directions = {
-            "slots -> blocks": (load, plain(memory.data_ptr(), pool.address), whole, engine),
-            "blocks -> slots": (store, plain(pool.address, memory.data_ptr()), engine, whole),
-        }
-        for name, (ours, baseline, source, target) in directions.items():
+        for name, ours, source, target in (
+            ("slots -> blocks", load, whole, engine),
+            ("blocks -> slots", store, engine, whole),
+        ):
             # A prime period: no two pages are alike.
             source[:] = np.resize(random.integers(0, 256, 1_048_583, np.uint8), source.shape)
-            rows.append(direction(options, name, ours, baseline, target, check, nbytes))
+            addresses = target.ctypes.data, source.ctypes.data
+            works = {OURS: ours, PLAIN: plain(*addresses, NUM_PLANS), WHOLE: plain(*addresses, 1)}
+            rows += direction(options, name, works, target, check, nbytes)
     finally:
         pool.close()
     return rows
@@ -120,38 +123,41 @@ def measure(options: Options) -> list[Row]:
 def direction(
     options: Options,
     name: str,
-    ours: Callable[[], None],
-    baseline: Callable[[], None],
+    works: dict[str, Callable[[], None]],
     target: npt.NDArray[np.uint8],
     check: Callable[[str], None],
     nbytes: int,
-) -> Row:
-    """Ours and the baseline in turns, in changing order, each into memory that was cleared."""
-    ratios, speeds, plain_speeds = [], [], []
+) -> list[Row]:
+    """Ours and the baselines in turns, in changing order, each into memory that was cleared."""
+    speeds: dict[str, list[float]] = {who: [] for who in works}
     for number in range(6 if options.quick else 26):
-        took = {}
-        for work in (ours, baseline) if number % 2 else (baseline, ours):
+        names = list(works)
+        for who in names[number % 3 :] + names[: number % 3]:
             target[:] = 0
             began = time.perf_counter()
-            work()
-            took[work] = time.perf_counter() - began
-            if work is ours:
+            works[who]()
+            took = time.perf_counter() - began
+            if who == OURS:
                 check(name)
-        if number:  # the first one warms up
-            ratios.append(took[baseline] / took[ours])
-            speeds.append(nbytes / took[ours] / 1e9)
-            plain_speeds.append(nbytes / took[baseline] / 1e9)
-    ratio, speed, plain_speed = spread(ratios), spread(speeds), spread(plain_speeds)
-    say(f"{name}: {speed.median:.2f} GB/s, plain copy {plain_speed.median:.2f} GB/s")
-    return Row(
-        NAME,
-        f"copy {name} / plain memcpy of the same bytes, one thread (speed)",
-        ratio.median,
-        0.80,
-        at_most=False,
-        detail=f"{ratio}; {speed.median:.1f} of {plain_speed.median:.1f} GB/s, "
-        f"{nbytes / 1e6:.0f} MB a round in pages of {PAGE_BYTES:,} bytes",
-    )
+            if number:  # the first round warms up
+                speeds[who].append(nbytes / took / 1e9)
+    medians = {who: spread(each).median for who, each in speeds.items()}
+    say(f"{name}: " + ", ".join(f"{who} {speed:.2f} GB/s" for who, speed in medians.items()))
+    rows = []
+    for baseline, bound in ((PLAIN, 0.80), (WHOLE, None)):
+        pairs = zip(speeds[OURS], speeds[baseline], strict=True)
+        ratio = spread(ours / theirs for ours, theirs in pairs)
+        rows.append(
+            Row(
+                NAME,
+                f"copy {name} / {baseline}, one thread (speed)",
+                ratio.median,
+                bound,
+                at_most=False,
+                detail=f"{ratio}; {medians[OURS]:.1f} of {medians[baseline]:.1f} GB/s",
+            )
+        )
+    return rows
 
 
 if __name__ == "__main__":

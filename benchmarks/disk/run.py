@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import secrets
 import shutil
 import statistics
 import sys
@@ -35,7 +34,6 @@ HEADER_BYTES = 4096
 # Payloads: 256 KiB; 128 tokens of SmolLM2-135M in bfloat16 (23,040 bytes each); 12 MiB.
 PAYLOADS = {"256 KiB": 256 << 10, "2.95 MB": 128 * 23_040, "12 MiB": 12 << 20}
 REQUIRED = 0.85
-NUM_FOLDERS = 256
 
 Work = Callable[[int], None]
 
@@ -76,12 +74,12 @@ def seconds(work: Work, num_objects: int, num_threads: int) -> float:
     return elapsed
 
 
-def raw_side(folder: Path, views: list[memoryview]) -> Side:
+def raw_side(folder: Path, ids: list[bytes], views: list[memoryview]) -> Side:
     """A file an object and nothing else: open, one transfer, close."""
-    # In folders, like the tier's: threads that create files in one folder wait for each other.
-    paths = [str(folder / f"{i % NUM_FOLDERS}" / f"{i}") for i in range(len(views))]
-    for number in range(NUM_FOLDERS):
-        (folder / f"{number}").mkdir()
+    # Spread over folders like the tier's: threads that make files in one folder wait in turn.
+    paths = [str(folder / one[:1].hex() / one.hex()) for one in ids]
+    for path in paths:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
     def write(i: int) -> None:
         fd = os.open(paths[i], os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
@@ -98,9 +96,8 @@ def raw_side(folder: Path, views: list[memoryview]) -> Side:
     return Side("raw", write, read, lambda i: os.unlink(paths[i]))
 
 
-def tier_side(tier: DiskTier, views: list[memoryview]) -> Side:
+def tier_side(tier: DiskTier, ids: list[bytes], views: list[memoryview]) -> Side:
     """As the node uses the tier: one object a call."""
-    ids = [secrets.token_bytes(36) for _ in views]
 
     def expect_hit(outcomes: list[Outcome]) -> None:
         if outcomes != [Outcome.HIT]:
@@ -127,10 +124,12 @@ def measure(
         if not tier.direct:
             raise SystemExit(f"{folder} does not allow O_DIRECT: nothing to compare with")
         content = pool.array(0, nbytes * num_objects)
-        content[:] = np.random.default_rng(seed).integers(0, 256, content.size, np.uint8)
+        generator = np.random.default_rng(seed)
+        content[:] = generator.integers(0, 256, content.size, np.uint8)
         views = [pool.view(i * nbytes, nbytes) for i in range(num_objects)]
         expected = [xxhash.xxh3_128_digest(view) for view in views]
-        sides = [raw_side(folder / "raw", views), tier_side(tier, views)]
+        ids = [generator.bytes(36) for _ in views]
+        sides = [raw_side(folder / "raw" / "objects", ids, views), tier_side(tier, ids, views)]
         speeds: dict[str, list[float]] = {
             f"{verb} {side.name}": [] for verb in ("write", "read") for side in sides
         }

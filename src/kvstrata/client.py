@@ -27,6 +27,9 @@ RECEIVE_BYTES = 1 << 20
 # What may wait here for a node that takes no messages, before it counts as gone for new ones.
 MAX_UNSENT_BYTES = 1 << 20
 CLOSE_S = 0.25
+TEND_S = 0.05
+# What is never refused: a lease or reservation that is not given back is held for good.
+_GIVES_BACK = (p.Release, p.Commit, p.Bye)
 
 _IN_AND_OUT = select.POLLIN | select.POLLOUT
 
@@ -107,6 +110,7 @@ class NodeClient:
         self._sending = threading.Lock()
         self._unsent = bytearray()
         self._receiving = False
+        self._tending = False
         self._pid = os.getpid()
         self._lost: str | None = None
         self._poll = select.poll()
@@ -241,12 +245,14 @@ class NodeClient:
                 raise NodeUnavailable(self._lost)
             if len(self._unsent) > MAX_UNSENT_BYTES:
                 self._flush_locked()
-            if len(self._unsent) > MAX_UNSENT_BYTES:
+            if len(self._unsent) > MAX_UNSENT_BYTES and not isinstance(message, _GIVES_BACK):
                 raise NodeUnavailable("the node takes no messages")
             self._unsent += p.encode(message)
             self._flush_locked()
         if self._lost is not None:
             raise NodeUnavailable(self._lost)
+        if self._unsent:
+            self._tend_later()
 
     def pump(self, call: Call, timeout_s: float) -> None:
         """Receive until this call is answered or the time is over. One thread receives for all."""
@@ -281,6 +287,30 @@ class NodeClient:
             call.abandoned = True
             if call.reply is not None:
                 self._give_back(call.reply)
+            else:
+                self._tend_later()
+
+    def _tend_later(self) -> None:
+        """See to it that late answers are taken in, and messages sent, if nobody asks again."""
+        with self._state:
+            if not self._tending and self._lost is None:
+                self._tending = True
+                threading.Thread(target=self._tend, name="kvstrata-late", daemon=True).start()
+
+    def _tend(self) -> None:
+        while True:
+            with self._state:
+                late = next((call for call in self._calls.values() if call.abandoned), None)
+                if self._lost is not None or (late is None and not self._unsent):
+                    self._tending = False
+                    return
+            # In slices: what is queued meanwhile must not wait for an answer to something else.
+            if late is None:
+                time.sleep(TEND_S)
+                self._flush()
+            else:
+                with contextlib.suppress(NodeUnavailable):
+                    self.pump(late, TEND_S)
 
     def _settle(self, reply: p.Reply) -> None:
         call = self._calls.pop(getattr(reply, "id", 0), None)

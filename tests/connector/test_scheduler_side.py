@@ -9,19 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm import PoolingParams
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, SupportsHMA
-from vllm.lora.request import LoRARequest
-from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-from vllm.v1.request import RequestStatus
-
-from kvstrata.connectors.vllm import connector as connector_module
-from kvstrata.connectors.vllm import scheduler as scheduler_module
-from kvstrata.connectors.vllm.connector import KVStrataConnector
-from kvstrata.connectors.vllm.messages import WorkerHello
-from kvstrata.errors import ConfigError
-from kvstrata.node import protocol as p
-from kvstrata.objects import HEADER_BYTES
 from tests.connector.rig import (
     BLOCK,
     CHUNK,
@@ -32,6 +19,19 @@ from tests.connector.rig import (
     tiered,
     vllm_config,
 )
+from vllm import PoolingParams
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, SupportsHMA
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.request import RequestStatus
+
+from kvstrata.connectors.vllm import connector as connector_module
+from kvstrata.connectors.vllm import scheduler as scheduler_module
+from kvstrata.connectors.vllm.connector import KVStrataConnector
+from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
+from kvstrata.errors import ConfigError
+from kvstrata.node import protocol as p
+from kvstrata.objects import HEADER_BYTES
 
 Make = Callable[..., Rig]
 
@@ -50,7 +50,8 @@ def right(rig: Rig) -> None:
     rig.settle()
     rig.reset()
     assert rig.side._states == {}
-    assert rig.side._loads == rig.side._loading_chunks == {}
+    assert not rig.side._loads
+    assert not rig.side._loading_chunks
     assert rig.side._active == rig.side._looking == set()
 
 
@@ -148,7 +149,7 @@ def test_only_what_lies_beyond_vllms_own_hit_is_loaded(make_rig: Make) -> None:
     rig.ask(tokens)
     rig.settle()
     rig.reset()
-    rig.ask(tokens[: 80])  # vLLM has 5 blocks of it now: in the middle of a chunk
+    rig.ask(tokens[:80])  # vLLM has 5 blocks of it now: in the middle of a chunk
     rig.add(tokens)
     (load,) = rig.step().sync_loads
     assert load.first_chunk == 80 // CHUNK
@@ -392,7 +393,7 @@ def test_a_part_that_is_not_granted_is_released(make_rig: Make) -> None:
     warm(rig, tokens)
     request = rig.request(tokens, name="partly")
     rig.connector.on_new_request(request)
-    rig.until(lambda: rig.connector.get_num_new_matched_tokens(request, 0)[0] is not None)
+    rig.look_up(request)
     whole = rig.state()["leases"]["bytes"]
     blocks = SimpleNamespace(get_block_ids=lambda: (list(range(1, 14)),))
     rig.connector.update_state_after_alloc(request, blocks, 2 * CHUNK)
@@ -402,7 +403,7 @@ def test_a_part_that_is_not_granted_is_released(make_rig: Make) -> None:
     rig.side._end_load("partly", failed=False)
     request.status = RequestStatus.FINISHED_ABORTED
     rig.connector.request_finished(request, [])
-    rig.side._next = scheduler_module.StepMetadata()
+    rig.side._next = StepMetadata()
     right(rig)
 
 
@@ -413,9 +414,9 @@ def test_look_ahead_is_bounded_and_everybody_gets_their_turn(make_rig: Make) -> 
     names = [rig.add(tokens, 4) for tokens in shared]
     most = 0
     while rig.scheduler.has_requests():
-        most = max(most, leases(rig))
         rig.step()
-    assert 0 < most <= scheduler_module.LOOK_AHEAD + 2
+        most = max(most, leases(rig) - len(rig.side._loads))
+    assert 0 < most <= scheduler_module.LOOK_AHEAD
     assert [len(rig.answers[name]) for name in names] == [4] * 20
     assert rig.num_external >= 19 * 48, "nobody lost its hit by waiting"
     right(rig)
@@ -425,10 +426,8 @@ def test_look_ahead_is_bounded_and_everybody_gets_their_turn(make_rig: Make) -> 
 
 
 @pytest.mark.parametrize("pipelined", [False, True])
-def test_a_preempted_request_finds_its_own_outputs_again(
-    make_rig: Make, pipelined: bool
-) -> None:
-    rig = make_rig(num_blocks=20, pipelined=pipelined)
+def test_a_preempted_request_finds_its_own_outputs_again(make_rig: Make, pipelined: bool) -> None:
+    rig = make_rig(num_blocks=14, pipelined=pipelined)
     names = [rig.add(prompt(64, seed=i), 100) for i in range(3)]
     rig.run()
     assert [len(rig.answers[name]) for name in names] == [100] * 3
@@ -447,7 +446,7 @@ def test_a_session_that_rewrites_tokens_is_hashed_again(make_rig: Make) -> None:
     assert state.keys[0] == before[0]
     assert state.keys[1] != before[1]
     request._all_token_ids[3] += 1
-    rig.until(lambda: rig.connector.get_num_new_matched_tokens(request, 0)[0] is not None)
+    rig.look_up(request)
     assert state.keys[0] != before[0]
     request.status = RequestStatus.FINISHED_ABORTED
     rig.connector.request_finished(request, [])
@@ -477,7 +476,7 @@ def feature(identifier: str | None, offset: int, length: int) -> MultiModalFeatu
     return MultiModalFeatureSpec(
         data=None,
         modality="image",
-        identifier=identifier,  # type: ignore[arg-type]
+        identifier=identifier,
         mm_position=PlaceholderRange(offset=offset, length=length),
     )
 
@@ -486,7 +485,7 @@ def keys_of(rig: Rig, **options: Any) -> list[bytes]:
     request = rig.request(prompt(128), name="keys", **options)
     rig.connector.on_new_request(request)
     state = rig.side._states["keys"]
-    rig.until(lambda: rig.connector.get_num_new_matched_tokens(request, 0)[0] is not None)
+    rig.look_up(request)
     request.status = RequestStatus.FINISHED_ABORTED
     rig.connector.request_finished(request, [])
     return [] if state.bypass else state.keys
@@ -516,7 +515,9 @@ def test_what_has_no_identity_goes_past_the_cache(
         "pooling requests are not cached": {
             "pooling_params": PoolingParams(task="embed"), "sampling_params": None,
         },
-        "a multimodal item has no identifier": {"mm_features": [feature(None, 3, 4)]},
+        "a multimodal item has no identifier": {
+            "mm_features": [feature(None, 3, 4)], "block_hasher": None,
+        },
         "an adapter that is reloaded in place has no lasting identity": {
             "lora_request": LoRARequest("l", 1, "/nowhere", load_inplace=True),
         },
@@ -525,10 +526,11 @@ def test_what_has_no_identity_goes_past_the_cache(
         "an identity is missing: ": {"lora_request": LoRARequest("l", 2, "/nowhere")},
     }  # fmt: skip
     for why, options in bypassed.items():
-        request = rig.request(prompt(64), name=why, **options)
+        tokens = None if "prompt_embeds" in options else prompt(64)
+        request = rig.request(tokens, name=why, **options)
         rig.connector.on_new_request(request)
         state = rig.side._states[why]
-        rig.until(lambda r=request: rig.connector.get_num_new_matched_tokens(r, 0)[0] is not None)
+        rig.look_up(request)
         assert rig.connector.get_num_new_matched_tokens(request, 0) == (0, False)
         assert state.bypass.startswith(why.rstrip(": ")), state.bypass
         assert state.keys == []
@@ -561,7 +563,7 @@ def test_placeholders_and_drafts_are_not_stored(make_rig: Make) -> None:
     rig = make_rig()
     request = rig.request(prompt(CHUNK - 1), 50, name="drafting")
     rig.connector.on_new_request(request)
-    rig.until(lambda: rig.connector.get_num_new_matched_tokens(request, 0)[0] is not None)
+    rig.look_up(request)
     assert rig.side._attached() is not None
 
     def stores(computed: int, count: int) -> list[Any]:
@@ -575,7 +577,8 @@ def test_placeholders_and_drafts_are_not_stored(make_rig: Make) -> None:
             scheduled_cached_reqs=SimpleNamespace(req_ids=[]),
             kv_cache_block_copies=None,
         )
-        return rig.connector.build_connector_meta(output).stores
+        meta: Any = rig.connector.build_connector_meta(output)
+        return list(meta.stores)
 
     # 31 tokens are known; the step computes them and three that are only guessed.
     assert stores(0, CHUNK + 2) == []
@@ -634,7 +637,7 @@ def test_it_mends_the_failure_policy_and_warns_of_other_versions(
     caplog.clear()
     connector_module._greet(transfer, "")
     assert caplog.text == ""
-    monkeypatch.setattr(connector_module.vllm, "__version__", "9.9.9")
+    monkeypatch.setattr("vllm.__version__", "9.9.9")
     connector_module._greet(transfer, "")
     assert "9.9.9" in caplog.text
     assert "0.32.0" in caplog.text
@@ -760,7 +763,7 @@ def test_random_histories_never_read_a_wrong_byte(
     make_rig: Make, ranks: int, pipelined: bool
 ) -> None:
     """Few blocks, few slots, shared prefixes, aborts, a slow tier, a node that comes and goes."""
-    for seed in range(6):
+    for seed in range(4):
         chance = random.Random(seed)
         tier = GatedTier()
         rig = make_rig(
@@ -770,7 +773,7 @@ def test_random_histories_never_read_a_wrong_byte(
             make_node=tiered(tier) if seed % 2 else None,
             max_num_seqs=chance.choice([2, 4, 8]),
             max_num_batched_tokens=chance.choice([48, 256]),
-            extra={"host.capacity": chance.choice(["128KiB", "1MiB"]), "deadlines.load": "300ms",
+            extra={"host.capacity": "1MiB", "deadlines.load": "300ms",
                    "deadlines.request": "20ms"},
         )  # fmt: skip
         alive: list[str] = []

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.engine.engine import Place, Plain, Texts
 
 from kvstrata.testing import models
-from tests.engine.engine import Place, Plain, Texts
 
 # vLLM reads these when it is imported, in this process and in those that it starts.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

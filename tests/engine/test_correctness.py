@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from kvstrata.objects import object_id
 from tests.engine.engine import (
     CHUNK,
     NEW_TOKENS,
@@ -30,6 +28,8 @@ from tests.engine.engine import (
     request,
     whole_chunks,
 )
+
+from kvstrata.objects import object_id
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

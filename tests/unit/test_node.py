@@ -284,6 +284,8 @@ class TestLeases:
                 store(node, you, chunk_keys(2, prompt))
             for key, offset in zip(keys, offsets_of(matched.offsets), strict=True):
                 assert stored_payload(node, offset) == payload(key)
+            found = node.lookup(you, p.Lookup(1, b"".join(keys), [0])).tiers
+            assert found == bytes(3), "what is leased is not evicted"
             release(node, me, matched.lease)
             for prompt in range(20, 40):
                 store(node, you, chunk_keys(2, prompt))

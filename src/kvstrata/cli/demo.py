@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,15 @@ def run(
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Where demo.png and demo.json go.")
     ] = Path("demo-results"),
+    count: Annotated[
+        int,
+        typer.Option(
+            "--documents",
+            min=1,
+            max=len(DOCUMENT_STEPS),
+            help="How many documents; each is 1,024 tokens longer than the one before.",
+        ),
+    ] = len(DOCUMENT_STEPS),
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON for programs instead of the table.")
     ] = False,
@@ -86,7 +96,9 @@ def run(
     # Other libraries' progress bars and warnings are not about what the newcomer came to see.
     os.environ.setdefault("TQDM_DISABLE", "1")
     out.mkdir(parents=True, exist_ok=True)
-    demo = Demo(out.resolve())
+    # Ended from outside it still ends its processes and removes its folders.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    demo = Demo(out.resolve(), DOCUMENT_STEPS[:count])
     began = time.monotonic()
     demo.run()
     seconds = time.monotonic() - began
@@ -99,7 +111,9 @@ def run(
         "documents": [{**asdict(asked), "same": asked.same} for asked in demo.asked],
     }
     (out / "demo.json").write_text(json.dumps(results, indent=2) + "\n")
-    drawn = plot(demo.asked, out / "demo.png")
+    cores = demo.machine["threads"]
+    caption = f"SmolLM2-135M in bfloat16 on {cores} {'core' if cores == 1 else 'cores'}"
+    drawn = plot(demo.asked, out / "demo.png", caption)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
@@ -119,10 +133,12 @@ class Demo:
 
     Args:
         out: an existing folder; the disk tier's lies in it meanwhile.
+        steps: length of each document, in steps.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, steps: Sequence[int]) -> None:
         self._out = out
+        self._steps = steps
         self._began = time.monotonic()
         self._prompts: list[list[int]] = []
         self.asked: list[Asked] = []
@@ -172,8 +188,8 @@ class Demo:
 
         tokenizer = AutoTokenizer.from_pretrained(model)
         question = tokenizer.encode(QUESTION)
-        longest = documents(len(DOCUMENT_STEPS), max(DOCUMENT_STEPS) * STEP_TOKENS, tokenizer)
-        for number, (steps, text) in enumerate(zip(DOCUMENT_STEPS, longest, strict=True), 1):
+        longest = documents(len(self._steps), max(self._steps) * STEP_TOKENS, tokenizer)
+        for number, (steps, text) in enumerate(zip(self._steps, longest, strict=True), 1):
             prompt = [*text[: steps * STEP_TOKENS], *question]
             self._prompts.append(prompt)
             self.asked.append(Asked(number, len(prompt)))
@@ -200,7 +216,8 @@ class Demo:
         stored = len(self._warm_up) // CHUNK_TOKENS
         for asked, prompt in zip(self.asked, self._prompts, strict=True):
             cold = self._ask("cold", engine, asked, prompt, 0)
-            asked.answer = tokenizer.decode(cold.tokens).strip()
+            answer = tokenizer.decode(cold.tokens, skip_special_tokens=True)
+            asked.answer = " ".join(answer.split())
             held = len(prompt) // STEP_TOKENS * STEP_TOKENS
             self._ask("own", engine, asked, prompt, held)
             # Let the stores and the disk finish: this is about answers, not about writes.
@@ -213,7 +230,7 @@ class Demo:
                 f"{asked.first_ms['cold']:.0f} ms, vLLM's own hit {asked.first_ms['own']:.0f} ms, "
                 f"forgotten by vLLM and loaded from host memory {asked.first_ms['host']:.0f} ms"
             )
-            self._say(f'    "The text {asked.answer} ..."')
+            self._say(f"    its answer: The text {asked.answer} ...")
 
     def _second_life(self, engine: Engine) -> None:
         for asked, prompt in zip(self.asked, self._prompts, strict=True):
@@ -247,7 +264,14 @@ def table(documents: Sequence[Asked]) -> Table:
     from rich.table import Table
 
     found = Table(title="time to the first token, ms", header_style="bold")
-    for heading in ("document", "tokens", *WAYS.values(), "faster: host", "disk", "same tokens"):
+    for heading in (
+        "document",
+        "tokens",
+        *WAYS.values(),
+        "host is faster",
+        "disk is faster",
+        "same tokens",
+    ):
         found.add_column(heading, justify="right")
     for asked in documents:
         cold = asked.first_ms["cold"]
@@ -261,7 +285,7 @@ def table(documents: Sequence[Asked]) -> Table:
     return found
 
 
-def plot(documents: Sequence[Asked], path: Path) -> bool:
+def plot(documents: Sequence[Asked], path: Path, caption: str) -> bool:
     """Draw cold, host and disk side by side for each document; False without matplotlib."""
     try:
         import matplotlib
@@ -305,6 +329,7 @@ def plot(documents: Sequence[Asked], path: Path) -> bool:
         fontsize=8.5,
     )
     axes.set_ylabel("seconds to the first token")
+    axes.set_title(caption, loc="right", fontsize=8.5, color="#52606d")
     axes.set_title(
         "vLLM with KVStrata: long documents, the same tokens each time"
         if all(asked.same for asked in documents)

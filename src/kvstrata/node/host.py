@@ -75,6 +75,19 @@ class HostMemory:
         """The ready slot of an object."""
         return self.index.get(key, part)
 
+    def leading(self, keys: list[bytes], parts: list[int], orders: frozenset[str]) -> list[Slot]:
+        """The slots of the leading chunks that are here whole, in orders that can be read."""
+        slots: list[Slot] = []
+        get = self.index.get
+        for key in keys:
+            for part in parts:
+                slot = get(key, part)
+                if slot is None or slot.order not in orders:
+                    del slots[len(slots) // len(parts) * len(parts) :]
+                    return slots
+                slots.append(slot)
+        return slots
+
     def allocate(self, nbytes: int, spare: Container[bytes] = ()) -> Slot | None:
         """A slot to fill, held once by the caller; evicts what it must, None if it may not.
 
@@ -119,6 +132,19 @@ class HostMemory:
     def hold(self, slot: Slot) -> None:
         """Keep the slot's bytes where they are."""
         slot.holds += 1
+
+    def hold_all(self, slots: Iterable[Slot]) -> None:
+        """`hold` each of them."""
+        for slot in slots:
+            slot.holds += 1
+
+    def unhold_all(self, slots: Iterable[Slot]) -> None:
+        """`unhold` each of them."""
+        for slot in slots:
+            if slot.holds > 1 or slot.state is SlotState.READY:
+                slot.holds -= 1
+            else:
+                self.unhold(slot)
 
     def unhold(self, slot: Slot) -> None:
         """End one hold; the last one frees a slot that is gone."""

@@ -28,7 +28,7 @@ class Lease:
         self.slots = slots
         self.num_parts = num_parts
         self.orders = orders
-        self.nbytes = sum(slot.nbytes for slot in slots)
+        self.nbytes = sum([slot.nbytes for slot in slots])
         self.ready = 0
         self.failed = False
         self.listeners: list[tuple[int, Callable[[], None]]] = []
@@ -46,17 +46,18 @@ class Lease:
 
     def advance(self) -> None:
         """Count on after a slot was filled or failed, and tell who listens."""
-        slots, parts = self.slots, self.num_parts
-        while not self.failed and self.ready * parts < len(slots):
-            chunk = slots[self.ready * parts : (self.ready + 1) * parts]
-            if any(slot.state is SlotState.FILLING for slot in chunk):
-                break
+        place = self.ready * self.num_parts
+        while place < len(self.slots) and not self.failed:
             # An object that goes away while it is leased (a clear) still has its bytes, and its
             # order; one that never came has none.
-            if all(slot.order in self.orders for slot in chunk):
-                self.ready += 1
-            else:
+            slot = self.slots[place]
+            if slot.state is SlotState.FILLING:
+                break
+            if slot.order not in self.orders:
                 self.failed = True
+            else:
+                place += 1
+        self.ready = place // self.num_parts
         waiting, self.listeners = self.listeners, []
         for have, tell in waiting:
             if self.settled(have):
@@ -117,12 +118,11 @@ class LeaseTable:
             return
         cut = max(0, min(keep, lease.num_chunks)) * lease.num_parts
         dropped, lease.slots = lease.slots[cut:], lease.slots[:cut]
-        nbytes = sum(slot.nbytes for slot in dropped)
+        nbytes = sum([slot.nbytes for slot in dropped])
         lease.nbytes -= nbytes
         lease.client.leased_bytes -= nbytes
         self.leased_bytes -= nbytes
-        for slot in dropped:
-            self._host.unhold(slot)
+        self._host.unhold_all(dropped)
         if not lease.slots:
             del self._leases[lease.id]
             del lease.client.leases[lease.id]

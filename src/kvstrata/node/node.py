@@ -164,11 +164,22 @@ class Node:
         orders = frozenset(message.orders)
         if len(set(keys)) != len(keys):
             raise UsageError("no two chunks of a prompt have one key")
-        room = self.leases.room_for(client)
-        slots: list[Slot | None] = []
+        num_parts, room = len(parts), self.leases.room_for(client)
+        # The common case, and the one in a hurry: the head of the prompt lies in host memory.
+        held = self.host.leading(keys, parts, orders)
+        room -= sum([slot.nbytes for slot in held])
+        rest = keys[len(held) // num_parts :]
+        if room < 0:
+            rest = []
+            self.counters.add("matches_cut_total", why="leases")
+        while room < 0:
+            room += sum([slot.nbytes for slot in held[-num_parts:]])
+            del held[-num_parts:]
+        self.host.hold_all(held)
+        tiers = bytearray(len(held) // num_parts)
+        slots: list[Slot | None] = [*held]
         pending: list[tuple[int, bytes, int, int, Backing]] = []
-        tiers = bytearray()
-        for key in keys:
+        for key in rest:
             located = self._locate(key, parts, orders)
             if located is None:
                 break
@@ -180,7 +191,7 @@ class Node:
                 break
             for part, (where, _) in zip(parts, located, strict=True):
                 if isinstance(where, Slot):
-                    self.host.hold(where)
+                    where.holds += 1
                     slots.append(where)
                 else:
                     pending.append((len(slots), key, part, where[1], where[0]))
@@ -190,19 +201,17 @@ class Node:
         for position, key, part, nbytes, backing in pending:
             slot = self.movement.promote(key, part, nbytes, backing)
             if slot is None:
-                num_chunks = position // len(parts)
+                num_chunks = position // num_parts
                 self.counters.add("matches_cut_total", why="room")
                 break
             slots[position] = slot
-        for slot in slots[num_chunks * len(parts) :]:
-            if slot is not None:
-                self.host.unhold(slot)
-        held = [slot for slot in slots[: num_chunks * len(parts)] if slot is not None]
+        self.host.unhold_all([s for s in slots[num_chunks * num_parts :] if s is not None])
+        held = [slot for slot in slots[: num_chunks * num_parts] if slot is not None]
         del tiers[num_chunks:]
         self._count_match(keys, tiers)
         if not held:
             return p.Matched(message.id, 0, b"", b"")
-        lease = self.leases.grant(client, held, len(parts), orders)
+        lease = self.leases.grant(client, held, num_parts, orders)
         self._sampler.note_hits(keys, parts, held)
         return p.Matched(message.id, lease.id, bytes(tiers), _offsets(held))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from kvstrata.node.server import Server
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
+COLLECT_EVERY = (100_000, 50, 1_000)
 # Who starts a node on demand connects as soon as it listens.
 STARTUP_GRACE_S = 60.0
 
@@ -54,6 +56,8 @@ def run(
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     # A thread that computes gives the loop its turn within this time, not within 5 ms.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # A walk over a million indexed objects would stall every client; cycles are few and young.
+    gc.set_threshold(*COLLECT_EVERY)
     prepare_folder(path.parent)
     with open(path.with_suffix(".lock"), "w") as lock:
         # An earlier node that is still writing behind holds this, and the disk tier's folder.

@@ -9,13 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvstrata.errors import ConfigError
 from kvstrata.identity import adapter_identity, model_fingerprint, weights_identity
 from kvstrata.keys import Namespace
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def cache_file() -> Path:
@@ -39,7 +41,7 @@ class Namespaces:
         self._tenant = tenant
         self._hashing = ThreadPoolExecutor(1, "kvstrata-identity")
         self._engine: Future[Namespace] | None = None
-        self._adapters: dict[str, Future[str]] = {}
+        self._adapters: dict[tuple[int, str], Future[str]] = {}
         self._generation = ""
 
     def identify(self, layout: str, wait_s: float) -> None:
@@ -67,16 +69,17 @@ class Namespaces:
         """
         if self._engine is None or not self._engine.done():
             raise ConfigError("model", "its weights are still being hashed")
-        namespace = self._engine.result()
+        namespace = _found(self._engine, "model")
         if request.lora_request is not None:
-            path = request.lora_request.lora_path
-            adapter = self._adapters.get(path)
+            # The number too: what is loaded anew from an old path may be something new.
+            path, number = request.lora_request.lora_path, request.lora_request.lora_int_id
+            adapter = self._adapters.get((number, path))
             if adapter is None:
                 adapter = self._hashing.submit(adapter_identity, path, cache_file())
-                self._adapters[path] = adapter
+                self._adapters[number, path] = adapter
             if not adapter.done():
                 return None
-            namespace = replace(namespace, adapter=adapter.result())
+            namespace = replace(namespace, adapter=_found(adapter, "adapter"))
         return replace(namespace, model=namespace.model + self._generation).digest()
 
     def renew(self) -> None:
@@ -123,6 +126,14 @@ def engine_namespace(vllm_config: Any, layout: str, chunk_tokens: int, tenant: s
         * parallel.decode_context_parallel_size,
         tenant=tenant,
     )
+
+
+def _found(future: Future[T], what: str) -> T:
+    """What was found out; whatever went wrong means that nothing may be cached."""
+    error = future.exception()
+    if error is not None:
+        raise ConfigError(what, f"its identity cannot be had: {error}") from error
+    return future.result()
 
 
 def _weights(vllm_config: Any) -> str:

@@ -1,0 +1,110 @@
+"""The benchmarks' table, their statistics and their page; nothing here is timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from benchmarks.__main__ import BENCHMARKS, Failed, node_rows
+from benchmarks.common import Row, Wrong, spread, table
+from benchmarks.report import END, PAGE, START, insert, render
+
+from kvstrata.cli.demo import Asked, plot
+from kvstrata.cli.demo import table as demo_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_row_is_judged_by_its_bound() -> None:
+    assert Row("x", "ratio", 1.12, 1.12).ok is True
+    assert Row("x", "ratio", 1.13, 1.12).ok is False
+    assert Row("x", "speed", 0.79, 0.8, at_most=False).ok is False
+    assert Row("x", "for information", 3.0, None).ok is None
+    assert Row("x", "nothing was measured", float("nan"), 1.0).ok is False
+
+
+def test_a_row_survives_json() -> None:
+    row = Row("x", "speed", 0.79, 0.8, at_most=False, unit="GB/s", detail="n = 3")
+    assert Row.from_dict(row.to_dict()) == row
+
+
+def test_the_table_marks_what_falls_short() -> None:
+    lines = table([Row("x", "good", 1.0, 1.1), Row("x", "bad", 1.2, 1.1)]).splitlines()
+    assert "yes" in lines[2]
+    assert "NO" in lines[3]
+
+
+def test_spread_is_the_median_and_its_quartiles() -> None:
+    found = spread([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.low, found.median, found.high) == (2.0, 3.0, 4.0)
+    assert found.relative_iqr == pytest.approx(2 / 3)
+    assert 1.0 <= found.ci_low <= found.median <= found.ci_high <= 5.0
+
+
+def test_no_measurement_is_an_error() -> None:
+    with pytest.raises(Wrong):
+        spread([])
+
+
+def test_the_node_benchmark_is_understood() -> None:
+    rows = node_rows(
+        "2 CPUs, Python 3.11.7\n"
+        "what | measured | must reach\n"
+        "match of 782 keys | median 0.90 ms, p99 5.31 ms (n = 90) | median <= 2 ms, p99 <= 5 ms\n"
+        "memory of objects | 345 MB | <= 600 MB\n"
+        "lookup | median 0.41 ms, worst 0.61 ms | <= 3 ms\n"
+        "entering them | 3.2 us each | \n"
+    )
+    assert [(row.what, row.measured, row.bound, row.ok) for row in rows] == [
+        ("match of 782 keys, median", 0.90, 2.0, True),
+        ("match of 782 keys, p99", 5.31, 5.0, False),
+        ("memory of objects", 345.0, 600.0, True),
+        ("lookup", 0.41, 3.0, True),
+        ("entering them", 3.2, None, None),
+    ]
+
+
+def test_a_node_benchmark_without_rows_failed() -> None:
+    with pytest.raises(Failed):
+        node_rows("something else")
+
+
+def test_every_benchmark_has_its_folder_and_its_line_on_the_page() -> None:
+    page = PAGE.read_text()
+    for name in BENCHMARKS:
+        assert (ROOT / "benchmarks" / name / "README.md").is_file(), name
+        assert f"`benchmarks/{name}`" in page, name
+
+
+def test_results_go_between_the_markers_and_nowhere_else() -> None:
+    rows = [Row("x", "a ratio", 1.05, 1.12, detail="n = 8").to_dict()]
+    section = render({"machine": {"cpu": "a cpu", "seconds": {"x": 60.0}}, "rows": rows})
+    page = insert(PAGE.read_text(), section)
+    assert insert(page, section) == page
+    assert "| a ratio | 1.050 | ≤ 1.12 | yes | n = 8 |" in page
+    before = PAGE.read_text().partition(START)[0]
+    assert page.startswith(before)
+    assert page.partition(END)[2] == PAGE.read_text().partition(END)[2]
+
+
+def test_a_page_without_markers_is_left_alone() -> None:
+    with pytest.raises(ValueError, match="once each"):
+        insert("no markers", "section")
+
+
+def asked(disk_token: int = 2) -> Asked:
+    times = {"cold": 2000.0, "own": 80.0, "host": 90.0, "disk": 120.0}
+    tokens = {"cold": [1, 2], "own": [1, 2], "host": [1, 2], "disk": [1, disk_token]}
+    return Asked(1, 2069, times, tokens, "an answer")
+
+
+def test_the_demo_sees_another_token() -> None:
+    assert asked().same
+    assert not asked(disk_token=3).same
+
+
+def test_the_demo_draws_and_tabulates(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert plot([asked(), asked()], tmp_path / "demo.png", "a caption")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert demo_table([asked()]).row_count == 1
