@@ -86,7 +86,7 @@ def pressure(config: Config, stop: threading.Event | object, stored: object) -> 
     """Another engine: stores without a pause, 16 chunks a commit."""
     client = connect(config)
     seed = 1000
-    while not stop.is_set():  # type: ignore[union-attr, attr-defined]
+    while not stop.is_set():  # type: ignore[union-attr]
         seed += 1
         with contextlib.suppress(KVStrataError):
             stored.value += store(client, random_keys(16, seed))  # type: ignore[attr-defined]
@@ -131,6 +131,8 @@ def bench_match(seconds: float, num_files: int) -> None:
         begun = time.monotonic()
         client = connect(config)
         assert store(client, keys) == NUM_KEYS
+        standing = client.match(keys, [0], [ORDER]).wait(30)  # whatever stalls us, they stay
+        assert len(standing.tiers) == NUM_KEYS
         context = multiprocessing.get_context("spawn")
         stop, stored = context.Event(), context.Value("q", 0)
         other = context.Process(target=pressure, args=(config, stop, stored))
@@ -142,7 +144,6 @@ def bench_match(seconds: float, num_files: int) -> None:
         assert client.status()["tiers"][0]["num_objects"] >= num_files
         while not stored.value:
             time.sleep(0.01)
-        standing = client.match(keys, [0], [ORDER]).wait(30)  # whatever stalls us, they stay
         before = client.status()["host"]["num_evicted"]
         busy = time_matches(client, keys, seconds)
         evicted = client.status()["host"]["num_evicted"] - before

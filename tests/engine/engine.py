@@ -1,4 +1,4 @@
-"""A real vLLM that tests drive step by step, and references that a plain vLLM gives at equal splits.
+"""A real vLLM that tests drive step by step, and plain vLLM's answers to compare with.
 
 bfloat16 rounds differently when a batch is cut differently. So a cold answer is compared with plain
 vLLM's cold one, and a warm answer with what plain vLLM answers upon a hit in its own prefix cache:
@@ -7,6 +7,7 @@ both then compute the same tail, and every token must be the same.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -27,6 +28,9 @@ from kvstrata.testing import models
 CHUNK = 128
 NEW_TOKENS = 32
 PATIENCE_S = 60.0
+
+# Every engine computes on one core, the next one on the next.
+_CORES = itertools.cycle(sorted(os.sched_getaffinity(0)))
 
 Prompt = list[int]
 
@@ -273,7 +277,9 @@ def _environment(more: Mapping[str, str]) -> dict[str, str]:
         **kept,
         **base.ENGINE_ENVIRONMENT,
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": base.compute_cores(),
+        # One thread each: two that share busy cores spend their time waiting for one another.
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": str(next(_CORES)),
         "PYTHONPATH": path,
         **more,
     }

@@ -71,7 +71,7 @@ class Child:
         """Step until everything is answered; returns all outputs since the last `finish`."""
         deadline = time.monotonic() + 240.0
         while self._engine.has_unfinished_requests() or (
-            # A serving engine goes on by itself, after the answer: hand in late stores, free blocks.
+            # A serving engine goes on by itself after the answer: it frees blocks, stores late.
             self._inside and self._core.scheduler.has_requests()
         ):
             self._step()

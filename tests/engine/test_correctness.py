@@ -188,6 +188,7 @@ def test_chat_of_six_turns(story: Story, plain: Plain, texts: Texts) -> None:
     plain.engine.forget()
     for number in range(5):
         (history,) = texts.of(170 + 17 * number)
+        prompted = spoken = 0
         for turn in range(6):
             engine.forget()
             ours, theirs = engine.answer(history, 100), plain.engine.answer(history, 100)

@@ -176,7 +176,7 @@ class Histories(RuleBasedStateMachine):
 
         async def commit() -> p.Done:
             request = p.Commit(1, taken.number, b"".join(sums))
-            done = self.node.commit(taken.client, request)
+            done: p.Done = self.node.commit(taken.client, request)
             assert self.node.commit(taken.client, request).count == 0
             return done
 
@@ -343,5 +343,5 @@ Histories.TestCase.settings = settings(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-class TestHistories(Histories.TestCase):  # type: ignore[misc, name-defined]
+class TestHistories(Histories.TestCase):  # type: ignore[misc, valid-type]
     pass

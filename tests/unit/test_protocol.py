@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstrata.errors import Incompatible
@@ -75,6 +75,7 @@ def test_more_or_fewer_fields_are_refused(message: p.Request | p.Reply) -> None:
             decode(msgspec.msgpack.encode(wrong))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_refused(body: bytes) -> None:
     for decode in (p.decode_request, p.decode_reply, p.decode_hello):
@@ -85,6 +86,7 @@ def test_any_bytes_are_a_message_or_refused(body: bytes) -> None:
         assert type(message) in {*p.Request.__args__, *p.Reply.__args__}
 
 
+@settings(deadline=None)
 @given(st.sampled_from(MESSAGES), st.data())
 def test_damaged_messages_are_messages_or_refused(
     message: p.Request | p.Reply, data: st.DataObject
@@ -124,6 +126,7 @@ def test_what_a_decoder_may_stumble_over(body: bytes) -> None:
             continue
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=8), st.data())
 def test_frames_cut_anywhere(bodies: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(len(body).to_bytes(4, "little") + body for body in bodies)

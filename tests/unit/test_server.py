@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,9 +113,7 @@ class TestEnds:
         self, node: InProcessNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(os, "getuid", lambda: 12345)
-        monkeypatch.setattr(
-            server_module.struct, "unpack", lambda *_: (os.getpid(), 54321, 0), raising=True
-        )
+        monkeypatch.setattr(struct, "unpack", lambda *_: (os.getpid(), 54321, 0))
         with pytest.raises(NodeUnavailable):
             node.connect()
 

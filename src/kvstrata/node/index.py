@@ -28,9 +28,7 @@ class Index(Generic[E]):
         nbytes_of: size of an entry's object in bytes.
     """
 
-    def __init__(
-        self, capacity_bytes: int, policy: Policy, nbytes_of: Callable[[E], int]
-    ) -> None:
+    def __init__(self, capacity_bytes: int, policy: Policy, nbytes_of: Callable[[E], int]) -> None:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self.claimed_bytes = 0

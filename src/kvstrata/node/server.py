@@ -49,7 +49,7 @@ class Connection(asyncio.Protocol):
         # uvloop's transports are no subclass of asyncio's
         self._transport = cast(asyncio.Transport, transport)
         if self._closed:
-            transport.abort()
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         try:

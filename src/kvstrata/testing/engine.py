@@ -52,7 +52,7 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-START_S = 300.0
+PATIENCE_S = 900.0
 NODE_END_S = 30.0
 
 
@@ -114,7 +114,7 @@ class Engine:
             UsageError: it did not start; with the last lines that it printed.
         """
         if self._about is None:
-            self._about = self._hear(START_S)
+            self._about = self._hear(PATIENCE_S)
         return self._about
 
     def ask(self, prompt: Sequence[int], max_tokens: int = 1) -> Answer:
@@ -168,7 +168,7 @@ class Engine:
     def _call(self, **request: Any) -> dict[str, Any]:
         self.wait()
         self._say(request)
-        return self._hear(START_S)
+        return self._hear(PATIENCE_S)
 
     def _say(self, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a dead child is reported where its answer is missed

@@ -25,7 +25,7 @@ class Outcome(Enum):
 
 
 class Found(NamedTuple):
-    """One object that a scan found: its id, its size with header in bytes, its last use (Unix s)."""
+    """One object that a scan found: id, size with header in bytes, last use (Unix seconds)."""
 
     object_id: bytes
     nbytes: int

@@ -43,6 +43,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         config = load_config(overrides=transfer.kv_connector_extra_config)
+        _log_as_vllm_does(config.log)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._make_worker: Callable[[dict[str, Any]], WorkerSide] | None = None
@@ -201,6 +202,15 @@ def _unsupported(kv_cache_config: Any) -> str:
     if spec.non_causal:
         return "the model's attention is not causal, so a chunk depends on what follows it"
     return ""
+
+
+def _log_as_vllm_does(level: str) -> None:
+    """vLLM configures its own logger only; ours would print warnings and keep the rest quiet."""
+    ours = logging.getLogger("kvstrata")
+    if not ours.hasHandlers():
+        for handler in logging.getLogger("vllm").handlers:
+            ours.addHandler(handler)
+        ours.setLevel(level.upper())
 
 
 def _greet(transfer: Any, reason: str) -> None:

@@ -114,6 +114,7 @@ def engine_namespace(vllm_config: Any, layout: str, chunk_tokens: int, tenant: s
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        # LongRoPE picks its factors by it, so keys of one token differ between two lengths
         "max_model_len": model.max_model_len,
     }
     return Namespace(

@@ -227,6 +227,8 @@ class Transfers:
         header = decode(client.pool.view(offset, HEADER_BYTES))
         if header.key != key or header.rank != self._rank or header.dtype != self._template.dtype:
             raise CorruptObject("a slot holds another object than the one that was leased")
+        if header.codec != "raw" or header.order not in ("", self._template.order):
+            raise CorruptObject(f"a payload in codec {header.codec!r}, order {header.order!r}")
         payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
         group = self._pages.group
         if header.kind == "native":

@@ -1,0 +1,107 @@
+"""Slots of the pool: bytes go back only when nobody holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kvstrata.memory import Pool
+from kvstrata.node.host import HostMemory, Slot, SlotState, order_name
+from kvstrata.policies import create_policy
+
+PAGE = 4096
+KEYS = [bytes([number]) * 32 for number in range(8)]
+
+
+@pytest.fixture
+def host() -> Iterator[HostMemory]:
+    host = HostMemory(Pool.create(4 * PAGE), create_policy("lru", 4 * PAGE))
+    yield host
+    host.check_integrity()
+    host.close()
+
+
+def ready(host: HostMemory, key: bytes, part: int = 0, order: str = "a/b") -> Slot:
+    slot = host.allocate(PAGE)
+    assert slot is not None
+    host.publish(key, part, slot, order)
+    host.unhold(slot)
+    return slot
+
+
+def test_a_slot_is_seen_once_it_is_published(host: HostMemory) -> None:
+    slot = host.allocate(PAGE)
+    assert slot is not None
+    assert (slot.state, slot.holds, slot.order) == (SlotState.FILLING, 1, None)
+    assert host.get(KEYS[0], 0) is None
+    host.check_integrity([slot])
+    with pytest.raises(AssertionError, match="filled by nobody"):
+        host.check_integrity()
+    host.publish(KEYS[0], 0, slot, "a/b")
+    assert host.get(KEYS[0], 0) is slot
+    host.unhold(slot)
+
+
+def test_a_discarded_slot_goes_back_with_its_last_hold(host: HostMemory) -> None:
+    slot = host.allocate(PAGE)
+    assert slot is not None
+    host.hold(slot)
+    host.discard(slot)
+    host.unhold(slot)
+    assert host.allocated_bytes == PAGE
+    host.unhold_all([slot])
+    assert host.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("how", ["drop", "drop_object", "replace"])
+def test_what_is_held_keeps_its_bytes(host: HostMemory, how: str) -> None:
+    slot = ready(host, KEYS[0])
+    host.hold_all([slot])
+    if how == "drop":
+        assert host.drop(KEYS[0]) == 1
+    elif how == "drop_object":
+        host.drop_object(KEYS[0], 0)
+    else:
+        ready(host, KEYS[0], order="c/d")
+    assert slot.state is SlotState.GONE
+    assert host.get(KEYS[0], 0) is not slot
+    taken = {other.offset for other in (host.allocate(PAGE) for _ in range(9)) if other is not None}
+    assert slot.offset not in taken
+    before = host.allocated_bytes
+    host.unhold(slot)
+    assert host.allocated_bytes == before - PAGE
+    for other in list(host._loose):
+        host.discard(other)
+        host.unhold(other)
+
+
+def test_eviction_passes_over_what_is_held_and_what_is_spared(host: HostMemory) -> None:
+    slots = [ready(host, key) for key in KEYS[:4]]
+    host.hold(slots[0])
+    new = host.allocate(PAGE, spare={KEYS[1]})
+    assert new is not None
+    assert [key in host.index for key in KEYS[:4]] == [True, True, False, True]
+    assert host.num_evicted == 1
+    assert host.allocate(PAGE, spare=set(KEYS)) is None
+    assert host.allocate(5 * PAGE) is None
+    assert [key in host.index for key in KEYS[:4]] == [True, True, False, True]
+    host.unhold(slots[0])
+    host.discard(new)
+    host.unhold(new)
+
+
+def test_leading_chunks_are_whole_and_readable(host: HostMemory) -> None:
+    a, b = ready(host, KEYS[0], 0), ready(host, KEYS[0], 1)
+    c = ready(host, KEYS[1], 0)
+    d = ready(host, KEYS[2], 0, order="c/d")
+    orders = frozenset(["a/b"])
+    assert host.leading(KEYS, [0, 1], orders) == [a, b]
+    assert host.leading(KEYS, [0], orders) == [a, c]
+    assert host.leading(KEYS, [0], frozenset(["a/b", "c/d"])) == [a, c, d]
+    assert host.leading(KEYS[3:], [0], orders) == []
+
+
+def test_a_byte_orders_name() -> None:
+    assert order_name("native", "vllm/x") == "vllm/x"
+    assert order_name("portable", "") == "portable"

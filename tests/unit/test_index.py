@@ -1,0 +1,137 @@
+"""The index of a tier: what is there, what it weighs, what is about to go."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstrata.node.index import Index
+from kvstrata.policies import create_policy
+
+KEYS = [bytes([number]) * 32 for number in range(6)]
+CAPACITY = 20
+
+
+def make(policy: str = "lru") -> Index[int]:
+    return Index(CAPACITY, create_policy(policy, CAPACITY), lambda entry: entry)
+
+
+def put(index: Index[int], key: bytes, part: int, nbytes: int) -> int | None:
+    assert index.claim(nbytes)
+    return index.put(key, part, nbytes)
+
+
+def test_objects_of_a_chunk_stand_together() -> None:
+    index = make()
+    put(index, KEYS[0], 0, 3)
+    put(index, KEYS[0], 1, 4)
+    put(index, KEYS[1], 0, 5)
+    assert (index.get(KEYS[0], 1), index.get(KEYS[0], 2), index.get(KEYS[2], 0)) == (4, None, None)
+    assert (len(index), index.num_objects, index.used_bytes) == (2, 3, 12)
+    assert index.pop(KEYS[0], 0) == 3
+    assert index.pop(KEYS[0], 0) is None
+    assert KEYS[0] in index
+    assert index.pop_chunk(KEYS[0]) == [(1, 4)]
+    assert index.pop_chunk(KEYS[0]) == []
+    assert (len(index), index.num_objects, index.used_bytes) == (1, 1, 5)
+    index.check_integrity()
+
+
+def test_the_bound_is_hard() -> None:
+    index = make()
+    assert index.claim(CAPACITY)
+    assert not index.claim(1)
+    index.unclaim(1)
+    assert index.claim(1)
+    index.put(KEYS[0], 0, CAPACITY)
+    assert not index.claim(1)
+    index.check_integrity()
+    with pytest.raises(AssertionError):
+        index.unclaim(1)
+    with pytest.raises(AssertionError):
+        index.put(KEYS[1], 0, 1)  # nothing was claimed for it
+
+
+def test_a_replaced_object_is_counted_once() -> None:
+    index = make()
+    put(index, KEYS[0], 0, 3)
+    assert put(index, KEYS[0], 0, 7) == 3
+    assert (index.num_objects, index.used_bytes) == (1, 7)
+    index.check_integrity()
+
+
+def test_the_policy_weighs_whole_chunks() -> None:
+    policy = create_policy("lru", CAPACITY)
+    index: Index[int] = Index(CAPACITY, policy, lambda entry: entry)
+    put(index, KEYS[0], 0, 3)
+    put(index, KEYS[0], 1, 4)
+    assert policy.total_bytes == 7
+
+
+def test_a_touched_prefix_loses_its_tail_first() -> None:
+    index = make()
+    for key in KEYS[:4]:
+        put(index, key, 0, 1)
+    index.touch([KEYS[0], KEYS[1], KEYS[5], KEYS[2]])
+    victims = []
+    while (victim := index.victim(lambda _: True)) is not None:
+        victims.append(victim)
+        index.pop_chunk(victim)
+    assert victims == [KEYS[3], KEYS[2], KEYS[1], KEYS[0]]
+    index.check_integrity()
+
+
+@pytest.mark.parametrize("policy", ["lru", "s3fifo", "cost"])
+def test_what_is_cleared_stays_claimed(policy: str) -> None:
+    index = make(policy)
+    put(index, KEYS[0], 0, 3)
+    put(index, KEYS[1], 1, 4)
+    assert index.claim(2)
+    assert index.clear() == {KEYS[0]: (0, 3), KEYS[1]: (1, 4)}
+    assert (len(index), index.num_objects, index.used_bytes, index.claimed_bytes) == (0, 0, 9, 9)
+    assert not index.claim(12)
+    index.check_integrity()
+    index.unclaim(7)
+    index.put(KEYS[2], 0, 2)
+    index.check_integrity()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["put", "pop", "pop_chunk", "victim", "clear"]),
+            st.sampled_from(KEYS),
+            st.integers(0, 2),
+            st.integers(1, 6),
+        ),
+        max_size=60,
+    ),
+    st.sampled_from(["lru", "s3fifo", "cost"]),
+)
+def test_against_a_dictionary(steps: list[tuple[str, bytes, int, int]], policy: str) -> None:
+    index, model = make(policy), dict[tuple[bytes, int], int]()
+    for verb, key, part, nbytes in steps:
+        if verb == "put" and index.claim(nbytes):
+            assert index.put(key, part, nbytes) == model.get((key, part))
+            model[key, part] = nbytes
+        elif verb == "pop":
+            assert index.pop(key, part) == model.pop((key, part), None)
+        elif verb == "pop_chunk":
+            assert dict(index.pop_chunk(key)) == {
+                q: model.pop((k, q)) for k, q in list(model) if k == key
+            }
+        elif verb == "victim":
+            victim = index.victim(lambda _: True)
+            assert (victim is None) == (not model)
+            if victim is not None:
+                index.pop_chunk(victim)
+                model = {name: size for name, size in model.items() if name[0] != victim}
+        elif verb == "clear":
+            index.clear()
+            index.unclaim(index.claimed_bytes)
+            model.clear()
+        assert index.used_bytes == sum(model.values()) <= CAPACITY
+        assert {(k, q): e for k in index.keys() for q, e in index.objects(k)} == model  # noqa: SIM118
+        index.check_integrity()
