@@ -107,7 +107,7 @@ def bench_match(seconds: float, num_files: int) -> None:
         folder = Path(name)
         os.environ["XDG_RUNTIME_DIR"] = name
         plain = {
-            "host.capacity": 4 * NUM_KEYS * SLOT,
+            "host.capacity": 3 * NUM_KEYS * SLOT,
             "host.verify_every": 64,
             "secret_file": str(folder / "secret"),
             "linger": "100ms",
@@ -142,11 +142,12 @@ def bench_match(seconds: float, num_files: int) -> None:
             scanning += time_matches(client, keys, 0.05)
         scanned_s = time.monotonic() - begun
         assert client.status()["tiers"][0]["num_objects"] >= num_files
-        while not stored.value:
-            time.sleep(0.01)
+        while not client.status()["host"]["num_evicted"]:
+            time.sleep(0.01)  # the pool is not full yet
         before = client.status()["host"]["num_evicted"]
         busy = time_matches(client, keys, seconds)
         evicted = client.status()["host"]["num_evicted"] - before
+        assert evicted, "nothing was evicted meanwhile"
         client.release(standing.lease)
         stop.set()
         other.join()
