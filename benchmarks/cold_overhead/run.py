@@ -223,7 +223,7 @@ def measure(options: Options) -> list[Row]:
     """All rows of this benchmark."""
     prompts = Prompts(options.seed)
     size = QUICK if options.quick else FULL
-    with Workplace(prompts.model, {"host.capacity": "3GiB"}) as place:
+    with Workplace(prompts.model, {"host.capacity": "1GiB"}) as place:
         trio = Trio(place)
         return between_processes(trio, prompts, size) + inside_one_process(trio, prompts, size)
 

@@ -251,6 +251,9 @@ class Rig:
             "secret_file": str(folder.parent / "secret"),
             "host.capacity": "4MiB",
             "host.verify_every": 1,
+            # Long, so that no busy machine decides a test; those about deadlines set their own.
+            "deadlines.match": "10s",
+            "deadlines.request": "20s",
             **(extra or {}),
         }
         self.config: Config = load_config(environ={}, overrides=self.extra)

@@ -228,7 +228,7 @@ def test_a_busy_engine_does_not_wait_for_a_match(make_rig: Make) -> None:
 
 
 def test_a_match_past_its_deadline_is_a_miss_and_its_late_lease_goes_back(make_rig: Make) -> None:
-    rig = make_rig(extra={"deadlines.request": "50ms"})
+    rig = make_rig(extra={"deadlines.match": "2ms", "deadlines.request": "1s"})
     tokens = prompt(200)
     warm(rig, tokens)
     gate = rig.gate(p.Match)
@@ -773,7 +773,7 @@ def test_random_histories_never_read_a_wrong_byte(
             make_node=tiered(tier) if seed % 2 else None,
             max_num_seqs=chance.choice([2, 4, 8]),
             max_num_batched_tokens=chance.choice([48, 256]),
-            extra={"host.capacity": "1MiB", "deadlines.load": "300ms",
+            extra={"host.capacity": "1MiB", "deadlines.load": "300ms", "deadlines.match": "2ms",
                    "deadlines.request": "20ms"},
         )  # fmt: skip
         alive: list[str] = []

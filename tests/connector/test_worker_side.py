@@ -87,7 +87,7 @@ def test_blocks_are_not_overwritten_while_a_store_reads_them(
     """Without the fence the second prompt's bytes are stored under the first one's keys."""
     if not fenced:
         monkeypatch.setattr(Transfers, "fence", lambda self, blocks: None)
-    rig = make_rig(num_blocks=12, extra={"deadlines.request": "20s"})
+    rig = make_rig(num_blocks=12)
     copier = slow(rig)
     first, second = prompt(128), prompt(128, seed=1)
     rig.add(first)
@@ -115,7 +115,7 @@ def test_blocks_are_not_overwritten_while_a_store_reads_them(
 def test_a_store_that_has_not_begun_is_dropped_for_its_blocks(
     make_rig: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rig = make_rig(num_blocks=12, extra={"deadlines.request": "50ms"})
+    rig = make_rig(num_blocks=12, extra={"deadlines.request": "1s"})
     first, second = prompt(128), prompt(128, seed=1)
     gate = rig.gate(p.Reserve)
     # The node answers only after the worker's patience has ended: nothing may be copied then.
@@ -135,7 +135,7 @@ def test_a_store_that_has_not_begun_is_dropped_for_its_blocks(
 
 def test_a_dropped_store_never_begins_to_copy(make_rig: Make) -> None:
     """The reservation comes in the very moment in which the fence has given up."""
-    rig = make_rig(extra={"deadlines.request": "20s"})
+    rig = make_rig()
     copier = slow(rig)
     copier.opened.set()
     gate = rig.gate(p.Reserve)
@@ -151,7 +151,7 @@ def test_a_dropped_store_never_begins_to_copy(make_rig: Make) -> None:
 
 
 def test_the_blocks_of_loads_are_fenced_too(make_rig: Make) -> None:
-    rig = make_rig(extra={"deadlines.request": "20s"})
+    rig = make_rig()
     worker, load = stored(rig, 128)
     copier = slow(rig)
     store = Store(bytes(32), [bytes([9] * 32)], 0, load.blocks[:2])
@@ -186,7 +186,7 @@ def test_the_blocks_of_loads_are_fenced_too(make_rig: Make) -> None:
 
 def test_late_stores_read_before_the_step_overwrites(make_rig: Make) -> None:
     """The last chunk of a request that has ended, while its blocks go to the next one at once."""
-    rig = make_rig(num_blocks=8, pipelined=True, extra={"deadlines.request": "20s"})
+    rig = make_rig(num_blocks=8, pipelined=True)
     copier = slow(rig)
     timer = open_later(copier, 0.2)
     names = [rig.add(prompt(67, seed=i), 30) for i in range(6)]
@@ -257,7 +257,7 @@ def test_a_node_that_dies_under_a_copy_harms_nothing(make_rig: Make) -> None:
 def test_each_load_ends_once_whatever_happens_to_it(
     make_rig: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rig = make_rig(extra={"deadlines.load": "100ms"})
+    rig = make_rig(extra={"deadlines.load": "5s"})
     worker, load = stored(rig, 128)
     transfers, client = worker._transfers, worker._client
     never = [[p.ARRIVING]] * len(load.offsets)
@@ -421,7 +421,7 @@ def test_stores_are_dropped_under_pressure_and_loads_are_not(
     make_rig: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfers_module, "MAX_WAITING_STORES", 3)
-    rig = make_rig(extra={"deadlines.request": "20s"})
+    rig = make_rig()
     worker, load = stored(rig, 128)
     copier = slow(rig)
     for i in range(10):

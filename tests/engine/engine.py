@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstrata.client import NodeClient
+from kvstrata.objects import object_id
 from kvstrata.testing import engine as base
 from kvstrata.testing import models
 
@@ -31,6 +32,13 @@ PATIENCE_S = 60.0
 
 # Every engine computes on one core, the next one on the next.
 _CORES = itertools.cycle(sorted(os.sched_getaffinity(0)))
+
+# Shorter than a chunk, one token around its ends, and up to twelve chunks; no whole multiples,
+# whose hit vLLM cuts otherwise than we do.
+LENGTHS = (
+    40, 90, 127, 129, 130, 140, 160, 191, 200, 230, 254, 255, 257, 270, 300, 310, 330, 345, 383,
+    385, 400, 420, 450, 500, 511, 513, 560, 600, 641, 700, 769, 900, 1100, 1500,
+)  # fmt: skip
 
 Prompt = list[int]
 
@@ -158,6 +166,20 @@ class Place(base.Workplace):
         """One more of KVStrata's options, for what is started from now on."""
         self._settings[option] = value
 
+    def use_disk(self) -> None:
+        """A disk tier in this folder, for what is started from now on."""
+        self.set("disk.path", str(self.folder / "disk"))
+        self.set("disk.capacity", "4GiB")
+        self.set("disk.write_queue", "1GiB")
+        # A scrub would find what a test broke before a request does.
+        self.set("disk.scrub_rate", "0")
+
+    def file(self, key: bytes, rank: int = 0) -> Path:
+        """The disk tier's file of one object."""
+        name = object_id(key, 0, rank).hex()
+        (path,) = (self.folder / "disk" / "objects").rglob(f"{name}-*.kvo")
+        return path
+
     @property
     def node(self) -> NodeClient:
         """The test's own client of the node."""
@@ -255,6 +277,20 @@ class Plain:
             assert cold.cached == 0
             self._known[key] = cold, warm
         return self._known[key]
+
+    def upon_hit(self, prompt: Prompt, num_tokens: int) -> tuple[Answer, Answer]:
+        """The answer when vLLM's own prefix cache has so many of its tokens, and the one after.
+
+        What is computed after a hit may be rounded otherwise than what is computed at once, so the
+        second answer, upon a hit of everything, is not always the one of `both`.
+        """
+        if num_tokens == 0:
+            return self.both(prompt)
+        self.engine.forget()
+        asked = [request(prompt[: num_tokens + 1], 1), request(prompt), request(prompt)]
+        _, first, second = self.engine.answers(asked)
+        assert first.cached == num_tokens
+        return first, second
 
     def cold(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Tokens without any hit."""

@@ -97,12 +97,13 @@ class Child:
         return {}
 
     def abort_soon(self, requests: list[Reply], steps: list[int]) -> Reply:
-        """Hand each request in, abort it after so many steps, and end what that left behind."""
+        """Hand each request in, abort it after so many steps (-1: never), and finish the rest."""
         for request, count in zip(requests, steps, strict=True):
             number = self._add(request)
-            for _ in range(count):
-                self._step()
-            self._engine.abort_request([number])
+            if count >= 0:
+                for _ in range(count):
+                    self._step()
+                self._engine.abort_request([number])
         return self.finish()
 
     def reset(self, connector: bool = False, tries: int = 200) -> Reply:

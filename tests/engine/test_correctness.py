@@ -29,16 +29,8 @@ from tests.engine.engine import (
     whole_chunks,
 )
 
-from kvstrata.objects import object_id
-
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
-# Shorter than a chunk, one token around its ends, and up to twelve chunks; no whole multiples,
-# whose hit vLLM cuts otherwise than we do (see test_hit_of_the_whole_prompt).
-LENGTHS = (
-    40, 90, 127, 129, 130, 140, 160, 191, 200, 230, 254, 255, 257, 270, 300, 310, 330, 345, 383,
-    385, 400, 420, 450, 500, 511, 513, 560, 600, 641, 700, 769, 900, 1100, 1500,
-)  # fmt: skip
 MULTIPLES = (128, 256, 384, 512, 640, 1024)
 
 
@@ -60,17 +52,11 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(smollm2: Path, texts: Texts) -> Iterator[Story]:
+def story(smollm2: Path, prompts: list[Prompt]) -> Iterator[Story]:
     with Place(smollm2) as place:
-        # disk.path names a folder that only exists now
-        place.set("disk.path", str(place.folder / "disk"))
-        place.set("disk.capacity", "4GiB")
-        # a scrub of its own would find flipped bits before a request does
-        place.set("disk.scrub_rate", "0")
-        place.set("disk.write_queue", "1GiB")
+        place.use_disk()
         place.set("deadlines.load", "3s")
         engine = place.engine()
-        prompts = texts.of(*LENGTHS)
         cold = engine.answers(prompts)
         place.await_stored(
             engine, [known_tokens(*pair) for pair in zip(prompts, cold, strict=True)]
@@ -154,34 +140,6 @@ def test_only_what_lies_beyond_vllm_s_own_hit_is_loaded(
     place.check()
 
 
-def test_after_eviction_of_half_the_chunks(story: Story, plain: Plain) -> None:
-    """Tails of half the prompts, and one chunk in the middle of the others."""
-    place, engine = story.place, story.engine
-    expected = []
-    for number, prompt in enumerate(story.prompts):
-        keys = engine.keys(prompt)
-        half = len(keys) // 2
-        if number % 2:
-            place.node.clear(keys[half:])
-        elif keys:
-            place.node.clear([keys[half]])
-        expected.append(half * CHUNK)
-    engine.forget()
-    answers = engine.answers(story.prompts)
-    assert [answer.cached for answer in answers] == expected
-    # Plain vLLM at the same splits: it has those leading chunks in its own prefix cache.
-    plain.engine.forget()
-    for prompt, num_cached, answer in zip(story.prompts, expected, answers, strict=True):
-        if num_cached:
-            plain.engine.answer(prompt[: num_cached + 1], 1)
-        reference = plain.engine.answer(prompt)
-        assert reference.cached == num_cached
-        assert answer.tokens == reference.tokens
-    # What was missing was computed, and stored again.
-    place.await_stored(engine, story.prompts)
-    check_warm(story, plain, "host")
-
-
 def test_chat_of_six_turns(story: Story, plain: Plain, texts: Texts) -> None:
     """Tokens that were generated hit in the next turn."""
     place, engine = story.place, story.engine
@@ -235,33 +193,29 @@ def test_warm_from_disk_after_restart(story: Story, plain: Plain) -> None:
     check_warm(story, plain, "host")
 
 
-def test_flipped_bit_on_disk(story: Story, plain: Plain) -> None:
+def test_flipped_bit_on_disk(story: Story, plain: Plain, texts: Texts) -> None:
     """A counted miss, the right answer, and the object can be stored again, and hit."""
     place, engine = story.place, story.engine
-    prompts = story.prompts[-8:]
+    prompts = texts.of(*(290 + 130 * (i % 4) for i in range(8)))
+    engine.answers(prompts)
+    place.await_stored(engine, prompts)
+    place.node.flush()
     for number, prompt in enumerate(prompts):
         keys = engine.keys(prompt)
         place.node.clear(keys, ["host"])
         broken = number % len(keys)
-        (path,) = (place.folder / "disk" / "objects").rglob(
-            f"*{object_id(keys[broken], 0, 0).hex()}*"
-        )
-        flip(path, 8 * (4096 + 1000 * number) + number)
+        flip(place.file(keys[broken]), 8 * (4096 + 1000 * number) + number)
         corrupt = place.count("corrupt_objects_total")
         engine.forget()
         answer = engine.answer(prompt)
         assert place.count("corrupt_objects_total") == corrupt + 1
-        # vLLM computes all of it, or keeps what came before.
         assert answer.cached <= broken * CHUNK
-        cold, warm = plain.both(prompt)
-        assert answer.tokens[0] == cold.tokens[0]
-        if answer.cached == 0:
-            assert answer.tokens == cold.tokens
+        assert answer.tokens == plain.upon_hit(prompt, answer.cached)[0].tokens
         place.await_stored(engine, [prompt])
         place.node.flush()
         place.node.clear(keys, ["host"])
         engine.forget()
-        assert engine.answer(prompt) == warm
+        assert engine.answer(prompt) == plain.upon_hit(prompt, answer.cached)[1]
         assert place.count("corrupt_objects_total") == corrupt + 1
     place.check()
 
@@ -283,6 +237,27 @@ def test_node_that_stops_while_it_loads(story: Story, plain: Plain) -> None:
         place.check()
         engine.forget()
         assert engine.answer(prompt) == plain.both(prompt)[1]
+    place.check()
+
+
+def test_after_eviction_of_half_the_chunks(story: Story, plain: Plain) -> None:
+    """Tails of half the prompts, and one chunk in the middle of the others; on disk too."""
+    place, engine = story.place, story.engine
+    expected = []
+    for number, prompt in enumerate(story.prompts):
+        keys = engine.keys(prompt)
+        half = len(keys) // 2
+        place.node.clear(keys[half:] if number % 2 else keys[half : half + 1])
+        expected.append(half * CHUNK)
+    engine.forget()
+    answers = engine.answers(story.prompts)
+    assert [answer.cached for answer in answers] == expected
+    # What was missing was computed, and is stored again.
+    place.await_stored(engine, story.prompts)
+    engine.forget()
+    again = engine.answers(story.prompts)
+    for prompt, answer, second in zip(story.prompts, answers, again, strict=True):
+        assert [answer, second] == list(plain.upon_hit(prompt, answer.cached))
     place.check()
 
 

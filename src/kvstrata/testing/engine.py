@@ -46,7 +46,7 @@ ENGINE_OPTIONS: Mapping[str, Any] = {
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
     # One process computes and answers, so that what is timed holds no hop between processes.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -183,7 +183,9 @@ class Engine:
             raise UsageError(f"the engine does not answer ({error}); see {self._log}") from error
         if not line:
             self.close()
-            raise UsageError(f"the engine ended: {_last_words(self._log)}")
+            status = self._process.returncode
+            how = f"by signal {-status}" if status < 0 else f"with status {status}"
+            raise UsageError(f"the engine ended {how}: {_last_words(self._log)}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise UsageError(f"the engine refused: {reply['error']}")

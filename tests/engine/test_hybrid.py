@@ -1,0 +1,148 @@
+"""What must not be cached, or not be shared: hybrid models, adapters, embeddings, other weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.engine.engine import (
+    CHUNK,
+    Place,
+    Plain,
+    Texts,
+    eventually,
+    request,
+    whole_chunks,
+)
+
+from kvstrata.testing import models
+
+pytestmark = pytest.mark.engine
+
+
+def test_hybrid_model_is_left_alone(gemma3: Path) -> None:
+    """Gemma 3 mixes sliding windows with full attention: uncached, said so, and right."""
+    prompts = Texts(gemma3).of(100, 300, 700, 900, 1100)
+    with Place(gemma3) as place:
+        options = {"max_model_len": 2048}
+        plain = Plain(place.engine(with_kvstrata=False, **options))
+        engine = place.engine(**options)
+        about = plain.engine.wait(), engine.wait()
+        for one in about:
+            assert one["hybrid_off"] is False
+            assert one["num_groups"] > 1
+        assert about[0] == about[1]
+        assert "KVStrata leaves this engine's KV uncached" in engine.log
+        assert "KV cache groups" in engine.log
+        for _ in range(2):
+            engine.forget()
+            answers = engine.answers(prompts)
+            assert {answer.cached for answer in answers} == {0}
+            assert [answer.tokens for answer in answers] == plain.cold(prompts)
+
+
+def adapter(folder: Path, seed: int) -> Path:
+    """A LoRA adapter for SmolLM2 with random weights that change every answer."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    rank, hidden, kv = 8, 576, 192
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0, "bias": "none", "target_modules": ["k_proj", "v_proj"],
+        "base_model_name_or_path": "smollm2", "inference_mode": True,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(30):
+        for module in ("k_proj", "v_proj"):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            for part, shape in (("lora_A", (rank, hidden)), ("lora_B", (kv, rank))):
+                random = torch.randn(shape, generator=generator) * 0.05
+                weights[f"{name}.{part}.weight"] = random.to(torch.bfloat16)
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_never_share(smollm2: Path, texts: Texts, tmp_path: Path) -> None:
+    """Two adapters and the base share no hit; a copy of an adapter elsewhere does share."""
+    first, second = adapter(tmp_path / "a" / "lora", 1), adapter(tmp_path / "b" / "lora", 2)
+    copy = tmp_path / "c" / "lora"
+    shutil.copytree(first, copy)
+    prompts = texts.of(200, 300, 500, 700)
+    with Place(smollm2) as place:
+        engine = place.engine(enable_lora=True, max_lora_rank=8, max_loras=1, max_model_len=2048)
+        cold = {}
+        for lora in ("", str(first), str(second)):
+            stored = place.count("stored_objects_total") if cold else 0
+            asked = [request(prompt, lora=lora) for prompt in prompts]
+            answers = engine.answers(asked)
+            assert {answer.cached for answer in answers} == {0}, lora
+            cold[lora] = answers
+            num_chunks = sum((len(prompt) + 31) // CHUNK for prompt in prompts)
+            eventually(
+                lambda before=stored, more=num_chunks: (  # type: ignore[misc]
+                    place.count("stored_objects_total") >= before + more
+                ),
+                "an adapter's chunks stored",
+            )
+            # vLLM's own hit upon the same adapter: the reference for the warm answer.
+            cold[lora + "warm"] = engine.answers(asked)
+            engine.forget()
+        assert cold[""] != cold[str(first)] != cold[str(second)]
+        for lora in (str(second), str(first), "", str(copy)):
+            engine.forget()
+            warm = engine.answers([request(prompt, lora=lora) for prompt in prompts])
+            known = str(first) if lora == str(copy) else lora
+            assert [answer.cached for answer in warm] == [whole_chunks(len(p)) for p in prompts]
+            assert [a.tokens for a in warm] == [a.tokens for a in cold[known + "warm"]]
+        place.check()
+
+
+def test_prompt_embeddings_are_left_alone(smollm2: Path, plain: Plain, texts: Texts) -> None:
+    """They have no token ids to be found by; requests with tokens beside them hit as ever."""
+    prompts = texts.of(200, 300, 500)
+    with Place(smollm2) as place:
+        engine = place.engine(enable_prompt_embeds=True)
+        engine.answers(prompts)
+        place.await_stored(engine, prompts)
+        matches = place.count("matches_total")
+        engine.forget()
+        embedded = engine.answers([request(prompt, embeds=True) for prompt in prompts])
+        assert {answer.cached for answer in embedded} == {0}
+        assert [answer.tokens for answer in embedded] == plain.cold(prompts)
+        assert place.count("matches_total") == matches
+        engine.forget()
+        both = [request(prompt, embeds=embeds) for prompt in prompts for embeds in (True, False)]
+        answers = engine.answers(both)
+        assert [answer.tokens for answer in answers[1::2]] == plain.warm(prompts)
+        place.check()
+
+
+def test_other_weights_in_a_folder_of_the_same_name(
+    tiny_llama: Path, texts: Texts, tmp_path: Path
+) -> None:
+    """A fine-tune in the very folder shares nothing; the old weights elsewhere share all."""
+    folder, elsewhere = tmp_path / "one" / "model", tmp_path / "two" / "model"
+    prompts = texts.of(150, 300, 600)
+    with Place(folder) as place:
+        shutil.copytree(tiny_llama, folder)
+        first = place.engine()
+        old = first.answers(prompts)
+        place.await_stored(first, prompts)
+        first.close()
+        shutil.rmtree(folder)
+        other = models.tiny_llama(tmp_path / "other", seed=1)
+        shutil.move(other, folder)
+        new = place.engine().answers(prompts)
+        assert {answer.cached for answer in new} == {0}
+        assert all(one.tokens != two.tokens for one, two in zip(old, new, strict=True))
+        shutil.copytree(tiny_llama, elsewhere)
+        warm = place.engine(model=elsewhere).answers(prompts)
+        assert [answer.cached for answer in warm] == [whole_chunks(len(p)) for p in prompts]
+        assert [a.tokens[0] for a in warm] == [a.tokens[0] for a in old]
+        place.check()
