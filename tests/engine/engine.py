@@ -219,7 +219,7 @@ class Place(base.Workplace):
 
         def quiet() -> bool:
             leases = self.node.status()["leases"]
-            return leases["count"] == leases["reservations"] == leases["bytes"] == 0
+            return not any(leases[held] for held in ("count", "reservations", "bytes"))
 
         eventually(quiet, "all leases and reservations returned")
         status = self.node.status()

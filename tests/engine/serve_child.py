@@ -162,7 +162,7 @@ class Child:
             Transfers.begin_loads = begin  # type: ignore[method-assign]
             begin(transfers, loads, client)
 
-        Transfers.begin_loads = stopping  # type: ignore[method-assign]
+        Transfers.begin_loads = stopping  # type: ignore[assignment, method-assign]
         return {}
 
     def detach(self) -> Reply:

@@ -77,6 +77,11 @@ def check_warm(story: Story, plain: Plain, tier: str) -> None:
     place.check()
 
 
+def await_keys(place: Place, keys: list[bytes]) -> None:
+    """Wait until all of these chunks are stored."""
+    eventually(lambda: 255 not in place.node.lookup(keys, [0]), "stored")
+
+
 def test_cold(story: Story, plain: Plain) -> None:
     assert len(story.prompts) >= 30
     assert {answer.cached for answer in story.cold} == {0}
@@ -173,8 +178,7 @@ def test_salts_never_share(story: Story, plain: Plain, texts: Texts) -> None:
         assert {answer.cached for answer in answers} == {0}, f"salt {salt!r} hit another's"
         assert [answer.tokens for answer in answers] == plain.cold(prompts)
         for prompt in prompts:
-            keys = engine.keys(prompt, salt)
-            eventually(lambda keys=keys: 255 not in place.node.lookup(keys, [0]), "stored")
+            await_keys(place, engine.keys(prompt, salt))
     for salt in ("bob", "", "alice"):
         engine.forget()
         answers = engine.answers([request(prompt, salt=salt) for prompt in prompts])

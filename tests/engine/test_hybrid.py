@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.engine.engine import (
@@ -26,7 +27,7 @@ def test_hybrid_model_is_left_alone(gemma3: Path) -> None:
     """Gemma 3 mixes sliding windows with full attention: uncached, said so, and right."""
     prompts = Texts(gemma3).of(100, 300, 700, 900, 1100)
     with Place(gemma3) as place:
-        options = {"max_model_len": 2048}
+        options: dict[str, Any] = {"max_model_len": 2048}
         plain = Plain(place.engine(with_kvstrata=False, **options))
         engine = place.engine(**options)
         about = plain.engine.wait(), engine.wait()
@@ -76,7 +77,7 @@ def test_adapters_never_share(smollm2: Path, texts: Texts, tmp_path: Path) -> No
     prompts = texts.of(200, 300, 500, 700)
     with Place(smollm2) as place:
         engine = place.engine(enable_lora=True, max_lora_rank=8, max_loras=1, max_model_len=2048)
-        cold = {}
+        cold: dict[str, Any] = {}
         for lora in ("", str(first), str(second)):
             stored = place.count("stored_objects_total") if cold else 0
             asked = [request(prompt, lora=lora) for prompt in prompts]

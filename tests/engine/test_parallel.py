@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.engine.engine import (
@@ -58,7 +59,7 @@ def check_cold_and_warm(
 def narrow(smollm2: Path) -> Iterator[tuple[Place, Engine]]:
     """An engine that computes 256 tokens in a step and has 20 blocks."""
     with Place(smollm2) as place:
-        options = {
+        options: dict[str, Any] = {
             "max_num_batched_tokens": 256,
             "num_gpu_blocks_override": 20,
             "max_model_len": 2048,
@@ -117,7 +118,7 @@ def test_preemption(narrow: tuple[Place, Engine], texts: Texts) -> None:
     assert num_equal > num_answers // 2
 
 
-TP_OPTIONS = {"tensor_parallel_size": 2, "max_model_len": 4096}
+TP_OPTIONS: dict[str, Any] = {"tensor_parallel_size": 2, "max_model_len": 4096}
 TP_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
@@ -189,7 +190,7 @@ def test_speculative_decoding(smollm2: Path, texts: Texts) -> None:
 
 def test_compiled_in_several_processes(smollm2: Path, prompts: list[Prompt]) -> None:
     """torch.compile, and the engine core in a process of its own, as a server runs it."""
-    options = {"enforce_eager": False}
+    options: dict[str, Any] = {"enforce_eager": False}
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with Place(smollm2) as place:
         plain = Plain(place.engine(with_kvstrata=False, environment=environment, **options))

@@ -22,12 +22,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from kvstrata.client import NodeClient
 from kvstrata.config import Config, load_config, socket_path
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
 from kvstrata.node.launch import connect
+
+W = TypeVar("W", bound="Workplace")
 
 CONNECTOR = {
     "kv_connector": "KVStrataConnector",
@@ -223,7 +225,7 @@ class Workplace:
         if service:
             self._serve()
 
-    def __enter__(self) -> Workplace:
+    def __enter__(self: W) -> W:
         return self
 
     def __exit__(self, *exception: object) -> None:
