@@ -89,6 +89,9 @@ def test_beside_others_a_load_is_asynchronous_and_may_be_the_whole_prompt(make_r
     other = rig.add(prompt(40, seed=1), 30)
     rig.step()
     name = rig.add(tokens, 2)
+    call = rig.side._states[name].call
+    assert call is not None
+    rig.until(call.ready)  # the other request must not end before it
     while not rig.steps[-1].async_loads:
         step = rig.step()
         assert not step.sync_loads
@@ -299,12 +302,12 @@ def test_an_aborted_request_is_completed_once_and_leaves_nothing(
     waiting = rig.add(tokens)
     while not rig.side._loads:
         rig.step()
-    assert leases(rig) == 1
+    rig.until(lambda: leases(rig) == 1)
     request = rig.scheduler.requests[waiting]
     rig.abort(waiting)
     rig.step()
     assert waiting in rig.scheduler.requests, "its blocks are still being written"
-    assert leases(rig) == 1
+    rig.until(lambda: leases(rig) == 1)
     tier.opened.set()
     rig.run()
     assert rig.loaded == [waiting]
@@ -346,11 +349,11 @@ def test_leases_go_when_vllms_own_cache_covers_them_or_nothing_is_read(make_rig:
     rig.ask(tokens)
     running = rig.add(tokens, 8)
     rig.step()
-    assert leases(rig) == 0
+    rig.until(lambda: leases(rig) == 0)
     covered = rig.add(tokens, 8)
     while rig.scheduler.requests[covered].status == RequestStatus.WAITING:
         rig.step()
-    assert leases(rig) == 0
+    rig.until(lambda: leases(rig) == 0)
     unread = rig.request(tokens, 8, name="unread")
     unread.skip_reading_prefix_cache = True
     rig.tokens["unread"], rig.prompts["unread"] = list(tokens), len(tokens)
@@ -373,7 +376,7 @@ def test_leases_go_with_their_node(make_rig: Make) -> None:
     busy = rig.add(prompt(40, seed=1), 200)
     rig.step()
     names = [rig.add(tokens, 2) for _ in range(3)]
-    assert leases(rig) == 3
+    rig.until(lambda: leases(rig) == 3)
     rig.stop_node()
     for _ in range(5):
         rig.step()
