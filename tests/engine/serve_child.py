@@ -132,15 +132,19 @@ class Child:
         """Write what vLLM's prefix cache holds of these tokens: layer by layer, block by block."""
         import torch
 
-        request = self._request(tokens)
-        manager = self._core.scheduler.kv_cache_manager
-        found = manager.coordinator.find_longest_cache_hit(request.block_hashes, len(tokens))
-        ids = [block.block_id for block in found[0][0]]
+        ids = self._held(tokens)
         runner = self._core.model_executor.driver_worker.worker.model_runner
         layers = [layer[ids].contiguous().view(torch.uint8).reshape(-1) for layer in
                   runner.kv_caches]  # fmt: skip
         Path(path).write_bytes(b"".join(layer.numpy().tobytes() for layer in layers))
         return {"blocks": len(ids), "layers": len(layers)}
+
+    def evict(self, tokens: list[int], keep: int) -> Reply:
+        """Make vLLM forget all of these tokens' blocks but the first ``keep``."""
+        self._core.scheduler.kv_cache_manager.block_pool.evict_blocks(
+            set(self._held(tokens)[keep:])
+        )
+        return {}
 
     def keys(self, tokens: list[int], salt: str = "") -> Reply:
         """Keys of the whole chunks of these tokens, as the connector makes them."""
@@ -221,6 +225,13 @@ class Child:
 
         weights = load_file(Path(self._engine.model_config.model) / "model.safetensors")
         return weights["model.embed_tokens.weight"][torch.tensor(tokens)]
+
+    def _held(self, tokens: list[int]) -> list[int]:
+        """The blocks in vLLM's prefix cache that hold these tokens."""
+        hashes = self._request(tokens).block_hashes
+        manager = self._core.scheduler.kv_cache_manager
+        found = manager.coordinator.find_longest_cache_hit(hashes, len(tokens))
+        return [block.block_id for block in found[0][0]]
 
     def _request(self, tokens: list[int]) -> Any:
         from vllm.v1.request import Request
