@@ -28,6 +28,7 @@ R = TypeVar("R")
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 SCAN_SLICE = 256
+GRACE_S = 0.2
 # Sizes are multiples of 4096, so an entry has room for the number of the object's byte order.
 ORDER_MASK = 4095
 
@@ -350,6 +351,10 @@ class Backing:
             if left > 0:
                 await asyncio.wait({future}, timeout=left)
                 continue
+            # Time passes for a process that was stopped, too; let its threads come to the end first.
+            await asyncio.wait({future}, timeout=GRACE_S)
+            if future.done():
+                break
             hung = TierUnavailable(f"no read has ended for {self._deadline_s:g} s")
             self.trip(hung)
             give_up()
