@@ -351,7 +351,7 @@ class Backing:
             if left > 0:
                 await asyncio.wait({future}, timeout=left)
                 continue
-            # Time passes for a process that was stopped, too; let its threads come to the end first.
+            # Time passes for a stopped process, too: let its threads come to their end first.
             await asyncio.wait({future}, timeout=GRACE_S)
             if future.done():
                 break
