@@ -329,7 +329,7 @@ def plot(documents: Sequence[Asked], path: Path, caption: str) -> bool:
         fontsize=8.5,
     )
     axes.set_ylabel("seconds to the first token")
-    axes.set_title(caption, loc="right", fontsize=8.5, color="#52606d")
+    axes.set_xlabel(caption, fontsize=8.5, color="#52606d")
     axes.set_title(
         "vLLM with KVStrata: long documents, the same tokens each time"
         if all(asked.same for asked in documents)
