@@ -226,8 +226,11 @@ class NodeClient:
             with contextlib.suppress(NodeUnavailable):
                 self.send(p.Bye())
                 deadline = time.monotonic() + CLOSE_S
+                # select() knows no descriptors beyond 1023, and an engine may have as many
+                writable = select.poll()
+                writable.register(self._socket, select.POLLOUT)
                 while self._unsent and (left := deadline - time.monotonic()) > 0:
-                    select.select([], [self._socket], [], left)
+                    writable.poll(left * 1e3)
                     self._flush()
         self._lose("this client was closed")
         self.pool.close()

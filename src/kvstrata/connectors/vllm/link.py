@@ -12,7 +12,7 @@ from kvstrata.node.launch import connect
 
 logger = logging.getLogger(__name__)
 
-FIRST_RETRY_S, LONGEST_RETRY_S = 0.25, 10.0
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.25, 2.0
 
 
 class Link:
