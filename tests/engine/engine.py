@@ -274,6 +274,8 @@ class Plain:
         """The answer when nothing is cached, and upon vLLM's hit in its own prefix cache."""
         key = tuple(prompt)
         if key not in self._known:
+            # It may have been asked before, up to some other split.
+            self.engine.forget()
             cold, warm = self.engine.answers([prompt, prompt])
             assert cold.cached == 0
             self._known[key] = cold, warm

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,10 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(smollm2: Path, prompts: list[Prompt]) -> Iterator[Story]:
-    with Place(smollm2) as place:
+def story(smollm2: Path, prompts: list[Prompt], plain: Plain) -> Iterator[Story]:
+    with Place(smollm2) as place, ThreadPoolExecutor(1) as aside:
+        # Plain vLLM computes on the other core meanwhile.
+        reference = aside.submit(plain.cold, prompts)
         place.use_disk()
         place.set("deadlines.load", "3s")
         engine = place.engine()
@@ -61,6 +64,7 @@ def story(smollm2: Path, prompts: list[Prompt]) -> Iterator[Story]:
         place.await_stored(
             engine, [known_tokens(*pair) for pair in zip(prompts, cold, strict=True)]
         )
+        reference.result()
         yield Story(place, engine, prompts, cold)
 
 
@@ -172,8 +176,8 @@ def test_chat_of_six_turns(story: Story, plain: Plain, texts: Texts) -> None:
 
 def test_salts_never_share(story: Story, plain: Plain, texts: Texts) -> None:
     place, engine = story.place, story.engine
-    prompts = texts.of(*(300 + 11 * i for i in range(6)))
-    for salt in ("", "alice", "bob", "alicebob"):
+    prompts = texts.of(*(300 + 11 * i for i in range(4)))
+    for salt in ("", "alice", "bob"):
         engine.forget()
         answers = engine.answers([request(prompt, salt=salt) for prompt in prompts])
         assert {answer.cached for answer in answers} == {0}, f"salt {salt!r} hit another's"
@@ -254,14 +258,17 @@ def test_after_eviction_of_half_the_chunks(story: Story, plain: Plain) -> None:
         place.node.clear(keys[half:] if number % 2 else keys[half : half + 1])
         expected.append(half * CHUNK)
     engine.forget()
-    answers = engine.answers(story.prompts)
-    assert [answer.cached for answer in answers] == expected
-    # What was missing was computed, and is stored again.
-    place.await_stored(engine, story.prompts)
-    engine.forget()
-    again = engine.answers(story.prompts)
-    for prompt, answer, second in zip(story.prompts, answers, again, strict=True):
-        assert [answer, second] == list(plain.upon_hit(prompt, answer.cached))
+    with ThreadPoolExecutor(1) as aside:
+        plainly = [aside.submit(plain.upon_hit, *asked)
+                   for asked in zip(story.prompts, expected, strict=True)]  # fmt: skip
+        answers = engine.answers(story.prompts)
+        assert [answer.cached for answer in answers] == expected
+        # What was missing was computed, and is stored again.
+        place.await_stored(engine, story.prompts)
+        engine.forget()
+        again = engine.answers(story.prompts)
+        for answer, second, reference in zip(answers, again, plainly, strict=True):
+            assert (answer, second) == reference.result()
     place.check()
 
 

