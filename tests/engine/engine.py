@@ -138,6 +138,9 @@ class Place(base.Workplace):
         defaults = {"host.capacity": "1GiB", "deadlines.request": "5s"}
         super().__init__(model, {**defaults, **(settings or {})}, service)
         self._node: NodeClient | None = None
+        # A node that was stopped may hear of a lease's end before a worker's question about it,
+        # which came on another connection, and refuses that.
+        self.was_stopped = False
 
     def engine(  # type: ignore[override]
         self,
@@ -226,8 +229,8 @@ class Place(base.Workplace):
         eventually(quiet, "all leases and reservations returned")
         status = self.node.status()
         counters = status["counters"]
-        bugs = {k: v for k, v in counters.items() if k.startswith(("bugs_", "requests_refused_"))}
-        assert not bugs
+        counted = ("bugs_",) if self.was_stopped else ("bugs_", "requests_refused_")
+        assert not {k: v for k, v in counters.items() if k.startswith(counted)}
 
 
 def known_tokens(prompt: Sequence[int], answer: Answer) -> list[int]:

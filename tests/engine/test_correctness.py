@@ -232,6 +232,7 @@ def test_node_that_stops_while_it_loads(story: Story, plain: Plain) -> None:
     """The deadline of a load passes: computed, right, and warm again when the node goes on."""
     place, engine = story.place, story.engine
     prompts = story.prompts[-4:]
+    place.was_stopped = True
     for prompt in prompts:
         pid = place.node.hello.pid
         place.node.clear(engine.keys(prompt), ["host"])
