@@ -139,6 +139,7 @@ def test_aborted_while_the_node_stands_still(pair: Pair, plain: Plain, texts: Te
         for prompt in prompts:
             place.node.clear(engine.keys(prompt), ["host"])
         pid = place.node.hello.pid
+        place.was_stopped = True
         engine.call("stop_at_load", pid=pid)
         try:
             ids = engine.call("add", requests=[request(prompt) for prompt in prompts])["ids"]
