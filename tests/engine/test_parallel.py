@@ -56,9 +56,9 @@ def check_cold_and_warm(
 
 
 @pytest.fixture(scope="module")
-def narrow(smollm2: Path) -> Iterator[tuple[Place, Engine]]:
+def narrow(tiny_llama: Path) -> Iterator[tuple[Place, Engine]]:
     """An engine that computes 256 tokens in a step and has 20 blocks."""
-    with Place(smollm2) as place:
+    with Place(tiny_llama) as place:
         options: dict[str, Any] = {
             "max_num_batched_tokens": 256,
             "num_gpu_blocks_override": 20,
@@ -73,15 +73,15 @@ def test_chunked_prefill(narrow: tuple[Place, Engine], prompts: list[Prompt]) ->
     check_cold_and_warm(place, engine, Plain(engine), prompts)
 
 
-def test_chunked_prefill_of_several_at_once(
-    narrow: tuple[Place, Engine], texts: Texts, plain: Plain
-) -> None:
+def test_chunked_prefill_of_several_at_once(narrow: tuple[Place, Engine], texts: Texts) -> None:
     """Their chunks are stored and loaded while others compute."""
     place, engine = narrow
     prompts = texts.of(300, 440, 520, 390)
+    with detached(engine) as plain:
+        firsts = [tokens[0] for tokens in plain.cold(prompts)]
     for _ in range(3):
         answers = engine.answers(prompts, in_turn=False)
-        assert [a.tokens[0] for a in answers] == [tokens[0] for tokens in plain.cold(prompts)]
+        assert [answer.tokens[0] for answer in answers] == firsts
         place.await_stored(engine, prompts)
         engine.forget()
     place.check()
@@ -188,11 +188,11 @@ def test_speculative_decoding(smollm2: Path, texts: Texts) -> None:
         place.check()
 
 
-def test_compiled_in_several_processes(smollm2: Path, prompts: list[Prompt]) -> None:
+def test_compiled_in_several_processes(tiny_llama: Path, prompts: list[Prompt]) -> None:
     """torch.compile, and the engine core in a process of its own, as a server runs it."""
     options: dict[str, Any] = {"enforce_eager": False}
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with Place(smollm2) as place:
+    with Place(tiny_llama) as place:
         plain = Plain(place.engine(with_kvstrata=False, environment=environment, **options))
         plain.engine.wait()
         engine = place.engine(environment=environment, **options)
