@@ -1,7 +1,7 @@
 """How a client comes to a node: it joins one, or starts one on demand.
 
 Of several clients that find no node, one starts it, under a lock, and the others wait for it. The
-node lives in a session of its own, so it outlives the engine that happened to start it.
+node lives in a process group of its own, so it outlives the engine that happened to start it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def _start(config: Config, path: Path, deadline: float) -> None:
                 input=json.dumps(config.to_dict()).encode(),
                 stdout=output,
                 stderr=output,
-                start_new_session=True,
                 cwd="/",
                 # Our modules, wherever we have them from: "" is our folder, not the node's.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},

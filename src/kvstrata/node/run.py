@@ -180,6 +180,11 @@ def _main() -> None:
             os.close(tell)
             os._exit(0 if os.read(told, 1) else 2)
         os.close(told)
+        # What ends the starter's terminal or job must not end us. A session of our own would be a
+        # scheduling group of our own too (autogroup), and ranks that spin in sched_yield() were
+        # seen to keep such a group from running for seconds.
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
         def on_ready() -> None:
             with contextlib.suppress(BrokenPipeError):  # the starter has lost patience
