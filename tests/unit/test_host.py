@@ -79,16 +79,25 @@ def test_what_is_held_keeps_its_bytes(host: HostMemory, how: str) -> None:
 def test_eviction_passes_over_what_is_held_and_what_is_spared(host: HostMemory) -> None:
     slots = [ready(host, key) for key in KEYS[:4]]
     host.hold(slots[0])
-    new = host.allocate(PAGE, spare={KEYS[1]})
+    with host.sparing({KEYS[1]}):
+        new = host.allocate(PAGE)
     assert new is not None
     assert [key in host.index for key in KEYS[:4]] == [True, True, False, True]
     assert host.num_evicted == 1
-    assert host.allocate(PAGE, spare=set(KEYS)) is None
+    with host.sparing(set(KEYS)):
+        assert host.allocate(PAGE) is None
     assert host.allocate(5 * PAGE) is None
     assert [key in host.index for key in KEYS[:4]] == [True, True, False, True]
+    # What was passed over goes first once nothing keeps it any more.
     host.unhold(slots[0])
-    host.discard(new)
-    host.unhold(new)
+    others = [host.allocate(PAGE) for _ in range(3)]
+    assert None not in others
+    assert host.allocate(PAGE) is None
+    assert host.num_evicted == 4
+    for slot in (new, *others):
+        assert slot is not None
+        host.discard(slot)
+        host.unhold(slot)
 
 
 def test_leading_chunks_are_whole_and_readable(host: HostMemory) -> None:

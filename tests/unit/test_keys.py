@@ -72,7 +72,7 @@ def test_examples_of_the_keys_page_are_true() -> None:
     test = doctest.DocTestParser().get_doctest("".join(blocks), {}, "keys.md", str(path), 0)
     assert len(test.examples) >= 14
     output: list[str] = []
-    doctest.DocTestRunner().run(test, out=output.append)
+    doctest.DocTestRunner(verbose=False).run(test, out=output.append)
     assert not output, "".join(output)
 
 

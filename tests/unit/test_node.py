@@ -477,8 +477,9 @@ class TestSlowerTiers:
             assert node.host.allocated_bytes == 2 * SLOT
             tier.open()
             for client, lease in ((me, first.lease), (you, second.lease)):
-                while (await arrive(node, client, lease)).ready < 2:
-                    pass
+                ready = 0
+                while ready < 2:
+                    ready = (await arrive(node, client, lease, ready)).ready
                 release(node, client, lease)
             assert node.counters.get("promotions_total", outcome="done") == 2
 
@@ -624,6 +625,7 @@ class TestSlowerTiers:
             bugs = node.counters.get("bugs_total", where="tier memory")
             assert (bugs > 0) == isinstance(error, ValueError)
             tier.heal()
+            await until(lambda: not node.movement.filling())  # or time would pass for a read
             clock.advance(100.0)
             store(node, me, chunk_keys(2, 2))
             await flush(node, me)

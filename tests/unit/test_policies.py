@@ -12,7 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvstrata.errors import ConfigError, UsageError
 from kvstrata.policies import LRU, POLICIES, S3FIFO, CostAware, Policy, create_policy
-from kvstrata.policies.base import LOOKS_PER_EVICTION
 from kvstrata.policies.cost import LOOKS_PER_POP
 from kvstrata.policies.s3fifo import TURNS_PER_POP
 from kvstrata.testing.clock import ManualClock
@@ -61,7 +60,7 @@ class PolicyMachine(RuleBasedStateMachine):
     """A random history against a dictionary in order of last use."""
 
     name = ""
-    small_keys = st.integers(0, LOOKS_PER_EVICTION - 1).map(key)
+    small_keys = st.integers(0, 20).map(key)
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,6 +89,8 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule(one=small_keys)
     def lease_or_release(self, one: bytes) -> None:
         self.leased ^= {one}
+        if one not in self.leased:
+            self.policy.unpark(one)
 
     @rule()
     def evict(self) -> None:
@@ -210,6 +211,8 @@ class TestS3FIFO:
                 policy.touch(key(i))
         policy.insert(key(3), NBYTES)
         assert policy.evict(lambda one: one == key(3)) == key(3)  # the others pass to main
+        policy.unpark(key(1))
+        policy.unpark(key(2))
         policy.touch(key(0))
         assert [policy.evict(anything) for _ in range(3)] == [key(1), key(2), key(0)]
 

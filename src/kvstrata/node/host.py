@@ -7,7 +7,8 @@ when nobody holds the slot any more: an eviction, a clear or a failure only mark
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -37,9 +38,10 @@ class Slot:
 
     ``holds`` counts those who need its bytes to stay: the one who fills it, leases, writes to
     slower tiers. ``waiters`` are leases that want to hear when it is filled or has failed.
+    ``passed_over`` is the chunk that could not be evicted because this slot of it was held.
     """
 
-    __slots__ = ("holds", "nbytes", "offset", "order", "state", "waiters")
+    __slots__ = ("holds", "nbytes", "offset", "order", "passed_over", "state", "waiters")
 
     def __init__(self, offset: int, nbytes: int) -> None:
         self.offset = offset
@@ -47,6 +49,7 @@ class Slot:
         self.order: str | None = None
         self.state = SlotState.FILLING
         self.holds = 0
+        self.passed_over: bytes | None = None
         self.waiters: list[Lease] | None = None
 
 
@@ -65,6 +68,8 @@ class HostMemory:
         self._allocator = SlotAllocator(pool.capacity_bytes)
         # Allocated but not in the index: being filled, or gone and still held.
         self._loose: set[Slot] = set()
+        self._spared: set[bytes] = set()
+        self._spared_once: list[bytes] = []
 
     @property
     def allocated_bytes(self) -> int:
@@ -88,21 +93,27 @@ class HostMemory:
                 slots.append(slot)
         return slots
 
-    def allocate(self, nbytes: int, spare: Container[bytes] = ()) -> Slot | None:
+    @contextmanager
+    def sparing(self, keys: set[bytes]) -> Iterator[None]:
+        """Evict none of these chunks in here: a prompt's tail must not cost it its head."""
+        self._spared = keys
+        try:
+            yield
+        finally:
+            for key in self._spared_once:
+                self.index.unpark(key)
+            self._spared, self._spared_once = set(), []
+
+    def allocate(self, nbytes: int) -> Slot | None:
         """A slot to fill, held once by the caller; evicts what it must, None if it may not.
 
         Args:
             nbytes: of the whole object.
-            spare: chunks not to evict for this: a prompt's tail must not cost it its head.
         """
         if nbytes > self.pool.capacity_bytes:
             return None
-
-        def evictable(key: bytes) -> bool:
-            return key not in spare and all(slot.holds == 0 for _, slot in self.index.objects(key))
-
         while (offset := self._allocator.allocate(nbytes)) is None:
-            victim = self.index.victim(evictable)
+            victim = self.index.victim(self._evictable)
             if victim is None:
                 return None
             self.num_evicted += 1
@@ -141,17 +152,21 @@ class HostMemory:
     def unhold_all(self, slots: Iterable[Slot]) -> None:
         """`unhold` each of them."""
         for slot in slots:
-            if slot.holds > 1 or slot.state is SlotState.READY:
+            if slot.holds > 1 or (slot.state is SlotState.READY and slot.passed_over is None):
                 slot.holds -= 1
             else:
                 self.unhold(slot)
 
     def unhold(self, slot: Slot) -> None:
-        """End one hold; the last one frees a slot that is gone."""
+        """End one hold; the last one frees a slot that is gone, and lets the others be evicted."""
         assert slot.holds > 0
         slot.holds -= 1
-        if slot.holds == 0 and slot.state is SlotState.GONE:
-            self._free(slot)
+        if slot.holds == 0:
+            if slot.passed_over is not None:
+                self.index.unpark(slot.passed_over)
+                slot.passed_over = None
+            if slot.state is SlotState.GONE:
+                self._free(slot)
 
     def drop(self, key: bytes) -> int:
         """Forget a chunk; returns the number of its objects."""
@@ -187,6 +202,16 @@ class HostMemory:
     def close(self) -> None:
         """Let go of the pool."""
         self.pool.close()
+
+    def _evictable(self, key: bytes) -> bool:
+        if key in self._spared:
+            self._spared_once.append(key)
+            return False
+        for _, slot in self.index.objects(key):
+            if slot.holds:
+                slot.passed_over = key
+                return False
+        return True
 
     def _retire(self, slot: Slot) -> None:
         slot.state = SlotState.GONE

@@ -152,6 +152,10 @@ class Index(Generic[E]):
         """The chunk to evict next among those that may go; it leaves the policy, not the index."""
         return self._policy.evict(evictable)
 
+    def unpark(self, key: bytes) -> None:
+        """Note that a chunk which might not go, when `victim` asked, may go now."""
+        self._policy.unpark(key)
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless the conservation laws hold."""
         total = sum(

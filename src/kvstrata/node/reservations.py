@@ -124,26 +124,27 @@ class ReservationTable:
         """
         reservation = Reservation(self._next, client, message)
         self._next += 1
-        part, order, chunks = reservation.part, reservation.order, set(reservation.prefix)
+        part, order = reservation.part, reservation.order
         nbytes = stored_bytes(reservation.template.raw_length)
         offsets = array("q")
         refusal = 0
-        for key in reservation.prefix[reservation.first :]:
-            slot, answer = None, presence(key, part, order)
-            if (key, part) in self._writing:
-                answer = p.BUSY
-            if not answer and client.reserved_bytes + nbytes > self.per_client_bytes:
-                refusal = p.REFUSED
-            answer = answer or refusal
-            if not answer:
-                slot = self._host.allocate(nbytes, spare=chunks)
-                if slot is None:
-                    answer = refusal = p.FULL
-            if slot is not None:
-                client.reserved_bytes += nbytes
-                self._writing[key, part] = reservation
-            offsets.append(answer if slot is None else slot.offset)
-            reservation.slots.append(slot)
+        with self._host.sparing(set(reservation.prefix)):
+            for key in reservation.prefix[reservation.first :]:
+                slot, answer = None, presence(key, part, order)
+                if (key, part) in self._writing:
+                    answer = p.BUSY
+                if not answer and client.reserved_bytes + nbytes > self.per_client_bytes:
+                    refusal = p.REFUSED
+                answer = answer or refusal
+                if not answer:
+                    slot = self._host.allocate(nbytes)
+                    if slot is None:
+                        answer = refusal = p.FULL
+                if slot is not None:
+                    client.reserved_bytes += nbytes
+                    self._writing[key, part] = reservation
+                offsets.append(answer if slot is None else slot.offset)
+                reservation.slots.append(slot)
         if any(slot is not None for slot in reservation.slots):
             client.reservations[reservation.id] = reservation
             self._reservations[reservation.id] = reservation

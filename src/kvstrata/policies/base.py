@@ -10,13 +10,12 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
 
 from kvstrata.errors import UsageError
 
 Evictable = Callable[[bytes], bool]
 """Says whether a key may go now (it is not leased). Must not call the policy."""
-
-LOOKS_PER_EVICTION = 16
 
 
 class Policy(ABC):
@@ -85,30 +84,32 @@ class Policy(ABC):
     def evict(self, evictable: Evictable) -> bytes | None:
         """Remove and return the next victim, or None if no key is evictable.
 
-        A key that is not evictable is passed over and keeps its place before those behind it:
-        it is parked, and looked at again. The cost is bounded: amortised over evictions,
-        insertions and touches, at most `LOOKS_PER_EVICTION` + 1 calls of `evictable` each. With
-        up to `LOOKS_PER_EVICTION` keys parked the order is exact; with n of them a key that
-        became evictable again may be seen only after n / `LOOKS_PER_EVICTION` other victims.
-        None always means that every key was looked at just now: end a batch there.
+        A key that is not evictable is passed over and keeps its place before those behind it: it
+        is parked, and not asked for again until `unpark` says that it is worth it. So however
+        many keys are leased, each costs one call of ``evictable`` per lease, not per eviction.
 
-        If `evictable` raises, no key is lost.
+        If ``evictable`` raises, no key is lost.
         """
-        key = self.parking.take(evictable)
-        while key is None:
-            following = self._pop()
-            if following is None:
-                key = self.parking.take(evictable, look_at_all=True)
-                break
-            self.parking.add(*following)
-            if evictable(following[0]):
+        while True:
+            key = self.parking.first()
+            if key is None:
+                following = self._pop()
+                if following is None:
+                    return None
+                self.parking.add(*following)
                 key = following[0]
-        if key is not None:
-            nbytes = self.parking.discard(key)
-            assert nbytes is not None
-            self._total_bytes -= nbytes
-            self._evicted(key, nbytes)
+            if evictable(key):
+                break
+            self.parking.pass_over()
+        nbytes = self.parking.discard(key)
+        assert nbytes is not None
+        self._total_bytes -= nbytes
+        self._evicted(key, nbytes)
         return key
+
+    def unpark(self, key: bytes) -> None:
+        """Note that a key which `evict` passed over may go now; of other keys this is no news."""
+        self.parking.release(key)
 
     @abstractmethod
     def _pop(self) -> tuple[bytes, int] | None:
@@ -123,55 +124,57 @@ class Policy(ABC):
 
 
 class Parking:
-    """Keys that were next to go but could not, with their sizes, in the order to go.
+    """Keys that were next to go, with their sizes, in that order; those that could not are held.
 
-    Looking at all of them at each eviction would be quadratic in a queue of leased keys. So all
-    are looked at once in every n / `LOOKS_PER_EVICTION` evictions, and those found evictable
-    go first, in order, until the next such sweep.
+    A key enters free. `pass_over` holds back the first free one, `release` frees it again, in
+    its old place.
     """
 
     def __init__(self) -> None:
-        self._sizes: dict[bytes, int] = {}
-        self._ready: dict[bytes, None] = {}  # last in, first to go
-        self._calls_since_sweep = 0
+        self._spots: dict[bytes, tuple[int, int]] = {}  # number, size; in order of the numbers
+        self._free: list[tuple[int, bytes]] = []  # a heap; items of keys that have left are stale
+        self._number = 0
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._spots)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._sizes
+        return key in self._spots
 
     def items(self) -> Iterator[tuple[bytes, int]]:
         """Keys and sizes in order."""
-        return iter(self._sizes.items())
+        for key, (_, nbytes) in self._spots.items():
+            yield key, nbytes
 
     def add(self, key: bytes, nbytes: int) -> None:
-        """Park a key behind all others."""
-        self._sizes[key] = nbytes
+        """Park a key behind all others, free."""
+        self._number += 1
+        self._spots[key] = self._number, nbytes
+        heappush(self._free, (self._number, key))
 
     def discard(self, key: bytes) -> int | None:
         """Remove a key; return its size, or None if it was not parked."""
-        self._ready.pop(key, None)
-        return self._sizes.pop(key, None)
+        spot = self._spots.pop(key, None)
+        return None if spot is None else spot[1]
 
-    def take(self, evictable: Evictable, look_at_all: bool = False) -> bytes | None:
-        """Return (and leave parked) the first key that was found evictable and still is."""
-        if not self._sizes:
-            return None
-        self._calls_since_sweep += 1
-        if look_at_all or self._calls_since_sweep * LOOKS_PER_EVICTION >= len(self._sizes):
-            self._sweep(evictable)
-        while self._ready:
-            key, _ = self._ready.popitem()
-            if evictable(key):
+    def first(self) -> bytes | None:
+        """The first free key, or None."""
+        while self._free:
+            number, key = self._free[0]
+            if self._spots.get(key, (0, 0))[0] == number:
                 return key
+            heappop(self._free)
         return None
 
-    def _sweep(self, evictable: Evictable) -> None:
-        # Copied, because a dictionary that has shrunk is slow to iterate until it is rebuilt.
-        self._sizes = dict(self._sizes)
-        self._ready = {key: None for key in reversed(self._sizes) if evictable(key)}
-        self._calls_since_sweep = 0
+    def pass_over(self) -> None:
+        """Hold back the key that `first` has just returned."""
+        heappop(self._free)
+
+    def release(self, key: bytes) -> None:
+        """Free a key that was held back."""
+        spot = self._spots.get(key)
+        if spot is not None:
+            heappush(self._free, (spot[0], key))
 
 
 def check_arguments(nbytes: int, cost: float) -> None:
