@@ -11,9 +11,10 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from kvstrata.tiers.memory import MemoryTier
 
 SEED = 1
 NUM_KEYS = 782
+STORED_PER_S = 2000
 RAW = 4000
 SLOT = stored_bytes(RAW)
 NAMESPACE = bytes(32)
@@ -82,14 +84,18 @@ def quantiles(taken: list[float]) -> str:
     return f"median {cuts[49]:.2f} ms, p99 {cuts[98]:.2f} ms, n {len(taken)}"
 
 
-def pressure(config: Config, stop: threading.Event | object, stored: object) -> None:
-    """Another engine: stores without a pause, 16 chunks a commit."""
+def pressure(config: Config, begin: Event, stop: Event, stored: Any) -> None:
+    """Another engine, of 256,000 prompt tokens a second: stores 16 chunks a commit."""
+    begin.wait()
     client = connect(config)
     seed = 1000
-    while not stop.is_set():  # type: ignore[union-attr]
+    due = time.monotonic()
+    while not stop.is_set():
         seed += 1
         with contextlib.suppress(KVStrataError):
-            stored.value += store(client, random_keys(16, seed))  # type: ignore[attr-defined]
+            stored.value += store(client, random_keys(16, seed))
+        due = max(due + 16 / STORED_PER_S, time.monotonic() - 0.1)
+        time.sleep(max(0.0, due - time.monotonic()))
     client.close()
 
 
@@ -107,7 +113,8 @@ def bench_match(seconds: float, num_files: int) -> None:
         folder = Path(name)
         os.environ["XDG_RUNTIME_DIR"] = name
         plain = {
-            "host.capacity": 3 * NUM_KEYS * SLOT,
+            # Ten such prompts: memory that leases and the write queue leave free to be evicted.
+            "host.capacity": 10 * NUM_KEYS * SLOT,
             "host.verify_every": 64,
             "secret_file": str(folder / "secret"),
             "linger": "100ms",
@@ -122,21 +129,27 @@ def bench_match(seconds: float, num_files: int) -> None:
         row("match of 782 keys, idle node", quantiles(taken), "median <= 2 ms, p99 <= 5 ms")
         client.close()
 
-        disk = {"disk.path": str(folder / "disk"), "disk.capacity": "8GiB"}
+        disk = {
+            "disk.path": str(folder / "disk"),
+            "disk.capacity": "8GiB",
+            "disk.write_queue": NUM_KEYS * SLOT,
+        }
         config = load_config(environ={}, overrides={**plain, **disk})
         client = connect(config)  # makes the folder
         client.close()
         time.sleep(0.5)
         fill_folder(folder / "disk", num_files)
+        context = multiprocessing.get_context("spawn")
+        begin, stop, stored = context.Event(), context.Event(), context.Value("q", 0)
+        other = context.Process(target=pressure, args=(config, begin, stop, stored))
+        other.start()
+        time.sleep(2.0)  # it imports
         begun = time.monotonic()
         client = connect(config)
         assert store(client, keys) == NUM_KEYS
         standing = client.match(keys, [0], [ORDER]).wait(30)  # whatever stalls us, they stay
         assert len(standing.tiers) == NUM_KEYS
-        context = multiprocessing.get_context("spawn")
-        stop, stored = context.Event(), context.Value("q", 0)
-        other = context.Process(target=pressure, args=(config, stop, stored))
-        other.start()
+        begin.set()
         scanning: list[float] = []
         while client.status()["tiers"][0]["state"] == "scanning":
             scanning += time_matches(client, keys, 0.05)

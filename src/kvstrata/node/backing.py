@@ -8,6 +8,7 @@ tier that hangs loses those and nothing else.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -119,7 +120,8 @@ class Backing:
         # Out of the index but still in the tier, their bytes claimed; deleted at the next chance.
         self._doomed: dict[tuple[bytes, int], int] = {}
         self._forgotten: set[bytes] = set()
-        self._used: dict[bytes, None] = {}
+        self._used: dict[bytes, int] = {}  # the number of each key's last use
+        self._uses = itertools.count()
         self._clears = 0
 
     @property
@@ -158,10 +160,7 @@ class Backing:
     def use(self, keys: list[bytes]) -> None:
         """Note the use of a prefix, given head first."""
         self.index.touch(keys)
-        for key in reversed(keys):
-            if key in self.index:
-                self._used.pop(key, None)
-                self._used[key] = None
+        self._used.update(zip(reversed(keys), self._uses, strict=False))
 
     async def read(
         self,
@@ -320,7 +319,11 @@ class Backing:
     async def note_use(self) -> None:
         """Tell the tier what was used since the last call, tails of a prefix first."""
         used, self._used = self._used, {}
-        names = [identity(key, part) for key in used for part, _ in self.index.objects(key)]
+        names = [
+            identity(key, part)
+            for key in sorted(used, key=used.__getitem__)
+            for part, _ in self.index.objects(key)
+        ]
         if names and self.readable:
             try:
                 await self._call(lambda: self.tier.touch(names))
@@ -460,7 +463,8 @@ class Backing:
         part = group << 16 | rank
         if self.index.get(key, part) is not None or (key, part) in self._doomed:
             return
-        if key not in self._forgotten and await self._make_room(found.nbytes):
+        wanted = key not in self._forgotten
+        if wanted and (self.index.claim(found.nbytes) or await self._make_room(found.nbytes)):
             self.index.put(key, part, found.nbytes)
         else:
             # Cleared while the scan ran, or beyond a budget smaller than last time's.

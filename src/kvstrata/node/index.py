@@ -86,7 +86,13 @@ class Index(Generic[E]):
         nbytes = self._nbytes_of(entry)
         assert nbytes <= self.claimed_bytes
         self.claimed_bytes -= nbytes
-        flat, replaced = _without(self._chunks.get(key, ()), part)
+        flat = self._chunks.get(key)
+        if flat is None:
+            self._chunks[key] = (part, entry)
+            self.num_objects += 1
+            self._policy.insert(key, nbytes, cost)
+            return None
+        flat, replaced = _without(flat, part)
         if replaced is None:
             self.num_objects += 1
         else:
@@ -144,9 +150,7 @@ class Index(Generic[E]):
 
         The policy hears of its tail first, so that under recency a tail is evicted before its head.
         """
-        for key in reversed(keys):
-            if key in self._chunks:
-                self._policy.touch(key)
+        self._policy.touch_all(reversed(keys))
 
     def victim(self, evictable: Callable[[bytes], bool]) -> bytes | None:
         """The chunk to evict next among those that may go; it leaves the policy, not the index."""

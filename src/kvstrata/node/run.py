@@ -30,7 +30,7 @@ from kvstrata.node.server import Server
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
-COLLECT_EVERY = (100_000, 50, 1_000)
+COLLECT_EVERY = (10_000, 500, 1_000)
 # Who starts a node on demand connects as soon as it listens.
 STARTUP_GRACE_S = 60.0
 

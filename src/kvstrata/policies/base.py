@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 
 from kvstrata.errors import UsageError
@@ -61,6 +61,12 @@ class Policy(ABC):
             UsageError: the key is not present. The node knows what it holds, so this is a bug
                 there, and hiding it would let index and policy drift apart.
         """
+
+    def touch_all(self, keys: Iterable[bytes]) -> None:
+        """Touch those of these keys that are present, in this order."""
+        for key in keys:
+            if key in self:
+                self.touch(key)
 
     @abstractmethod
     def remove(self, key: bytes) -> None:

@@ -86,6 +86,29 @@ class PolicyContract(ABC):
                 policy.touch(one)
         assert [policy.evict(anything) for _ in tail_to_head] == tail_to_head
 
+    def test_touch_of_many_is_a_touch_of_each_that_is_there(self, policy: Policy) -> None:
+        other = type(policy)(policy.capacity_bytes, policy.clock)
+        draw = random.Random(0)
+        for i in range(60):
+            for each in (policy, other):
+                each.insert(key(i), NBYTES, 1.0)
+                if i == 20:
+                    assert each.evict(lambda _: False) is None
+        for _ in range(20):
+            some = [key(draw.randrange(80)) for _ in range(20)]
+            policy.touch_all(some)
+            for one in some:
+                if one in other:
+                    other.touch(one)
+            assert list(policy.keys()) == list(other.keys())
+        for i in range(60):
+            policy.unpark(key(i))
+            other.unpark(key(i))
+        ours = [policy.evict(anything) for _ in range(60)]
+        assert ours == [other.evict(anything) for _ in range(60)]
+        assert None not in ours
+        policy.check_integrity()
+
     def test_prefix_goes_tail_first_after_its_lease_ends(self, policy: Policy) -> None:
         tail_to_head = [key(i) for i in range(60)]
         for one in tail_to_head:
