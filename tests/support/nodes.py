@@ -89,7 +89,7 @@ def make_node(
         backings.append(
             make_backing(tier, tier_slots, counters=counters, clock=clock, policy=policy, **backing)
         )
-    node = Node(config, Pool.create(slots * SLOT), backings, counters, clock)
+    node = Node(config, Pool.create(slots * SLOT), backings, counters, clock=clock)
     node.movement._queue_bytes = queue_slots * SLOT
     return node
 

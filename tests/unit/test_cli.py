@@ -573,27 +573,12 @@ def test_doctor_finds_a_folder_that_another_node_holds(
     second = start(settings(folder, node=f"unix:{folder}/second.sock"))
     found = examined(second)
     assert found["disk"].result == "FAIL"
-    assert f"pid {os.getpid()}, holds {folder}/disk" in found["disk"].message
+    assert f"{folder}/disk is held by process {os.getpid()}" in found["disk"].message
     assert "belongs to one node" in found["disk"].message
     assert found["so far"].result == "warn"
     assert found["host read"].result == "ok"
     assert "disk read" not in found
     assert examined(serving)["disk read"].result == "ok"
-
-
-def test_doctor_reads_the_reason_from_an_on_demand_nodes_log(folder: Path) -> None:
-    log = folder / "node.log"
-    log.write_text(
-        "2026 ERROR kvstrata.node.node: the disk tier is off: an older one\n"
-        "2026 ERROR kvstrata.node.node: the disk tier is off: disk.path: /x is not a folder\n"
-        "2026 INFO kvstrata.node.run: node 7 serves\n"
-    )
-    config = load_config(environ={}, overrides=settings(folder))
-    check = checks.check_missing(config, True, log)
-    assert check.result == "FAIL"
-    assert check.message.endswith("disk.path: /x is not a folder")
-    assert "does not exist" in checks.check_missing(config, True, folder / "none").message
-    assert checks.check_missing(config, False, None).result == "warn"
 
 
 def test_doctor_explains_a_node_that_is_not_there(
@@ -767,17 +752,6 @@ def test_disk_folder_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert "400KiB free" in check.message
     assert "60MiB" in check.message
     assert checks.check_folder(disk, 64 * MIB).result == "ok"
-
-
-def test_lock_holder(folder: Path) -> None:
-    file = folder / "lock"
-    assert checks.lock_holder(file) is None
-    with open(file, "w") as lock:
-        assert checks.lock_holder(file) is None
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert checks.lock_holder(file) == os.getpid()
-    assert checks.lock_holder(file) is None
-    assert checks.lock_holder(folder, folder / "no-locks") is None
 
 
 @pytest.mark.parametrize(

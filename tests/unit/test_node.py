@@ -594,6 +594,26 @@ class TestSlowerTiers:
 
         on_node(test, tier=tier, clock=clock)
 
+    def test_a_read_only_tier_is_never_written_and_says_so(self) -> None:
+        class ReadOnly(MemoryTier):
+            read_only_reason = "mounted read only"
+
+        clock = ManualClock()
+
+        async def test(node: Node) -> None:
+            me = Client(ME)
+            await asyncio.sleep(0.05)  # the scan ends
+            for _ in range(2):
+                assert node.backings[0].state == "read only: mounted read only"
+                store(node, me, chunk_keys(1))
+                await flush(node, me)
+                clock.advance(1000.0)
+            assert node.counters.get("write_behind_skipped_total", tier="memory", why="tier") == 1
+            assert node.counters.get("tier_trips_total", tier="memory") == 0
+            assert node.backings[0].index.num_objects == 0
+
+        on_node(test, tier=ReadOnly(), clock=clock)
+
     @pytest.mark.parametrize("error", [TierUnavailable("gone"), ValueError("a bug")])
     @pytest.mark.parametrize("verb", ["read", "write", "delete", "clear", "touch"])
     def test_a_tier_that_dies_or_has_a_bug_costs_misses_only(

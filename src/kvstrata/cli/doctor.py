@@ -103,10 +103,15 @@ def examine(config: Config) -> Iterator[Check]:
             yield checks.check_host(state, available_bytes())
             tiers = {tier["name"]: tier for tier in state["tiers"]}
             yield from map(checks.check_tier, tiers.values())
-            left_out = bool(total(state["counters"], "tiers_left_out_total"))
-            if left_out or (config.disk is not None and "disk" not in tiers):
-                log = path.with_suffix(".log") if config.node == "auto" else None
-                yield checks.check_missing(config, left_out, log)
+            if why := state["tiers_left_out"].get("disk"):
+                yield checks.check_left_out(why)
+            elif config.disk is not None and "disk" not in tiers:
+                yield checks.Check(
+                    "disk",
+                    "warn",
+                    "this configuration names a disk tier, but the node was started without one; "
+                    "start it with this configuration, or give doctor the node's own --config",
+                )
             elif config.disk is not None:
                 yield checks.check_folder(config.disk, tiers["disk"]["used_bytes"])
             yield from round_trip(client, config)

@@ -99,6 +99,8 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
             str(tier["num_objects"]),
             tier["state"] + (f", {approximate_size(waiting)} to write" if waiting else ""),
         )
+    for name, why in state["tiers_left_out"].items():
+        tiers.add_row(name, "", "", "", "", f"off since the node started: {why}")
     parts.append(tiers)
     parts.append(
         Text(

@@ -132,7 +132,7 @@ class Backing:
     @property
     def writable(self) -> bool:
         """Whether the tier takes new objects now; they may still wait for the scan to end."""
-        return self.readable and not self._full.left_s
+        return self.readable and not self._full.left_s and not self.tier.read_only_reason
 
     @property
     def state(self) -> str:
@@ -140,7 +140,7 @@ class Backing:
         if not self.readable:
             return f"off: {self._trouble}"
         if not self.writable:
-            return f"read only: {self._trouble}"
+            return f"read only: {self.tier.read_only_reason or self._trouble}"
         return "ok" if self._scanned.is_set() else "scanning"
 
     def find(self, key: bytes, part: int, orders: Iterable[str] | None) -> int | None:

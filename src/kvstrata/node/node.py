@@ -53,6 +53,7 @@ class Node:
         pool: the shared memory; owned by the node from now on.
         backings: the slower tiers, fastest first; likewise owned.
         counters: shared with the backings.
+        left_out: tiers that were configured and could not be opened, and why.
         clock: monotonic seconds.
     """
 
@@ -62,9 +63,11 @@ class Node:
         pool: Pool,
         backings: list[Backing],
         counters: Counters,
+        left_out: dict[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self.left_out = left_out or {}
         self.counters = counters
         self.backings = backings
         capacity = pool.capacity_bytes
@@ -100,7 +103,7 @@ class Node:
         """
         counters = Counters()
         pool = Pool.create(host_capacity_bytes(config, available_bytes()))
-        backings = []
+        backings, left_out = [], {}
         if config.disk is not None:
             from kvstrata.tiers.disk import DiskTier
 
@@ -108,6 +111,7 @@ class Node:
                 tier = DiskTier(config.disk.path)
             except (ConfigError, Incompatible, TierUnavailable) as error:
                 logger.error("the disk tier is off: %s", error)
+                left_out["disk"] = str(error)
                 counters.add("tiers_left_out_total", tier="disk")
             else:
                 backings.append(
@@ -121,7 +125,7 @@ class Node:
                         clock=clock,
                     )
                 )
-        return cls(config, pool, backings, counters, clock)
+        return cls(config, pool, backings, counters, left_out, clock)
 
     async def start(self) -> None:
         """Begin the background work: fault the pool in, scan the tiers, scrub them."""
@@ -373,6 +377,7 @@ class Node:
                     }
                     for backing in self.backings
                 ],
+                "tiers_left_out": self.left_out,
                 "counters": self.counters.snapshot(),
                 "requests": list(self.records)[-32:],
             },

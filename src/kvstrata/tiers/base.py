@@ -49,6 +49,11 @@ class Tier(ABC):
         """Number of clears this tier has seen; it outlives the process where the bytes do."""
         return 0
 
+    @property
+    def read_only_reason(self) -> str:
+        """Why this tier takes no writes at all, ever; empty where it does."""
+        return ""
+
     @abstractmethod
     def contains(self, ids: Sequence[bytes]) -> list[Outcome]:
         """Whether each object is stored, without reading it."""

@@ -145,6 +145,10 @@ class FaultyTier(Tier):
     def epoch(self) -> int:
         return self.inner.epoch
 
+    @property
+    def read_only_reason(self) -> str:
+        return self.inner.read_only_reason
+
     def contains(self, ids: Sequence[bytes]) -> list[Outcome]:
         return self._ask("contains", ids, lambda rows: self.inner.contains([ids[i] for i in rows]))
 
