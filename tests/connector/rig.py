@@ -7,22 +7,19 @@ this process; the node is real, behind a Unix socket.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
-import inspect
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from tests.connector.fake_model import BLOCK, CHUNK, NAMES, Memory, digests, sampled
+from tests.connector.gates import TIMEOUT_S, Gate
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
@@ -40,23 +37,11 @@ from kvstrata.config import Config, load_config
 from kvstrata.connectors.vllm.connector import KVStrataConnector
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata
-from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
 from kvstrata.connectors.vllm.worker import WorkerSide
-from kvstrata.layout import LayerGroup, native_order
-from kvstrata.memory import Pool
-from kvstrata.node.backing import Backing
 from kvstrata.node.inprocess import InProcessNode
 from kvstrata.node.node import Node
-from kvstrata.observe.counters import Counters
-from kvstrata.policies import create_policy
 from kvstrata.testing import models
-from kvstrata.tiers.base import Outcome, Tier
-from kvstrata.tiers.memory import MemoryTier
-
-BLOCK, CHUNK, LAYERS, WORD = 16, 32, 2, 8
-NAMES = tuple(f"model.layers.{i}.self_attn" for i in range(LAYERS))
-TIMEOUT_S = 30.0
 
 
 @functools.lru_cache(maxsize=1)
@@ -98,122 +83,6 @@ def kv_cache_config(num_blocks: int, num_groups: int = 1) -> KVCacheConfig:
         kv_cache_tensors=[],
         kv_cache_groups=[KVCacheGroupSpec(list(NAMES), spec) for _ in range(num_groups)],
     )
-
-
-class Memory:
-    """The blocks of one rank: (L, blocks, tokens, 8 bytes), and what belongs into them."""
-
-    def __init__(self, num_blocks: int, rank: int = 0) -> None:
-        self.kv = np.zeros((LAYERS, num_blocks, BLOCK, WORD), np.uint8)
-        self._rank = rank
-        base, layer, block = self.kv.ctypes.data, self.kv.strides[0], self.kv.strides[1]
-        self.pages = Pages(
-            group=LayerGroup(
-                index=0, kind="full", num_layers=LAYERS, num_kv_heads=1, head_dim=2, states=2,
-                dtype="bfloat16",
-            ),
-            order=native_order(f"vllm/strided-NHC/b{BLOCK}/bfloat16"),
-            layer_names=NAMES,
-            block_tokens=BLOCK,
-            page_bytes=block,
-            num_blocks=num_blocks,
-            bases=np.array([base + i * layer for i in range(LAYERS)], np.int64),
-            strides=np.full(LAYERS, block, np.int64),
-            device=torch.device("cpu"),
-            compute_dtype=torch.bfloat16,
-        )  # fmt: skip
-
-    def words(self, digests: Sequence[bytes]) -> npt.NDArray[np.uint8]:
-        """What the blocks must hold: (L, tokens, 8)."""
-        plain = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, WORD)
-        return np.stack([plain ^ np.uint8(i * 16 + self._rank + 1) for i in range(LAYERS)])
-
-
-def digests(tokens: Sequence[int], salt: bytes = b"") -> list[bytes]:
-    """What each token's KV is made of: all tokens up to it."""
-    return _digests(tuple(tokens), salt)
-
-
-@functools.lru_cache(maxsize=256)
-def _digests(tokens: tuple[int, ...], salt: bytes) -> list[bytes]:
-    state = blake2b(salt, digest_size=WORD)
-    found = []
-    for token in tokens:
-        state.update(int(token).to_bytes(8, "little"))
-        found.append(state.digest())
-    return found
-
-
-def sampled(tokens: Sequence[int]) -> int:
-    """The token that the model answers after these."""
-    return 100 + digests(tokens)[-1][0]
-
-
-class Gate:
-    """Requests of one type that a node has heard and does not answer yet."""
-
-    def __init__(self, node: InProcessNode, message: type) -> None:
-        self.num_asked = 0
-        self._node = node
-        self._event = node.run(_make_event)
-        handlers = node.node._handlers
-        real = handlers[message]
-
-        async def later(client: Any, asked: Any) -> Any:
-            await self._event.wait()
-            answer = real(client, asked)
-            return await answer if inspect.isawaitable(answer) else answer
-
-        def hold(client: Any, asked: Any) -> Any:
-            self.num_asked += 1
-            return later(client, asked)
-
-        handlers[message] = hold
-
-    def open(self) -> None:
-        self._node.run(self._event.set)
-
-
-async def _make_event() -> asyncio.Event:
-    return asyncio.Event()
-
-
-class GatedTier(MemoryTier):
-    """A slow tier whose reads wait until somebody opens the gate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.opened = threading.Event()
-        self.opened.set()
-        self.num_reads = 0
-
-    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
-        self.num_reads += len(ids)
-        self.opened.wait(TIMEOUT_S)
-        return super().read(ids, into)
-
-
-def tiered(tier: Tier, deadline_s: float = TIMEOUT_S) -> Callable[[Config], Node]:
-    """Makes nodes that keep everything in this tier too."""
-
-    def make(config: Config) -> Node:
-        counters = Counters()
-        backing = Backing(
-            tier,
-            1 << 30,
-            create_policy("lru", 1 << 30, time.monotonic),
-            num_threads=2,
-            deadline_s=deadline_s,
-            counters=counters,
-            clock=time.monotonic,
-        )
-        capacity = config.host.capacity
-        assert isinstance(capacity, int)
-        node = Node(config, Pool.create(capacity), [backing], counters)
-        node.movement._queue_bytes = 1 << 30
-        return node
-
-    return make
 
 
 class Rig:
@@ -455,6 +324,36 @@ class Rig:
             )
         ]
 
+    def warm(self, *prompts: list[int], max_tokens: int = 1) -> None:
+        """Have the node know these prompts, and vLLM none of them."""
+        for tokens in prompts:
+            self.ask(tokens, max_tokens)
+        self.settle()
+        self.reset()
+
+    def check(self) -> None:
+        """No answer is wrong, nothing is held, no block has leaked."""
+        assert self.wrong() == []
+        self.settle()
+        self.reset()
+        assert self.side._states == {}
+        assert not self.side._loads
+        assert not self.side._loading_chunks
+        assert self.side._active == self.side._looking == set()
+
+    def num_leases(self) -> int:
+        """Leases that the node counts."""
+        count: int = self.state()["leases"]["count"]
+        return count
+
+    def drop_host(self) -> None:
+        """Only the slower tier has what was stored."""
+        assert self.node is not None
+        client = self.node.connect()
+        client.flush()
+        client.clear(tiers=["host"])
+        client.close()
+
     def close(self) -> None:
         if self._closed:
             return
@@ -557,9 +456,3 @@ def replace_rank(parallel: Any, rank: int, world: int) -> Any:
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Token ids that no other seed begins with."""
     return [1000 + seed] + [(seed * 7919 + i * 31) % 5000 for i in range(1, length)]
-
-
-__all__ = [
-    "BLOCK", "CHUNK", "LAYERS", "NAMES", "Gate", "GatedTier", "Memory", "Rig", "digests",
-    "kv_cache_config", "prompt", "sampled", "tiered", "vllm_config",
-]  # fmt: skip

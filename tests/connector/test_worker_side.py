@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec import structs
-from tests.connector.rig import CHUNK, LAYERS, TIMEOUT_S, GatedTier, Rig, prompt, tiered
+from tests.connector.fake_model import CHUNK, LAYERS
+from tests.connector.gates import TIMEOUT_S, GatedTier, tiered
+from tests.connector.rig import Rig, prompt
 
 from kvstrata.connectors.vllm import transfers as transfers_module
 from kvstrata.connectors.vllm.copies import CpuCopier, Plan

@@ -185,6 +185,7 @@ class Server:
         for connection in list(self._connections):
             connection.close()
             self._forget(connection)
+        await asyncio.sleep(0)  # a task that has not begun would not close its socket
         await self.tasks.cancel()
 
     def disconnected(self, connection: Connection) -> None:
