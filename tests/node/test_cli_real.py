@@ -231,7 +231,7 @@ def test_doctor_names_who_holds_the_folder(commands: Commands, folder: Path) -> 
     doctor = commands.run("doctor", "--node", f"unix:{folder}/second.sock")
     assert doctor.returncode == 1
     (line,) = [line for line in doctor.stdout.splitlines() if line.startswith("FAIL")]
-    assert f"pid {first.pid}" in line
+    assert f"is held by process {first.pid}" in line
     assert "a folder belongs to one node" in line
     # On demand the reason comes from the node's own log.
     doctor = commands.run("doctor")
