@@ -18,6 +18,7 @@ from kvstrata.connectors.vllm.copies import (
     copy_runs,
     make_copier,
     payload_address,
+    split_runs,
 )
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.errors import UsageError
@@ -132,6 +133,28 @@ def test_neighbours_are_one_run() -> None:
     # All blocks of a pool, in slots of the same order: a single copy.
     whole = Plan(engine.pages, [slots.ctypes.data], list(range(8)))
     assert whole.runs()[2] == [2 * 8 * 64]
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 300)), max_size=5),
+    base=st.integers(0, 100),
+    piece=st.integers(1, 200),
+)
+def test_runs_are_cut_where_registered_pieces_end(
+    runs: list[tuple[int, int]], base: int, piece: int
+) -> None:
+    slots = [base + start for start, _ in runs]
+    blocks = [10_000 * i for i in range(len(runs))]
+    lengths = [length for _, length in runs]
+    cut = list(zip(*split_runs(slots, blocks, lengths, base, piece), strict=True))
+    moved = [(slot + i, block + i) for slot, block, length in cut for i in range(length)]
+    assert moved == [
+        (slot + i, block + i)
+        for slot, block, length in zip(slots, blocks, lengths, strict=True)
+        for i in range(length)
+    ]
+    for slot, _, length in cut:
+        assert (slot - base) // piece == (slot + length - 1 - base) // piece
 
 
 def test_nothing_to_copy_is_no_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -377,4 +378,59 @@ def test_look_ahead_is_bounded_and_everybody_gets_their_turn(make_rig: Make) -> 
     assert 0 < most <= scheduler_module.LOOK_AHEAD
     assert [len(rig.answers[name]) for name in names] == [4] * 20
     assert rig.num_external >= 19 * 48, "nobody lost its hit by waiting"
+    rig.check()
+
+
+def test_a_request_is_not_planned_again_before_its_load_is_reported(make_rig: Make) -> None:
+    """Preempted in between, it gets other blocks, and nobody would fill them."""
+    rig = make_rig()
+    tokens = prompt(200)
+    rig.warm(tokens)
+    request = rig.request(tokens, name="early")
+    rig.connector.on_new_request(request)
+    rig.look_up(request)
+    blocks = SimpleNamespace(get_block_ids=lambda: (list(range(1, 14)),))
+    rig.connector.update_state_after_alloc(request, blocks, 6 * CHUNK)
+    assert rig.connector.get_num_new_matched_tokens(request, 0) == (None, False)
+    rig.side._end_load("early", failed=False)
+    rig.look_up(request)
+    assert rig.connector.get_num_new_matched_tokens(request, 0)[0] == 6 * CHUNK
+    request.status = RequestStatus.FINISHED_ABORTED
+    rig.connector.request_finished(request, [])
+    rig.side._next = StepMetadata()
+    rig.check()
+
+
+def test_running_requests_that_are_reset_are_right_afterwards(make_rig: Make) -> None:
+    rig = make_rig(pipelined=True)
+    tokens, other = prompt(200), prompt(60, seed=1)
+    rig.warm(tokens, other)
+    for _ in range(5):
+        rig.add(tokens, 6)
+        rig.step()
+        rig.add(other, 6)
+        with contextlib.suppress(RuntimeError):  # some blocks are freed a step later
+            rig.scheduler.reset_prefix_cache(reset_running_requests=True)
+        rig.run()
+        assert rig.wrong() == []
+        rig.settle()
+    rig.check()
+
+
+def test_requests_that_vllm_passes_over_do_not_keep_others_waiting(make_rig: Make) -> None:
+    rig = make_rig(extra={"deadlines.request": "100ms"})
+    tokens = [prompt(64, seed=i) for i in range(scheduler_module.LOOK_AHEAD + 1)]
+    rig.warm(*tokens)
+    requests = [rig.request(each, name=f"n{i}") for i, each in enumerate(tokens)]
+    for request in requests:
+        rig.connector.on_new_request(request)
+    for request in requests[:-1]:
+        rig.look_up(request)
+    begun = time.monotonic()
+    assert rig.connector.get_num_new_matched_tokens(requests[-1], 0) == (None, False)
+    rig.look_up(requests[-1])
+    assert 0.05 < time.monotonic() - begun < 10
+    for request in requests:
+        request.status = RequestStatus.FINISHED_ABORTED
+        rig.connector.request_finished(request, [])
     rig.check()

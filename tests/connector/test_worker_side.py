@@ -19,7 +19,7 @@ from tests.connector.rig import Rig, prompt
 from kvstrata.connectors.vllm import transfers as transfers_module
 from kvstrata.connectors.vllm.copies import CpuCopier, Plan
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store
-from kvstrata.connectors.vllm.transfers import Transfers
+from kvstrata.connectors.vllm.transfers import StoreJob, Transfers
 from kvstrata.connectors.vllm.worker import WorkerSide, chunk_cost
 from kvstrata.errors import CorruptObject, NodeUnavailable
 from kvstrata.node import protocol as p
@@ -486,3 +486,54 @@ def test_closing_is_repeatable_and_ends_what_runs(make_rig: Make) -> None:
     timer.join()
     assert worker._client is None
     rig.side._end_load(load.request_id, failed=False)
+
+
+def test_a_cancelled_store_is_not_waited_for_again() -> None:
+    job = StoreJob(Store(namespace=b"", prefix=[], first=0, blocks=[1]), None, 0.0)
+    assert not job.settle(0.0)
+    assert job.cancelled
+    assert not job.begin_copy()
+
+
+def test_loads_that_wait_hold_up_none_that_are_there(make_rig: Make) -> None:
+    tier = GatedTier()
+    rig = make_rig(make_node=tiered(tier))
+    slow_ones, fast = [prompt(128, seed=i) for i in range(3)], prompt(160, seed=9)
+    for tokens in (*slow_ones, fast):
+        rig.ask(tokens)
+    rig.settle()
+    rig.drop_host()
+    rig.reset()
+    rig.ask(fast)
+    rig.settle()
+    rig.reset()
+    tier.opened.clear()
+    names = [rig.add(tokens) for tokens in slow_ones]
+    while sum(len(step.async_loads) for step in rig.steps) < len(names):
+        rig.step()
+    # The engine is not idle now: this one is loaded in the background too, and is there at once.
+    quick = rig.add(fast)
+    while not rig.answers[quick]:
+        rig.step()
+    assert not any(rig.answers[name] for name in names)
+    tier.opened.set()
+    rig.run()
+    assert rig.failed == []
+    rig.check()
+
+
+def test_a_worker_that_lost_its_node_joins_it_again(make_rig: Make) -> None:
+    rig = make_rig()
+    tokens = prompt(128)
+    rig.warm(tokens)
+    (worker,) = rig.workers
+    assert worker._client is not None
+    worker._client.close()
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (worker._client is not None and worker._client.alive):
+        assert time.monotonic() < deadline
+        rig.ask(prompt(20, seed=5))
+        time.sleep(0.01)
+    rig.reset()
+    assert rig.ask(tokens) == 127 or rig.num_external > 0
+    rig.check()

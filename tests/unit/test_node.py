@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ from tests.support.nodes import (
 from kvstrata.client import offsets_of
 from kvstrata.config import load_config
 from kvstrata.errors import Incompatible, TierFull, TierUnavailable, UsageError
-from kvstrata.node import backing as backing_module
+from kvstrata.node import backoff as backoff_module
 from kvstrata.node import protocol as p
+from kvstrata.node.background import Threads
 from kvstrata.node.backing import identity
 from kvstrata.node.clients import Client
 from kvstrata.node.inprocess import InProcessNode
@@ -656,7 +658,7 @@ class TestSlowerTiers:
         on_node(test, tier=tier, clock=clock)
 
     def test_a_scan_that_fails_is_begun_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backing_module, "FIRST_BACKOFF_S", 0.001)
+        monkeypatch.setattr(backoff_module, "FIRST_BACKOFF_S", 0.001)
         tier = FaultyTier(MemoryTier())
 
         async def test(node: Node) -> None:
@@ -778,6 +780,60 @@ class TestDeadlines:
 
         on_node(test, tier=tier, clock=clock, deadline_s=1.0, num_threads=1)
 
+    def test_a_read_that_is_stuck_costs_its_thread_and_not_the_tier(self) -> None:
+        clock, stuck = ManualClock(), threading.Event()
+
+        class Sticky(MemoryTier):
+            def read(self, ids: Any, into: Any) -> Any:
+                if ids[0][:32] == chunk_keys(1)[0]:
+                    stuck.wait()
+                return super().read(ids, into)
+
+        async def test(node: Node) -> None:
+            me, keys, others = Client(ME), chunk_keys(1), chunk_keys(3, 1)
+            store(node, me, keys)
+            store(node, me, others)
+            await flush(node, me)
+            await clear(node, me, tiers=["host"])
+            matched = match(node, me, keys)
+            await asyncio.sleep(0.05)
+            clock.advance(1.0)
+            assert (await arrive(node, me, matched.lease)).failed
+            assert not node.backings[0].readable
+            # However long it stays so, the others are read.
+            clock.advance(100.0)
+            assert await load(node, me, others) == 3
+            assert node.backings[0].state == "ok"
+            assert node.counters.get("tier_trips_total", tier="memory") == 1
+            stuck.set()
+
+        on_node(test, tier=Sticky(), clock=clock, deadline_s=0.5, num_threads=2)
+
+    def test_a_late_miss_does_not_forget_the_object_that_replaced_it(self) -> None:
+        tier = GatedTier()
+
+        async def test(node: Node) -> None:
+            me, you, keys = Client(ME), Client(YOU), chunk_keys(1)
+            backing = node.backings[0]
+            store(node, me, keys)
+            await flush(node, me)
+            await clear(node, me, tiers=["host"])
+            tier.shut("read")
+            matched = match(node, me, keys)
+            await until(lambda: tier.waiting == 1)
+            # Another engine stores the chunk in its own order, and of another size.
+            store(node, you, keys, order="other/order", nbytes=2 * RAW)
+            await flush(node, you)
+            before = backing.index.used_bytes
+            tier._objects[identity(keys[0], 0)] = tier._objects.pop(identity(keys[0], 0))
+            tier.open()
+            await until(lambda: not node.movement.filling())
+            assert backing.index.used_bytes == before > 0
+            assert keys[0] in backing.index
+            release(node, me, matched.lease)
+
+        on_node(test, tier=tier, slots=20)
+
     def test_backoff_grows_and_ends(self) -> None:
         clock = ManualClock()
         backing = make_backing(MemoryTier(), clock=clock)
@@ -792,7 +848,106 @@ class TestDeadlines:
         backing.close()
 
 
+class TestRecords:
+    def test_a_record_is_small_and_outcomes_are_few(self) -> None:
+        async def test(node: Node) -> None:
+            me = Client(ME)
+            deep: dict[str, Any] = {}
+            for _ in range(5000):
+                deep = {"a": deep}
+            for record in ({"x": "y" * 10_000}, deep):
+                with pytest.raises(UsageError, match="record"):
+                    node.record(me, p.Record(record))
+            for number in range(100):
+                node.record(me, p.Record({"outcome": f"made up {number}"}))
+            assert len(node.records) == 100
+            labels = [name for name in node.counters.snapshot() if name.startswith("requests_t")]
+            assert len(labels) == 33
+            assert node.counters.get("requests_total", outcome="other") == 68
+
+        on_node(test)
+
+
+class TestThreads:
+    def test_without_a_thread_nothing_is_queued(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads, calls = Threads(2, "test"), []
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError):
+                threads.submit(lambda: calls.append(1))
+        threads.submit(lambda: calls.append(2)).result(10)
+        gate = threading.Event()
+        busy = threads.submit(gate.wait)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            queued = threads.submit(lambda: calls.append(3))
+        gate.set()
+        busy.result(10)
+        queued.result(10)
+        assert calls == [2, 3]
+        threads.close()
+
+
 class TestClear:
+    def test_what_a_clear_forgot_is_not_promoted_any_more(self) -> None:
+        async def test(node: Node) -> None:
+            me, you, keys = Client(ME), Client(YOU), chunk_keys(3)
+            for wanted in (None, keys):
+                store(node, me, keys)
+                await flush(node, me)
+                await clear(node, me, tiers=["host"])
+                packed = None if wanted is None else b"".join(wanted)
+                answer = node.clear(me, p.Clear(1, packed, []))
+                # Somebody asks before the tier has done its part.
+                assert match(node, you, keys).lease == 0
+                assert isinstance(answer, Awaitable)
+                done = await answer
+                assert isinstance(done, p.Done)
+                assert done.count == 3
+                assert match(node, you, keys).lease == 0
+
+        on_node(test, tier=MemoryTier())
+
+    def test_a_clear_that_fails_during_a_scan_leaves_nothing_uncounted(self) -> None:
+        gated = GatedTier()
+        tier = FaultyTier(gated)
+
+        async def test(node: Node) -> None:
+            me, backing = Client(ME), node.backings[0]
+            entered = asyncio.Event()
+            make_room = backing._make_room
+
+            async def slow(nbytes: int) -> bool:
+                entered.set()
+                await asyncio.sleep(0.05)
+                return await make_room(nbytes)
+
+            backing._make_room = slow  # type: ignore[method-assign]
+            backing.index.claim = lambda nbytes: False  # type: ignore[method-assign]
+            await entered.wait()
+            del backing.index.claim
+            tier.inject("clear", Raise(TierUnavailable("no epoch")), times=1)
+            with pytest.raises(TierUnavailable):
+                await clear(node, me)
+            await backing._scanned.wait()
+            assert backing.index.num_objects == 0
+            assert backing.index.used_bytes == gated.held
+
+        async def fill() -> None:
+            node = make_node(tier=tier)
+            await node.start()
+            store(node, Client(ME), chunk_keys(3))
+            await flush(node, Client(ME))
+            tier.close = lambda: None  # type: ignore[method-assign]
+            await node.stop()
+
+        asyncio.run(fill())
+        on_node(test, tier=tier, clock=ManualClock())
+
     def test_commit_after_clear_publishes_nothing(self) -> None:
         async def test(node: Node) -> None:
             me, keys = Client(ME), chunk_keys(3)

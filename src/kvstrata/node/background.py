@@ -74,20 +74,32 @@ class Threads:
         self._closed = False
 
     def submit(self, call: Callable[[], R]) -> Future[R]:
-        """Queue a call; ``cancel`` on its future succeeds as long as it has not begun."""
+        """Queue a call; ``cancel`` on its future succeeds as long as it has not begun.
+
+        Raises:
+            RuntimeError: there is no thread, and none can be started; the call will not run.
+        """
         future: Future[R] = Future()
         with self._lock:
             if self._closed:
                 future.cancel()
                 return future
-            self._calls.put((future, call))
             if self._idle:
                 self._idle -= 1
             elif len(self._threads) < self._count:
-                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._start_thread()
+            self._calls.put((future, call))
         return future
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system's limit; those that run will do
+            if not self._threads:
+                raise
+        else:
+            self._threads.append(thread)
 
     def close(self) -> None:
         """Cancel what has not begun and let the threads end; does not wait. Repeatable."""

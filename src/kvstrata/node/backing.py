@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 from kvstrata.errors import CorruptObject, Incompatible, TierFull, TierUnavailable
 from kvstrata.node.background import Threads, report_bug
+from kvstrata.node.backoff import Backoff
 from kvstrata.node.host import order_name
 from kvstrata.node.index import Index
 from kvstrata.objects import ObjectHeader, object_id, split_object_id, verify_object
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 SCAN_SLICE = 256
 GRACE_S = 0.2
 # Sizes are multiples of 4096, so an entry has room for the number of the object's byte order.
@@ -37,32 +36,6 @@ ORDER_MASK = 4095
 def identity(key: bytes, part: int) -> bytes:
     """The object id of one part of a chunk."""
     return object_id(key, part >> 16, part & 0xFFFF)
-
-
-class Backoff:
-    """Leaves something alone for a while, twice as long each time until it works again."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._until = -math.inf
-        self._delay_s = FIRST_BACKOFF_S
-
-    @property
-    def left_s(self) -> float:
-        """For how long still; zero when it may be tried."""
-        return max(0.0, self._until - self._clock())
-
-    def begin(self) -> bool:
-        """It has failed; False when that is known already."""
-        if self.left_s:
-            return False
-        self._until = self._clock() + self._delay_s
-        self._delay_s = min(2 * self._delay_s, LONGEST_BACKOFF_S)
-        return True
-
-    def worked(self) -> None:
-        """It works; the next failure is a first one."""
-        self._delay_s = FIRST_BACKOFF_S
 
 
 class _Write:
@@ -115,6 +88,7 @@ class Backing:
         self._trouble = ""
         self._orders: dict[str, int] = {}
         self._num_reading = 0
+        self._num_ended = 0
         self._last_progress = clock()
         self._writes: set[_Write] = set()
         # Out of the index but still in the tier, their bytes claimed; deleted at the next chance.
@@ -181,29 +155,27 @@ class Backing:
             (outcome,) = self.tier.read([name], [into])
             return outcome, verify_object(into, name) if outcome is Outcome.HIT else None
 
-        if not self._num_reading:
-            self._last_progress = self._clock()
-        self._num_reading += 1
         try:
             outcome, header = await self._within_deadline(work, give_up)
         except (CorruptObject, Incompatible) as error:
             logger.error("%s: object %s is rejected: %s", self.name, name.hex(), error)
             self._counters.add("corrupt_objects_total", tier=self.name)
-            self._condemn(key, part)
-            await self._remove(self.tier.reject, (key, part))
+            if self._has(key, part, nbytes):
+                self._condemn(key, part)
+                await self._remove(self.tier.reject, (key, part))
             return None
         except TierUnavailable as error:
             self.trip(error)
             return None
-        finally:
-            self._num_reading -= 1
         self._counters.add("tier_reads_total", tier=self.name, outcome=outcome.value)
         if header is not None:
             if self.readable:
                 self._off.worked()
             self._counters.add("tier_read_bytes_total", nbytes, tier=self.name)
-            if self.index.get(key, part) == nbytes:
+            if self.index.get(key, part) == nbytes:  # of an order not known yet
                 self.index.amend(key, part, nbytes | self._order(header.kind, header.order))
+        elif not self._has(key, part, nbytes):
+            pass  # replaced meanwhile, by one of another size: that one is none of this read's
         elif outcome is Outcome.FAILED:
             # It must not stand in the way of a fresh copy.
             self._condemn(key, part)
@@ -275,10 +247,10 @@ class Backing:
         logger.info("%s: %d objects, %d bytes", self.name, self.index.num_objects,
                     self.index.used_bytes)  # fmt: skip
 
-    async def clear(self) -> int:
-        """Forget everything, also for a later process; returns the number of objects.
+    def clear(self) -> Awaitable[int]:
+        """Forget everything, now; the answer, once later processes forget it too: how many objects.
 
-        Raises:
+        Awaiting it raises:
             TierUnavailable: nothing is served any more, but a later process may find it.
         """
         count = self.index.num_objects
@@ -286,24 +258,12 @@ class Backing:
         for write in self._writes:
             write.wanted = False
         held = self.index.used_bytes - self.index.claimed_bytes
-        chunks = self.index.clear()
-        try:
-            await self._call(self.tier.clear)
-        except TierUnavailable as error:
-            for key, flat in chunks.items():
-                for part, entry in zip(flat[::2], flat[1::2], strict=True):
-                    assert isinstance(part, int)
-                    assert isinstance(entry, int)
-                    self._doom(key, part, entry & ~ORDER_MASK)
-            self.trip(error)
-            raise
-        self.index.unclaim(held)
-        return count
+        return self._clear_tier(self.index.clear(), count, held)
 
-    async def drop(self, keys: Iterable[bytes]) -> int:
-        """Forget these chunks; returns the number of objects.
+    def drop(self, keys: Iterable[bytes]) -> Awaitable[int]:
+        """Forget these chunks, now; the answer, once they are deleted: how many objects.
 
-        Raises:
+        Awaiting it raises:
             TierUnavailable: they are not served any more, but a later process may find them.
         """
         gone = set(keys)
@@ -311,10 +271,7 @@ class Backing:
             write.wanted = write.wanted and write.key not in gone
         if not self._scanned.is_set():
             self._forgotten |= gone
-        count = sum(self._condemn_chunk(key) for key in gone)
-        if count and not await self._remove(self.tier.delete):
-            raise TierUnavailable(f"{self.name}: not all of it could be deleted: {self._trouble}")
-        return count
+        return self._delete_doomed(sum(self._condemn_chunk(key) for key in gone))
 
     async def note_use(self) -> None:
         """Tell the tier what was used since the last call, tails of a prefix first."""
@@ -347,30 +304,47 @@ class Backing:
         self.tier.close()
 
     async def _within_deadline(self, work: Callable[[], R], give_up: Callable[[], None]) -> R:
-        call = self._readers.submit(work)
+        try:
+            call = self._readers.submit(work)
+        except RuntimeError as error:  # no thread can be started
+            raise self._bug(error) from error
         future = asyncio.wrap_future(call)
+        if not self._num_reading:
+            self._last_progress = self._clock()
+        self._num_reading += 1
+        try:
+            hung = not await self._ends_or_others_do(future)
+        finally:
+            self._num_reading -= 1
+        if hung:
+            trouble = TierUnavailable(f"no read has ended for {self._deadline_s:g} s")
+            self.trip(trouble)
+            give_up()
+            if call.cancel():
+                raise trouble
+            await asyncio.wait({future})
+        self._last_progress = self._clock()
+        self._num_ended += 1
+        try:
+            return future.result()
+        except (TierUnavailable, CorruptObject, Incompatible):
+            raise
+        except Exception as failure:
+            raise self._bug(failure) from failure
+
+    async def _ends_or_others_do(self, future: asyncio.Future[R]) -> bool:
+        """Wait for a read; False once no read at all has ended for as long as the deadline."""
         while not future.done():
             left = self._last_progress + self._deadline_s - self._clock()
             if left > 0:
                 await asyncio.wait({future}, timeout=left)
                 continue
             # Time passes for a stopped process, too: let its threads come to their end first.
+            before = self._num_ended
             await asyncio.wait({future}, timeout=GRACE_S)
-            if future.done():
-                break
-            hung = TierUnavailable(f"no read has ended for {self._deadline_s:g} s")
-            self.trip(hung)
-            give_up()
-            if call.cancel():
-                raise hung
-            await asyncio.wait({future})
-        self._last_progress = self._clock()
-        try:
-            return future.result()
-        except (TierUnavailable, CorruptObject, Incompatible):
-            raise
-        except Exception as error:
-            raise self._bug(error) from error
+            if not future.done() and self._num_ended == before:
+                return False
+        return True
 
     async def _call(self, work: Callable[[], R]) -> R:
         try:
@@ -384,6 +358,27 @@ class Backing:
         """What a tier should not have raised makes it unavailable, like what it may."""
         report_bug(self._counters, f"tier {self.name}", error)
         return TierUnavailable(f"{type(error).__name__}: {error}")
+
+    async def _clear_tier(
+        self, chunks: dict[bytes, tuple[object, ...]], count: int, held: int
+    ) -> int:
+        try:
+            await self._call(self.tier.clear)
+        except TierUnavailable as error:
+            for key, flat in chunks.items():
+                for part, entry in zip(flat[::2], flat[1::2], strict=True):
+                    assert isinstance(part, int)
+                    assert isinstance(entry, int)
+                    self._doom(key, part, entry & ~ORDER_MASK)
+            self.trip(error)
+            raise
+        self.index.unclaim(held)
+        return count
+
+    async def _delete_doomed(self, count: int) -> int:
+        if count and not await self._remove(self.tier.delete):
+            raise TierUnavailable(f"{self.name}: not all of it could be deleted: {self._trouble}")
+        return count
 
     async def _make_room(self, nbytes: int) -> bool:
         """Claim bytes, evicting what it takes; False if they cannot be had."""
@@ -399,6 +394,10 @@ class Backing:
             if not await self._remove(self.tier.delete):
                 return False
         return True
+
+    def _has(self, key: bytes, part: int, nbytes: int) -> bool:
+        entry = self.index.get(key, part)
+        return entry is not None and entry & ~ORDER_MASK == nbytes
 
     def _condemn(self, key: bytes, part: int) -> None:
         """Out of the index; the bytes stay claimed until they are deleted."""
@@ -454,22 +453,27 @@ class Backing:
         while (batch := await self._call(lambda: next(batches, None))) is not None:
             for start in range(0, len(batch), SCAN_SLICE):
                 for found in batch[start : start + SCAN_SLICE]:
-                    if clears == self._clears:
-                        await self._enter(found)
+                    await self._enter(found, clears)
                 await asyncio.sleep(0)
 
-    async def _enter(self, found: Found) -> None:
+    async def _enter(self, found: Found, clears: int) -> None:
+        """Index what a scan found that began after so many clears, or see to its removal."""
         key, group, rank = split_object_id(found.object_id)
         part = group << 16 | rank
         if self.index.get(key, part) is not None or (key, part) in self._doomed:
             return
-        wanted = key not in self._forgotten
-        if wanted and (self.index.claim(found.nbytes) or await self._make_room(found.nbytes)):
+
+        def wanted() -> bool:
+            return clears == self._clears and key not in self._forgotten
+
+        room = wanted() and (self.index.claim(found.nbytes) or await self._make_room(found.nbytes))
+        if room and wanted():
             self.index.put(key, part, found.nbytes)
-        else:
-            # Cleared while the scan ran, or beyond a budget smaller than last time's.
+            return
+        # Cleared while the scan ran, or beyond a budget smaller than last time's.
+        if not room:
             self.index.claim_existing(found.nbytes)
-            self._doom(key, part, found.nbytes)
+        self._doom(key, part, found.nbytes)
 
     def _order(self, kind: str, order: str) -> int:
         return self._order_number(order_name(kind, order))

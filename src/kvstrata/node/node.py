@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
+
 import kvstrata
 from kvstrata.config import Config, host_capacity_bytes
 from kvstrata.errors import ConfigError, Incompatible, TierUnavailable, UsageError
@@ -36,6 +38,8 @@ from kvstrata.policies import create_policy
 logger = logging.getLogger(__name__)
 
 NUM_RECORDS = 1024
+MAX_RECORD_BYTES = 8192
+MAX_OUTCOMES = 32
 NOTE_USE_S = 10.0
 
 _LABEL = re.compile(r"[a-z0-9_ -]{1,32}")
@@ -79,6 +83,7 @@ class Node:
         self.movement = Movement(self.host, backings, queue, counters)
         self.records: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
+        self._outcomes: set[str] = set()
         self._clock = clock
         self._started = clock()
         self._tasks = Tasks(counters)
@@ -310,13 +315,15 @@ class Node:
         if "host" in tiers:
             for key in list(self.host.index.keys() if wanted is None else wanted):
                 count += self.host.drop(key)
-        backings = [backing for backing in self.backings if backing.name in tiers]
+        # Out of every index before anybody else is served; only the tiers' own work is awaited.
+        backings = [
+            backing.clear() if wanted is None else backing.drop(wanted)
+            for backing in self.backings
+            if backing.name in tiers
+        ]
 
         async def finish() -> p.Reply:
-            counts = await asyncio.gather(
-                *(b.clear() if wanted is None else b.drop(wanted) for b in backings),
-                return_exceptions=True,
-            )
+            counts = await asyncio.gather(*backings, return_exceptions=True)
             total = count
             for cleared in counts:
                 if isinstance(cleared, BaseException):
@@ -337,9 +344,17 @@ class Node:
 
     def record(self, client: Client, message: p.Record) -> None:
         """Keep one request's record for the operator."""
+        try:
+            nbytes = len(msgspec.msgpack.encode(message.record))
+        except RecursionError as error:
+            raise UsageError("a record is nested too deep") from error
+        if nbytes > MAX_RECORD_BYTES:
+            raise UsageError(f"a record of {nbytes} bytes; at most {MAX_RECORD_BYTES}")
         self.records.append(message.record)
         outcome = str(message.record.get("outcome", ""))
-        label = outcome if _LABEL.fullmatch(outcome) else "other"
+        if len(self._outcomes) < MAX_OUTCOMES and _LABEL.fullmatch(outcome):
+            self._outcomes.add(outcome)
+        label = outcome if outcome in self._outcomes else "other"
         self.counters.add("requests_total", outcome=label)
 
     def status(self, client: Client, message: p.Status) -> p.State:

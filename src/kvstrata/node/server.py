@@ -89,13 +89,12 @@ class Connection(asyncio.Protocol):
         number: int = getattr(message, "id", 0)
         try:
             answer = self._server.node.handle(self.client, message)
+            if isinstance(answer, Awaitable):
+                self._server.tasks.spawn("a request", self._answer_later(number, message, answer))
+            elif answer is not None:
+                self._send(answer)
         except Exception as error:
             self._refuse(number, message, error)
-            return
-        if isinstance(answer, Awaitable):
-            self._server.tasks.spawn("a request", self._answer_later(number, message, answer))
-        elif answer is not None:
-            self._send(answer)
 
     async def _answer_later(
         self, number: int, message: p.Request, answer: Awaitable[p.Reply]

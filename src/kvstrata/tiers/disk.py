@@ -275,6 +275,7 @@ class DiskTier(Tier):
                 # A bad sector must not take the tier down each time its object is asked for.
                 with contextlib.suppress(OSError):
                     self._quarantine(path)
+                self._prune_quarantine()
             raise
 
     def _write_one(self, object_id: bytes, data: memoryview) -> Outcome:

@@ -115,11 +115,12 @@ class CudaCopier(Copier):
         self._device = device
         self._local = threading.local()
         self._registered: list[int] = []
+        self._base = 0
         self._registering: threading.Thread | None = None
         self._stop = threading.Event()
 
     def load(self, plan: Plan, after: Any) -> None:
-        slots, blocks, lengths = plan.runs()
+        slots, blocks, lengths = split_runs(*plan.runs(), self._base, REGISTER_BYTES)
         stream = self._stream()
         stream.wait_event(after)
         with torch.cuda.stream(stream):
@@ -127,7 +128,7 @@ class CudaCopier(Copier):
         stream.synchronize()
 
     def store(self, plan: Plan, after: Any) -> None:
-        slots, blocks, lengths = plan.runs()
+        slots, blocks, lengths = split_runs(*plan.runs(), self._base, REGISTER_BYTES)
         stream = self._stream()
         stream.wait_event(after)
         with torch.cuda.stream(stream):
@@ -141,6 +142,7 @@ class CudaCopier(Copier):
 
     def attach(self, pool: PoolMapping) -> None:
         self._stop.clear()
+        self._base = pool.address
         self._registering = threading.Thread(
             target=self._register, args=(pool.address, pool.capacity_bytes), daemon=True
         )
@@ -187,6 +189,26 @@ def copy_runs(to: Sequence[int], source: Sequence[int], lengths: Sequence[int]) 
     """Copy runs of this process's memory, on this thread, without holding the GIL meanwhile."""
     for to_address, from_address, length in zip(to, source, lengths, strict=True):
         ctypes.memmove(to_address, from_address, length)
+
+
+def split_runs(
+    slots: Sequence[int], blocks: Sequence[int], lengths: Sequence[int], base: int, piece: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Cut runs where their slots cross a multiple of ``piece`` bytes from ``base``.
+
+    The pool is registered with CUDA piece by piece, and one copy may not lie half in a piece that
+    is registered and half in one that is not.
+    """
+    cut: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for slot, block, length in zip(slots, blocks, lengths, strict=True):
+        done = 0
+        while done < length:
+            left = piece - (slot + done - base) % piece
+            part = min(left, length - done)
+            for numbers, number in zip(cut, (slot + done, block + done, part), strict=True):
+                numbers.append(number)
+            done += part
+    return cut
 
 
 def payload_address(pool: PoolMapping, offset: int) -> int:

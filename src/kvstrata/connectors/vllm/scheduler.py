@@ -107,12 +107,15 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None or state.bypass or state.failed or request.skip_reading_prefix_cache:
             return 0, False
+        if request.request_id in self._loads:
+            # Preempted before its load was reported: what that brings is not in the new blocks.
+            return None, False
         if state.chain is not None and state.rehash() and (state.matched or state.call):
             # A resumed request has outputs now, a session new input: what was found is of the past.
             self._give_up(state)
         if not state.matched:
             if state.call is None:
-                if len(self._looking) >= LOOK_AHEAD:
+                if self._crowded():
                     return None, False
                 if not self._ask(state):
                     return None, False
@@ -178,10 +181,11 @@ class SchedulerSide:
         meta.num_tokens = scheduler_output.total_num_scheduled_tokens
         meta.fresh_blocks = self._fresh_blocks(scheduler_output)
         resolve = scheduler_output.kv_connector_block_state
+        storing = client is not None and not self._doubtful()
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
             self._active.add(request_id)
             state = self._states.get(request_id)
-            if state is not None and client is not None and state.chain is not None:
+            if state is not None and storing and state.chain is not None:
                 # A token that is sampled but not known yet has no key; a draft may be rejected.
                 known = min(state.request.num_computed_tokens + count, state.request.num_tokens)
                 if known // self._chunk > state.num_stored:
@@ -364,6 +368,19 @@ class SchedulerSide:
             and self._worker_nodes == {client.hello.node}
             and not (self._active - {state.request.request_id})
             and p.ARRIVING not in state.offsets[first * len(self._parts) :]
+        )
+
+    def _crowded(self) -> bool:
+        """Whether enough requests look ahead; one that vLLM passes over does not count for long."""
+        if len(self._looking) < LOOK_AHEAD:
+            return False
+        since = time.monotonic() - self._config.deadlines.request
+        return sum(self._states[name].asked_at > since for name in self._looking) >= LOOK_AHEAD
+
+    def _doubtful(self) -> bool:
+        """Whether a rank may have failed to load what the others compute with."""
+        return len(self._parts) > 1 and any(
+            name in self._states and self._states[name].sync for name in self._loads
         )
 
     def _targets(

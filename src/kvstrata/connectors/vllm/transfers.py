@@ -26,6 +26,7 @@ from kvstrata.objects import HEADER_BYTES, checksum, decode
 logger = logging.getLogger(__name__)
 
 NUM_LOAD_THREADS = 2
+NUM_AWAITING_THREADS = 4
 #: stores that may wait for their turn; beyond it they are dropped, loads never are
 MAX_WAITING_STORES = 64
 NOT_WRITTEN = bytes(16)
@@ -55,6 +56,11 @@ class StoreJob:
         with self._lock:
             self._copying = not self._cancelled
             return self._copying
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it will never read its blocks."""
+        return self._cancelled
 
     def settle(self, timeout_s: float) -> bool:
         """Return when the blocks are no longer read; False if the store was cancelled for that.
@@ -98,6 +104,8 @@ class Transfers:
         self._world = world
         self._deadlines = deadlines
         self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", _use_all_cores)
+        # What waits for a slower tier must not hold up what is there.
+        self._awaiting = ThreadPoolExecutor(NUM_AWAITING_THREADS, "kvstrata-wait", _use_all_cores)
         self._storing = ThreadPoolExecutor(1, "kvstrata-store", _use_all_cores)
         self._jobs: list[StoreJob] = []
         self._changed = threading.Condition()
@@ -108,10 +116,13 @@ class Transfers:
     def begin_loads(self, loads: list[Load], client: NodeClient | None) -> None:
         """Begin loads into blocks that the engine has finished with; each ends exactly once."""
         after = self._copier.mark()
+        deadline = time.monotonic() + self._deadlines.load
         for load in loads:
             with self._changed:
                 self._num_loading += 1
-            self._loading.submit(self._load, load, client, after)
+            arriving = any(p.ARRIVING in chunk for chunk in load.offsets)
+            threads = self._awaiting if arriving else self._loading
+            threads.submit(self._load, load, client, after, deadline)
 
     def loads_ended(self, wait_s: float) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last call, and those of them that failed.
@@ -134,11 +145,11 @@ class Transfers:
             self._jobs.append(job)
             self._storing.submit(self._store, job, client)
 
-    def fence(self, blocks: set[int]) -> None:
-        """Return when no store reads these blocks any more."""
+    def fence(self, blocks: set[int] | None = None) -> None:
+        """Return when no store reads these blocks any more (None: no block at all)."""
         deadline = time.monotonic() + self._deadlines.request
         for job in self._jobs:
-            if job.blocks.isdisjoint(blocks):
+            if job.cancelled or (blocks is not None and job.blocks.isdisjoint(blocks)):
                 continue
             if not job.settle(max(0.0, deadline - time.monotonic())):
                 logger.warning("KVStrata: a store was dropped, its blocks are needed")
@@ -178,13 +189,14 @@ class Transfers:
     def close(self) -> None:
         """End the threads, and what they do. Repeatable."""
         self._loading.shutdown(wait=True, cancel_futures=True)
+        self._awaiting.shutdown(wait=True, cancel_futures=True)
         self._storing.shutdown(wait=True)
 
-    def _load(self, load: Load, client: NodeClient | None, after: Any) -> None:
+    def _load(self, load: Load, client: NodeClient | None, after: Any, deadline: float) -> None:
         """One load, from its first chunk to its end; never raises."""
         failed = True
         try:
-            self._load_chunks(load, client, after)
+            self._load_chunks(load, client, after, deadline)
             failed = False
         except KVStrataError as error:
             logger.warning("KVStrata: request %s is computed: %s", load.request_id, error)
@@ -198,8 +210,9 @@ class Transfers:
                     self._failed.add(load.request_id)
                 self._changed.notify_all()
 
-    def _load_chunks(self, load: Load, client: NodeClient | None, after: Any) -> None:
-        deadline = time.monotonic() + self._deadlines.load
+    def _load_chunks(
+        self, load: Load, client: NodeClient | None, after: Any, deadline: float
+    ) -> None:
         offsets = list(load.offsets)
         done, total = 0, len(offsets)
         while done < total:

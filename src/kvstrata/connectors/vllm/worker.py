@@ -83,6 +83,7 @@ class WorkerSide:
         # steps still to come that were planned before a failed synchronous load was heard of
         self._num_doubtful = 0
         self._num_in_flight = vllm_config.max_concurrent_batches
+        self._may_sleep = bool(vllm_config.model_config.enable_sleep_mode)
         link.wait(config.deadlines.attach)
         self._attach()
 
@@ -127,16 +128,19 @@ class WorkerSide:
                 plan, kept = self._transfers.plan(
                     load, self._client, load.offsets, 0, len(load.keys)
                 )
-            except KVStrataError as error:
-                logger.error("KVStrata: request %s is computed: %s", load.request_id, error)
+                if self._pages.device.type != "cpu":
+                    self._copier.load(plan, self._copier.mark())
+                    continue
+            except Exception as error:
+                logger.error(
+                    "KVStrata: request %s is computed: %s", load.request_id, error,
+                    exc_info=not isinstance(error, KVStrataError),
+                )  # fmt: skip
                 self._invalid.update(block for block in load.blocks if block >= 0)
                 self._num_doubtful = self._num_in_flight
                 continue
-            if self._pages.device.type == "cpu":
-                self._sync_kept.append(kept)
-                self._sync_runs.append([plan.runs(i) for i in range(len(self._layer_numbers))])
-            else:
-                self._copier.load(plan, self._copier.mark())
+            self._sync_kept.append(kept)
+            self._sync_runs.append([plan.runs(i) for i in range(len(self._layer_numbers))])
 
     def load_layer(self, layer_name: str) -> None:
         """Copy one layer of the synchronous loads, just before attention reads it."""
@@ -157,6 +161,9 @@ class WorkerSide:
         elif meta.stores:
             seconds_per_token = (time.monotonic() - self._began) / max(meta.num_tokens, 1)
             self._begin_stores(meta.stores, chunk_cost(seconds_per_token * self._chunk))
+        if self._may_sleep and not meta.num_tokens:
+            # The engine is idle, and sleep() unmaps its blocks without a word to anybody.
+            self._transfers.fence()
 
     def loads_ended(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last step, and those of them that failed."""
@@ -194,8 +201,10 @@ class WorkerSide:
         if meta.sync_loads:
             return
         client = self._client
-        if client is not None and self._node != meta.node and (meta.node or not client.alive):
-            self._detach()
+        if client is not None:
+            another = meta.node and meta.node != self._node
+            if another or not client.alive:
+                self._detach()
         if self._client is None:
             self._attach()
 
