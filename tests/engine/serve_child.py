@@ -33,6 +33,7 @@ class Child:
         self._number = 0
         self._num_preempted = 0
         self._outputs: dict[str, Reply] = {}
+        self._begin_loads: Callable[..., None] | None = None
         self._detached: tuple[Any, Any] | None = None
         self._inside = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
         if self._inside:
@@ -159,14 +160,23 @@ class Child:
         """Stop a process (the node) at the moment the next asynchronous load begins."""
         from kvstrata.connectors.vllm.transfers import Transfers
 
-        begin = Transfers.begin_loads
+        begin = self._begin_loads = Transfers.begin_loads
 
         def stopping(transfers: Any, loads: Any, client: Any) -> None:
             os.kill(pid, signal.SIGSTOP)
-            Transfers.begin_loads = begin  # type: ignore[method-assign]
+            self.stop_no_more()
             begin(transfers, loads, client)
 
         Transfers.begin_loads = stopping  # type: ignore[assignment, method-assign]
+        return {}
+
+    def stop_no_more(self) -> Reply:
+        """Undo `stop_at_load`, if no load has begun since."""
+        from kvstrata.connectors.vllm.transfers import Transfers
+
+        if self._begin_loads is not None:
+            Transfers.begin_loads = self._begin_loads  # type: ignore[method-assign]
+        self._begin_loads = None
         return {}
 
     def detach(self) -> Reply:
