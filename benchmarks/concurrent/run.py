@@ -33,7 +33,7 @@ def measure(options: Options) -> list[Row]:
     count = NUM_DOCUMENTS // 2 if options.quick else NUM_DOCUMENTS
     first = prompts.make(count)
     both = [*first, *(prompts.with_question(prompt, SECOND_QUESTION) for prompt in first)]
-    with Workplace(prompts.model, {"host.capacity": "1GiB"}) as place:
+    with Workplace(prompts.model, {"host.capacity": "2GiB"}) as place:
         ours, plain = place.engine(), place.engine(with_kvstrata=False)
         threads = {engine.wait()["threads"] for engine in (ours, plain)}
         expect(len(threads) == 1, "threads are bound unequally")

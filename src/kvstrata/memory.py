@@ -7,11 +7,7 @@ more than there are. `available_bytes` says how large a pool may be.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
 import fcntl
-import mmap
 import os
 import threading
 from bisect import bisect_left, insort
@@ -21,20 +17,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kvstrata import mapping
 from kvstrata.errors import Incompatible, TierUnavailable, UsageError
 
 __all__ = ["Pool", "PoolMapping", "SlotAllocator", "available_bytes", "total_bytes"]
 
 ALIGNMENT = 4096
 
-# Linux numbers; mmap exposes no MADV_POPULATE_* before Python 3.14.
-_MADV_POPULATE_WRITE = 23
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 # The kernel holds the address space's lock for one whole madvise call, and whatever else the
 # process maps or unmaps meanwhile waits. 2 MiB keeps that wait to a few milliseconds even where
 # memory is slow to come, and costs no throughput.
-_POPULATE_PIECE = 2 << 20
+_POPULATE_PIECE = mapping.HUGE_BYTES
 
 
 class SlotAllocator:
@@ -222,10 +217,10 @@ class PoolMapping:
         if capacity_bytes <= 0:
             raise UsageError(f"cannot map {capacity_bytes} bytes")
         try:
-            self._map: mmap.mmap | None = mmap.mmap(fd, capacity_bytes)
+            memory = mapping.map_shared(fd, capacity_bytes)
         except OSError as error:
             raise TierUnavailable(f"cannot map {capacity_bytes} bytes: {error}") from error
-        self._array: npt.NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
+        self._array: npt.NDArray[np.uint8] | None = np.frombuffer(memory, np.uint8)
         self._capacity_bytes = capacity_bytes
         self._address = int(self._array.ctypes.data)
         self._populated_bytes = 0
@@ -291,27 +286,22 @@ class PoolMapping:
         self._populating.start()
 
     def _populate(self) -> None:
-        # Through ctypes, which releases the interpreter lock; mmap.madvise keeps it.
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         while self._populated_bytes < self._capacity_bytes and not self._stop.is_set():
             begin = self._populated_bytes
             piece = min(_POPULATE_PIECE, self._capacity_bytes - begin)
-            if madvise(self._address + begin, piece, _MADV_POPULATE_WRITE) != 0:
-                if ctypes.get_errno() in (errno.EINTR, errno.EAGAIN):
-                    continue
+            if not self._populate_piece(self._address + begin, piece):
                 return
             self._populated_bytes = begin + piece
+
+    def _populate_piece(self, address: int, nbytes: int) -> bool:
+        return mapping.populate(address, nbytes)
 
     def close(self) -> None:
         """Let go of the memory. Repeatable, never raises; views that still exist stay valid."""
         self._stop.set()
         if self._populating is not None:
             self._populating.join()
-        mapping, self._map, self._array = self._map, None, None
-        if mapping is not None:
-            with contextlib.suppress(BufferError):  # a view is out: the map goes with the last
-                mapping.close()
+        self._array = None  # the map goes with the last view
 
     def _open_array(self) -> npt.NDArray[np.uint8]:
         if self._array is None:
@@ -357,6 +347,13 @@ class Pool(PoolMapping):
     def __init__(self, fd: int, capacity_bytes: int) -> None:
         super().__init__(fd, capacity_bytes)
         self._fd = fd
+
+    def _populate_piece(self, address: int, nbytes: int) -> bool:
+        # The node decides what pages the pool has, and its clients map those. Where the kernel
+        # gives no huge page, small ones do.
+        if nbytes == mapping.HUGE_BYTES and mapping.populate(address, ALIGNMENT):
+            mapping.collapse(address)
+        return mapping.populate(address, nbytes)
 
     @property
     def fd(self) -> int:

@@ -106,6 +106,27 @@ def test_caps(host: HostMemory) -> None:
     assert (len(leases), a.leases, leases.leased_bytes) == (0, {}, 0)
 
 
+def test_a_slot_counts_once_however_many_lease_it(host: HostMemory) -> None:
+    leases, a, b = table(host), Client("a"), Client("b")
+    slots = filling(host, 4)
+    first = leases.grant(a, slots, 1, ORDERS)
+    host.hold_all(slots[:3])
+    second = leases.grant(b, slots[:3], 1, ORDERS)
+    host.hold_all(slots)
+    third = leases.grant(a, slots, 1, ORDERS)
+    assert (a.leased_bytes, b.leased_bytes, leases.leased_bytes) == (4 * PAGE, 0, 4 * PAGE)
+    leases.check_integrity()
+    leases.release(first)
+    leases.release(third, keep=1)
+    # What the other still holds stays charged to who leased it first.
+    assert (a.leased_bytes, b.leased_bytes, leases.leased_bytes) == (3 * PAGE, 0, 3 * PAGE)
+    leases.check_integrity()
+    leases.release(third)
+    leases.release(second)
+    assert (a.leased_bytes, b.leased_bytes, leases.leased_bytes) == (0, 0, 0)
+    leases.check_integrity()
+
+
 def test_numbers_mean_nothing_to_another_node(host: HostMemory) -> None:
     numbers = set()
     for _ in range(50):

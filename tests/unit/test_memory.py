@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvstrata import mapping as mapping_module
 from kvstrata import memory
 from kvstrata.errors import Incompatible, TierUnavailable, UsageError
 from kvstrata.memory import Pool, PoolMapping, SlotAllocator, available_bytes, total_bytes
@@ -357,10 +359,31 @@ class TestPopulate:
             assert pool.populated_bytes == self.CAPACITY
 
     def test_gives_up_silently(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "_MADV_POPULATE_WRITE", 9999)
+        monkeypatch.setattr(mapping_module, "_MADV_POPULATE_WRITE", 9999)
         with new_pool(self.CAPACITY) as pool:
             pool.populate(in_background=False)
             assert pool.populated_bytes == 0
+
+    def test_without_huge_pages_small_ones_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mapping_module, "_MADV_COLLAPSE", 9999)
+        with new_pool(self.CAPACITY) as pool:
+            pool.populate(in_background=False)
+            assert pool.populated_bytes == self.CAPACITY
+
+    def test_huge_pages_keep_what_was_written(self) -> None:
+        with new_pool(8 << 20) as pool:
+            assert pool.address % mapping_module.HUGE_BYTES == 0
+            other = PoolMapping.attach(pool.fd, pool.capacity_bytes)
+            assert other.address % mapping_module.HUGE_BYTES == 0
+            data = np.random.default_rng(0).integers(0, 256, 8 << 20, np.uint8)
+            other.array(0, 8 << 20)[:] = data
+            pool.populate(in_background=False)
+            if not mapping_module.collapse(pool.address):
+                pytest.skip("this kernel makes no huge pages of shared memory")
+            assert "ShmemPmdMapped:     8192 kB" in Path("/proc/self/smaps").read_text()
+            assert np.array_equal(pool.array(0, 8 << 20), data)
+            assert np.array_equal(other.array(0, 8 << 20), data)
+            other.close()
 
     def test_close_ends_it(self) -> None:
         pool = Pool.create(8 << 30)

@@ -17,6 +17,7 @@ from kvstrata.node.index import Index
 from kvstrata.policies.base import Policy
 
 if TYPE_CHECKING:
+    from kvstrata.node.clients import Client
     from kvstrata.node.leases import Lease
 
 
@@ -38,10 +39,12 @@ class Slot:
 
     ``holds`` counts those who need its bytes to stay: the one who fills it, leases, writes to
     slower tiers. ``waiters`` are leases that want to hear when it is filled or has failed.
+    Of its ``num_leases`` the first is charged to its client, the ``payer``, until the last ends.
     ``passed_over`` is the chunk that could not be evicted because this slot of it was held.
     """
 
-    __slots__ = ("holds", "nbytes", "offset", "order", "passed_over", "state", "waiters")
+    __slots__ = ("holds", "nbytes", "num_leases", "offset", "order", "passed_over", "payer",
+                 "state", "waiters")  # fmt: skip
 
     def __init__(self, offset: int, nbytes: int) -> None:
         self.offset = offset
@@ -49,6 +52,8 @@ class Slot:
         self.order: str | None = None
         self.state = SlotState.FILLING
         self.holds = 0
+        self.num_leases = 0
+        self.payer: Client | None = None
         self.passed_over: bytes | None = None
         self.waiters: list[Lease] | None = None
 

@@ -17,8 +17,7 @@ class Lease:
     client reads; ``failed`` says that the chunk behind them will not come.
     """
 
-    __slots__ = ("client", "failed", "id", "listeners", "nbytes", "num_parts", "orders", "ready",
-                 "slots")  # fmt: skip
+    __slots__ = ("client", "failed", "id", "listeners", "num_parts", "orders", "ready", "slots")
 
     def __init__(
         self, id: int, client: Client, slots: list[Slot], num_parts: int, orders: frozenset[str]
@@ -28,7 +27,6 @@ class Lease:
         self.slots = slots
         self.num_parts = num_parts
         self.orders = orders
-        self.nbytes = sum([slot.nbytes for slot in slots])
         self.ready = 0
         self.failed = False
         self.listeners: list[tuple[int, Callable[[], None]]] = []
@@ -73,6 +71,9 @@ class Lease:
 class LeaseTable:
     """All leases of the node, with the caps on what they may hold.
 
+    However many leases hold a slot, its bytes count once, for the client that leased it first:
+    a crowd of requests for one document holds no more than one of them.
+
     Args:
         host: whose slots they hold.
         per_client_bytes: what one client's leases may hold.
@@ -92,7 +93,7 @@ class LeaseTable:
         return len(self._leases)
 
     def room_for(self, client: Client) -> int:
-        """Bytes that one more lease of this client may hold."""
+        """Bytes that nobody has leased and that one more lease of this client may hold."""
         return min(
             self.per_client_bytes - client.leased_bytes, self.total_bytes - self.leased_bytes
         )
@@ -108,8 +109,14 @@ class LeaseTable:
         lease = Lease(self._next, client, slots, num_parts, orders)
         self._next += 1
         self._leases[lease.id] = client.leases[lease.id] = lease
-        client.leased_bytes += lease.nbytes
-        self.leased_bytes += lease.nbytes
+        charged = 0
+        for slot in slots:
+            if slot.num_leases == 0:
+                slot.payer = client
+                charged += slot.nbytes
+            slot.num_leases += 1
+        client.leased_bytes += charged
+        self.leased_bytes += charged
         return lease
 
     def release(self, lease: Lease, keep: int = 0) -> None:
@@ -118,10 +125,13 @@ class LeaseTable:
             return
         cut = max(0, min(keep, lease.num_chunks)) * lease.num_parts
         dropped, lease.slots = lease.slots[cut:], lease.slots[:cut]
-        nbytes = sum([slot.nbytes for slot in dropped])
-        lease.nbytes -= nbytes
-        lease.client.leased_bytes -= nbytes
-        self.leased_bytes -= nbytes
+        for slot in dropped:
+            slot.num_leases -= 1
+            if slot.num_leases == 0:
+                assert slot.payer is not None
+                slot.payer.leased_bytes -= slot.nbytes
+                self.leased_bytes -= slot.nbytes
+                slot.payer = None
         self._host.unhold_all(dropped)
         if not lease.slots:
             del self._leases[lease.id]
@@ -132,11 +142,17 @@ class LeaseTable:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every lease is counted once, within its caps."""
-        total = 0
+        counts: dict[Slot, int] = {}
         for lease in self._leases.values():
-            nbytes = sum(slot.nbytes for slot in lease.slots)
-            assert nbytes == lease.nbytes
             assert lease.client.leases.get(lease.id) is lease
-            assert all(slot.holds > 0 for slot in lease.slots)
-            total += nbytes
-        assert total == self.leased_bytes <= self.total_bytes
+            for slot in lease.slots:
+                assert slot.holds > 0
+                counts[slot] = counts.get(slot, 0) + 1
+        charged: dict[Client, int] = {}
+        for slot, count in counts.items():
+            assert slot.num_leases == count
+            assert slot.payer is not None
+            charged[slot.payer] = charged.get(slot.payer, 0) + slot.nbytes
+        for client, nbytes in charged.items():
+            assert client.leased_bytes == nbytes <= self.per_client_bytes
+        assert sum(charged.values()) == self.leased_bytes <= self.total_bytes

@@ -176,13 +176,13 @@ class Node:
         num_parts, room = len(parts), self.leases.room_for(client)
         # The common case, and the one in a hurry: the head of the prompt lies in host memory.
         held = self.host.leading(keys, parts, orders)
-        room -= sum([slot.nbytes for slot in held])
+        room -= sum([slot.nbytes for slot in held if not slot.num_leases])
         rest = keys[len(held) // num_parts :]
         if room < 0:
             rest = []
             self.counters.add("matches_cut_total", why="leases")
         while room < 0:
-            room += sum([slot.nbytes for slot in held[-num_parts:]])
+            room += sum([slot.nbytes for slot in held[-num_parts:] if not slot.num_leases])
             del held[-num_parts:]
         self.host.hold_all(held)
         tiers = bytearray(len(held) // num_parts)
@@ -192,9 +192,11 @@ class Node:
             located = self._locate(key, parts, orders)
             if located is None:
                 break
-            room -= sum(
-                where.nbytes if isinstance(where, Slot) else where[1] for where, _ in located
-            )
+            for where, _ in located:
+                if not isinstance(where, Slot):
+                    room -= where[1]
+                elif not where.num_leases:
+                    room -= where.nbytes
             if room < 0:
                 self.counters.add("matches_cut_total", why="leases")
                 break

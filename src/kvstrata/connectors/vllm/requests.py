@@ -27,6 +27,7 @@ class RequestState:
         self._hashed: tuple[int, int] = (0, 0)
         # the match under way, and since when
         self.call: Call | None = None
+        self.seen_at = 0.0  # when vLLM asked for it last
         self.asked_at = 0.0
         # what was found: a lease on leading chunks, its slots, their tiers
         self.lease = 0

@@ -107,6 +107,7 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None or state.bypass or state.failed or request.skip_reading_prefix_cache:
             return 0, False
+        state.seen_at = time.monotonic()
         if request.request_id in self._loads:
             # Preempted before its load was reported: what that brings is not in the new blocks.
             return None, False
@@ -327,6 +328,7 @@ class SchedulerSide:
         try:
             state.call = client.match(state.keys, self._parts, self._orders)
             self._looking.add(state.request.request_id)
+            state.seen_at = time.monotonic()
         except NodeUnavailable:
             state.matched, state.miss = True, "no node"
         state.asked_at = time.monotonic()
@@ -375,7 +377,7 @@ class SchedulerSide:
         if len(self._looking) < LOOK_AHEAD:
             return False
         since = time.monotonic() - self._config.deadlines.request
-        return sum(self._states[name].asked_at > since for name in self._looking) >= LOOK_AHEAD
+        return sum(self._states[name].seen_at > since for name in self._looking) >= LOOK_AHEAD
 
     def _doubtful(self) -> bool:
         """Whether a rank may have failed to load what the others compute with."""
