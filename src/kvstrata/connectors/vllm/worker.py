@@ -24,7 +24,7 @@ from kvstrata.node import protocol as p
 logger = logging.getLogger(__name__)
 
 #: how long a step without a forward waits for a load to end
-EMPTY_STEP_WAIT_S = 0.005
+EMPTY_STEP_WAIT_S = 0.002
 
 
 class WorkerSide:
