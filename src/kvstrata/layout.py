@@ -35,7 +35,8 @@ ITEM_BYTES = {
 }
 """Width of one element, by dtype name as torch spells it."""
 
-_WORDS: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+WORDS: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+"""The unsigned integers that elements are moved as, by width in bytes."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class NativeOrder:
         layers, blocks, _ = payload.shape
         shape = (layers, *group.portable_shape(blocks * self.block_tokens)[1:])
         portable = self._portable(out, shape, group)
-        native = np.ascontiguousarray(payload).view(_WORDS[group.item_bytes])
+        native = np.ascontiguousarray(payload).view(WORDS[group.item_bytes])
         for state in range(group.states):
             there, here = self._views(portable, native, state, group)
             np.copyto(there, here)
@@ -211,7 +212,7 @@ class NativeOrder:
             out = np.empty(pages, np.uint8)
         elif out.shape != pages or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise LayoutMismatch(f"{self.name}: cannot pack into {out.dtype} {out.shape}")
-        native = out.view(_WORDS[group.item_bytes])
+        native = out.view(WORDS[group.item_bytes])
         for state in range(group.states):
             here, there = self._views(source, native, state, group)
             np.copyto(there, here)
@@ -237,7 +238,7 @@ class NativeOrder:
     def _portable(
         self, array: Elements | None, shape: tuple[int, ...], group: LayerGroup
     ) -> Elements:
-        word = _WORDS[group.item_bytes]
+        word = WORDS[group.item_bytes]
         if array is None:
             return np.empty(shape, word)
         if array.shape != shape or array.dtype.itemsize != group.item_bytes:

@@ -13,10 +13,9 @@ import numpy as np
 
 from kvstrata.codecs.base import Codec, Payload, corrupt
 from kvstrata.errors import LayoutMismatch, UsageError
-from kvstrata.layout import Bytes, Elements
+from kvstrata.layout import WORDS, Bytes, Elements
 
 _LENGTH = np.dtype("<u4")
-_WORDS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 def encoded_bound(codec: Codec, payload: Payload) -> int:
@@ -112,4 +111,5 @@ def _layers(payload: Payload, raw: Bytes) -> Elements:
         raise LayoutMismatch(f"a payload is plain bytes, not {raw.dtype} {raw.shape}")
     if len(raw) != payload.nbytes:
         raise UsageError(f"{len(raw)} bytes for {payload}, not {payload.nbytes}")
-    return raw.view(_WORDS[payload.item_bytes]).reshape(payload.shape)
+    words: Elements = raw.view(WORDS[payload.item_bytes])
+    return words.reshape(payload.shape)

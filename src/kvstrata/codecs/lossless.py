@@ -122,7 +122,7 @@ def _decompress(packed: Bytes, nbytes: int) -> Bytes:
         decompressor = _thread.decompressor = zstandard.ZstdDecompressor()
     try:
         # A frame may claim any size; only one is right, and nothing is allocated for another.
-        if zstandard.frame_content_size(packed) != nbytes:
+        if zstandard.frame_content_size(packed.data) != nbytes:
             raise corrupt("a plane of another size")
         plane = decompressor.decompress(packed, allow_extra_data=False)
     except zstandard.ZstdError as error:
