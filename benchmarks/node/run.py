@@ -67,7 +67,7 @@ def time_matches(client: NodeClient, keys: list[bytes], seconds: float) -> list[
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         begun = time.perf_counter()
-        matched: p.Matched = client.match(keys, [0], [ORDER]).wait(30)
+        matched: p.Matched = client.match(keys, [0], [ORDER], [RAW]).wait(30)
         taken.append((time.perf_counter() - begun) * 1e3)
         offsets = offsets_of(matched.offsets)
         assert len(matched.tiers) == len(keys) == len(offsets), "not all chunks were found"
@@ -147,7 +147,7 @@ def bench_match(seconds: float, num_files: int) -> None:
         begun = time.monotonic()
         client = connect(config)
         assert store(client, keys) == NUM_KEYS
-        standing = client.match(keys, [0], [ORDER]).wait(30)  # whatever stalls us, they stay
+        standing = client.match(keys, [0], [ORDER], [RAW]).wait(30)  # whatever stalls us, they stay
         assert len(standing.tiers) == NUM_KEYS
         begin.set()
         scanning: list[float] = []

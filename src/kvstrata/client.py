@@ -158,9 +158,23 @@ class NodeClient:
             raise
         return call
 
-    def match(self, keys: Sequence[bytes], parts: list[int], orders: list[str]) -> Call:
-        """Begin a match; `Call.wait` answers `kvstrata.node.protocol.Matched`."""
-        return self.begin(p.Match, p.Matched, b"".join(keys), parts, orders)
+    def match(
+        self,
+        keys: Sequence[bytes],
+        parts: list[int],
+        orders: list[str],
+        lengths: Sequence[int] = (),
+    ) -> Call:
+        """Begin a match; `Call.wait` answers `kvstrata.node.protocol.Matched`.
+
+        Args:
+            keys: of the prompt's chunks, head first.
+            parts: what makes up a chunk.
+            orders: the byte orders that the caller can read.
+            lengths: payload bytes of each part; without them nothing arrives that a tier keeps
+                encoded, for nobody knows how large it will be.
+        """
+        return self.begin(p.Match, p.Matched, b"".join(keys), parts, orders, list(lengths))
 
     def await_arrival(self, lease: int, have: int) -> Call:
         """Begin to wait for more than ``have`` chunks of a lease; answers `Arrived`."""

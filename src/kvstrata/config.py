@@ -91,6 +91,12 @@ class DiskConfig:
         metadata=_about(kinds.SIZE, None, "Bytes of objects that the folder may hold.", True)
     )
     policy: str = _option(kinds.one_of(POLICY_NAMES), "lru", "Whom to evict.", shared=True)
+    codec: str = _option(
+        kinds.CODEC,
+        "lossless",
+        "How new objects are stored: `raw`, `lossless`, or a lossy one of docs/codecs.md.",
+        shared=True,
+    )
     io_threads: int = _option(
         kinds.whole(1, 64),
         "4",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvstrata import units
+from kvstrata.errors import UsageError
 
 MIN_CAPACITY = 1 << 20
 
@@ -107,6 +108,19 @@ def _path(value: Any) -> Path:
     return Path(path)
 
 
+def _codec(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a name")
+    if value in ("raw", "lossless"):
+        return value
+    from kvstrata.codecs import codec_named  # large: only where another one is named
+
+    try:
+        return codec_named(value).name
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
 def _node(value: Any) -> str:
     if value == "auto":
         return "auto"
@@ -128,4 +142,5 @@ WAIT = Kind(_wait, units.format_duration, 'a duration above 0, such as "250ms" o
 RATE = Kind(units.parse_rate, units.format_rate, 'a rate such as "32MiB/s", or 0')
 TEXT = Kind(_text, str, "1 to 128 printable characters")
 PATH = Kind(_path, str, "an absolute path, or one that starts with ~")
+CODEC = Kind(_codec, str, "the name of a codec, such as lossless or int8")
 NODE = Kind(_node, str, '"auto", or "unix:" and the absolute path of a socket')

@@ -350,7 +350,7 @@ def test_a_slot_with_another_object_is_refused(make_rig: Make) -> None:
         {"key": bytes([7] * 32)},
         {"rank": 1},
         {"dtype": "float16"},
-        {"shape": (LAYERS, 1, header.shape[2] * 2)},
+        {"shape": (LAYERS, 1, *header.shape[2:5], header.shape[5] * 2)},
     ):
         page[:] = np.frombuffer(structs.replace(header, **change).encode(), np.uint8)
         with pytest.raises(CorruptObject):
@@ -377,7 +377,7 @@ def test_a_portable_payload_is_packed_for_the_engine(make_rig: Make) -> None:
     offset = load.offsets[0][0]
     header = decode(client.pool.array(offset, HEADER_BYTES).tobytes())
     native = client.pool.array(offset + HEADER_BYTES, header.raw_length).copy()
-    portable = pages.order.unpack_layers(native.reshape(header.shape), pages.group)
+    portable = pages.order.unpack_layers(native.reshape(*header.shape[:2], -1), pages.group)
     shape = pages.group.portable_shape(CHUNK)
     assert portable.shape == shape
     rewritten = structs.replace(header, kind="portable", order="", shape=shape)

@@ -167,7 +167,7 @@ def test_speculative_decoding(smollm2: Path, texts: Texts) -> None:
     """Drafts out of the prompt itself: rejected ones are never stored."""
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     # Texts that repeat themselves, so that many drafts are right and many are not.
-    prompts = [text * 2 for text in texts.of(*(90 + 37 * i for i in range(12)))]
+    prompts = [text * 2 for text in texts.of(*(90 + 37 * i for i in range(6)))]
     prompts = [prompt for prompt in prompts if len(prompt) % CHUNK]
     with Place(smollm2) as place:
         engine = place.engine(speculative_config=drafts)

@@ -41,7 +41,7 @@ def hold():
         client.pool.view(offset + HEADER_BYTES, RAW)[:] = payload(key)
         sums.append(checksum(payload(key)))
     assert client.commit(reserved.reservation, sums).wait(10).count == 4
-    assert client.match(keys, [0], [ORDER]).wait(10).lease
+    assert client.match(keys, [0], [ORDER], [RAW]).wait(10).lease
     more = chunk_keys(2, -os.getpid())
     client.reserved = client.reserve(NAMESPACE, more, 0, 0, template()).wait(10)
     return client

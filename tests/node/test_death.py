@@ -58,7 +58,7 @@ def test_killed(config: Config, start: Start, then: str) -> None:
         if grandchild:
             os.kill(grandchild, 0)  # it still has the socket
         keys = chunk_keys(4, process.pid)
-        matched = watcher.match(keys, [0], [ORDER]).wait(5)
+        matched = watcher.match(keys, [0], [ORDER], [RAW]).wait(5)
         assert len(matched.tiers) == 4, "what was committed stays"
         for key, offset in zip(keys, offsets_of(matched.offsets), strict=True):
             assert bytes(watcher.pool.view(offset + HEADER_BYTES, RAW)) == payload(key)
@@ -110,14 +110,14 @@ def test_bye(config: Config, start: Start) -> None:
 def test_the_node_killed(config: Config) -> None:
     client = connect(config)
     pid = client.hello.pid
-    call = client.match(chunk_keys(2), [0], [ORDER])
+    call = client.match(chunk_keys(2), [0], [ORDER], [RAW])
     call.wait(5)
     view = client.pool.view(0, 4096)
     os.kill(pid, 9)
     started = time.monotonic()
     with pytest.raises(Exception, match=r"gone|hung up"):  # noqa: PT012
         while time.monotonic() - started < 10:
-            client.match(chunk_keys(2), [0], [ORDER]).wait(5)
+            client.match(chunk_keys(2), [0], [ORDER], [RAW]).wait(5)
     assert not client.alive
     view[:] = bytes(4096)  # the memory outlives the node while somebody maps it
     client.close()

@@ -89,8 +89,11 @@ class Histories(RuleBasedStateMachine):
     reservations = Bundle("reservations")
     leases = Bundle("leases")
 
-    @initialize(policy=st.sampled_from(["lru", "s3fifo", "cost"]))
-    def begin(self, policy: str) -> None:
+    @initialize(
+        policy=st.sampled_from(["lru", "s3fifo", "cost"]),
+        codec=st.sampled_from(["raw", "lossless"]),
+    )
+    def begin(self, policy: str, codec: str) -> None:
         self.loop = asyncio.new_event_loop()
         self.clock = ManualClock()
         self.inner = GatedTier()
@@ -112,6 +115,7 @@ class Histories(RuleBasedStateMachine):
                 total=0.8,
                 verify_every=3,
                 policy=policy,
+                codec=codec,
                 clock=self.clock,
                 deadline_s=5.0,
             )

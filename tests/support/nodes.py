@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from kvstrata.client import offsets_of
+from kvstrata.codecs import codec_named
 from kvstrata.config import Config, HostConfig, LeaseConfig
 from kvstrata.memory import Pool
 from kvstrata.node import protocol as p
@@ -36,8 +37,11 @@ def chunk_keys(count: int, prompt: int = 0) -> list[bytes]:
 
 
 def payload(key: bytes, part: int = 0, order: str = ORDER, nbytes: int = RAW) -> bytes:
-    """What is stored for a chunk."""
-    return random.Random(f"{key.hex()} {part} {order}").randbytes(nbytes)
+    """What is stored for a chunk: words whose low byte is noise and whose high byte is not."""
+    rng = random.Random(f"{key.hex()} {part} {order}")
+    words = bytearray(rng.randbytes(nbytes))
+    words[1::2] = bytes(byte & 3 for byte in words[1::2])
+    return bytes(words)
 
 
 def template(order: str = ORDER, nbytes: int = RAW) -> p.Template:
@@ -53,6 +57,7 @@ def make_backing(
     deadline_s: float = 10.0,
     num_threads: int = 2,
     policy: str = "lru",
+    codec: str = "raw",
 ) -> Backing:
     return Backing(
         tier,
@@ -62,6 +67,7 @@ def make_backing(
         deadline_s=deadline_s,
         counters=counters or Counters(),
         clock=clock,
+        codec=codec_named(codec),
     )
 
 
@@ -165,7 +171,8 @@ def match(
     parts: Sequence[int] = (0,),
     orders: Sequence[str] = (ORDER,),
 ) -> p.Matched:
-    return node.match(client, p.Match(1, b"".join(keys), list(parts), list(orders)))
+    lengths = [RAW] * len(parts)
+    return node.match(client, p.Match(1, b"".join(keys), list(parts), list(orders), lengths))
 
 
 def release(node: Node, client: Client, lease: int, keep: int = 0) -> None:

@@ -49,6 +49,7 @@ SAMPLES: Mapping[str, Any] = {
     "disk.path": "/var/cache/kv",
     "disk.capacity": "200GB",
     "disk.policy": "cost",
+    "disk.codec": "raw",
     "disk.io_threads": 8,
     "disk.write_queue": "1GiB",
     "disk.scrub_rate": 0,

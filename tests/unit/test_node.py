@@ -42,8 +42,8 @@ from kvstrata.errors import Incompatible, TierFull, TierUnavailable, UsageError
 from kvstrata.node import backoff as backoff_module
 from kvstrata.node import protocol as p
 from kvstrata.node.background import Threads
-from kvstrata.node.backing import identity
 from kvstrata.node.clients import Client
+from kvstrata.node.host import identity
 from kvstrata.node.inprocess import InProcessNode
 from kvstrata.node.node import Node
 from kvstrata.objects import HEADER_BYTES, verify_object
@@ -1208,7 +1208,7 @@ class TestInProcess:
                 else:
                     while client.status()["tiers"][0]["state"] == "scanning":
                         pass
-                matched = client.match(keys, [0], [ORDER]).wait(5)
+                matched = client.match(keys, [0], [ORDER], [RAW]).wait(5)
                 assert list(matched.tiers) == [turn] * 3
                 offsets, ready = offsets_of(matched.offsets), 0
                 while ready < 3:

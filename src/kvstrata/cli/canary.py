@@ -115,7 +115,9 @@ class Canary:
         """Match, wait for arrival, copy out, compare. Measures ``arrive`` and ``copy``."""
         begun = time.perf_counter()
         deadline = time.monotonic() + self._timeout_s
-        matched: p.Matched = self._client.match(self.keys, [PART], [ORDER]).wait(self._timeout_s)
+        matched: p.Matched = self._client.match(
+            self.keys, [PART], [ORDER], [self.payload_bytes]
+        ).wait(self._timeout_s)
         try:
             found, ready, failed = len(matched.tiers), 0, False
             offsets = list(offsets_of(matched.offsets))

@@ -13,12 +13,21 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
-from kvstrata.errors import CorruptObject, Incompatible, TierFull, TierUnavailable
+from kvstrata.codecs import Codec
+from kvstrata.codecs.raw import Raw
+from kvstrata.errors import (
+    CorruptObject,
+    Incompatible,
+    TierFull,
+    TierUnavailable,
+    UsageError,
+)
 from kvstrata.node.background import Threads, report_bug
 from kvstrata.node.backoff import Backoff
-from kvstrata.node.host import order_name
+from kvstrata.node.host import identity, order_name
 from kvstrata.node.index import Index
-from kvstrata.objects import ObjectHeader, object_id, split_object_id, verify_object
+from kvstrata.node.recoding import Encoded, Scratch, encoded_object, restored_object
+from kvstrata.objects import ObjectHeader, split_object_id, verify_object
 from kvstrata.observe.counters import Counters
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.base import Found, Outcome, Tier
@@ -27,15 +36,13 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+HIT = Outcome.HIT
+_RAW = Raw()
+
 SCAN_SLICE = 256
 GRACE_S = 0.2
 # Sizes are multiples of 4096, so an entry has room for the number of the object's byte order.
 ORDER_MASK = 4095
-
-
-def identity(key: bytes, part: int) -> bytes:
-    """The object id of one part of a chunk."""
-    return object_id(key, part >> 16, part & 0xFFFF)
 
 
 class _Write:
@@ -56,6 +63,7 @@ class Backing:
         capacity_bytes: the hard bound on what it may hold.
         policy: orders its chunks for eviction.
         num_threads: threads for reads, and as many for writes.
+        codec: how new objects are stored, where that makes them smaller.
         deadline_s: a tier that completes no read for this long is taken as hung.
         counters: the node's.
         clock: monotonic seconds.
@@ -71,15 +79,18 @@ class Backing:
         deadline_s: float,
         counters: Counters,
         clock: Callable[[], float],
+        codec: Codec = _RAW,
     ) -> None:
         self.tier = tier
         self.name = tier.name
         # An entry is the object's size plus the number of its byte order, 0 while unknown.
         self.index: Index[int] = Index(capacity_bytes, policy, lambda entry: entry & ~ORDER_MASK)
         self.num_threads = num_threads
+        self.codec = codec
         self._deadline_s = deadline_s
         self._counters = counters
         self._clock = clock
+        self._scratch = Scratch(2 * num_threads)
         self._readers = Threads(num_threads, f"kvstrata-{self.name}-read")
         self._writers = Threads(num_threads, f"kvstrata-{self.name}-write")
         self._scanned = asyncio.Event()
@@ -144,17 +155,49 @@ class Backing:
         into: memoryview,
         give_up: Callable[[], None] = lambda: None,
     ) -> ObjectHeader | None:
-        """Read one object and verify it; None when it cannot be had. Counts what went wrong.
+        """Read one object into a slot, raw and verified; None when it cannot be had.
 
-        Returns only when no thread touches ``into`` any more; ``give_up`` is called before, when
-        the deadline passes.
+        Counts what went wrong. Returns only when no thread touches ``into`` any more; ``give_up``
+        is called before, when the deadline passes.
+
+        Args:
+            key: of the chunk.
+            part: which of the chunk's objects.
+            nbytes: its size in this tier, as `find` said.
+            into: the slot, as long as the object is when it is raw.
+            give_up: says that the slot will not be filled in time.
         """
         name = identity(key, part)
 
         def work() -> tuple[Outcome, ObjectHeader | None]:
-            (outcome,) = self.tier.read([name], [into])
-            return outcome, verify_object(into, name) if outcome is Outcome.HIT else None
+            if nbytes == len(into):
+                (outcome,) = self.tier.read([name], [into])
+                return outcome, restored_object(into, name, into) if outcome is HIT else None
+            with self._scratch.buffer(nbytes) as stored:
+                (outcome,) = self.tier.read([name], [stored])
+                return outcome, restored_object(stored, name, into) if outcome is HIT else None
 
+        return await self._read(key, part, nbytes, work, give_up)
+
+    async def verify(self, key: bytes, part: int, nbytes: int, into: memoryview) -> None:
+        """Read one object as it is stored, to see whether it is still good; see `read`."""
+        name = identity(key, part)
+
+        def work() -> tuple[Outcome, ObjectHeader | None]:
+            (outcome,) = self.tier.read([name], [into])
+            return outcome, verify_object(into, name) if outcome is HIT else None
+
+        await self._read(key, part, nbytes, work, lambda: None)
+
+    async def _read(
+        self,
+        key: bytes,
+        part: int,
+        nbytes: int,
+        work: Callable[[], tuple[Outcome, ObjectHeader | None]],
+        give_up: Callable[[], None],
+    ) -> ObjectHeader | None:
+        name = identity(key, part)
         try:
             outcome, header = await self._within_deadline(work, give_up)
         except (CorruptObject, Incompatible) as error:
@@ -163,6 +206,9 @@ class Backing:
             if self._has(key, part, nbytes):
                 self._condemn(key, part)
                 await self._remove(self.tier.reject, (key, part))
+            return None
+        except UsageError as error:
+            logger.warning("%s: object %s is not for this reader: %s", self.name, name.hex(), error)
             return None
         except TierUnavailable as error:
             self.trip(error)
@@ -198,11 +244,17 @@ class Backing:
             order: as readers will ask for it, see `kvstrata.node.host.order_name`.
             cost: what computing the chunk took, in seconds.
         """
-        writing, nbytes = _Write(key), len(data)
+        writing, encoded = _Write(key), None
         self._writes.add(writing)
         try:
             await self._scanned.wait()
-            if not self.writable or not await self._make_room(nbytes):
+            if not self.writable:
+                return False
+            encoded = await self._encoded(data)
+            if encoded is not None:
+                data, order = encoded.data, order_name(encoded.header.kind, encoded.header.order)
+            nbytes = len(data)
+            if not await self._make_room(nbytes):
                 return False
             outcome = Outcome.MISS
             try:
@@ -222,8 +274,13 @@ class Backing:
                 self._doomed[key, part] = nbytes
                 await self._remove(self.tier.delete)
                 return False
+        except asyncio.CancelledError:
+            encoded = None  # a thread may still read its buffer
+            raise
         finally:
             self._writes.discard(writing)
+            if encoded is not None:
+                self._scratch.give(encoded.buffer)
         self._counters.add("tier_writes_total", tier=self.name, outcome="hit")
         self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
         self.index.put(key, part, nbytes | self._order_number(order), cost)
@@ -327,7 +384,7 @@ class Backing:
         self._num_ended += 1
         try:
             return future.result()
-        except (TierUnavailable, CorruptObject, Incompatible):
+        except (TierUnavailable, CorruptObject, Incompatible, UsageError):
             raise
         except Exception as failure:
             raise self._bug(failure) from failure
@@ -345,6 +402,24 @@ class Backing:
             if not future.done() and self._num_ended == before:
                 return False
         return True
+
+    async def _encoded(self, data: memoryview) -> Encoded | None:
+        """The object as this tier's codec stores it; None where it stays as it is."""
+        if self.codec.family == "raw":
+            return None
+        try:
+            encoded = await asyncio.wrap_future(
+                self._writers.submit(lambda: encoded_object(self.codec, data, self._scratch))
+            )
+        except Exception as error:
+            report_bug(self._counters, f"codec {self.codec.name}", error)
+            return None
+        if encoded is not None:
+            self._counters.add("encoded_bytes_total", len(data), tier=self.name, of="raw")
+            self._counters.add(
+                "encoded_bytes_total", len(encoded.data), tier=self.name, of="stored"
+            )
+        return encoded
 
     async def _call(self, work: Callable[[], R]) -> R:
         try:

@@ -14,11 +14,17 @@ from typing import TYPE_CHECKING
 
 from kvstrata.memory import Pool, SlotAllocator
 from kvstrata.node.index import Index
+from kvstrata.objects import object_id
 from kvstrata.policies.base import Policy
 
 if TYPE_CHECKING:
     from kvstrata.node.clients import Client
     from kvstrata.node.leases import Lease
+
+
+def identity(key: bytes, part: int) -> bytes:
+    """The object id of one part of a chunk."""
+    return object_id(key, part >> 16, part & 0xFFFF)
 
 
 def order_name(kind: str, order: str) -> str:

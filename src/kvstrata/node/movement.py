@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kvstrata.node.background import Tasks, report_bug
-from kvstrata.node.backing import Backing
 from kvstrata.node.host import HostMemory, Slot, SlotState, order_name
 from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
+
+if TYPE_CHECKING:
+    from kvstrata.node.backing import Backing
 
 
 class _Commit:
@@ -67,9 +70,17 @@ class Movement:
         self._num_writers = 0
         self._flushes: list[tuple[set[_Job], asyncio.Future[None]]] = []
 
-    def promote(self, key: bytes, part: int, nbytes: int, backing: Backing) -> Slot | None:
+    def promote(
+        self, key: bytes, part: int, nbytes: int, backing: Backing, stored: int
+    ) -> Slot | None:
         """Start to bring an object into host memory.
 
+        Args:
+            key: of the chunk.
+            part: which of its objects.
+            nbytes: of the object when it is raw, so of the slot.
+            backing: the tier it comes from.
+            stored: of the object as it lies there.
         Returns:
             The slot that it will fill, held once for the caller; None when there is no room.
         """
@@ -79,7 +90,7 @@ class Movement:
         self.arriving[key, part] = slot
         self._filling.add(slot)
         self._host.hold(slot)
-        self._tasks.spawn("a promotion", self._promote(key, part, slot, backing))
+        self._tasks.spawn("a promotion", self._promote(key, part, slot, backing, stored))
         return slot
 
     def write_behind(
@@ -141,7 +152,9 @@ class Movement:
         await self._tasks.wait(grace_s)
         await self._tasks.cancel()
 
-    async def _promote(self, key: bytes, part: int, slot: Slot, backing: Backing) -> None:
+    async def _promote(
+        self, key: bytes, part: int, slot: Slot, backing: Backing, stored: int
+    ) -> None:
         view = self._host.pool.view(slot.offset, slot.nbytes)
 
         def settle(header: ObjectHeader | None = None) -> None:
@@ -149,7 +162,7 @@ class Movement:
 
         try:
             # Past its deadline a thread may still write into the slot, so it stays withheld.
-            header = await backing.read(key, part, slot.nbytes, view, give_up=settle)
+            header = await backing.read(key, part, stored, view, give_up=settle)
             settle(header)
         finally:
             settle()

@@ -14,7 +14,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -24,7 +24,6 @@ from kvstrata.errors import ConfigError, Incompatible, TierUnavailable, UsageErr
 from kvstrata.memory import Pool, available_bytes
 from kvstrata.node import protocol as p
 from kvstrata.node.background import Tasks
-from kvstrata.node.backing import Backing
 from kvstrata.node.clients import Client
 from kvstrata.node.host import HostMemory, Slot, SlotState
 from kvstrata.node.leases import LeaseTable
@@ -32,8 +31,12 @@ from kvstrata.node.movement import Movement
 from kvstrata.node.reservations import ReservationTable
 from kvstrata.node.sampling import Sampler
 from kvstrata.node.scrub import scrub
+from kvstrata.objects import stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
+
+if TYPE_CHECKING:
+    from kvstrata.node.backing import Backing
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,10 @@ class Node:
         pool = Pool.create(host_capacity_bytes(config, available_bytes()))
         backings, left_out = [], {}
         if config.disk is not None:
+            # With numba a second's import, which a node without slower tiers need not pay.
+            from kvstrata.codecs import codec_named
+            from kvstrata.node.backing import Backing
+            from kvstrata.node.recoding import warm_up
             from kvstrata.tiers.disk import DiskTier
 
             try:
@@ -119,6 +126,8 @@ class Node:
                 left_out["disk"] = str(error)
                 counters.add("tiers_left_out_total", tier="disk")
             else:
+                codec = codec_named(config.disk.codec)
+                warm_up(codec)
                 backings.append(
                     Backing(
                         tier,
@@ -128,6 +137,7 @@ class Node:
                         deadline_s=config.deadlines.load,
                         counters=counters,
                         clock=clock,
+                        codec=codec,
                     )
                 )
         return cls(config, pool, backings, counters, left_out, clock)
@@ -170,6 +180,7 @@ class Node:
     def match(self, client: Client, message: p.Match) -> p.Matched:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
         keys, parts = p.split(message.keys, 32), _checked(message.parts)
+        sizes = _sizes(message.lengths, parts)
         orders = frozenset(message.orders)
         if len(set(keys)) != len(keys):
             raise UsageError("no two chunks of a prompt have one key")
@@ -187,14 +198,14 @@ class Node:
         self.host.hold_all(held)
         tiers = bytearray(len(held) // num_parts)
         slots: list[Slot | None] = [*held]
-        pending: list[tuple[int, bytes, int, int, Backing]] = []
+        pending: list[tuple[int, bytes, int, int, Backing, int]] = []
         for key in rest:
             located = self._locate(key, parts, orders)
             if located is None:
                 break
-            for where, _ in located:
+            for part, (where, _) in zip(parts, located, strict=True):
                 if not isinstance(where, Slot):
-                    room -= where[1]
+                    room -= sizes.get(part, where[1])
                 elif not where.num_leases:
                     room -= where.nbytes
             if room < 0:
@@ -205,12 +216,14 @@ class Node:
                     where.holds += 1
                     slots.append(where)
                 else:
-                    pending.append((len(slots), key, part, where[1], where[0]))
+                    backing, stored = where
+                    nbytes = sizes.get(part, stored)
+                    pending.append((len(slots), key, part, nbytes, backing, stored))
                     slots.append(None)
             tiers.append(max(number for _, number in located))
         num_chunks = len(tiers)
-        for position, key, part, nbytes, backing in pending:
-            slot = self.movement.promote(key, part, nbytes, backing)
+        for position, key, part, nbytes, backing, stored in pending:
+            slot = self.movement.promote(key, part, nbytes, backing, stored)
             if slot is None:
                 num_chunks = position // num_parts
                 self.counters.add("matches_cut_total", why="room")
@@ -476,6 +489,15 @@ def _checked(parts: list[int]) -> list[int]:
     if not all(0 <= part < 1 << 32 for part in parts):
         raise UsageError(f"not all of {parts} are parts: group << 16 | rank")
     return parts
+
+
+def _sizes(lengths: list[int], parts: list[int]) -> dict[int, int]:
+    """Bytes of each part's object when it is raw, as far as the reader says."""
+    if lengths and len(lengths) != len(parts):
+        raise UsageError(f"{len(parts)} parts, but the lengths of {len(lengths)}")
+    if not all(0 < length < 1 << 48 for length in lengths):
+        raise UsageError("a payload has at least one byte, and less than 2^48")
+    return dict(zip(parts, map(stored_bytes, lengths), strict=False))
 
 
 def _offsets(slots: list[Slot]) -> bytes:

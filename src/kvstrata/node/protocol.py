@@ -44,6 +44,7 @@ class Match(_Message, tag="match", frozen=True):
     keys: bytes
     parts: list[int]
     orders: list[str]
+    lengths: list[int] = msgspec.field(default_factory=list)
 
 
 class Matched(_Message, tag="matched", frozen=True):

@@ -8,8 +8,7 @@ import random
 
 from kvstrata.errors import CorruptObject, Incompatible
 from kvstrata.node.background import Tasks, Threads
-from kvstrata.node.backing import identity
-from kvstrata.node.host import HostMemory, Slot, SlotState
+from kvstrata.node.host import HostMemory, Slot, SlotState, identity
 from kvstrata.objects import verify_object
 from kvstrata.observe.counters import Counters
 

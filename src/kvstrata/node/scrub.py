@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+from typing import TYPE_CHECKING
 
-from kvstrata.node.backing import Backing
+if TYPE_CHECKING:
+    from kvstrata.node.backing import Backing
 
 IDLE_S = 60.0
 
@@ -28,6 +30,6 @@ async def scrub(backing: Backing, bytes_per_s: float) -> None:
                     continue
                 if len(scratch) < nbytes:
                     scratch = mmap.mmap(-1, nbytes)
-                await backing.read(key, part, nbytes, memoryview(scratch)[:nbytes])
+                await backing.verify(key, part, nbytes, memoryview(scratch)[:nbytes])
                 await asyncio.sleep(nbytes / bytes_per_s)
         await asyncio.sleep(IDLE_S)

@@ -19,12 +19,14 @@ class WorkerHello(KVConnectorHandshakeMetadata):
         order: name of the byte order its payloads have.
         layout: logical layout of its layers, in one canonical text.
         node: identity of the node it is attached to; empty if to none.
+        payload_bytes: of one chunk.
         problem: why the worker cannot take part; empty if it can.
     """
 
     order: str = ""
     layout: str = ""
     node: bytes = b""
+    payload_bytes: int = 0
     problem: str = ""
 
 

@@ -55,6 +55,7 @@ class SchedulerSide:
         self._off = "the workers have not introduced themselves"
         self._orders: list[str] = []
         self._parts: list[int] = []
+        self._lengths: list[int] = []
         self._namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
         self._worker_nodes: set[bytes] = set()
         self._states: dict[str, RequestState] = {}
@@ -79,6 +80,7 @@ class SchedulerSide:
             self._off = ""
             self._orders = [ranked[0].order, PORTABLE]
             self._parts = list(range(len(ranked)))
+            self._lengths = [hello.payload_bytes for hello in ranked]
             layout = "; ".join(hello.layout for hello in ranked)
             self._worker_nodes = {hello.node for hello in ranked}
             try:
@@ -326,7 +328,7 @@ class SchedulerSide:
             state.matched, state.miss = True, "shorter than a chunk"
             return True
         try:
-            state.call = client.match(state.keys, self._parts, self._orders)
+            state.call = client.match(state.keys, self._parts, self._orders, self._lengths)
             self._looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
         except NodeUnavailable:

@@ -24,7 +24,7 @@ from kvstrata.node import protocol as p
 logger = logging.getLogger(__name__)
 
 #: how long a step without a forward waits for a load to end
-EMPTY_STEP_WAIT_S = 0.002
+EMPTY_STEP_WAIT_S = 0.005
 
 
 class WorkerSide:
@@ -61,10 +61,11 @@ class WorkerSide:
         parallel = vllm_config.parallel_config
         self._pages: Pages = pages
         self._copier: Copier = make_copier(pages.device)
+        self._template = _template(pages, chunk_tokens)
         self._transfers = Transfers(
             pages,
             self._copier,
-            _template(pages, chunk_tokens),
+            self._template,
             parallel.rank,
             parallel.world_size,
             config.deadlines,
@@ -91,6 +92,7 @@ class WorkerSide:
         """What the scheduler's side must know."""
         group = self._pages.group
         return WorkerHello(
+            payload_bytes=self._template.raw_length,
             order=self._pages.order.name,
             layout=(
                 f"{group.kind} {group.num_layers} layers, {group.states} states, "
@@ -231,12 +233,14 @@ def chunk_cost(seconds: float) -> float:
 
 
 def _template(pages: Pages, chunk_tokens: int) -> p.Template:
-    shape = pages.native_shape(chunk_tokens)
+    layers, blocks, nbytes = pages.native_shape(chunk_tokens)
+    group, order = pages.group, pages.order
+    shape = (layers, blocks, group.states, group.num_kv_heads, order.block_tokens, group.head_dim)
     return p.Template(
         kind="native",
         order=pages.order.name,
         dtype=pages.group.dtype,
         shape=list(shape),
         num_tokens=chunk_tokens,
-        raw_length=math.prod(shape),
+        raw_length=layers * blocks * nbytes,
     )
