@@ -22,7 +22,8 @@ from kvstrata.client import NodeClient, offsets_of
 from kvstrata.config import Config, load_config
 from kvstrata.errors import KVStrataError
 from kvstrata.node import protocol as p
-from kvstrata.node.backing import Backing, identity
+from kvstrata.node.backing import Backing
+from kvstrata.node.host import identity
 from kvstrata.node.launch import connect
 from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
 from kvstrata.observe.counters import Counters

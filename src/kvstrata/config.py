@@ -93,7 +93,7 @@ class DiskConfig:
     policy: str = _option(kinds.one_of(POLICY_NAMES), "lru", "Whom to evict.", shared=True)
     codec: str = _option(
         kinds.CODEC,
-        "lossless",
+        "raw",
         "How new objects are stored: `raw`, `lossless`, or a lossy one of docs/codecs.md.",
         shared=True,
     )

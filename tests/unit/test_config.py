@@ -49,7 +49,7 @@ SAMPLES: Mapping[str, Any] = {
     "disk.path": "/var/cache/kv",
     "disk.capacity": "200GB",
     "disk.policy": "cost",
-    "disk.codec": "raw",
+    "disk.codec": "lossless",
     "disk.io_threads": 8,
     "disk.write_queue": "1GiB",
     "disk.scrub_rate": 0,

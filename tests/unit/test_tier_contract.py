@@ -25,11 +25,30 @@ from kvstrata.tiers.base import Outcome, Tier
 from kvstrata.tiers.faulty import Answer, Delay, Effect, FaultyTier, FlipBit, Raise, ShortRead
 from kvstrata.tiers.faulty import Verb as FaultyVerb
 from kvstrata.tiers.memory import MemoryTier
+from kvstrata.tiers.throttled import ThrottledTier
 
 
 class TestMemoryTier(TierContract):
     def make_tier(self, folder: Path) -> Tier:
         return MemoryTier()
+
+
+class TestThrottledTier(TierContract):
+    def make_tier(self, folder: Path) -> Tier:
+        return ThrottledTier(MemoryTier(), 1e12)
+
+
+def test_a_throttled_tier_shares_one_link(clock: ManualClock) -> None:
+    tier = ThrottledTier(MemoryTier(), 2 * PAGE, clock=clock, sleep=clock.advance)
+    tier.write([(one, empty(4 * PAGE)) for one in IDS])
+    began = clock()
+    tier.read(IDS[:1], [empty(4 * PAGE)])
+    assert clock() - began == 2.0
+    clock.advance(10.0)  # a link does not save up what it did not carry
+    tier.set_rate(8 * PAGE)
+    began = clock()
+    tier.read(IDS[:2], [empty(4 * PAGE), empty(4 * PAGE)])
+    assert clock() - began == 1.0
 
 
 class TestFaultyTierWithoutRules(TierContract):

@@ -194,6 +194,9 @@ class Engine:
         return reply
 
 
+SERVE = "from kvstrata.cli import main; main()"
+
+
 class Workplace:
     """Where engines and one node meet: a private socket, secret and log in a temporary folder.
 
@@ -202,11 +205,12 @@ class Workplace:
     Args:
         model: folder of the model.
         settings: KVStrata's options, dotted.
-        service: start the node with ``kvstrata serve`` instead of on demand.
+        service: start the node with ``kvstrata serve`` instead of on demand; or with this Python
+            code, which gets the same arguments.
     """
 
     def __init__(
-        self, model: Path, settings: Mapping[str, Any] | None = None, service: bool = False
+        self, model: Path, settings: Mapping[str, Any] | None = None, service: bool | str = False
     ) -> None:
         # Not in $TMPDIR: a socket's path has room for little more than a hundred characters.
         self.folder = Path(tempfile.mkdtemp(prefix="kvstrata-", dir="/tmp"))
@@ -222,6 +226,7 @@ class Workplace:
         self._clients: list[NodeClient] = []
         self._pids: set[int] = set()
         self._service: subprocess.Popen[bytes] | None = None
+        self._code = service if isinstance(service, str) else SERVE
         if service:
             self._serve()
 
@@ -300,7 +305,7 @@ class Workplace:
                 [
                     sys.executable,
                     "-c",
-                    "from kvstrata.cli import main; main()",
+                    self._code,
                     "serve",
                     *arguments,
                 ],
