@@ -99,7 +99,7 @@ class DiskConfig:
     )
     io_threads: int = _option(
         kinds.whole(1, 64),
-        "4",
+        "8",
         "Threads that read and write; a hung disk costs no more.",
         shared=True,
     )

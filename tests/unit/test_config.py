@@ -50,7 +50,7 @@ SAMPLES: Mapping[str, Any] = {
     "disk.capacity": "200GB",
     "disk.policy": "cost",
     "disk.codec": "lossless",
-    "disk.io_threads": 8,
+    "disk.io_threads": 6,
     "disk.write_queue": "1GiB",
     "disk.scrub_rate": 0,
     "deadlines.match": "1ms",

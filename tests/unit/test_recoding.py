@@ -151,8 +151,8 @@ def test_what_is_refused() -> None:
         restored_object(encoded.data, name, slot(len(whole) + 4096))
     with pytest.raises(Incompatible, match="unknown codec 'zip'"):
         restored_object(_changed(encoded, codec="zip"), name, into)
-    with pytest.raises(Incompatible, match="not version 1"):
-        restored_object(_changed(encoded, codec_parameters=b"\x02"), name, into)
+    with pytest.raises(Incompatible, match="not version"):
+        restored_object(_changed(encoded, codec_parameters=b"\xff"), name, into)
     with pytest.raises(CorruptObject, match="other bytes than were stored"):
         restored_object(_changed(encoded, raw_checksum=bytes(16)), name, into)
     flipped = _changed(encoded)
@@ -251,6 +251,7 @@ def test_a_reader_that_names_no_length_gets_only_what_is_stored_raw() -> None:
         arrived = await arrive(node, client, matched.lease, 0)
         assert (arrived.ready, arrived.failed) == (0, True)
         release(node, client, matched.lease)
+        await until(lambda: not node.movement.arriving)
         # It is no fault of the object's: who knows its length still has it.
         matched = match(node, client, keys)
         assert (await arrive(node, client, matched.lease, 1)).ready == 2

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from kvstrata.codecs.base import Codec, Payload
+from kvstrata.codecs.cachegen import CacheGen
+from kvstrata.codecs.fp8 import Fp8
+from kvstrata.codecs.kvtc import Kvtc
+from kvstrata.codecs.kvtc import named as kvtc_named
 from kvstrata.codecs.lossless import Lossless
+from kvstrata.codecs.quantized import INTEGERS
 from kvstrata.codecs.raw import Raw
+from kvstrata.codecs.rotated import TURBO
 from kvstrata.errors import Incompatible, UsageError
 from kvstrata.kinds import did_you_mean
 
@@ -15,11 +21,16 @@ CODECS: dict[str, Codec] = {
     for codec in (
         Raw(),
         Lossless(),
+        Fp8(),
+        *INTEGERS,
+        *TURBO,
+        *(CacheGen(level) for level in range(1, 6)),
     )
 }
-"""Every codec that an operator may name."""
+"""Every codec that an operator may name, but for those of a calibration: ``kvtc-2`` and its kin."""
 
 _FAMILIES: dict[str, type[Codec]] = {codec.family: type(codec) for codec in CODECS.values()}
+_FAMILIES[Kvtc.family] = Kvtc
 
 
 def codec_named(name: str) -> Codec:
@@ -28,6 +39,8 @@ def codec_named(name: str) -> Codec:
     Raises:
         UsageError: there is none.
     """
+    if name.startswith("kvtc-"):
+        return kvtc_named(name)
     if name not in CODECS:
         raise UsageError(
             f"no codec {name!r}{did_you_mean(name, list(CODECS))}; there are {', '.join(CODECS)}"

@@ -30,7 +30,9 @@ class LossyCodec(Codec):
     def encode_layer(self, values: Elements, layer: int, payload: Payload, out: Bytes) -> int:
         numbers = to_float32(values, payload.dtype)
         # A sum is finite only if every term is, and one pass is cheaper than a mask of flags.
-        if not np.isfinite(np.sum(np.abs(numbers), dtype=np.float64)):
+        with np.errstate(invalid="ignore"):  # a signalling NaN is one more that is not finite
+            total = np.sum(np.abs(numbers), dtype=np.float64)
+        if not np.isfinite(total):
             exact = values.reshape(-1).view(np.uint8)
             out[0] = _EXACT
             out[1 : 1 + len(exact)] = exact
