@@ -11,7 +11,7 @@ import sys
 import typer
 
 from kvstrata import __version__
-from kvstrata.cli import clear, config, demo, doctor, quality, serve, status
+from kvstrata.cli import calibrate, clear, config, demo, doctor, quality, serve, status
 from kvstrata.errors import KVStrataError
 
 
@@ -31,6 +31,7 @@ def build_app() -> typer.Typer:
     app.command("config")(config.run)
     app.command("doctor")(doctor.run)
     app.command("demo")(demo.run)
+    app.command("calibrate")(calibrate.run)
     app.command("quality")(quality.run)
     return app
 

@@ -1,0 +1,131 @@
+"""``kvstrata quality``: what each codec costs a model's answers, and what it gains."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvstrata.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from kvstrata.quality.table import Table
+
+QUICK_LENGTHS, QUICK_WINDOWS = (1024,), 1
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The model's folder, or smollm2 or gemma3 for a packaged one."
+        ),
+    ],
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--codec", metavar="NAME", help="Measure this codec; may be repeated. Default: all."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One window of 1,024 tokens: a look, not a result.")
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the results here, not to the cache."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Write quality.md and quality.png here."),
+    ] = None,
+) -> None:
+    """Measure codecs on a real model: size, damage and speed, in one table.
+
+    Each codec encodes and decodes the KV of real text chunk by chunk, and the model goes on from
+    what came back. Needs transformers. The results go where a node looks for them, named after
+    the model's weights; those of --quick go only where --json says.
+    """
+    from kvstrata.quality import run as measuring
+    from kvstrata.quality import table as results
+    from kvstrata.quality.plot import plot
+
+    if output is not None and importlib.util.find_spec("matplotlib") is None:
+        # Said at once, not after half an hour.
+        raise UsageError("--output draws a plot, which needs matplotlib: pip install matplotlib")
+    codecs = measuring.choose(codec or [])
+    folder, name = _model(model)
+    began = time.monotonic()
+    table = measuring.measure(
+        folder,
+        name,
+        codecs,
+        measuring.held_out_text(),
+        lengths=QUICK_LENGTHS if quick else measuring.LENGTHS,
+        count=QUICK_WINDOWS if quick else measuring.WINDOWS,
+        weights_cache=results.cache_folder() / "weights",
+        tell=lambda line: typer.echo(line, err=True),
+    )
+    _print(rich_table(table))
+    for codec_name, why in table.left_out.items():
+        typer.echo(f"left out: {codec_name}: {why}", err=True)
+    target = json_file if json_file is not None or quick else results.path_for(table.weights)
+    if target is not None:
+        results.save(table, target)
+        typer.echo(f"wrote {target}", err=True)
+    if output is not None:
+        from kvstrata.quality.forms import markdown
+
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "quality.md").write_text(markdown(table), encoding="utf-8")
+        plot(table, output / "quality.png")
+        typer.echo(f"wrote {output / 'quality.md'} and {output / 'quality.png'}", err=True)
+    typer.echo(f"took {time.monotonic() - began:.0f} s", err=True)
+
+
+def rich_table(table: Table) -> RichTable:
+    """All lengths together, for a terminal; the frontier of bits and KL is marked."""
+    from rich.table import Table as RichTable
+
+    from kvstrata.quality.forms import HEADINGS, cells
+    from kvstrata.quality.table import frontier
+
+    lengths = ", ".join(map(str, table.lengths))
+    shown = RichTable(
+        title=f"{table.model}: contexts of {lengths} tokens, windows: {table.windows}",
+        caption="bold: no other codec has fewer bits and no more divergence",
+    )
+    for number, heading in enumerate(HEADINGS):
+        shown.add_column(heading, justify="right" if number else "left")
+    best = frontier(table.codecs)
+    for measured in table.codecs:
+        shown.add_row(*cells(measured), style="bold" if measured.name in best else None)
+    return shown
+
+
+def _print(shown: RichTable) -> None:
+    from rich.console import Console
+
+    # Wide enough for all columns where the output is no terminal.
+    Console(width=None if sys.stdout.isatty() else 220).print(shown)
+
+
+def _model(model: str) -> tuple[Path, str]:
+    """The folder, and what to call the model.
+
+    Raises:
+        UsageError: there is neither such a folder nor such a packaged model.
+    """
+    from kvstrata.testing.models import MODELS
+
+    if Path(model).is_dir():
+        return Path(model), Path(model).resolve().name
+    if model not in MODELS:
+        raise UsageError(f"{model!r} is no folder; packaged models: {', '.join(sorted(MODELS))}")
+    folder = MODELS[model]()
+    return folder, folder.name

@@ -1,0 +1,174 @@
+"""The whole measurement: windows outside, codecs inside, so that each prefill happens once."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from kvstrata import __version__
+from kvstrata.codecs import CODECS, Codec, codec_named
+from kvstrata.codecs.calibration import stored
+from kvstrata.codecs.kvtc import Kvtc
+from kvstrata.errors import LayoutMismatch, UsageError
+from kvstrata.identity import weights_identity
+from kvstrata.quality import tasks
+from kvstrata.quality.baselines import BASELINES
+from kvstrata.quality.coding import CHUNK_TOKENS, chunk, speeds
+from kvstrata.quality.models import Model
+from kvstrata.quality.samples import Sample, Window
+from kvstrata.quality.scores import scores
+from kvstrata.quality.table import Exact, Measured, Table
+from kvstrata.testing.models import english_text
+
+LENGTHS = (1024, 4096, 7168)
+WINDOWS = 5
+
+
+def choose(names: Sequence[str]) -> dict[str, Codec]:
+    """The named codecs, and without names all there are: every registered one but raw, those of
+    the calibrations in the cache, and the baselines.
+
+    Raises:
+        UsageError: there is no such codec.
+    """
+    levels = [Kvtc(int(level), one) for one in stored() for level in one.header.steps]
+    others = {**{codec.name: codec for codec in levels}, **BASELINES}
+    chosen = names or [*(name for name in CODECS if name != "raw"), *others]
+    return {name: others.get(name) or codec_named(name) for name in chosen}
+
+
+def held_out_text() -> str:
+    """Real prose that no codec was calibrated on: the second half of the text that we have."""
+    text = english_text()
+    return text[len(text) // 2 :]
+
+
+@dataclass
+class _Asked:
+    """What is gathered of one codec."""
+
+    codec: Codec
+    samples: list[list[Sample]] = field(default_factory=list)
+    gbps: tuple[float, float] = (0.0, 0.0)
+
+
+def measure(
+    folder: Path,
+    name: str,
+    codecs: Mapping[str, Codec],
+    text: str,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    count: int = WINDOWS,
+    weights_cache: Path | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Table:
+    """Measure codecs on a model.
+
+    Args:
+        folder: of the model, in the Hugging Face form.
+        name: of the model, for people.
+        codecs: by name.
+        text: real prose; nothing may have been calibrated on it.
+        lengths: of contexts, whole numbers of chunks, ascending.
+        count: disjoint windows of the text.
+        weights_cache: where hashes of weights are remembered.
+        tell: hears what goes on.
+    Raises:
+        UsageError: the model cannot be measured, or is too short for these lengths.
+    """
+    if not lengths or any(length % CHUNK_TOKENS for length in lengths):
+        raise UsageError(f"context lengths {lengths}: whole numbers of {CHUNK_TOKENS} tokens")
+    weights = weights_identity(folder, weights_cache)
+    model = Model(folder)
+    tokens = max(lengths) + tasks.CONTINUATION + 1
+    if tokens > model.max_tokens:
+        raise UsageError(f"{name} takes {model.max_tokens} tokens, not {tokens}")
+    pieces = tasks.windows(model.tokenizer, text, tokens, count)
+    asked = {codec_name: _Asked(codec) for codec_name, codec in codecs.items()}
+    left_out: dict[str, str] = {}
+    windows: list[list[_Baseline]] = []
+    for seed, piece in enumerate(pieces):
+        began = time.monotonic()
+        window = Window(model, piece, lengths, seed)
+        tell(f"window {seed + 1} of {count}: exact cache in {time.monotonic() - began:.0f} s")
+        windows.append([_baseline(window, length) for length in lengths])
+        for codec_name, one in list(asked.items()):
+            began = time.monotonic()
+            try:
+                one.codec.check(chunk(window.prose, 0)[0])
+            except LayoutMismatch as error:
+                left_out[codec_name] = str(error)
+                del asked[codec_name]
+                continue
+            one.samples.append(window.sample(one.codec))
+            if seed == 0:
+                # What came before has compiled it and warmed it.
+                one.gbps = speeds(one.codec, window.prose)
+            tell(f"  {codec_name}: {time.monotonic() - began:.1f} s")
+    return Table(
+        kvstrata=__version__,
+        model=name,
+        weights=weights,
+        text=xxhash.xxh3_128_hexdigest(np.array(pieces, "<i8").tobytes()),
+        windows=count,
+        lengths=tuple(lengths),
+        machine=_machine(),
+        exact=tuple(
+            _exact([window[i] for window in windows], length) for i, length in enumerate(lengths)
+        ),
+        codecs=tuple(_measured(codec_name, one, lengths) for codec_name, one in asked.items()),
+        left_out=left_out,
+    )
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    loss: float
+    found: list[bool]
+    rules: list[float]
+
+
+def _baseline(window: Window, length: int) -> _Baseline:
+    return _Baseline(
+        window.exact_loss(length), window.exact_found(length), window.exact_rules(length)
+    )
+
+
+def _exact(rows: Sequence[_Baseline], length: int) -> Exact:
+    return Exact(
+        length=length,
+        perplexity=float(np.exp(np.mean([row.loss for row in rows]))),
+        retrieval=tuple(float(share) for share in np.mean([row.found for row in rows], axis=0)),
+        rules=float(np.mean([row.rules for row in rows])),
+    )
+
+
+def _measured(name: str, one: _Asked, lengths: Sequence[int]) -> Measured:
+    return Measured(
+        name=name,
+        family=one.codec.family,
+        parameters=one.codec.parameters().hex(),
+        lossless=one.codec.lossless,
+        encode_gbps=one.gbps[0],
+        decode_gbps=one.gbps[1],
+        scores=tuple(scores(one.samples, length) for length in (0, *lengths)),
+    )
+
+
+def _machine() -> str:
+    """Words for what the speeds were measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    return f"{cpu}, {os.cpu_count()} cores"
