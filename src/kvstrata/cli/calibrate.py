@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -174,19 +175,27 @@ def _document(
     cache = transformers.DynamicCache()
     with torch.no_grad():
         model(torch.tensor([ids[:count]]), past_key_values=cache, logits_to_keep=1)
-    context = torch.stack([torch.stack([one.keys[0], one.values[0]]) for one in cache.layers])
-    context.requires_grad_(True)
+    # Gradients to each layer's own tensors: to slices of one tensor they would cost far more.
+    context = [(layer.keys.detach(), layer.values.detach()) for layer in cache.layers]
+    if len({tensor.shape for pair in context for tensor in pair}) > 1:
+        raise UsageError("kvtc does not know a model whose layers have keys of several shapes")
+    leaves = [tensor.requires_grad_(True) for pair in context for tensor in pair]
     cache = transformers.DynamicCache()
     for layer, (keys, values) in enumerate(context):
-        cache.update(keys[None], values[None], layer)
+        cache.update(keys, values, layer)
     logits = model(torch.tensor([ids[count:]]), past_key_values=cache).logits[0].log_softmax(-1)
     gradients = []
     for _ in range(SAMPLES):
         sampled = torch.distributions.Categorical(logits=logits.detach()).sample()
         total = logits.gather(1, sampled[:, None]).sum()
-        (gradient,) = torch.autograd.grad(total, context, retain_graph=True)
-        gradients.append(gradient.numpy())
-    return context.detach().numpy(), gradients
+        gradients.append(_stacked(torch, torch.autograd.grad(total, leaves, retain_graph=True)))
+    return _stacked(torch, [leaf.detach() for leaf in leaves]), gradients
+
+
+def _stacked(torch: Any, tensors: Sequence[Any]) -> npt.NDArray[np.float32]:
+    """Keys and values by turns, (1, H, T, D) each, as one (L, 2, H, T, D)."""
+    found: npt.NDArray[np.float32] = torch.cat(list(tensors)).numpy()
+    return found.reshape(-1, 2, *found.shape[1:])
 
 
 def _documents(ids: list[int], num_tokens: int) -> list[list[int]]:

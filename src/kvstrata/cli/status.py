@@ -79,6 +79,7 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
     tiers = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("tier", "used", "of", "chunks", "objects"):
         tiers.add_column(column, justify="left" if column == "tier" else "right", no_wrap=True)
+    tiers.add_column("codec")
     tiers.add_column("state")
     populated, capacity = host["populated_bytes"], host["capacity_bytes"]
     tiers.add_row(
@@ -87,6 +88,7 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
         approximate_size(capacity),
         str(host["num_chunks"]),
         str(host["num_objects"]),
+        "raw",
         "ok" if populated >= capacity else f"ok, {populated / capacity:.0%} of it faulted in",
     )
     for tier in state["tiers"]:
@@ -97,10 +99,11 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
             approximate_size(tier["capacity_bytes"]),
             str(tier["num_chunks"]),
             str(tier["num_objects"]),
+            tier["codec"],
             tier["state"] + (f", {approximate_size(waiting)} to write" if waiting else ""),
         )
     for name, why in state["tiers_left_out"].items():
-        tiers.add_row(name, "", "", "", "", f"off since the node started: {why}")
+        tiers.add_row(name, "", "", "", "", "", f"off since the node started: {why}")
     parts.append(tiers)
     parts.append(
         Text(

@@ -398,6 +398,7 @@ class Node:
                 "tiers": [
                     {
                         "name": backing.name,
+                        "codec": backing.codec.name,
                         "state": backing.state,
                         "capacity_bytes": backing.index.capacity_bytes,
                         "used_bytes": backing.index.used_bytes,
