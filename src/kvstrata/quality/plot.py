@@ -49,7 +49,10 @@ def plot(table: Table, path: Path) -> None:
         axes.annotate(
             measured.name + ("" if measured in coded else " (KL 0)"),
             (bits, kl.value if measured in coded else floor),
-            xytext=(5, 5),
+            # What is dominated lies above and right of the frontier: so do its labels.
+            xytext=(-5, -5) if wins else (5, 3),
+            ha="right" if wins else "left",
+            va="top" if wins else "bottom",
             textcoords="offset points",
             fontsize=8,
             **style,
