@@ -8,8 +8,8 @@ Runs in Triton's interpreter too, where TRITON_INTERPRET=1 is set before this mo
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 from kvstrata.codecs.base import Payload, floating
 from kvstrata.codecs.packing import exponent_of, power_of_two
