@@ -153,6 +153,10 @@ def test_what_is_refused() -> None:
         restored_object(_changed(encoded, codec="zip"), name, into)
     with pytest.raises(Incompatible, match="not version"):
         restored_object(_changed(encoded, codec_parameters=b"\xff"), name, into)
+    with pytest.raises(Incompatible, match="of complex64"):
+        restored_object(_changed(encoded, dtype="complex64"), name, into)
+    with pytest.raises(CorruptObject, match="sizes of 1"):
+        restored_object(_changed(encoded, shape=(1 << 60,)), name, into)
     with pytest.raises(CorruptObject, match="other bytes than were stored"):
         restored_object(_changed(encoded, raw_checksum=bytes(16)), name, into)
     flipped = _changed(encoded)

@@ -187,12 +187,14 @@ def _payload(header: ObjectHeader, codec: Codec) -> Payload:
     if header.kind == "portable" and len(header.shape) == 5:
         layers, states, heads, tokens, dim = header.shape
         payload = Payload((layers, states, heads, tokens, dim), header.dtype, header.start)
-    elif codec.lossless:
+    elif codec.lossless and header.dtype in ITEM_BYTES:
         layers = header.shape[0]
         elements = header.raw_length // (layers * ITEM_BYTES[header.dtype])
         payload = Payload((layers, 1, 1, 1, elements), header.dtype, header.start)
     else:
-        raise LayoutMismatch(f"a {header.kind} payload {header.shape} tells no heads from channels")
+        raise LayoutMismatch(
+            f"a {header.kind} payload of {header.dtype} {header.shape} is nothing for {codec.name}"
+        )
     if payload.nbytes != header.raw_length:
         raise LayoutMismatch(f"{header.raw_length} bytes are not {payload}")
     return payload
