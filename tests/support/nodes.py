@@ -67,7 +67,7 @@ def make_backing(
         deadline_s=deadline_s,
         counters=counters or Counters(),
         clock=clock,
-        codec=codec_named(codec),
+        codec=None if codec == "raw" else codec_named(codec),
     )
 
 

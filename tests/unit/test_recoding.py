@@ -33,7 +33,8 @@ from kvstrata.layout import LayerGroup, native_order
 from kvstrata.node import protocol as p
 from kvstrata.node.clients import Client
 from kvstrata.node.node import Node
-from kvstrata.node.recoding import Encoded, Scratch, encoded_object, restored_object
+from kvstrata.node.recoding import Encoded, encoded_object, restored_object
+from kvstrata.node.scratch import Scratch
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, decode, stored_bytes
 from kvstrata.testing.codecs import as_numbers, kv_like
 from kvstrata.tiers.memory import MemoryTier

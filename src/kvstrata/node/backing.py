@@ -11,10 +11,8 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from kvstrata.codecs import Codec
-from kvstrata.codecs.raw import Raw
 from kvstrata.errors import (
     CorruptObject,
     Incompatible,
@@ -26,18 +24,21 @@ from kvstrata.node.background import Threads, report_bug
 from kvstrata.node.backoff import Backoff
 from kvstrata.node.host import identity, order_name
 from kvstrata.node.index import Index
-from kvstrata.node.recoding import Encoded, Scratch, encoded_object, restored_object
-from kvstrata.objects import ObjectHeader, split_object_id, verify_object
+from kvstrata.node.scratch import Scratch
+from kvstrata.objects import ObjectHeader, split_object_id, stored_bytes, verify_object
 from kvstrata.observe.counters import Counters
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.base import Found, Outcome, Tier
+
+if TYPE_CHECKING:
+    from kvstrata.codecs import Codec
+    from kvstrata.node.recoding import Encoded
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
 HIT = Outcome.HIT
-_RAW = Raw()
 
 SCAN_SLICE = 256
 GRACE_S = 0.2
@@ -63,7 +64,7 @@ class Backing:
         capacity_bytes: the hard bound on what it may hold.
         policy: orders its chunks for eviction.
         num_threads: threads for reads, and as many for writes.
-        codec: how new objects are stored, where that makes them smaller.
+        codec: how new objects are stored, where that makes them smaller; None: as they are.
         deadline_s: a tier that completes no read for this long is taken as hung.
         counters: the node's.
         clock: monotonic seconds.
@@ -79,7 +80,7 @@ class Backing:
         deadline_s: float,
         counters: Counters,
         clock: Callable[[], float],
-        codec: Codec = _RAW,
+        codec: Codec | None = None,
     ) -> None:
         self.tier = tier
         self.name = tier.name
@@ -172,10 +173,10 @@ class Backing:
         def work() -> tuple[Outcome, ObjectHeader | None]:
             if nbytes == len(into):
                 (outcome,) = self.tier.read([name], [into])
-                return outcome, restored_object(into, name, into) if outcome is HIT else None
+                return outcome, _restored(into, name, into) if outcome is HIT else None
             with self._scratch.buffer(nbytes) as stored:
                 (outcome,) = self.tier.read([name], [stored])
-                return outcome, restored_object(stored, name, into) if outcome is HIT else None
+                return outcome, _restored(stored, name, into) if outcome is HIT else None
 
         return await self._read(key, part, nbytes, work, give_up)
 
@@ -405,14 +406,17 @@ class Backing:
 
     async def _encoded(self, data: memoryview) -> Encoded | None:
         """The object as this tier's codec stores it; None where it stays as it is."""
-        if self.codec.family == "raw":
+        if self.codec is None:
             return None
+        from kvstrata.node.recoding import encoded_object
+
+        codec = self.codec
         try:
             encoded = await asyncio.wrap_future(
-                self._writers.submit(lambda: encoded_object(self.codec, data, self._scratch))
+                self._writers.submit(lambda: encoded_object(codec, data, self._scratch))
             )
         except Exception as error:
-            report_bug(self._counters, f"codec {self.codec.name}", error)
+            report_bug(self._counters, f"codec {codec.name}", error)
             return None
         if encoded is not None:
             self._counters.add("encoded_bytes_total", len(data), tier=self.name, of="raw")
@@ -557,3 +561,13 @@ class Backing:
         if not order or len(self._orders) >= ORDER_MASK:
             return self._orders.get(order, 0)
         return self._orders.setdefault(order, len(self._orders) + 1)
+
+
+def _restored(data: memoryview, name: bytes, into: memoryview) -> ObjectHeader:
+    """`restored_object`, without what codecs need to be imported where none was used."""
+    header = verify_object(data, name)
+    if header.codec == "raw" and stored_bytes(header.raw_length) == len(into) == len(data):
+        return header
+    from kvstrata.node.recoding import restored_object
+
+    return restored_object(data, name, into)

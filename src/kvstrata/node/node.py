@@ -36,6 +36,7 @@ from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 
 if TYPE_CHECKING:
+    from kvstrata.codecs import Codec
     from kvstrata.node.backing import Backing
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,7 @@ class Node:
         pool = Pool.create(host_capacity_bytes(config, available_bytes()))
         backings, left_out = [], {}
         if config.disk is not None:
-            # With numba a second's import, which a node without slower tiers need not pay.
-            from kvstrata.codecs import codec_named
             from kvstrata.node.backing import Backing
-            from kvstrata.node.recoding import warm_up
             from kvstrata.tiers.disk import DiskTier
 
             try:
@@ -126,8 +124,7 @@ class Node:
                 left_out["disk"] = str(error)
                 counters.add("tiers_left_out_total", tier="disk")
             else:
-                codec = codec_named(config.disk.codec)
-                warm_up(codec)
+                codec = _ready_codec(config.disk.codec)
                 backings.append(
                     Backing(
                         tier,
@@ -398,7 +395,7 @@ class Node:
                 "tiers": [
                     {
                         "name": backing.name,
-                        "codec": backing.codec.name,
+                        "codec": backing.codec.name if backing.codec else "raw",
                         "state": backing.state,
                         "capacity_bytes": backing.index.capacity_bytes,
                         "used_bytes": backing.index.used_bytes,
@@ -481,6 +478,18 @@ class Node:
         while True:
             await asyncio.sleep(NOTE_USE_S)
             await backing.note_use()
+
+
+def _ready_codec(name: str) -> Codec | None:
+    """The codec, compiled; None for raw, which need not pay for importing numba."""
+    if name == "raw":
+        return None
+    from kvstrata.codecs import codec_named
+    from kvstrata.node.recoding import warm_up
+
+    codec = codec_named(name)
+    warm_up(codec)
+    return codec
 
 
 def _checked(parts: list[int]) -> list[int]:

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -22,6 +19,7 @@ from kvstrata.codecs import Codec, Payload, stored_codec
 from kvstrata.codecs.framing import decode, encode, encoded_bound
 from kvstrata.errors import CorruptObject, Incompatible, LayoutMismatch, UsageError
 from kvstrata.layout import ITEM_BYTES, Bytes, LayerGroup, native_order
+from kvstrata.node.scratch import Scratch
 from kvstrata.objects import (
     HEADER_BYTES,
     ObjectHeader,
@@ -30,44 +28,6 @@ from kvstrata.objects import (
     verify_object,
 )
 from kvstrata.objects import decode as decode_header
-
-
-class Scratch:
-    """Buffers aligned for direct I/O, used again: faulting fresh memory in costs more than a copy.
-
-    Args:
-        num_kept: buffers to keep for the next use.
-    """
-
-    def __init__(self, num_kept: int) -> None:
-        self._num_kept = num_kept
-        self._kept: list[mmap.mmap] = []
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> mmap.mmap:
-        """A buffer of at least ``nbytes``; holds anything."""
-        with self._lock:
-            for i, buffer in enumerate(self._kept):
-                if len(buffer) >= nbytes:
-                    return self._kept.pop(i)
-        return mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-
-    @contextmanager
-    def buffer(self, nbytes: int) -> Iterator[memoryview]:
-        """Exactly ``nbytes`` for the time of a ``with``."""
-        buffer = self.take(nbytes)
-        try:
-            yield memoryview(buffer)[:nbytes]
-        finally:
-            self.give(buffer)
-
-    def give(self, buffer: mmap.mmap) -> None:
-        """Give one back that nobody reads or writes any more."""
-        with self._lock:
-            self._kept.append(buffer)
-            self._kept.sort(key=len)
-            # The small ones go first: they are what the next object may not fit into.
-            del self._kept[: -self._num_kept]
 
 
 def warm_up(codec: Codec) -> None:
