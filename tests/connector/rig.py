@@ -212,11 +212,16 @@ class Rig:
         finally:
             client.close()
 
-    def settle(self) -> dict[str, Any]:
-        """Wait until every store has ended and the node holds nothing for this engine."""
+    def finish_stores(self) -> None:
+        """Wait until all that was handed to the workers is committed."""
         for worker in self.workers:
             for job in worker._transfers._jobs:
                 assert job.ended.wait(TIMEOUT_S)
+        self.until(lambda: self.state()["leases"]["reservations"] == 0)
+
+    def settle(self) -> dict[str, Any]:
+        """Wait until every store has ended and the node holds nothing for this engine."""
+        self.finish_stores()
         held: dict[str, Any] = {}
 
         def free() -> bool:
