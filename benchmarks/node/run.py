@@ -187,6 +187,7 @@ def bench_index(policy: str, count: int) -> None:
         MemoryTier(),
         count * SLOT,
         create_policy(policy, count * SLOT),
+        queue_bytes=1 << 28,
         num_threads=1,
         deadline_s=1.0,
         counters=Counters(),

@@ -15,11 +15,11 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from kvstrata import kinds, units
 from kvstrata.config_file import read_file
@@ -78,37 +78,45 @@ class HostConfig:
     )
 
 
+_CAPACITY = "Bytes of objects, as they are stored, that the tier may hold."
+_CODEC = "How new objects are stored: `raw`, `lossless`, or a lossy one of docs/codecs.md."
+_QUEUE = "Bytes that may wait to be written; beyond it stores skip."
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Encoded objects in host memory, below the pool: more of them fit; off without `capacity`."""
+
+    name: ClassVar[str] = "memory"
+    capacity: int = field(metadata=_about(kinds.SIZE, None, _CAPACITY, True))
+    policy: str = _option(kinds.one_of(POLICY_NAMES), "lru", "Whom to evict.", shared=True)
+    codec: str = _option(kinds.CODEC, "lossless", _CODEC, shared=True)
+    io_threads: int = _option(
+        kinds.whole(1, 64), "4", "Threads that encode, and as many that decode.", shared=True
+    )
+    write_queue: int = _option(kinds.SIZE, "256MiB", _QUEUE, shared=True)
+
+
 @dataclass(frozen=True)
 class DiskConfig:
     """The tier on local disk; off unless `path` and `capacity` are given, both of them."""
 
+    name: ClassVar[str] = "disk"
     path: Path = field(
         metadata=_about(
             kinds.PATH, None, "Folder of the tier; made if missing, for one node.", True
         )
     )
-    capacity: int = field(
-        metadata=_about(kinds.SIZE, None, "Bytes of objects that the folder may hold.", True)
-    )
+    capacity: int = field(metadata=_about(kinds.SIZE, None, _CAPACITY, True))
     policy: str = _option(kinds.one_of(POLICY_NAMES), "lru", "Whom to evict.", shared=True)
-    codec: str = _option(
-        kinds.CODEC,
-        "raw",
-        "How new objects are stored: `raw`, `lossless`, or a lossy one of docs/codecs.md.",
-        shared=True,
-    )
+    codec: str = _option(kinds.CODEC, "raw", _CODEC, shared=True)
     io_threads: int = _option(
         kinds.whole(1, 64),
         "8",
         "Threads that read and write; a hung disk costs no more.",
         shared=True,
     )
-    write_queue: int = _option(
-        kinds.SIZE,
-        "256MiB",
-        "Bytes that may wait to be written; beyond it stores skip.",
-        shared=True,
-    )
+    write_queue: int = _option(kinds.SIZE, "256MiB", _QUEUE, shared=True)
     scrub_rate: int = _option(
         kinds.RATE,
         "32MiB/s",
@@ -170,6 +178,7 @@ class Config:
     )
     log: str = _option(kinds.one_of(LOG_LEVELS), "info", "The least severe message that is logged.")
     host: HostConfig = field(default_factory=HostConfig)
+    memory: MemoryConfig | None = None
     disk: DiskConfig | None = None
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
     leases: LeaseConfig = field(default_factory=LeaseConfig)
@@ -212,11 +221,15 @@ class Option(NamedTuple):
 PARTS: Mapping[str, type] = {
     "": Config,
     "host": HostConfig,
+    "memory": MemoryConfig,
     "disk": DiskConfig,
     "deadlines": DeadlineConfig,
     "leases": LeaseConfig,
 }
 """The dataclass of each part, by its path."""
+
+MAY_BE_MISSING = ("memory", "disk")
+"""Parts that are only there if something of them is given."""
 
 OPTIONS: Mapping[str, Option] = {
     path: Option(path, **item.metadata)
@@ -293,7 +306,7 @@ def load_config(
     parts: dict[str, Any] = {}
     for part, cls in PARTS.items():
         named = [path for path in given if path == part or path.startswith(f"{part}.")]
-        if part == "disk" and not named:
+        if part in MAY_BE_MISSING and not named:
             continue
         prefix = f"{part}." if part else ""
         arguments = {
@@ -301,20 +314,24 @@ def load_config(
             for item in fields(cls)
             if prefix + item.name in values
         }
-        for item in fields(cls):
-            mandatory = item.default is MISSING and item.default_factory is MISSING
-            if mandatory and item.name not in arguments:
-                expected = OPTIONS[prefix + item.name].kind.expected
+        for name in _mandatory(cls):
+            if name not in arguments:
+                needed = " and ".join(prefix + other for other in _mandatory(cls))
                 raise ConfigError(
-                    prefix + item.name,
+                    prefix + name,
                     f"missing, but {named[0]} is given ({given[named[0]].where}); a {part} tier "
-                    f"needs {part}.path and {part}.capacity; expected {expected}",
+                    f"needs {needed}; expected {OPTIONS[prefix + name].kind.expected}",
                 )
         parts[part] = arguments if part == "" else cls(**arguments)
     sources = {path: item.source for path, item in given.items() if path in OPTIONS}
     config = Config(**parts.pop(""), **parts, sources=sources)
     _check_sums(config, memory_bytes, disk_bytes)
     return config
+
+
+def _mandatory(cls: type) -> list[str]:
+    """Options of a part that have no default."""
+    return [item.name for item in fields(cls) if item.metadata and item.metadata["default"] is None]
 
 
 def _check_sums(
@@ -325,10 +342,14 @@ def _check_sums(
         total = units.format_fraction(leases.total)
         share = units.format_fraction(leases.per_client)
         raise ConfigError("leases.per_client", f"{share} is more than leases.total, {total}")
-    if isinstance(config.host.capacity, int):
+    pool = config.host.capacity if isinstance(config.host.capacity, int) else 0
+    encoded = config.memory.capacity if config.memory is not None else 0
+    if pool or encoded:
         if memory_bytes is None:
             memory_bytes = importlib.import_module("kvstrata.memory").total_bytes()
-        _check_fits("host.capacity", config.host.capacity, memory_bytes, "memory this machine has")
+        _check_fits("host.capacity", pool, memory_bytes, "memory this machine has")
+        where = "memory this machine has beside host.capacity"
+        _check_fits("memory.capacity", encoded, max(0, memory_bytes - pool), where)
     if config.disk is not None and (size := disk_bytes(config.disk.path)):
         where = f"file system of {config.disk.path}"
         _check_fits("disk.capacity", config.disk.capacity, size, where)
@@ -409,8 +430,10 @@ def effective(config: Config) -> str:
         # JSON's strings and integers are TOML's: no value holds a control character.
         text = json.dumps(value, ensure_ascii=False)
         lines.append(f"{name} = {text}  # {config.sources.get(path, 'default')}")
-    if config.disk is None:
-        lines += ["", "# no disk tier: [disk] path and capacity are not given"]
+    for part in MAY_BE_MISSING:
+        if getattr(config, part) is None:
+            needed = " and ".join(_mandatory(PARTS[part]))
+            lines += ["", f"# no {part} tier: [{part}] {needed} not given"]
     return "\n".join(lines) + "\n"
 
 

@@ -76,14 +76,13 @@ def tiered(tier: Tier, deadline_s: float = TIMEOUT_S) -> Callable[[Config], Node
             1 << 30,
             create_policy("lru", 1 << 30, time.monotonic),
             num_threads=2,
+            queue_bytes=1 << 30,
             deadline_s=deadline_s,
             counters=counters,
             clock=time.monotonic,
         )
         capacity = config.host.capacity
         assert isinstance(capacity, int)
-        node = Node(config, Pool.create(capacity), [backing], counters)
-        node.movement._queue_bytes = 1 << 30
-        return node
+        return Node(config, Pool.create(capacity), [backing], counters)
 
     return make

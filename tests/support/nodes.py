@@ -56,6 +56,7 @@ def make_backing(
     clock: Callable[[], float] = time.monotonic,
     deadline_s: float = 10.0,
     num_threads: int = 2,
+    queue_slots: int = 1000,
     policy: str = "lru",
     codec: str = "raw",
 ) -> Backing:
@@ -64,6 +65,7 @@ def make_backing(
         slots * SLOT,
         create_policy(policy, slots * SLOT, clock),
         num_threads=num_threads,
+        queue_bytes=queue_slots * SLOT,
         deadline_s=deadline_s,
         counters=counters or Counters(),
         clock=clock,
@@ -76,7 +78,6 @@ def make_node(
     tier: Tier | None = None,
     *,
     tier_slots: int = 100,
-    queue_slots: int = 1000,
     per_client: float = 1,
     total: float = 1,
     verify_every: int = 0,
@@ -95,9 +96,7 @@ def make_node(
         backings.append(
             make_backing(tier, tier_slots, counters=counters, clock=clock, policy=policy, **backing)
         )
-    node = Node(config, Pool.create(slots * SLOT), backings, counters, clock=clock)
-    node.movement._queue_bytes = queue_slots * SLOT
-    return node
+    return Node(config, Pool.create(slots * SLOT), backings, counters, clock=clock)
 
 
 def on_node(test: Callable[[Node], Coroutine[Any, Any, None]], **options: Any) -> None:

@@ -46,6 +46,11 @@ SAMPLES: Mapping[str, Any] = {
     "host.capacity": "3GiB",
     "host.policy": "s3fifo",
     "host.verify_every": 1,
+    "memory.capacity": "2GiB",
+    "memory.policy": "cost",
+    "memory.codec": "raw",
+    "memory.io_threads": 3,
+    "memory.write_queue": "2MiB",
     "disk.path": "/var/cache/kv",
     "disk.capacity": "200GB",
     "disk.policy": "cost",
@@ -158,7 +163,11 @@ def test_parts_of_the_disk_may_come_from_different_sources() -> None:
         ({"host.capcity": "1GiB"}, "host.capcity", "did you mean host.capacity"),
         ({"host": {"capcity": "1GiB"}}, "host.capcity", "did you mean host.capacity"),
         ({"path": "/x"}, "path", "did you mean disk.path"),
-        ({"capacity": 1}, "capacity", "did you mean host.capacity or disk.capacity"),
+        (
+            {"capacity": 1},
+            "capacity",
+            "did you mean host.capacity or memory.capacity or disk.capacity",
+        ),
         ({"host_capacity": 1}, "host_capacity", "did you mean host.capacity"),
         ({"zzz": 1}, "zzz", "expected one of node, chunk_tokens"),
         ({"": 1}, "", "unknown key"),
@@ -195,6 +204,12 @@ def test_parts_of_the_disk_may_come_from_different_sources() -> None:
         ({"secret_file": "secret"}, "secret_file", "not absolute"),
         ({"secret_file": "/a\0b"}, "secret_file", "not a path"),
         ({"disk": {}}, "disk.path", "missing"),
+        ({"memory.codec": "raw"}, "memory.capacity", "missing, but memory.codec is given"),
+        (
+            {"host.capacity": "40GiB", "memory.capacity": "30GiB"},
+            "memory.capacity",
+            "30GiB is more than the memory this machine has beside host.capacity",
+        ),
         ({"disk.path": "/d"}, "disk.capacity", "missing, but disk.path is given"),
         ({"disk.capacity": "1GiB"}, "disk.path", "missing, but disk.capacity is given"),
         ({"disk.io_threads": 2}, "disk.path", "missing, but disk.io_threads is given"),
@@ -329,7 +344,7 @@ def test_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_identity_covers_the_nodes_options_and_no_others() -> None:
-    base = {"disk.path": "/d", "disk.capacity": "1GiB"}
+    base = {"disk.path": "/d", "disk.capacity": "1GiB", "memory.capacity": "1GiB"}
     identity = load(base).node_identity(uid=1)
     clients = {"node", "chunk_tokens", "tenant", "log"}
     for path, value in SAMPLES.items():

@@ -17,6 +17,7 @@ class TierName(str, Enum):
     """The tiers that can be named."""
 
     host = "host"
+    memory = "memory"
     disk = "disk"
 
 

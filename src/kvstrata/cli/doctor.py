@@ -193,8 +193,9 @@ def canary_size(state: Mapping[str, Any], config: Config) -> tuple[int, int]:
     room = min(capacity // 4, int(config.leases.per_client * capacity))
     for tier in state["tiers"]:
         room = min(room, tier["capacity_bytes"] // 4)
-    if config.disk is not None:
-        room = min(room, config.disk.write_queue // 2)
+    for part in (config.memory, config.disk):
+        if part is not None:
+            room = min(room, part.write_queue // 2)
     each = min(MAX_PAYLOAD_BYTES, room // NUM_CHUNKS) // HEADER_BYTES * HEADER_BYTES
     return NUM_CHUNKS, max(HEADER_BYTES, each - HEADER_BYTES)
 

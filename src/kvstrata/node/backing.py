@@ -20,11 +20,12 @@ from kvstrata.errors import (
     TierUnavailable,
     UsageError,
 )
-from kvstrata.node.background import Threads, report_bug
+from kvstrata.node.background import report_bug
 from kvstrata.node.backoff import Backoff
 from kvstrata.node.host import identity, order_name
 from kvstrata.node.index import Index
 from kvstrata.node.scratch import Scratch
+from kvstrata.node.tier_calls import TierCalls
 from kvstrata.objects import ObjectHeader, split_object_id, stored_bytes, verify_object
 from kvstrata.observe.counters import Counters
 from kvstrata.policies.base import Policy
@@ -41,7 +42,6 @@ R = TypeVar("R")
 HIT = Outcome.HIT
 
 SCAN_SLICE = 256
-GRACE_S = 0.2
 # Sizes are multiples of 4096, so an entry has room for the number of the object's byte order.
 ORDER_MASK = 4095
 
@@ -65,6 +65,7 @@ class Backing:
         policy: orders its chunks for eviction.
         num_threads: threads for reads, and as many for writes.
         codec: how new objects are stored, where that makes them smaller; None: as they are.
+        queue_bytes: what may wait to be written; beyond it stores skip this tier.
         deadline_s: a tier that completes no read for this long is taken as hung.
         counters: the node's.
         clock: monotonic seconds.
@@ -77,6 +78,7 @@ class Backing:
         policy: Policy,
         *,
         num_threads: int,
+        queue_bytes: int,
         deadline_s: float,
         counters: Counters,
         clock: Callable[[], float],
@@ -88,20 +90,18 @@ class Backing:
         self.index: Index[int] = Index(capacity_bytes, policy, lambda entry: entry & ~ORDER_MASK)
         self.num_threads = num_threads
         self.codec = codec
-        self._deadline_s = deadline_s
+        self.queue_bytes = queue_bytes
         self._counters = counters
         self._clock = clock
         self._scratch = Scratch(2 * num_threads)
-        self._readers = Threads(num_threads, f"kvstrata-{self.name}-read")
-        self._writers = Threads(num_threads, f"kvstrata-{self.name}-write")
+        self._calls = TierCalls(
+            self.name, num_threads, deadline_s, counters=counters, clock=clock, trip=self.trip
+        )
         self._scanned = asyncio.Event()
         self._off = Backoff(clock)
         self._full = Backoff(clock)
         self._trouble = ""
         self._orders: dict[str, int] = {}
-        self._num_reading = 0
-        self._num_ended = 0
-        self._last_progress = clock()
         self._writes: set[_Write] = set()
         # Out of the index but still in the tier, their bytes claimed; deleted at the next chance.
         self._doomed: dict[tuple[bytes, int], int] = {}
@@ -200,7 +200,7 @@ class Backing:
     ) -> ObjectHeader | None:
         name = identity(key, part)
         try:
-            outcome, header = await self._within_deadline(work, give_up)
+            outcome, header = await self._calls.read(work, give_up)
         except (CorruptObject, Incompatible) as error:
             logger.error("%s: object %s is rejected: %s", self.name, name.hex(), error)
             self._counters.add("corrupt_objects_total", tier=self.name)
@@ -261,7 +261,7 @@ class Backing:
             try:
                 if writing.wanted:
                     name = identity(key, part)
-                    (outcome,) = await self._call(lambda: self.tier.write([(name, data)]))
+                    (outcome,) = await self._calls.call(lambda: self.tier.write([(name, data)]))
             except TierUnavailable as error:
                 self.trip(error)
             if outcome is not Outcome.HIT:
@@ -341,7 +341,7 @@ class Backing:
         ]
         if names and self.readable:
             try:
-                await self._call(lambda: self.tier.touch(names))
+                await self._calls.call(lambda: self.tier.touch(names))
             except TierUnavailable as error:
                 self.trip(error)
 
@@ -357,52 +357,8 @@ class Backing:
 
     def close(self) -> None:
         """Release the tier; threads that hang are left behind."""
-        self._readers.close()
-        self._writers.close()
+        self._calls.close()
         self.tier.close()
-
-    async def _within_deadline(self, work: Callable[[], R], give_up: Callable[[], None]) -> R:
-        try:
-            call = self._readers.submit(work)
-        except RuntimeError as error:  # no thread can be started
-            raise self._bug(error) from error
-        future = asyncio.wrap_future(call)
-        if not self._num_reading:
-            self._last_progress = self._clock()
-        self._num_reading += 1
-        try:
-            hung = not await self._ends_or_others_do(future)
-        finally:
-            self._num_reading -= 1
-        if hung:
-            trouble = TierUnavailable(f"no read has ended for {self._deadline_s:g} s")
-            self.trip(trouble)
-            give_up()
-            if call.cancel():
-                raise trouble
-            await asyncio.wait({future})
-        self._last_progress = self._clock()
-        self._num_ended += 1
-        try:
-            return future.result()
-        except (TierUnavailable, CorruptObject, Incompatible, UsageError):
-            raise
-        except Exception as failure:
-            raise self._bug(failure) from failure
-
-    async def _ends_or_others_do(self, future: asyncio.Future[R]) -> bool:
-        """Wait for a read; False once no read at all has ended for as long as the deadline."""
-        while not future.done():
-            left = self._last_progress + self._deadline_s - self._clock()
-            if left > 0:
-                await asyncio.wait({future}, timeout=left)
-                continue
-            # Time passes for a stopped process, too: let its threads come to their end first.
-            before = self._num_ended
-            await asyncio.wait({future}, timeout=GRACE_S)
-            if not future.done() and self._num_ended == before:
-                return False
-        return True
 
     async def _encoded(self, data: memoryview) -> Encoded | None:
         """The object as this tier's codec stores it; None where it stays as it is."""
@@ -413,7 +369,7 @@ class Backing:
         codec = self.codec
         try:
             encoded = await asyncio.wrap_future(
-                self._writers.submit(lambda: encoded_object(codec, data, self._scratch))
+                self._calls.submit(lambda: encoded_object(codec, data, self._scratch))
             )
         except Exception as error:
             report_bug(self._counters, f"codec {codec.name}", error)
@@ -425,24 +381,11 @@ class Backing:
             )
         return encoded
 
-    async def _call(self, work: Callable[[], R]) -> R:
-        try:
-            return await asyncio.wrap_future(self._writers.submit(work))
-        except TierUnavailable:
-            raise
-        except Exception as error:
-            raise self._bug(error) from error
-
-    def _bug(self, error: Exception) -> TierUnavailable:
-        """What a tier should not have raised makes it unavailable, like what it may."""
-        report_bug(self._counters, f"tier {self.name}", error)
-        return TierUnavailable(f"{type(error).__name__}: {error}")
-
     async def _clear_tier(
         self, chunks: dict[bytes, tuple[object, ...]], count: int, held: int
     ) -> int:
         try:
-            await self._call(self.tier.clear)
+            await self._calls.call(self.tier.clear)
         except TierUnavailable as error:
             for key, flat in chunks.items():
                 for part, entry in zip(flat[::2], flat[1::2], strict=True):
@@ -513,7 +456,7 @@ class Backing:
         names = [identity(key, part) for key, part in batch]
         error: TierUnavailable | None = None
         try:
-            outcomes = await self._call(lambda: verb(names))
+            outcomes = await self._calls.call(lambda: verb(names))
         except TierUnavailable as failure:
             error, outcomes = failure, [Outcome.FAILED] * len(batch)
         for ((key, part), nbytes), outcome in zip(batch.items(), outcomes, strict=True):
@@ -529,7 +472,7 @@ class Backing:
     async def _scan(self) -> None:
         clears = self._clears
         batches = self.tier.scan()
-        while (batch := await self._call(lambda: next(batches, None))) is not None:
+        while (batch := await self._calls.call(lambda: next(batches, None))) is not None:
             for start in range(0, len(batch), SCAN_SLICE):
                 for found in batch[start : start + SCAN_SLICE]:
                     await self._enter(found, clears)

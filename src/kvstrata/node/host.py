@@ -27,6 +27,10 @@ def identity(key: bytes, part: int) -> bytes:
     return object_id(key, part >> 16, part & 0xFFFF)
 
 
+PORTABLE = "portable"
+"""The name of the one order that every engine reads."""
+
+
 def order_name(kind: str, order: str) -> str:
     """The one name under which readers ask for an object's byte order."""
     return order if kind == "native" else kind

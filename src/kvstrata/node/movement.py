@@ -7,41 +7,14 @@ from before its copy starts until after it has ended, whatever deadline passes i
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from kvstrata.node.background import Tasks, report_bug
+from kvstrata.node.background import Tasks
+from kvstrata.node.backing import Backing
 from kvstrata.node.host import HostMemory, Slot, SlotState, order_name
+from kvstrata.node.write_behind import WriteBehind
 from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
-
-if TYPE_CHECKING:
-    from kvstrata.node.backing import Backing
-
-
-class _Commit:
-    """The objects of one commit on their way into a slower tier."""
-
-    __slots__ = ("cost", "num_left", "order", "part", "prefix")
-
-    def __init__(self, prefix: list[bytes], part: int, order: str, cost: float) -> None:
-        self.prefix = prefix
-        self.part = part
-        self.order = order
-        self.cost = cost
-        self.num_left = 0
-
-
-class _Job:
-    """One object to be written behind."""
-
-    __slots__ = ("commit", "key", "slot")
-
-    def __init__(self, commit: _Commit, key: bytes, slot: Slot) -> None:
-        self.commit = commit
-        self.key = key
-        self.slot = slot
 
 
 class Movement:
@@ -50,25 +23,16 @@ class Movement:
     Args:
         host: where promoted objects go and committed ones come from.
         backings: the slower tiers, fastest first.
-        queue_bytes: what may wait to be written behind; beyond it an object is skipped.
         counters: the node's.
     """
 
-    def __init__(
-        self, host: HostMemory, backings: list[Backing], queue_bytes: int, counters: Counters
-    ) -> None:
+    def __init__(self, host: HostMemory, backings: list[Backing], counters: Counters) -> None:
         self.arriving: dict[tuple[bytes, int], Slot] = {}
-        self.queued_bytes = 0  # what waits to be written behind, or is being written
         self._filling: set[Slot] = set()
         self._host = host
-        self._backings = backings
-        self._queue_bytes = queue_bytes
         self._counters = counters
         self._tasks = Tasks(counters)
-        self._queue: deque[_Job] = deque()
-        self._jobs: set[_Job] = set()
-        self._num_writers = 0
-        self._flushes: list[tuple[set[_Job], asyncio.Future[None]]] = []
+        self.behind = [WriteBehind(host, backing, counters, self._tasks) for backing in backings]
 
     def promote(
         self, key: bytes, part: int, nbytes: int, backing: Backing, stored: int
@@ -101,50 +65,29 @@ class Movement:
         objects: Sequence[tuple[bytes, Slot]],
         cost: float,
     ) -> None:
-        """Queue the published objects of a commit, head first, for the first slower tier.
-
-        When the queue is full it is the tail that is skipped. Yet tails are written first, so
-        that the tier, now and after a restart, finds heads more recently used than their tails.
-        """
-        if not self._backings or not objects:
-            return
-        backing = self._backings[0]
-        commit = _Commit(prefix, part, order, cost)
-        jobs = []
-        for key, slot in objects:
-            if not backing.writable:
-                self._counters.add("write_behind_skipped_total", tier=backing.name, why="tier")
-            elif self.queued_bytes + slot.nbytes > self._queue_bytes:
-                self._counters.add("write_behind_skipped_total", tier=backing.name, why="queue")
-            else:
-                self._host.hold(slot)
-                self.queued_bytes += slot.nbytes
-                jobs.append(_Job(commit, key, slot))
-        commit.num_left = len(jobs)
-        self._jobs.update(jobs)
-        self._queue.extend(reversed(jobs))
-        for _ in range(min(len(self._queue), backing.num_threads - self._num_writers)):
-            self._num_writers += 1
-            self._tasks.spawn("a writer", self._write(backing))
+        """Queue the published objects of a commit, head first, for every slower tier."""
+        for behind in self.behind:
+            behind.add(prefix, part, order, objects, cost)
 
     def forget(self, keys: set[bytes] | None) -> None:
         """Publish and write nothing that is on its way of these chunks (None: of all)."""
         for name in [name for name in self.arriving if keys is None or name[0] in keys]:
             del self.arriving[name]
-        for job in [job for job in self._queue if keys is None or job.key in keys]:
-            self._queue.remove(job)
-            self._finish(job)
+        for behind in self.behind:
+            behind.forget(keys)
 
     def filling(self) -> list[Slot]:
         """The slots that promotions are filling."""
         return list(self._filling)
 
+    @property
+    def queued_bytes(self) -> int:
+        """What waits to be written behind, or is being written."""
+        return sum(behind.queued_bytes for behind in self.behind)
+
     async def flush(self) -> None:
         """Wait until what is queued now has been written, or given up."""
-        if self._jobs:
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._flushes.append((set(self._jobs), done))
-            await done
+        await asyncio.gather(*[behind.flush() for behind in self.behind])
 
     async def close(self, grace_s: float) -> None:
         """Stop moving: what had not begun is dropped, what runs may end within ``grace_s``."""
@@ -164,9 +107,24 @@ class Movement:
             # Past its deadline a thread may still write into the slot, so it stays withheld.
             header = await backing.read(key, part, stored, view, give_up=settle)
             settle(header)
+            if slot.state is SlotState.READY and header is not None:
+                self._copy_up(key, part, slot, backing, order_name(header.kind, header.order))
         finally:
             settle()
             self._host.unhold(slot)
+
+    def _copy_up(self, key: bytes, part: int, slot: Slot, source: Backing, order: str) -> None:
+        """Let the tiers between host memory and the one it came from have it too.
+
+        Not those with a lossy codec: what comes back may have been through one already.
+        """
+        for behind in self.behind:
+            backing = behind.backing
+            if backing is source:
+                break
+            lossless = backing.codec is None or backing.codec.lossless
+            if lossless and backing.find(key, part, None) is None:
+                behind.add([key], part, order, [(key, slot)])
 
     def _settle(self, key: bytes, part: int, slot: Slot, header: ObjectHeader | None) -> None:
         """A promotion has come to its end, or to its deadline; only the first word counts."""
@@ -185,36 +143,3 @@ class Movement:
         waiters, slot.waiters = slot.waiters or (), None
         for lease in waiters:
             lease.advance()
-
-    async def _write(self, backing: Backing) -> None:
-        try:
-            while self._queue:
-                job = self._queue.popleft()
-                try:
-                    await self._write_one(job, backing)
-                except Exception as error:
-                    report_bug(self._counters, "a write", error)
-                finally:
-                    self._finish(job)
-        finally:
-            self._num_writers -= 1
-
-    async def _write_one(self, job: _Job, backing: Backing) -> None:
-        slot, commit = job.slot, job.commit
-        if slot.state is SlotState.READY:
-            view = self._host.pool.view(slot.offset, slot.nbytes)
-            await backing.write(job.key, commit.part, view, commit.order, commit.cost)
-        if commit.num_left == 1:
-            # Written side by side they end in any order, and after the heads of earlier commits.
-            backing.index.touch(commit.prefix)
-
-    def _finish(self, job: _Job) -> None:
-        job.commit.num_left -= 1
-        self.queued_bytes -= job.slot.nbytes
-        self._host.unhold(job.slot)
-        self._jobs.discard(job)
-        for jobs, done in self._flushes:
-            jobs.discard(job)
-            if not jobs and not done.done():
-                done.set_result(None)
-        self._flushes = [flush for flush in self._flushes if flush[0]]

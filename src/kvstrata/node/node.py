@@ -20,14 +20,15 @@ import msgspec
 
 import kvstrata
 from kvstrata.config import Config, host_capacity_bytes
-from kvstrata.errors import ConfigError, Incompatible, TierUnavailable, UsageError
+from kvstrata.errors import UsageError
 from kvstrata.memory import Pool, available_bytes
 from kvstrata.node import protocol as p
 from kvstrata.node.background import Tasks
 from kvstrata.node.clients import Client
-from kvstrata.node.host import HostMemory, Slot, SlotState
+from kvstrata.node.host import PORTABLE, HostMemory, Slot, SlotState
 from kvstrata.node.leases import LeaseTable
 from kvstrata.node.movement import Movement
+from kvstrata.node.opening import open_backings
 from kvstrata.node.reservations import ReservationTable
 from kvstrata.node.sampling import Sampler
 from kvstrata.node.scrub import scrub
@@ -36,7 +37,6 @@ from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 
 if TYPE_CHECKING:
-    from kvstrata.codecs import Codec
     from kvstrata.node.backing import Backing
 
 logger = logging.getLogger(__name__)
@@ -80,11 +80,10 @@ class Node:
         self.backings = backings
         capacity = pool.capacity_bytes
         per_client = int(config.leases.per_client * capacity)
-        queue = config.disk.write_queue if config.disk else 0
         self.host = HostMemory(pool, create_policy(config.host.policy, capacity, clock))
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
         self.reservations = ReservationTable(self.host, per_client)
-        self.movement = Movement(self.host, backings, queue, counters)
+        self.movement = Movement(self.host, backings, counters)
         self.records: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
         self._outcomes: set[str] = set()
@@ -112,31 +111,7 @@ class Node:
         """
         counters = Counters()
         pool = Pool.create(host_capacity_bytes(config, available_bytes()))
-        backings, left_out = [], {}
-        if config.disk is not None:
-            from kvstrata.node.backing import Backing
-            from kvstrata.tiers.disk import DiskTier
-
-            try:
-                tier = DiskTier(config.disk.path)
-            except (ConfigError, Incompatible, TierUnavailable) as error:
-                logger.error("the disk tier is off: %s", error)
-                left_out["disk"] = str(error)
-                counters.add("tiers_left_out_total", tier="disk")
-            else:
-                codec = _ready_codec(config.disk.codec)
-                backings.append(
-                    Backing(
-                        tier,
-                        config.disk.capacity,
-                        create_policy(config.disk.policy, config.disk.capacity, clock),
-                        num_threads=config.disk.io_threads,
-                        deadline_s=config.deadlines.load,
-                        counters=counters,
-                        clock=clock,
-                        codec=codec,
-                    )
-                )
+        backings, left_out = open_backings(config, counters, clock)
         return cls(config, pool, backings, counters, left_out, clock)
 
     async def start(self) -> None:
@@ -296,7 +271,7 @@ class Node:
         checksums = p.split(message.checksums, 16)
         if len(checksums) != len(reservation.slots):
             raise UsageError(f"{len(reservation.slots)} checksums expected, not {len(checksums)}")
-        epoch = self.backings[0].tier.epoch if self.backings else 0
+        epoch = max((backing.tier.epoch for backing in self.backings), default=0)
         written = self.reservations.finish(reservation, checksums, epoch)
         if written:
             last = reservation.prefix.index(written[-1][0])
@@ -401,9 +376,9 @@ class Node:
                         "used_bytes": backing.index.used_bytes,
                         "num_chunks": len(backing.index),
                         "num_objects": backing.index.num_objects,
-                        "queued_bytes": self.movement.queued_bytes,
+                        "queued_bytes": behind.queued_bytes,
                     }
-                    for backing in self.backings
+                    for backing, behind in zip(self.backings, self.movement.behind, strict=True)
                 ],
                 "tiers_left_out": self.left_out,
                 "counters": self.counters.snapshot(),
@@ -446,12 +421,15 @@ class Node:
     def _presence(self, key: bytes, part: int, order: str) -> int:
         """`PRESENT` if an object need not be written, else 0.
 
-        One in another order is of no use to this writer's kind of engine, and may be replaced.
+        One in another engine's order is of no use to this writer's kind, and may be replaced.
+        Every engine reads the portable order. What a lossy codec keeps is in it, so that no KV
+        that was loaded from such a tier is ever encoded a second time.
         """
+        orders = (order, PORTABLE)
         slot = self.host.get(key, part)
         if slot is not None:
-            return p.PRESENT if slot.order == order else 0
-        if any(backing.find(key, part, (order,)) is not None for backing in self.backings):
+            return p.PRESENT if slot.order in orders else 0
+        if any(backing.find(key, part, orders) is not None for backing in self.backings):
             return p.PRESENT
         return 0
 
@@ -478,18 +456,6 @@ class Node:
         while True:
             await asyncio.sleep(NOTE_USE_S)
             await backing.note_use()
-
-
-def _ready_codec(name: str) -> Codec | None:
-    """The codec, compiled; None for raw, which need not pay for importing numba."""
-    if name == "raw":
-        return None
-    from kvstrata.codecs import codec_named
-    from kvstrata.node.recoding import warm_up
-
-    codec = codec_named(name)
-    warm_up(codec)
-    return codec
 
 
 def _checked(parts: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The simplest tier there can be: a dictionary of bytes. It proves the interface, in tests."""
+"""The simplest tier there can be: objects in this process's memory, encoded as a rule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from kvstrata.errors import TierUnavailable
+from kvstrata.layout import Bytes
 from kvstrata.tiers.base import Found, Outcome, Tier
 
 
@@ -22,7 +25,7 @@ class MemoryTier(Tier):
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._objects: dict[bytes, tuple[bytes, float]] = {}  # least recently used first
+        self._objects: dict[bytes, tuple[Bytes, float]] = {}  # least recently used first
         self._epoch = 0
         self._closed = False
 
@@ -44,12 +47,13 @@ class MemoryTier(Tier):
             elif len(entry[0]) != len(buffer):
                 outcomes.append(Outcome.FAILED)
             else:
-                buffer[:] = entry[0]
+                np.copyto(np.frombuffer(buffer, np.uint8), entry[0])
                 outcomes.append(Outcome.HIT)
         return outcomes
 
     def write(self, objects: Sequence[tuple[bytes, memoryview]]) -> list[Outcome]:
-        copies = [(object_id, bytes(data)) for object_id, data in objects]
+        # numpy copies without holding the interpreter's lock.
+        copies = [(object_id, np.frombuffer(data, np.uint8).copy()) for object_id, data in objects]
         with self._open():
             for object_id, data in copies:
                 self._objects.pop(object_id, None)

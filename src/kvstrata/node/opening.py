@@ -1,0 +1,73 @@
+"""The slower tiers that a configuration names, opened, each with its index, threads and codec."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvstrata.config import Config, DiskConfig, MemoryConfig
+from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
+from kvstrata.node.backing import Backing
+from kvstrata.observe.counters import Counters
+from kvstrata.policies import create_policy
+from kvstrata.tiers.base import Tier
+
+if TYPE_CHECKING:
+    from kvstrata.codecs import Codec
+
+logger = logging.getLogger(__name__)
+
+
+def open_backings(
+    config: Config, counters: Counters, clock: Callable[[], float]
+) -> tuple[list[Backing], dict[str, str]]:
+    """The slower tiers, fastest first, and why those that cannot be opened are left out."""
+    backings: list[Backing] = []
+    left_out: dict[str, str] = {}
+    for part in (config.memory, config.disk):
+        if part is None:
+            continue
+        try:
+            tier = _tier(part)
+        except (ConfigError, Incompatible, TierUnavailable) as error:
+            logger.error("the %s tier is off: %s", part.name, error)
+            left_out[part.name] = str(error)
+            counters.add("tiers_left_out_total", tier=part.name)
+            continue
+        backings.append(
+            Backing(
+                tier,
+                part.capacity,
+                create_policy(part.policy, part.capacity, clock),
+                num_threads=part.io_threads,
+                queue_bytes=part.write_queue,
+                deadline_s=config.deadlines.load,
+                counters=counters,
+                clock=clock,
+                codec=_ready_codec(part.codec),
+            )
+        )
+    return backings, left_out
+
+
+def _tier(part: MemoryConfig | DiskConfig) -> Tier:
+    if isinstance(part, DiskConfig):
+        from kvstrata.tiers.disk import DiskTier
+
+        return DiskTier(part.path)
+    from kvstrata.tiers.memory import MemoryTier
+
+    return MemoryTier()
+
+
+def _ready_codec(name: str) -> Codec | None:
+    """The codec, compiled; None for raw, which need not pay for importing numba."""
+    if name == "raw":
+        return None
+    from kvstrata.codecs import codec_named
+    from kvstrata.node.recoding import warm_up
+
+    codec = codec_named(name)
+    warm_up(codec)
+    return codec
