@@ -194,10 +194,21 @@ class NodeClient:
         part: int,
         template: p.Template,
         cost: float = 0.0,
+        weights: str = "",
     ) -> Call:
-        """Begin to reserve slots for ``prefix[first:]``; answers `Reserved`."""
+        """Begin to reserve slots for ``prefix[first:]``; answers `Reserved`.
+
+        Args:
+            namespace: what the KV belongs to, 32 bytes.
+            prefix: keys of the prompt's chunks from the first to the last one to write.
+            first: number of the first chunk to write.
+            part: which object of each chunk, ``group << 16 | rank``.
+            template: what all headers share.
+            cost: what computing a chunk took, in seconds; 0: unknown.
+            weights: `kvstrata.identity.weights_identity` of what computed it; "": unknown.
+        """
         return self.begin(
-            p.Reserve, p.Reserved, namespace, b"".join(prefix), first, part, template, cost
+            p.Reserve, p.Reserved, namespace, b"".join(prefix), first, part, template, cost, weights
         )
 
     def commit(self, reservation: int, checksums: Sequence[bytes]) -> Call:

@@ -79,7 +79,10 @@ class HostConfig:
 
 
 _CAPACITY = "Bytes of objects, as they are stored, that the tier may hold."
-_CODEC = "How new objects are stored: `raw`, `lossless`, or a lossy one of docs/codecs.md."
+_CODEC = (
+    "How new objects are stored: `raw`, `lossless`, a lossy one of docs/codecs.md, or `auto`: the "
+    "one that saves the most load time within `quality`."
+)
 _QUEUE = "Bytes that may wait to be written; beyond it stores skip."
 
 
@@ -177,6 +180,13 @@ class Config:
         kinds.DURATION, "5s", "How long an on-demand node outlives its last client.", shared=True
     )
     log: str = _option(kinds.one_of(LOG_LEVELS), "info", "The least severe message that is logged.")
+    quality: str = _option(
+        kinds.BOUND,
+        "none",
+        "What `codec = auto` may do to answers, by the model's own table, see docs/quality.md; "
+        "needed for it.",
+        shared=True,
+    )
     host: HostConfig = field(default_factory=HostConfig)
     memory: MemoryConfig | None = None
     disk: DiskConfig | None = None
@@ -337,6 +347,12 @@ def _mandatory(cls: type) -> list[str]:
 def _check_sums(
     config: Config, memory_bytes: int | None, disk_bytes: Callable[[Path], int]
 ) -> None:
+    for part in (config.memory, config.disk):
+        if part is not None and part.codec == "auto" and config.quality == "none":
+            raise ConfigError(
+                "quality",
+                f"missing, but {part.name}.codec is auto; expected {kinds.BOUND.expected}",
+            )
     leases = config.leases
     if leases.per_client > leases.total:
         total = units.format_fraction(leases.total)

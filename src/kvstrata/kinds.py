@@ -111,7 +111,7 @@ def _path(value: Any) -> Path:
 def _codec(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a name")
-    if value in ("raw", "lossless"):
+    if value in ("raw", "lossless", "auto"):
         return value
     from kvstrata.codecs import codec_named  # large: only where another one is named
 
@@ -119,6 +119,16 @@ def _codec(value: Any) -> str:
         return codec_named(value).name
     except UsageError as error:
         raise ValueError(str(error)) from error
+
+
+def _bound(value: Any) -> str:
+    if value == "none":
+        return "none"
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    from kvstrata.quality.bound import Bound
+
+    return str(Bound.parse(value))
 
 
 def _node(value: Any) -> str:
@@ -143,4 +153,5 @@ RATE = Kind(units.parse_rate, units.format_rate, 'a rate such as "32MiB/s", or 0
 TEXT = Kind(_text, str, "1 to 128 printable characters")
 PATH = Kind(_path, str, "an absolute path, or one that starts with ~")
 CODEC = Kind(_codec, str, "the name of a codec, such as lossless or int8")
+BOUND = Kind(_bound, str, '"none", or a bound such as "kl <= 0.01 and agreement >= 98%"')
 NODE = Kind(_node, str, '"auto", or "unix:" and the absolute path of a socket')

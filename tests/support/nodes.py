@@ -16,6 +16,7 @@ from kvstrata.config import Config, HostConfig, LeaseConfig
 from kvstrata.memory import Pool
 from kvstrata.node import protocol as p
 from kvstrata.node.backing import Backing
+from kvstrata.node.choosing import Always
 from kvstrata.node.clients import Client
 from kvstrata.node.node import Node
 from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
@@ -69,7 +70,7 @@ def make_backing(
         deadline_s=deadline_s,
         counters=counters or Counters(),
         clock=clock,
-        codec=None if codec == "raw" else codec_named(codec),
+        choice=None if codec == "raw" else Always(codec_named(codec)),
     )
 
 

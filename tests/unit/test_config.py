@@ -43,6 +43,7 @@ SAMPLES: Mapping[str, Any] = {
     "secret_file": "/etc/kvstrata/secret",
     "linger": "1min",
     "log": "debug",
+    "quality": "kl <= 0.01 and agreement >= 0.98",
     "host.capacity": "3GiB",
     "host.policy": "s3fifo",
     "host.verify_every": 1,
@@ -204,6 +205,12 @@ def test_parts_of_the_disk_may_come_from_different_sources() -> None:
         ({"secret_file": "secret"}, "secret_file", "not absolute"),
         ({"secret_file": "/a\0b"}, "secret_file", "not a path"),
         ({"disk": {}}, "disk.path", "missing"),
+        ({"quality": "kl > 1"}, "quality", "is not a metric"),
+        (
+            {"disk": {"path": "/d", "capacity": "1GiB", "codec": "auto"}},
+            "quality",
+            "missing, but disk.codec is auto",
+        ),
         ({"memory.codec": "raw"}, "memory.capacity", "missing, but memory.codec is given"),
         (
             {"host.capacity": "40GiB", "memory.capacity": "30GiB"},

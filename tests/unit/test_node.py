@@ -46,6 +46,7 @@ from kvstrata.node.clients import Client
 from kvstrata.node.host import identity
 from kvstrata.node.inprocess import InProcessNode
 from kvstrata.node.node import Node
+from kvstrata.node.write_behind import Origin
 from kvstrata.objects import HEADER_BYTES, verify_object
 from kvstrata.testing.clock import ManualClock
 from kvstrata.tiers.base import Outcome
@@ -704,7 +705,9 @@ class TestSlowerTiers:
         async def test(node: Node) -> None:
             backing = make_backing(MemoryTier())
             view = node.host.pool.view(0, SLOT)
-            writing = asyncio.ensure_future(backing.write(chunk_keys(1)[0], 0, view))
+            writing = asyncio.ensure_future(
+                backing.write(chunk_keys(1)[0], view, Origin([], 0, ORDER))
+            )
             for _ in range(20):
                 await asyncio.sleep(0)
             assert not writing.done()

@@ -2,83 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from tests.support.nodes import NAMESPACE, arrive, chunk_keys, clear, flush, until
+from tests.support.nodes import clear, flush, until
+from tests.support.real_nodes import ME, NBYTES, chunk, load, on_real_node, store, used
 
-from kvstrata.client import offsets_of
-from kvstrata.codecs.base import Payload
-from kvstrata.config import load_config
-from kvstrata.layout import LayerGroup, native_order
-from kvstrata.node import protocol as p
-from kvstrata.node.clients import Client
 from kvstrata.node.node import Node
-from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
-from kvstrata.testing.codecs import kv_like
-
-VEC = "vllm/cpu-vec/b32/bfloat16"
-GROUP = LayerGroup(0, "full", 2, 3, 64, 2, "bfloat16")
-SHAPE = Payload((2, 2, 3, 128, 64), "bfloat16", 0)
-NBYTES = SHAPE.nbytes
-TEMPLATE = p.Template("native", VEC, "bfloat16", [2, 4, 2, 3, 32, 64], 128, NBYTES)
-KEYS = chunk_keys(3)
-ME = Client("pid 1")
-
-
-def chunk(number: int) -> bytes:
-    """A chunk's KV as vLLM keeps it on the CPU; no two are equal."""
-    words = kv_like(SHAPE).view(np.uint16).reshape(SHAPE.shape)
-    return native_order(VEC).pack_layers(np.roll(words, number, axis=3), GROUP).tobytes()
-
-
-def on_real_node(test: Callable[[Node], Coroutine[Any, Any, None]], **options: Any) -> None:
-    async def main() -> None:
-        overrides = {"host.capacity": "16MiB", "leases.per_client": "80%", **options}
-        node = Node.create(load_config(environ={}, overrides=overrides))
-        await node.start()
-        try:
-            await asyncio.wait_for(test(node), 60)
-            node.check_integrity()
-        finally:
-            await node.stop(drain_s=1.0)
-
-    asyncio.run(main())
-
-
-def store(node: Node) -> int:
-    """Store all chunks that the node says it needs; how many."""
-    reserved = node.reserve(ME, p.Reserve(1, NAMESPACE, b"".join(KEYS), 0, 0, TEMPLATE))
-    sums = []
-    for number, offset in enumerate(offsets_of(reserved.offsets)):
-        if offset >= 0:
-            node.host.pool.view(offset + HEADER_BYTES, NBYTES)[:] = chunk(number)
-        sums.append(checksum(chunk(number)))
-    return node.commit(ME, p.Commit(1, reserved.reservation, b"".join(sums))).count
-
-
-async def load(node: Node, count: int = 3) -> tuple[list[int], list[bytes]]:
-    """Tiers and payloads of the leading chunks; all of them must come."""
-    request = p.Match(1, b"".join(KEYS[:count]), [0], [VEC, "portable"], [NBYTES])
-    matched = node.match(ME, request)
-    ready, offsets = 0, list(offsets_of(matched.offsets))
-    while ready < len(matched.tiers):
-        arrived = await arrive(node, ME, matched.lease, ready)
-        assert not arrived.failed
-        offsets[ready : arrived.ready] = offsets_of(arrived.offsets)
-        ready = arrived.ready
-    payloads = [bytes(node.host.pool.view(at + HEADER_BYTES, NBYTES)) for at in offsets]
-    node.release(ME, p.Release(matched.lease))
-    return list(matched.tiers), payloads
-
-
-def used(node: Node) -> dict[str, int]:
-    tiers = node.status(ME, p.Status(1)).state["tiers"]
-    return {tier["name"]: tier["used_bytes"] for tier in tiers}
+from kvstrata.objects import stored_bytes
 
 
 def test_encoded_objects_in_host_memory() -> None:
@@ -91,7 +22,7 @@ def test_encoded_objects_in_host_memory() -> None:
         assert tiers == [1, 1, 1]
         assert payloads == [chunk(number) for number in range(3)]
 
-    on_real_node(test, **{"memory.capacity": "8MiB"})
+    on_real_node(test, {"memory.capacity": "8MiB"})
 
 
 def test_memory_before_disk(tmp_path: Path) -> None:
@@ -114,7 +45,7 @@ def test_memory_before_disk(tmp_path: Path) -> None:
 
     on_real_node(
         test,
-        **{
+        {
             "memory.capacity": "8MiB",
             "disk.path": tmp_path / "disk",
             "disk.capacity": "8MiB",
@@ -152,6 +83,6 @@ def test_what_a_lossy_codec_gave_back_is_never_encoded_again(tmp_path: Path, res
         await flush(node, ME)
         assert used(node) == before
 
-    on_real_node(first, **options)
+    on_real_node(first, options)
     if restart:
-        on_real_node(second, **options)
+        on_real_node(second, options)

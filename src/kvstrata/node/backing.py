@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,17 +23,25 @@ from kvstrata.errors import (
 )
 from kvstrata.node.background import report_bug
 from kvstrata.node.backoff import Backoff
+from kvstrata.node.bandwidth import Bandwidth
+from kvstrata.node.choosing import Choice
 from kvstrata.node.host import identity, order_name
 from kvstrata.node.index import Index
 from kvstrata.node.scratch import Scratch
 from kvstrata.node.tier_calls import TierCalls
-from kvstrata.objects import ObjectHeader, split_object_id, stored_bytes, verify_object
+from kvstrata.node.write_behind import Origin
+from kvstrata.objects import (
+    OBJECT_ID_BYTES,
+    ObjectHeader,
+    split_object_id,
+    stored_bytes,
+    verify_object,
+)
 from kvstrata.observe.counters import Counters
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.base import Found, Outcome, Tier
 
 if TYPE_CHECKING:
-    from kvstrata.codecs import Codec
     from kvstrata.node.recoding import Encoded
 
 logger = logging.getLogger(__name__)
@@ -42,6 +51,7 @@ R = TypeVar("R")
 HIT = Outcome.HIT
 
 SCAN_SLICE = 256
+PROBE_OBJECTS, PROBE_BYTES = 2, 2 << 20
 # Sizes are multiples of 4096, so an entry has room for the number of the object's byte order.
 ORDER_MASK = 4095
 
@@ -64,7 +74,7 @@ class Backing:
         capacity_bytes: the hard bound on what it may hold.
         policy: orders its chunks for eviction.
         num_threads: threads for reads, and as many for writes.
-        codec: how new objects are stored, where that makes them smaller; None: as they are.
+        choice: how new objects are stored, where that makes them smaller; None: as they are.
         queue_bytes: what may wait to be written; beyond it stores skip this tier.
         deadline_s: a tier that completes no read for this long is taken as hung.
         counters: the node's.
@@ -82,14 +92,15 @@ class Backing:
         deadline_s: float,
         counters: Counters,
         clock: Callable[[], float],
-        codec: Codec | None = None,
+        choice: Choice | None = None,
     ) -> None:
         self.tier = tier
         self.name = tier.name
         # An entry is the object's size plus the number of its byte order, 0 while unknown.
         self.index: Index[int] = Index(capacity_bytes, policy, lambda entry: entry & ~ORDER_MASK)
         self.num_threads = num_threads
-        self.codec = codec
+        self.choice = choice
+        self.bandwidth = Bandwidth(clock)
         self.queue_bytes = queue_bytes
         self._counters = counters
         self._clock = clock
@@ -172,10 +183,10 @@ class Backing:
 
         def work() -> tuple[Outcome, ObjectHeader | None]:
             if nbytes == len(into):
-                (outcome,) = self.tier.read([name], [into])
+                outcome = self._fetch(name, into)
                 return outcome, _restored(into, name, into) if outcome is HIT else None
             with self._scratch.buffer(nbytes) as stored:
-                (outcome,) = self.tier.read([name], [stored])
+                outcome = self._fetch(name, stored)
                 return outcome, _restored(stored, name, into) if outcome is HIT else None
 
         return await self._read(key, part, nbytes, work, give_up)
@@ -185,7 +196,7 @@ class Backing:
         name = identity(key, part)
 
         def work() -> tuple[Outcome, ObjectHeader | None]:
-            (outcome,) = self.tier.read([name], [into])
+            outcome = self._fetch(name, into)
             return outcome, verify_object(into, name) if outcome is HIT else None
 
         await self._read(key, part, nbytes, work, lambda: None)
@@ -231,27 +242,24 @@ class Backing:
             self.index.pop(key, part)
         return header
 
-    async def write(
-        self, key: bytes, part: int, data: memoryview, order: str = "", cost: float = 1.0
-    ) -> bool:
+    async def write(self, key: bytes, data: memoryview, origin: Origin) -> bool:
         """Store one object within the byte budget, evicting what it must; False if it could not.
 
         Waits for the scan: before its end nobody knows what the tier holds already.
 
         Args:
             key: of the chunk.
-            part: which of the chunk's objects.
             data: header page and payload, kept still by the caller.
-            order: as readers will ask for it, see `kvstrata.node.host.order_name`.
-            cost: what computing the chunk took, in seconds.
+            origin: what is known of its commit.
         """
+        part, order = origin.part, origin.order
         writing, encoded = _Write(key), None
         self._writes.add(writing)
         try:
             await self._scanned.wait()
             if not self.writable:
                 return False
-            encoded = await self._encoded(data)
+            encoded = await self._encoded(data, origin)
             if encoded is not None:
                 data, order = encoded.data, order_name(encoded.header.kind, encoded.header.order)
             nbytes = len(data)
@@ -284,7 +292,7 @@ class Backing:
                 self._scratch.give(encoded.buffer)
         self._counters.add("tier_writes_total", tier=self.name, outcome="hit")
         self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
-        self.index.put(key, part, nbytes | self._order_number(order), cost)
+        self.index.put(key, part, nbytes | self._order_number(order), origin.cost)
         return True
 
     async def scan(self) -> None:
@@ -301,6 +309,8 @@ class Backing:
                 await asyncio.sleep(self._off.left_s)
         self._forgotten.clear()
         await self._remove(self.tier.delete)
+        if self.choice is not None and self.choice.needs_speed:
+            await self._probe()
         self._scanned.set()
         logger.info("%s: %d objects, %d bytes", self.name, self.index.num_objects,
                     self.index.used_bytes)  # fmt: skip
@@ -360,19 +370,17 @@ class Backing:
         self._calls.close()
         self.tier.close()
 
-    async def _encoded(self, data: memoryview) -> Encoded | None:
-        """The object as this tier's codec stores it; None where it stays as it is."""
-        if self.codec is None:
+    async def _encoded(self, data: memoryview, origin: Origin) -> Encoded | None:
+        """The object as this tier stores it; None where it stays as it is."""
+        if self.choice is None:
             return None
-        from kvstrata.node.recoding import encoded_object
-
-        codec = self.codec
+        choice = self.choice
         try:
             encoded = await asyncio.wrap_future(
-                self._calls.submit(lambda: encoded_object(codec, data, self._scratch))
+                self._calls.submit(lambda: self._encode(choice, data, origin))
             )
         except Exception as error:
-            report_bug(self._counters, f"codec {codec.name}", error)
+            report_bug(self._counters, f"codec {choice.name}", error)
             return None
         if encoded is not None:
             self._counters.add("encoded_bytes_total", len(data), tier=self.name, of="raw")
@@ -380,6 +388,36 @@ class Backing:
                 "encoded_bytes_total", len(encoded.data), tier=self.name, of="stored"
             )
         return encoded
+
+    def _encode(self, choice: Choice, data: memoryview, origin: Origin) -> Encoded | None:
+        codec = choice.of(origin.weights, origin.cost / len(data))
+        if codec is None:
+            return None
+        from kvstrata.node.recoding import encoded_object
+
+        return encoded_object(codec, data, self._scratch)
+
+    def _fetch(self, name: bytes, into: memoryview) -> Outcome:
+        """Read one object as it is stored."""
+        with self.bandwidth.read(len(into)):
+            (outcome,) = self.tier.read([name], [into])
+        return outcome
+
+    async def _probe(self) -> None:
+        """Write a little and read it back, so that there is an idea of how fast the tier is."""
+        names = [os.urandom(OBJECT_ID_BYTES) for _ in range(PROBE_OBJECTS)]
+        if not self.writable or not await self._make_room(PROBE_OBJECTS * PROBE_BYTES):
+            return
+        with self._scratch.buffer(PROBE_BYTES) as data:
+            data[:] = os.urandom(PROBE_BYTES)
+            try:
+                await self._calls.call(lambda: self.tier.write([(name, data) for name in names]))
+                for name in names:
+                    await self._calls.call(lambda name=name: self._fetch(name, data))  # type: ignore[misc]
+                await self._calls.call(lambda: self.tier.delete(names))
+            except TierUnavailable as error:
+                self.trip(error)
+        self.index.unclaim(PROBE_OBJECTS * PROBE_BYTES)
 
     async def _clear_tier(
         self, chunks: dict[bytes, tuple[object, ...]], count: int, held: int

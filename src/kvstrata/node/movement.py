@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from kvstrata.node.background import Tasks
 from kvstrata.node.backing import Backing
 from kvstrata.node.host import HostMemory, Slot, SlotState, order_name
-from kvstrata.node.write_behind import WriteBehind
+from kvstrata.node.write_behind import Origin, WriteBehind
 from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
 
@@ -57,17 +57,10 @@ class Movement:
         self._tasks.spawn("a promotion", self._promote(key, part, slot, backing, stored))
         return slot
 
-    def write_behind(
-        self,
-        prefix: list[bytes],
-        part: int,
-        order: str,
-        objects: Sequence[tuple[bytes, Slot]],
-        cost: float,
-    ) -> None:
+    def write_behind(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
         """Queue the published objects of a commit, head first, for every slower tier."""
         for behind in self.behind:
-            behind.add(prefix, part, order, objects, cost)
+            behind.add(origin, objects)
 
     def forget(self, keys: set[bytes] | None) -> None:
         """Publish and write nothing that is on its way of these chunks (None: of all)."""
@@ -122,9 +115,9 @@ class Movement:
             backing = behind.backing
             if backing is source:
                 break
-            lossless = backing.codec is None or backing.codec.lossless
+            lossless = backing.choice is None or backing.choice.lossless
             if lossless and backing.find(key, part, None) is None:
-                behind.add([key], part, order, [(key, slot)])
+                behind.add(Origin([key], part, order), [(key, slot)])
 
     def _settle(self, key: bytes, part: int, slot: Slot, header: ObjectHeader | None) -> None:
         """A promotion has come to its end, or to its deadline; only the first word counts."""

@@ -32,6 +32,7 @@ from kvstrata.node.opening import open_backings
 from kvstrata.node.reservations import ReservationTable
 from kvstrata.node.sampling import Sampler
 from kvstrata.node.scrub import scrub
+from kvstrata.node.write_behind import Origin
 from kvstrata.objects import stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
@@ -275,13 +276,14 @@ class Node:
         written = self.reservations.finish(reservation, checksums, epoch)
         if written:
             last = reservation.prefix.index(written[-1][0])
-            self.movement.write_behind(
+            origin = Origin(
                 reservation.prefix[: last + 1],
                 reservation.part,
                 reservation.order,
-                written,
                 reservation.cost,
+                reservation.weights,
             )
+            self.movement.write_behind(origin, written)
         for _, slot in written:
             self.host.unhold(slot)
         self.counters.add("stored_objects_total", len(written))
@@ -370,7 +372,7 @@ class Node:
                 "tiers": [
                     {
                         "name": backing.name,
-                        "codec": backing.codec.name if backing.codec else "raw",
+                        "codec": backing.choice.name if backing.choice else "raw",
                         "state": backing.state,
                         "capacity_bytes": backing.index.capacity_bytes,
                         "used_bytes": backing.index.used_bytes,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from kvstrata.config import Config, DiskConfig, MemoryConfig
 from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
 from kvstrata.node.backing import Backing
+from kvstrata.node.choosing import Always, Auto, Choice, Tables
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
+from kvstrata.quality.bound import Bound
+from kvstrata.quality.table import cache_folder
 from kvstrata.tiers.base import Tier
-
-if TYPE_CHECKING:
-    from kvstrata.codecs import Codec
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +24,8 @@ def open_backings(
     """The slower tiers, fastest first, and why those that cannot be opened are left out."""
     backings: list[Backing] = []
     left_out: dict[str, str] = {}
+    bound = Bound.parse(config.quality) if config.quality != "none" else Bound(())
+    tables = Tables(bound, cache_folder() / "quality", clock)
     for part in (config.memory, config.disk):
         if part is None:
             continue
@@ -45,9 +46,11 @@ def open_backings(
                 deadline_s=config.deadlines.load,
                 counters=counters,
                 clock=clock,
-                codec=_ready_codec(part.codec),
+                choice=_choice(part, tables),
             )
         )
+        if part.codec == "auto":
+            tables.backings.append(backings[-1])
     return backings, left_out
 
 
@@ -61,13 +64,15 @@ def _tier(part: MemoryConfig | DiskConfig) -> Tier:
     return MemoryTier()
 
 
-def _ready_codec(name: str) -> Codec | None:
+def _choice(part: MemoryConfig | DiskConfig, tables: Tables) -> Choice | None:
     """The codec, compiled; None for raw, which need not pay for importing numba."""
-    if name == "raw":
+    if part.codec == "raw":
         return None
+    if part.codec == "auto":
+        return Auto(tables, part.name)
     from kvstrata.codecs import codec_named
     from kvstrata.node.recoding import warm_up
 
-    codec = codec_named(name)
+    codec = codec_named(part.codec)
     warm_up(codec)
-    return codec
+    return Always(codec)

@@ -93,6 +93,7 @@ class Reserve(_Message, tag="reserve", frozen=True):
     part: int
     template: Template
     cost: float = 0.0
+    weights: str = ""
 
 
 class Reserved(_Message, tag="reserved", frozen=True):

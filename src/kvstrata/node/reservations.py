@@ -21,6 +21,7 @@ from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes
 
 NO_PARENT = bytes(32)
 NOT_WRITTEN = bytes(16)
+MAX_WEIGHTS_CHARS = 256
 
 
 class Reservation:
@@ -33,7 +34,7 @@ class Reservation:
     """
 
     __slots__ = ("client", "cost", "first", "id", "namespace", "order", "part", "prefix", "slots",
-                 "template", "unwanted")  # fmt: skip
+                 "template", "unwanted", "weights")  # fmt: skip
 
     def __init__(self, id: int, client: Client, message: p.Reserve) -> None:
         self.id = id
@@ -45,6 +46,7 @@ class Reservation:
         self.template = message.template
         self.order = order_name(message.template.kind, message.template.order)
         self.cost = message.cost or 1.0
+        self.weights = message.weights
         self.slots: list[Slot | None] = []
         self.unwanted: set[bytes] = set()
         if not 0 <= self.first < len(self.prefix):
@@ -53,6 +55,8 @@ class Reservation:
             raise UsageError(f"{self.part} is no part: group << 16 | rank")
         if not 0 <= message.cost < math.inf:
             raise UsageError(f"a cost of {message.cost} s is not a finite time")
+        if len(self.weights) > MAX_WEIGHTS_CHARS:
+            raise UsageError(f"an identity of weights of {len(self.weights)} characters")
         if NO_PARENT in self.prefix:
             raise UsageError("a key of zeros stands for no parent, and for no chunk")
         if self.template.kind == "native" and self.template.order == "portable":

@@ -9,28 +9,46 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstrata.node.background import Tasks, report_bug
-from kvstrata.node.backing import Backing
 from kvstrata.node.host import HostMemory, Slot, SlotState
 from kvstrata.observe.counters import Counters
 
+if TYPE_CHECKING:
+    from kvstrata.node.backing import Backing
+
+
+class Origin(NamedTuple):
+    """What the objects of one commit share.
+
+    Args:
+        prefix: keys of the prompt's chunks up to the last one of the commit.
+        part: which object of each chunk.
+        order: as readers will ask for it, see `kvstrata.node.host.order_name`.
+        cost: what computing a chunk took, in seconds.
+        weights: what computed it, see `kvstrata.client.NodeClient.reserve`.
+    """
+
+    prefix: list[bytes]
+    part: int
+    order: str
+    cost: float = 1.0
+    weights: str = ""
+
 
 class _Commit:
-    """The objects of one commit on their way into a slower tier."""
+    """The objects of one commit on their way into the tier."""
 
-    __slots__ = ("cost", "num_left", "order", "part", "prefix")
+    __slots__ = ("num_left", "origin")
 
-    def __init__(self, prefix: list[bytes], part: int, order: str, cost: float) -> None:
-        self.prefix = prefix
-        self.part = part
-        self.order = order
-        self.cost = cost
-        self.num_left = 0
+    def __init__(self, origin: Origin, num_left: int) -> None:
+        self.origin = origin
+        self.num_left = num_left
 
 
 class _Job:
-    """One object to be written behind."""
+    """One object to be written."""
 
     __slots__ = ("commit", "key", "slot")
 
@@ -63,21 +81,14 @@ class WriteBehind:
         self._num_writers = 0
         self._flushes: list[tuple[set[_Job], asyncio.Future[None]]] = []
 
-    def add(
-        self,
-        prefix: list[bytes],
-        part: int,
-        order: str,
-        objects: Sequence[tuple[bytes, Slot]],
-        cost: float = 1.0,
-    ) -> None:
+    def add(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
         """Queue the published objects of a commit, head first.
 
         When the queue is full it is the tail that is skipped. Yet tails are written first, so
         that the tier, now and after a restart, finds heads more recently used than their tails.
         """
         backing = self.backing
-        commit = _Commit(prefix, part, order, cost)
+        commit = _Commit(origin, 0)
         jobs = []
         for key, slot in objects:
             if not backing.writable:
@@ -127,10 +138,10 @@ class WriteBehind:
         slot, commit = job.slot, job.commit
         if slot.state is SlotState.READY:
             view = self._host.pool.view(slot.offset, slot.nbytes)
-            await self.backing.write(job.key, commit.part, view, commit.order, commit.cost)
+            await self.backing.write(job.key, view, commit.origin)
         if commit.num_left == 1:
             # Written side by side they end in any order, and after the heads of earlier commits.
-            self.backing.index.touch(commit.prefix)
+            self.backing.index.touch(commit.origin.prefix)
 
     def _finish(self, job: _Job) -> None:
         job.commit.num_left -= 1

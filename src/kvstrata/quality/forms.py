@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from kvstrata.quality.metrics import Estimate
-from kvstrata.quality.table import Measured, Table, frontier
+from kvstrata.quality.table import Estimate, Measured, Table, frontier
 
 
 def _spread(estimate: Estimate | None, show: Callable[[float], str]) -> str:

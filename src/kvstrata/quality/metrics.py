@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from kvstrata.codecs.elements import Floats
+from kvstrata.quality.table import Estimate
 
 T = TypeVar("T")
 
 _RESAMPLES = 1000
-
-
-class Estimate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A figure and its 95% confidence interval."""
-
-    value: float
-    low: float
-    high: float
+_POSITIONS = 4
 
 
 def estimate(windows: Sequence[T], statistic: Callable[[Sequence[T]], float]) -> Estimate:
@@ -42,9 +35,12 @@ def divergence(exact: Floats, decoded: Floats) -> npt.NDArray[np.float64]:
         exact: (positions, vocabulary), natural logarithms of probabilities.
         decoded: the same of the other cache.
     """
-    kl: npt.NDArray[np.float64] = np.einsum(
-        "pv,pv->p", np.exp(exact), exact - decoded, dtype=np.float64
-    )
+    kl = np.empty(len(exact))
+    # A few positions at a time: a vocabulary of 262,144 would fill the memory with what is between.
+    for begin in range(0, len(exact), _POSITIONS):
+        part = slice(begin, begin + _POSITIONS)
+        terms = np.exp(exact[part]) * (exact[part] - decoded[part])
+        kl[part] = terms.sum(axis=1, dtype=np.float64)
     # Rounding may leave a little less than nothing.
     return kl.clip(0.0)
 

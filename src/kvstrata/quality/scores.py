@@ -9,9 +9,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvstrata.quality.metrics import Estimate, estimate
+from kvstrata.quality.metrics import estimate
 from kvstrata.quality.samples import Sample
-from kvstrata.quality.table import Scores
+from kvstrata.quality.table import Estimate, Scores
 
 RELIABLE = 0.8
 """A depth of a length counts for retrieval if the exact cache finds so many of its facts."""

@@ -14,9 +14,16 @@ from pathlib import Path
 import msgspec
 
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
-from kvstrata.quality.metrics import Estimate
 
 VERSION = 1
+
+
+class Estimate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A figure and its 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

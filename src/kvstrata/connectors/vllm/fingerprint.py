@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
@@ -41,6 +42,7 @@ class Namespaces:
         self._tenant = tenant
         self._hashing = ThreadPoolExecutor(1, "kvstrata-identity")
         self._engine: Future[Namespace] | None = None
+        self._weights: Future[str] | None = None
         self._adapters: dict[tuple[int, str], Future[str]] = {}
         self._generation = ""
 
@@ -56,6 +58,7 @@ class Namespaces:
         self._engine = self._hashing.submit(
             engine_namespace, self._vllm_config, layout, self._chunk_tokens, self._tenant
         )
+        self._weights = self._hashing.submit(_weights, self._vllm_config)
         try:
             self._engine.result(wait_s)
         except FutureTimeout:
@@ -81,6 +84,20 @@ class Namespaces:
                 return None
             namespace = replace(namespace, adapter=_found(adapter, "adapter"))
         return replace(namespace, model=namespace.model + self._generation).digest()
+
+    def weights_of(self, request: Any) -> str:
+        """Identity of the weights that make a request's KV; "" unless they are those on disk."""
+        weights = self._weights
+        if weights is None or not weights.done() or weights.exception() is not None:
+            return ""
+        return "" if self._generation or request.lora_request is not None else weights.result()
+
+    def when_weighed(self, tell: Callable[[str], None]) -> None:
+        """Call back with the weights' identity once it is known; from another thread, perhaps."""
+        if self._weights is not None:
+            self._weights.add_done_callback(
+                lambda found: tell(found.result()) if found.exception() is None else None
+            )
 
     def renew(self) -> None:
         """Begin a new namespace: the weights may have changed where they are."""

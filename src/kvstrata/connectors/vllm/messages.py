@@ -63,12 +63,14 @@ class Store:
         prefix: keys of the prompt's chunks from the first to the last one to store.
         first: number of the first chunk to store.
         blocks: the source blocks of the chunks ``first`` and later.
+        weights: identity of what computed it; "": unknown, or not the model alone.
     """
 
     namespace: bytes
     prefix: list[bytes]
     first: int
     blocks: list[int]
+    weights: str = ""
 
 
 @dataclass

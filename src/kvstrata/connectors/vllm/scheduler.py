@@ -22,11 +22,12 @@ from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError, NodeUnavailable
 from kvstrata.keys import KeyChain
 from kvstrata.node import protocol as p
+from kvstrata.node.host import PORTABLE
+from kvstrata.quality.bound import Bound
+from kvstrata.quality.choice import trouble
 
 logger = logging.getLogger(__name__)
 
-#: the name under which payloads in the portable order are asked for
-PORTABLE = "portable"
 #: requests that have not been scheduled yet and hold a lease, at most; the others ask in their turn
 LOOK_AHEAD = 8
 #: how long the start waits for the weights' identity; later requests wait for nothing
@@ -56,6 +57,7 @@ class SchedulerSide:
         self._orders: list[str] = []
         self._parts: list[int] = []
         self._lengths: list[int] = []
+        self._model = vllm_config.model_config.model
         self._namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
         self._worker_nodes: set[bytes] = set()
         self._states: dict[str, RequestState] = {}
@@ -91,6 +93,7 @@ class SchedulerSide:
         if self._off:
             logger.error("KVStrata is off: %s", self._off)
         else:
+            self._namespaces.when_weighed(self._explain_auto)
             self._link.wait(self._config.deadlines.attach)
 
     # asked by vLLM's scheduler
@@ -408,7 +411,15 @@ class SchedulerSide:
             prefix=state.keys[:done],
             first=first,
             blocks=list(block_ids[first * per_chunk : done * per_chunk]),
+            weights=self._namespaces.weights_of(state.request),
         )
+
+    def _explain_auto(self, weights: str) -> None:
+        """Say at the start, and where the operator looks, why ``codec = auto`` stays lossless."""
+        tiers = (self._config.memory, self._config.disk)
+        names = [part.name for part in tiers if part is not None and part.codec == "auto"]
+        if names and (why := trouble(weights, Bound.parse(self._config.quality), self._model)):
+            logger.error("KVStrata: %s.codec is auto, but stores losslessly: %s", names[0], why)
 
     def _end_load(self, request_id: str, *, failed: bool) -> None:
         lease, chunk = self._loads.pop(request_id, (0, b""))

@@ -269,7 +269,13 @@ class Transfers:
     def _store_chunks(self, job: StoreJob, client: NodeClient) -> None:
         store, patience = job.store, self._deadlines.request
         reserved: p.Reserved = client.reserve(
-            store.namespace, store.prefix, store.first, self._rank, self._template, job.cost
+            store.namespace,
+            store.prefix,
+            store.first,
+            self._rank,
+            self._template,
+            job.cost,
+            store.weights,
         ).wait(patience)
         offsets = offsets_of(reserved.offsets)
         given = [i for i, offset in enumerate(offsets) if offset >= 0]

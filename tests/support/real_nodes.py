@@ -1,0 +1,89 @@
+"""Nodes made from a configuration, with real KV in vLLM's own byte order going through them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+import numpy as np
+from tests.support.nodes import NAMESPACE, arrive, chunk_keys
+
+from kvstrata.client import offsets_of
+from kvstrata.codecs.base import Payload
+from kvstrata.config import load_config
+from kvstrata.layout import LayerGroup, native_order
+from kvstrata.node import protocol as p
+from kvstrata.node.clients import Client
+from kvstrata.node.node import Node
+from kvstrata.objects import HEADER_BYTES, checksum
+from kvstrata.testing.codecs import kv_like
+
+VEC = "vllm/cpu-vec/b32/bfloat16"
+GROUP = LayerGroup(0, "full", 2, 3, 64, 2, "bfloat16")
+SHAPE = Payload((2, 2, 3, 128, 64), "bfloat16", 0)
+NBYTES = SHAPE.nbytes
+TEMPLATE = p.Template("native", VEC, "bfloat16", [2, 4, 2, 3, 32, 64], 128, NBYTES)
+KEYS = chunk_keys(3)
+ME = Client("pid 1")
+
+
+def chunk(number: int) -> bytes:
+    """A chunk's KV as vLLM keeps it on the CPU; no two are equal."""
+    words = kv_like(SHAPE).view(np.uint16).reshape(SHAPE.shape)
+    return native_order(VEC).pack_layers(np.roll(words, number, axis=3), GROUP).tobytes()
+
+
+def on_real_node(
+    test: Callable[[Node], Coroutine[Any, Any, None]],
+    options: Mapping[str, Any],
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Run a test on a node of its own with these options; ends with the conservation laws."""
+
+    async def main() -> None:
+        overrides = {"host.capacity": "16MiB", "leases.per_client": "80%", **options}
+        node = Node.create(load_config(environ={}, overrides=overrides), clock)
+        await node.start()
+        try:
+            await asyncio.wait_for(test(node), 60)
+            node.check_integrity()
+        finally:
+            await node.stop(drain_s=1.0)
+
+    asyncio.run(main())
+
+
+def store(node: Node, weights: str = "") -> int:
+    """Store all chunks that the node says it needs; how many."""
+    reserved = node.reserve(
+        ME, p.Reserve(1, NAMESPACE, b"".join(KEYS), 0, 0, TEMPLATE, 0.05, weights)
+    )
+    sums = []
+    for number, offset in enumerate(offsets_of(reserved.offsets)):
+        if offset >= 0:
+            node.host.pool.view(offset + HEADER_BYTES, NBYTES)[:] = chunk(number)
+        sums.append(checksum(chunk(number)))
+    return node.commit(ME, p.Commit(1, reserved.reservation, b"".join(sums))).count
+
+
+async def load(node: Node, count: int = 3) -> tuple[list[int], list[bytes]]:
+    """Tiers and payloads of the leading chunks; all of them must come."""
+    request = p.Match(1, b"".join(KEYS[:count]), [0], [VEC, "portable"], [NBYTES])
+    matched = node.match(ME, request)
+    ready, offsets = 0, list(offsets_of(matched.offsets))
+    while ready < len(matched.tiers):
+        arrived = await arrive(node, ME, matched.lease, ready)
+        assert not arrived.failed
+        offsets[ready : arrived.ready] = offsets_of(arrived.offsets)
+        ready = arrived.ready
+    payloads = [bytes(node.host.pool.view(at + HEADER_BYTES, NBYTES)) for at in offsets]
+    node.release(ME, p.Release(matched.lease))
+    return list(matched.tiers), payloads
+
+
+def used(node: Node) -> dict[str, int]:
+    """Bytes in each slower tier."""
+    tiers = node.status(ME, p.Status(1)).state["tiers"]
+    return {tier["name"]: tier["used_bytes"] for tier in tiers}

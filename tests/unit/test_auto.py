@@ -1,0 +1,185 @@
+"""``codec = auto``: the codec that the model's own table allows, and nothing lossy without it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.nodes import clear, flush
+from tests.support.real_nodes import KEYS, ME, chunk, load, on_real_node, store
+
+from kvstrata.codecs import codec_named
+from kvstrata.errors import ConfigError
+from kvstrata.node import protocol as p
+from kvstrata.node.node import Node
+from kvstrata.objects import decode, object_id
+from kvstrata.quality.bound import Bound
+from kvstrata.quality.choice import trouble
+from kvstrata.quality.table import Estimate, Measured, Scores, Table, path_for, save
+from kvstrata.testing.clock import ManualClock
+
+WEIGHTS = "ab" * 32
+
+
+def row(name: str, bits: float, kl: float, parameters: str = "") -> Measured:
+    codec = codec_named(name)
+    one = Estimate(1.0, 1.0, 1.0)
+    scores = Scores(
+        length=0, bits=bits, key_error=0, value_error=0, perplexity=one,
+        kl_mean=Estimate(kl, kl, kl), kl_p99=one, agreement=one, retrieval=None, rules=one,
+        rules_nats=one, rules_by_place=(),
+    )  # fmt: skip
+    return Measured(
+        name=name, family=codec.family, parameters=parameters or codec.parameters().hex(),
+        lossless=codec.lossless, encode_gbps=1.0, decode_gbps=20.0, scores=(scores,),
+    )  # fmt: skip
+
+
+def save_table(*rows: Measured) -> None:
+    table = Table(
+        kvstrata="0", model="tiny", weights=WEIGHTS, text="", windows=1, lengths=(), machine="",
+        exact=(), codecs=rows, left_out={},
+    )  # fmt: skip
+    save(table, path_for(WEIGHTS))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "quality": "kl <= 0.01",
+        "disk.path": tmp_path / "disk",
+        "disk.capacity": "8MiB",
+        "disk.codec": "auto",
+    }
+
+
+LOSSLESS, GOOD, BAD = (
+    row("lossless", 11, 0),
+    row("cachegen-2", 4, 0.002),
+    row("cachegen-5", 2, 0.05),
+)
+
+
+def stored_codec(node: Node, number: int = 0) -> tuple[str, bytes]:
+    """Family and parameters in the header of a chunk in the last tier."""
+    backing = node.backings[-1]
+    nbytes = backing.find(KEYS[number], 0, None)
+    assert nbytes is not None
+    with backing._scratch.buffer(nbytes) as data:
+        backing.tier.read([object_id(KEYS[number], 0, 0)], [data])
+        header = decode(bytes(data[:4096]))
+    return header.codec, header.codec_parameters
+
+
+def named(name: str) -> tuple[str, bytes]:
+    codec = codec_named(name)
+    return codec.family, codec.parameters()
+
+
+async def _store(node: Node, weights: str) -> tuple[str, bytes]:
+    store(node, weights)
+    await flush(node, ME)
+    return stored_codec(node)
+
+
+def test_the_densest_codec_within_the_bound(options: dict[str, Any]) -> None:
+    save_table(LOSSLESS, GOOD, BAD)
+
+    async def test(node: Node) -> None:
+        assert await _store(node, WEIGHTS) == named("cachegen-2")
+        await clear(node, ME, tiers=["host"])
+        assert (await load(node))[1] != [chunk(number) for number in range(3)]
+        tiers = node.status(ME, p.Status(1)).state["tiers"]
+        assert tiers[0]["codec"] == "auto (cachegen-2)"
+
+    on_real_node(test, options)
+
+
+def test_a_wider_bound_allows_more(options: dict[str, Any]) -> None:
+    save_table(LOSSLESS, GOOD, BAD)
+
+    async def test(node: Node) -> None:
+        assert await _store(node, WEIGHTS) == named("cachegen-5")
+
+    on_real_node(test, options | {"quality": "kl <= 0.05"})
+
+
+def test_memory_and_disk_are_chosen_together(options: dict[str, Any]) -> None:
+    save_table(LOSSLESS, GOOD, BAD)
+
+    async def test(node: Node) -> None:
+        assert await _store(node, WEIGHTS) == named("cachegen-2")
+        codecs = {t["name"]: t["codec"] for t in node.status(ME, p.Status(1)).state["tiers"]}
+        assert codecs == {"memory": "auto (cachegen-2)", "disk": "auto (cachegen-2)"}
+
+    on_real_node(test, options | {"memory.capacity": "4MiB", "memory.codec": "auto"})
+
+
+@pytest.mark.parametrize("weights", ["", "hub:org/model@1", "../" * 20, "cd" * 32])
+def test_an_unknown_model_is_stored_exactly(options: dict[str, Any], weights: str) -> None:
+    save_table(LOSSLESS, GOOD)
+
+    async def test(node: Node) -> None:
+        assert await _store(node, weights) == named("lossless")
+        await clear(node, ME, tiers=["host"])
+        assert (await load(node))[1] == [chunk(number) for number in range(3)]
+
+    on_real_node(test, options)
+
+
+def test_another_version_of_a_codec_was_not_measured(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    save_table(LOSSLESS, row("cachegen-2", 4, 0.002, parameters="ff"), BAD)
+
+    async def test(node: Node) -> None:
+        family, _ = await _store(node, WEIGHTS)
+        assert family in ("raw", "lossless")
+
+    on_real_node(test, options)
+    assert "measured in another version; measure again" in caplog.text
+
+
+def test_a_table_that_is_made_later_is_found(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = ManualClock()
+
+    async def test(node: Node) -> None:
+        assert await _store(node, WEIGHTS) == named("lossless")
+        assert "run kvstrata quality" in caplog.text
+        save_table(LOSSLESS, GOOD)
+        await clear(node, ME)
+        assert await _store(node, WEIGHTS) == named("lossless"), "not asked for every object"
+        clock.advance(61)
+        await clear(node, ME)
+        assert await _store(node, WEIGHTS) == named("cachegen-2")
+
+    with caplog.at_level(logging.ERROR):
+        on_real_node(test, options, clock)
+
+
+def test_auto_needs_a_bound(options: dict[str, Any]) -> None:
+    async def test(node: Node) -> None:
+        pass
+
+    with pytest.raises(ConfigError, match=r"disk.codec is auto; expected .*kl <= 0.01"):
+        on_real_node(test, options | {"quality": "none"})
+
+
+def test_why_not_is_said_with_the_command_that_mends_it() -> None:
+    bound = Bound.parse("kl <= 0.01")
+    assert trouble(WEIGHTS, bound, "/m").endswith("make it: kvstrata quality /m")
+    save_table(LOSSLESS, BAD)
+    assert "no lossy codec" in trouble(WEIGHTS, bound, "/m")
+    save_table(LOSSLESS, GOOD)
+    assert trouble(WEIGHTS, bound, "/m") == ""
+    path_for(WEIGHTS).write_text("{")
+    assert "is no table of quality" in trouble(WEIGHTS, bound, "/m")
