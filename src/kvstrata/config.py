@@ -113,6 +113,20 @@ class DiskConfig:
     capacity: int = field(metadata=_about(kinds.SIZE, None, _CAPACITY, True))
     policy: str = _option(kinds.one_of(POLICY_NAMES), "lru", "Whom to evict.", shared=True)
     codec: str = _option(kinds.CODEC, "raw", _CODEC, shared=True)
+    coarser: tuple[str, ...] = _option(
+        kinds.CODECS,
+        "none",
+        "Lossy codecs of coarser copies to keep besides, finest first, for loads that would miss "
+        "`load_target` otherwise.",
+        shared=True,
+    )
+    load_target: float = _option(
+        kinds.DURATION,
+        "0s",
+        "Within it a request's load should end: chunk by chunk the finest copy that is in time is "
+        "read, or the rest is computed where that is faster; 0: loads take what they take.",
+        shared=True,
+    )
     io_threads: int = _option(
         kinds.whole(1, 64),
         "8",
@@ -353,6 +367,12 @@ def _check_sums(
                 "quality",
                 f"missing, but {part.name}.codec is auto; expected {kinds.BOUND.expected}",
             )
+    if config.disk is not None and config.disk.coarser and not config.disk.load_target:
+        raise ConfigError(
+            "disk.load_target",
+            f"missing, but disk.coarser is given, which is only read to meet it; expected "
+            f"{kinds.DURATION.expected}",
+        )
     leases = config.leases
     if leases.per_client > leases.total:
         total = units.format_fraction(leases.total)

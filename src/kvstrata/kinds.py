@@ -21,6 +21,7 @@ MIN_CAPACITY = 1 << 20
 
 # A Unix socket's address holds 108 bytes, the last of them zero.
 MAX_SOCKET_PATH = 107
+MAX_COARSER = 15
 
 
 def did_you_mean(word: str, words: Sequence[str], prefix: str = "") -> str:
@@ -121,6 +122,22 @@ def _codec(value: Any) -> str:
         raise ValueError(str(error)) from error
 
 
+def _codecs(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if names == ["none"]:
+        return ()
+    if not isinstance(names, list | tuple) or not 0 < len(names) <= MAX_COARSER:
+        raise ValueError(f"{value!r} is no list of at most {MAX_COARSER} names")
+    chosen = tuple(_codec(name.strip() if isinstance(name, str) else name) for name in names)
+    if exact := {"raw", "lossless", "auto"} & set(chosen):
+        raise ValueError(f"{exact.pop()!r} is no lossy codec")
+    return chosen
+
+
+def _format_codecs(value: tuple[str, ...]) -> str:
+    return ", ".join(value) or "none"
+
+
 def _bound(value: Any) -> str:
     if value == "none":
         return "none"
@@ -153,5 +170,6 @@ RATE = Kind(units.parse_rate, units.format_rate, 'a rate such as "32MiB/s", or 0
 TEXT = Kind(_text, str, "1 to 128 printable characters")
 PATH = Kind(_path, str, "an absolute path, or one that starts with ~")
 CODEC = Kind(_codec, str, "the name of a codec, such as lossless or int8")
+CODECS = Kind(_codecs, _format_codecs, '"none", or lossy codecs such as "cachegen-2, cachegen-5"')
 BOUND = Kind(_bound, str, '"none", or a bound such as "kl <= 0.01 and agreement >= 98%"')
 NODE = Kind(_node, str, '"auto", or "unix:" and the absolute path of a socket')

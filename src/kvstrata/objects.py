@@ -22,6 +22,8 @@ OBJECT_ID_BYTES = 36
 CHECKSUM_BYTES = 16
 NO_PARENT = bytes(32)
 MAX_DIMS = 8
+GROUP_BITS = 12
+"""Of a header's group: the layer group; the four bits above say which coarser copy it is."""
 
 _MAGIC = b"KVSTRATA"
 _KINDS = {"native": 1, "portable": 2}

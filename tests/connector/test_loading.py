@@ -20,7 +20,7 @@ from vllm.v1.request import RequestStatus
 from kvstrata.connectors.vllm import scheduler as scheduler_module
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.node import protocol as p
-from kvstrata.objects import HEADER_BYTES
+from kvstrata.objects import HEADER_BYTES, decode
 
 Make = Callable[..., Rig]
 
@@ -218,6 +218,36 @@ def test_a_failed_load_is_remembered_and_recomputed(make_rig: Make) -> None:
     assert rig.failed == rig.loaded == [name]
     assert rig.state()["requests"][-1]["miss"] == "the load failed"
     tier.opened.set()
+    rig.check()
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("lost", [0, 3, 5])
+def test_what_came_before_a_chunk_that_is_lost_is_used(
+    make_rig: Make, ranks: int, pipelined: bool, lost: int
+) -> None:
+    tier = GatedTier()
+    rig = make_rig(make_node=tiered(tier), ranks=ranks, pipelined=pipelined)
+    tokens = prompt(200)
+    rig.warm(tokens)
+    rig.drop_host()
+    for name, (data, _) in list(tier._objects.items()):
+        header = decode(data[:HEADER_BYTES].tobytes())
+        if header.start == lost * CHUNK and header.rank == ranks - 1:
+            del tier._objects[name]
+    before = len(rig.steps)
+    rig.ask(tokens, 2)
+    assert rig.failed == []
+    assert len(rig.loaded) == 1
+    # Up to the lost chunk nothing was computed, and one more step answers the second token.
+    assert sum(step.num_tokens for step in rig.steps[before:]) == 200 - lost * CHUNK + 1
+    record = rig.state()["requests"][-1]
+    assert record["loaded_tokens"] == lost * CHUNK
+    assert record["miss"] == f"the load ended before chunk {lost}"
+    rig.settle()
+    rig.reset()
+    assert rig.ask(tokens, 2) == 6 * CHUNK, "what was computed instead was stored"
     rig.check()
 
 

@@ -56,6 +56,8 @@ SAMPLES: Mapping[str, Any] = {
     "disk.capacity": "200GB",
     "disk.policy": "cost",
     "disk.codec": "lossless",
+    "disk.coarser": "cachegen-2, int4",
+    "disk.load_target": "500ms",
     "disk.io_threads": 6,
     "disk.write_queue": "1GiB",
     "disk.scrub_rate": 0,
@@ -206,6 +208,14 @@ def test_parts_of_the_disk_may_come_from_different_sources() -> None:
         ({"secret_file": "/a\0b"}, "secret_file", "not a path"),
         ({"disk": {}}, "disk.path", "missing"),
         ({"quality": "kl > 1"}, "quality", "is not a metric"),
+        ({"disk": {"coarser": "lossless"}}, "disk.coarser", "'lossless' is no lossy codec"),
+        ({"disk": {"coarser": "cachegen-9"}}, "disk.coarser", "no codec 'cachegen-9'"),
+        ({"disk": {"coarser": ["int4"] * 16}}, "disk.coarser", "at most 15 names"),
+        (
+            {"disk": {"path": "/d", "capacity": "1GiB", "coarser": ["int4"]}},
+            "disk.load_target",
+            "missing, but disk.coarser is given",
+        ),
         (
             {"disk": {"path": "/d", "capacity": "1GiB", "codec": "auto"}},
             "quality",
@@ -351,7 +361,12 @@ def test_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_identity_covers_the_nodes_options_and_no_others() -> None:
-    base = {"disk.path": "/d", "disk.capacity": "1GiB", "memory.capacity": "1GiB"}
+    base = {
+        "disk.path": "/d",
+        "disk.capacity": "1GiB",
+        "disk.load_target": "1s",
+        "memory.capacity": "1GiB",
+    }
     identity = load(base).node_identity(uid=1)
     clients = {"node", "chunk_tokens", "tenant", "log"}
     for path, value in SAMPLES.items():

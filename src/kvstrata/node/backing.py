@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -25,7 +26,7 @@ from kvstrata.node.background import report_bug
 from kvstrata.node.backoff import Backoff
 from kvstrata.node.bandwidth import Bandwidth
 from kvstrata.node.choosing import Choice
-from kvstrata.node.host import identity, order_name
+from kvstrata.node.host import at_level, identity, order_name
 from kvstrata.node.index import Index
 from kvstrata.node.scratch import Scratch
 from kvstrata.node.tier_calls import TierCalls
@@ -75,6 +76,9 @@ class Backing:
         policy: orders its chunks for eviction.
         num_threads: threads for reads, and as many for writes.
         choice: how new objects are stored, where that makes them smaller; None: as they are.
+        coarser: how coarser copies of them are stored besides, finest first.
+        load_target_s: within it a request's load should end; coarser copies are read for it, or
+            the load ends early. 0: loads take what they take.
         queue_bytes: what may wait to be written; beyond it stores skip this tier.
         deadline_s: a tier that completes no read for this long is taken as hung.
         counters: the node's.
@@ -93,6 +97,8 @@ class Backing:
         counters: Counters,
         clock: Callable[[], float],
         choice: Choice | None = None,
+        coarser: Sequence[Choice] = (),
+        load_target_s: float = 0.0,
     ) -> None:
         self.tier = tier
         self.name = tier.name
@@ -100,6 +106,8 @@ class Backing:
         self.index: Index[int] = Index(capacity_bytes, policy, lambda entry: entry & ~ORDER_MASK)
         self.num_threads = num_threads
         self.choice = choice
+        self.coarser = coarser
+        self.load_target_s = load_target_s
         self.bandwidth = Bandwidth(clock)
         self.queue_bytes = queue_bytes
         self._counters = counters
@@ -153,6 +161,11 @@ class Backing:
         if order and orders is not None and all(self._orders.get(o) != order for o in orders):
             return None
         return entry & ~ORDER_MASK
+
+    def sizes(self, key: bytes, part: int) -> list[float]:
+        """Size of an object at each level, the object itself first; `inf` where there is none."""
+        parts = [at_level(part, level) for level in range(1 + len(self.coarser))]
+        return [self.find(key, one, None) or math.inf for one in parts]
 
     def use(self, keys: list[bytes]) -> None:
         """Note the use of a prefix, given head first."""
@@ -252,16 +265,35 @@ class Backing:
             data: header page and payload, kept still by the caller.
             origin: what is known of its commit.
         """
-        part, order = origin.part, origin.order
-        writing, encoded = _Write(key), None
+        writing = _Write(key)
         self._writes.add(writing)
         try:
             await self._scanned.wait()
-            if not self.writable:
-                return False
-            encoded = await self._encoded(data, origin)
-            if encoded is not None:
-                data, order = encoded.data, order_name(encoded.header.kind, encoded.header.order)
+            stored = await self._write(writing, data, origin, self.choice, 0)
+            for level, codec in enumerate(self.coarser, 1):
+                if stored:
+                    await self._write(writing, data, origin, codec, level)
+        finally:
+            self._writes.discard(writing)
+        return stored
+
+    async def _write(
+        self,
+        writing: _Write,
+        data: memoryview,
+        origin: Origin,
+        choice: Choice | None,
+        level: int,
+    ) -> bool:
+        if not self.writable:
+            return False
+        key, part, order = writing.key, at_level(origin.part, level), origin.order
+        encoded = await self._encoded(choice, data, origin, level)
+        if encoded is not None:
+            data, order = encoded.data, order_name(encoded.header.kind, encoded.header.order)
+        elif level:
+            return False  # no smaller, or nothing for this codec: the object itself has to do
+        try:
             nbytes = len(data)
             if not await self._make_room(nbytes):
                 return False
@@ -287,7 +319,6 @@ class Backing:
             encoded = None  # a thread may still read its buffer
             raise
         finally:
-            self._writes.discard(writing)
             if encoded is not None:
                 self._scratch.give(encoded.buffer)
         self._counters.add("tier_writes_total", tier=self.name, outcome="hit")
@@ -309,7 +340,7 @@ class Backing:
                 await asyncio.sleep(self._off.left_s)
         self._forgotten.clear()
         await self._remove(self.tier.delete)
-        if self.choice is not None and self.choice.needs_speed:
+        if self.load_target_s or (self.choice is not None and self.choice.needs_speed):
             await self._probe()
         self._scanned.set()
         logger.info("%s: %d objects, %d bytes", self.name, self.index.num_objects,
@@ -370,32 +401,31 @@ class Backing:
         self._calls.close()
         self.tier.close()
 
-    async def _encoded(self, data: memoryview, origin: Origin) -> Encoded | None:
+    async def _encoded(
+        self, choice: Choice | None, data: memoryview, origin: Origin, level: int
+    ) -> Encoded | None:
         """The object as this tier stores it; None where it stays as it is."""
-        if self.choice is None:
+        if choice is None:
             return None
-        choice = self.choice
+
+        def work() -> Encoded | None:
+            codec = choice.of(origin.weights, origin.cost / len(data))
+            if codec is None:
+                return None
+            from kvstrata.node.recoding import encoded_object
+
+            return encoded_object(codec, data, self._scratch, level)
+
         try:
-            encoded = await asyncio.wrap_future(
-                self._calls.submit(lambda: self._encode(choice, data, origin))
-            )
+            encoded = await asyncio.wrap_future(self._calls.submit(work))
         except Exception as error:
             report_bug(self._counters, f"codec {choice.name}", error)
             return None
         if encoded is not None:
+            stored = len(encoded.data)
             self._counters.add("encoded_bytes_total", len(data), tier=self.name, of="raw")
-            self._counters.add(
-                "encoded_bytes_total", len(encoded.data), tier=self.name, of="stored"
-            )
+            self._counters.add("encoded_bytes_total", stored, tier=self.name, of="stored")
         return encoded
-
-    def _encode(self, choice: Choice, data: memoryview, origin: Origin) -> Encoded | None:
-        codec = choice.of(origin.weights, origin.cost / len(data))
-        if codec is None:
-            return None
-        from kvstrata.node.recoding import encoded_object
-
-        return encoded_object(codec, data, self._scratch)
 
     def _fetch(self, name: bytes, into: memoryview) -> Outcome:
         """Read one object as it is stored."""

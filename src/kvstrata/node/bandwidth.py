@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-MEMORY_S = 0.25
-"""Of busy time: old enough to be smooth, young enough to notice a link that slows down."""
+KEPT = 0.8
+"""Weight of the past at each read: about the last five count, so that a link that slows down is
+noticed while a load is under way."""
 
 
 class Bandwidth:
@@ -40,12 +41,9 @@ class Bandwidth:
             with self._lock:
                 self._reading -= 1
                 now = self._clock()
-                self._bytes += brought
-                self._seconds += now - self._since
+                self._bytes = KEPT * self._bytes + brought
+                self._seconds = KEPT * self._seconds + now - self._since
                 self._since = now
-                if self._seconds > MEMORY_S:
-                    self._bytes *= MEMORY_S / self._seconds
-                    self._seconds = MEMORY_S
 
     @property
     def bytes_per_s(self) -> float | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvstrata.memory import Pool, SlotAllocator
 from kvstrata.node.index import Index
-from kvstrata.objects import object_id
+from kvstrata.objects import GROUP_BITS, object_id
 from kvstrata.policies.base import Policy
 
 if TYPE_CHECKING:
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 def identity(key: bytes, part: int) -> bytes:
     """The object id of one part of a chunk."""
     return object_id(key, part >> 16, part & 0xFFFF)
+
+
+MAX_PART: int = (1 << 16 + GROUP_BITS) - 1
+
+
+def at_level(part: int, level: int) -> int:
+    """The part of a coarser copy, which a slower tier may keep beside the object itself."""
+    return part | level << 16 + GROUP_BITS
 
 
 PORTABLE = "portable"

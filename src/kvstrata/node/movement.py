@@ -7,14 +7,35 @@ from before its copy starts until after it has ended, whatever deadline passes i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from kvstrata.node.background import Tasks
 from kvstrata.node.backing import Backing
-from kvstrata.node.host import HostMemory, Slot, SlotState, order_name
+from kvstrata.node.host import HostMemory, Slot, SlotState, at_level, order_name
+from kvstrata.node.streaming import Stream
 from kvstrata.node.write_behind import Origin, WriteBehind
 from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
+
+
+class Wanted(NamedTuple):
+    """An object to be brought into host memory.
+
+    Args:
+        key: of the chunk.
+        part: which of its objects.
+        nbytes: of the object when it is raw, so of the slot.
+        backing: the tier it comes from.
+        stored: of the object as it lies there.
+    """
+
+    key: bytes
+    part: int
+    nbytes: int
+    backing: Backing
+    stored: int
 
 
 class Movement:
@@ -24,38 +45,73 @@ class Movement:
         host: where promoted objects go and committed ones come from.
         backings: the slower tiers, fastest first.
         counters: the node's.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, host: HostMemory, backings: list[Backing], counters: Counters) -> None:
+    def __init__(
+        self,
+        host: HostMemory,
+        backings: list[Backing],
+        counters: Counters,
+        clock: Callable[[], float],
+    ) -> None:
         self.arriving: dict[tuple[bytes, int], Slot] = {}
         self._filling: set[Slot] = set()
         self._host = host
         self._counters = counters
+        self._clock = clock
+        self._streams: dict[str, list[Stream]] = {}
         self._tasks = Tasks(counters)
         self.behind = [WriteBehind(host, backing, counters, self._tasks) for backing in backings]
 
-    def promote(
-        self, key: bytes, part: int, nbytes: int, backing: Backing, stored: int
-    ) -> Slot | None:
-        """Start to bring an object into host memory.
+    def promote(self, wanted: Sequence[Wanted], compute_s: float) -> list[Slot]:
+        """Start to bring objects into host memory.
 
         Args:
-            key: of the chunk.
-            part: which of its objects.
-            nbytes: of the object when it is raw, so of the slot.
-            backing: the tier it comes from.
-            stored: of the object as it lies there.
+            wanted: the objects, head of the prompt first.
+            compute_s: what computing the KV of one of them takes; `inf`: unknown.
         Returns:
-            The slot that it will fill, held once for the caller; None when there is no room.
+            The slots that the leading ones will fill, as many as there is room for; each is held
+            once for the caller.
         """
-        slot = self._host.allocate(nbytes)
-        if slot is None:
-            return None
-        self.arriving[key, part] = slot
-        self._filling.add(slot)
-        self._host.hold(slot)
-        self._tasks.spawn("a promotion", self._promote(key, part, slot, backing, stored))
-        return slot
+        slots = []
+        for one in wanted:
+            slot = self._host.allocate(one.nbytes)
+            if slot is None:
+                break
+            self.arriving[one.key, one.part] = slot
+            self._filling.add(slot)
+            self._host.hold(slot)
+            slots.append(slot)
+        streams = self._open_streams(wanted[: len(slots)], compute_s)
+        for one, slot in zip(wanted, slots, strict=False):
+            self._tasks.spawn(
+                "a promotion",
+                self._promote(one, slot, *streams.get((one.key, one.part), (None, 0))),
+            )
+        return slots
+
+    def _open_streams(
+        self, wanted: Sequence[Wanted], compute_s: float
+    ) -> dict[tuple[bytes, int], tuple[Stream, int]]:
+        """Of what comes from a tier with a target: the stream it is in, and its number there."""
+        opened: dict[tuple[bytes, int], tuple[Stream, int]] = {}
+        for backing in {one.backing for one in wanted if one.backing.load_target_s}:
+            mine = [one for one in wanted if one.backing is backing]
+            streams = self._streams.setdefault(backing.name, [])
+            stream = Stream(
+                [backing.sizes(one.key, one.part) for one in mine],
+                self._clock() + backing.load_target_s,
+                compute_s,
+                partial(_share, backing, streams),
+                backing.num_threads,
+                self._clock,
+            )
+            streams[:] = [one for one in streams if not one.ended] + [stream]
+            opened.update(
+                ((one.key, one.part), (stream, number)) for number, one in enumerate(mine)
+            )
+        return opened
 
     def write_behind(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
         """Queue the published objects of a commit, head first, for every slower tier."""
@@ -89,20 +145,32 @@ class Movement:
         await self._tasks.cancel()
 
     async def _promote(
-        self, key: bytes, part: int, slot: Slot, backing: Backing, stored: int
+        self, wanted: Wanted, slot: Slot, stream: Stream | None, number: int
     ) -> None:
+        key, part, backing, stored = wanted.key, wanted.part, wanted.backing, wanted.stored
         view = self._host.pool.view(slot.offset, slot.nbytes)
 
         def settle(header: ObjectHeader | None = None) -> None:
             self._settle(key, part, slot, header)
 
+        level: int | None = 0
         try:
+            if stream is not None:
+                level = await stream.turn(number)
+                label = "given up" if level is None else str(level)
+                self._counters.add("streamed_objects_total", tier=backing.name, level=label)
+                if level:
+                    stored = backing.find(key, at_level(part, level), None) or stored
+            if level is None:
+                return
             # Past its deadline a thread may still write into the slot, so it stays withheld.
-            header = await backing.read(key, part, stored, view, give_up=settle)
+            header = await backing.read(key, at_level(part, level), stored, view, give_up=settle)
             settle(header)
-            if slot.state is SlotState.READY and header is not None:
+            if slot.state is SlotState.READY and header is not None and not level:
                 self._copy_up(key, part, slot, backing, order_name(header.kind, header.order))
         finally:
+            if stream is not None:
+                stream.done(number)
             settle()
             self._host.unhold(slot)
 
@@ -136,3 +204,9 @@ class Movement:
         waiters, slot.waiters = slot.waiters or (), None
         for lease in waiters:
             lease.advance()
+
+
+def _share(backing: Backing, streams: list[Stream]) -> float | None:
+    """What a tier brings to one of the streams that are under way."""
+    rate = backing.bandwidth.bytes_per_s
+    return rate and rate / max(1, sum(not stream.ended for stream in streams))

@@ -25,9 +25,9 @@ from kvstrata.memory import Pool, available_bytes
 from kvstrata.node import protocol as p
 from kvstrata.node.background import Tasks
 from kvstrata.node.clients import Client
-from kvstrata.node.host import PORTABLE, HostMemory, Slot, SlotState
+from kvstrata.node.host import MAX_PART, PORTABLE, HostMemory, Slot, SlotState
 from kvstrata.node.leases import LeaseTable
-from kvstrata.node.movement import Movement
+from kvstrata.node.movement import Movement, Wanted
 from kvstrata.node.opening import open_backings
 from kvstrata.node.reservations import ReservationTable
 from kvstrata.node.sampling import Sampler
@@ -84,7 +84,7 @@ class Node:
         self.host = HostMemory(pool, create_policy(config.host.policy, capacity, clock))
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
         self.reservations = ReservationTable(self.host, per_client)
-        self.movement = Movement(self.host, backings, counters)
+        self.movement = Movement(self.host, backings, counters, clock)
         self.records: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
         self._outcomes: set[str] = set()
@@ -171,7 +171,7 @@ class Node:
         self.host.hold_all(held)
         tiers = bytearray(len(held) // num_parts)
         slots: list[Slot | None] = [*held]
-        pending: list[tuple[int, bytes, int, int, Backing, int]] = []
+        pending: list[tuple[int, Wanted]] = []
         for key in rest:
             located = self._locate(key, parts, orders)
             if located is None:
@@ -191,17 +191,17 @@ class Node:
                 else:
                     backing, stored = where
                     nbytes = sizes.get(part, stored)
-                    pending.append((len(slots), key, part, nbytes, backing, stored))
+                    pending.append((len(slots), Wanted(key, part, nbytes, backing, stored)))
                     slots.append(None)
             tiers.append(max(number for _, number in located))
         num_chunks = len(tiers)
-        for position, key, part, nbytes, backing, stored in pending:
-            slot = self.movement.promote(key, part, nbytes, backing, stored)
-            if slot is None:
-                num_chunks = position // num_parts
-                self.counters.add("matches_cut_total", why="room")
-                break
+        compute_s = self.reservations.chunk_s / num_parts
+        arriving = self.movement.promote([wanted for _, wanted in pending], compute_s)
+        for (position, _), slot in zip(pending, arriving, strict=False):
             slots[position] = slot
+        if len(arriving) < len(pending):
+            num_chunks = pending[len(arriving)][0] // num_parts
+            self.counters.add("matches_cut_total", why="room")
         self.host.unhold_all([s for s in slots[num_chunks * num_parts :] if s is not None])
         held = [slot for slot in slots[: num_chunks * num_parts] if slot is not None]
         del tiers[num_chunks:]
@@ -464,7 +464,7 @@ def _checked(parts: list[int]) -> list[int]:
     """Raises `UsageError` unless these can make up a chunk."""
     if not parts or len(set(parts)) != len(parts):
         raise UsageError("name the parts that make up a chunk, each once")
-    if not all(0 <= part < 1 << 32 for part in parts):
+    if not all(0 <= part <= MAX_PART for part in parts):
         raise UsageError(f"not all of {parts} are parts: group << 16 | rank")
     return parts
 

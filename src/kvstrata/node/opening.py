@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kvstrata.config import Config, DiskConfig, MemoryConfig
 from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
@@ -14,6 +15,9 @@ from kvstrata.policies import create_policy
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.table import cache_folder
 from kvstrata.tiers.base import Tier
+
+if TYPE_CHECKING:
+    from kvstrata.codecs import Codec
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,9 @@ def open_backings(
     for part in (config.memory, config.disk):
         if part is None:
             continue
+        coarser, target_s = (
+            (part.coarser, part.load_target) if isinstance(part, DiskConfig) else ((), 0.0)
+        )
         try:
             tier = _tier(part)
         except (ConfigError, Incompatible, TierUnavailable) as error:
@@ -46,7 +53,9 @@ def open_backings(
                 deadline_s=config.deadlines.load,
                 counters=counters,
                 clock=clock,
-                choice=_choice(part, tables),
+                choice=_choice(part.codec, part.name, tables),
+                coarser=[Always(_ready(name)) for name in coarser],
+                load_target_s=target_s,
             )
         )
         if part.codec == "auto":
@@ -64,15 +73,18 @@ def _tier(part: MemoryConfig | DiskConfig) -> Tier:
     return MemoryTier()
 
 
-def _choice(part: MemoryConfig | DiskConfig, tables: Tables) -> Choice | None:
-    """The codec, compiled; None for raw, which need not pay for importing numba."""
-    if part.codec == "raw":
+def _choice(codec: str, tier: str, tables: Tables) -> Choice | None:
+    """How a tier stores; None for raw, which need not pay for importing numba."""
+    if codec == "raw":
         return None
-    if part.codec == "auto":
-        return Auto(tables, part.name)
+    return Auto(tables, tier) if codec == "auto" else Always(_ready(codec))
+
+
+def _ready(name: str) -> Codec:
+    """The codec, compiled."""
     from kvstrata.codecs import codec_named
     from kvstrata.node.recoding import warm_up
 
-    codec = codec_named(part.codec)
+    codec = codec_named(name)
     warm_up(codec)
-    return Always(codec)
+    return codec

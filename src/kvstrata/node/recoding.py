@@ -21,6 +21,7 @@ from kvstrata.errors import CorruptObject, Incompatible, LayoutMismatch, UsageEr
 from kvstrata.layout import ITEM_BYTES, Bytes, LayerGroup, native_order
 from kvstrata.node.scratch import Scratch
 from kvstrata.objects import (
+    GROUP_BITS,
     HEADER_BYTES,
     ObjectHeader,
     checksum,
@@ -52,13 +53,16 @@ class Encoded(NamedTuple):
     buffer: mmap.mmap
 
 
-def encoded_object(codec: Codec, data: memoryview, scratch: Scratch) -> Encoded | None:
+def encoded_object(
+    codec: Codec, data: memoryview, scratch: Scratch, level: int = 0
+) -> Encoded | None:
     """A whole object as a tier with this codec keeps it.
 
     Args:
         codec: the tier's.
         data: header page, raw payload and padding.
         scratch: where the result is made.
+        level: 0, or which of the tier's coarser copies this is.
     Returns:
         None where the object should be kept as it is: encoding cannot make it smaller.
     """
@@ -84,6 +88,7 @@ def encoded_object(codec: Codec, data: memoryview, scratch: Scratch) -> Encoded 
         whole[end:padded] = bytes(padded - end)
         stored = msgspec.structs.replace(
             header,
+            group=header.group | level << GROUP_BITS,
             codec=codec.family,
             codec_parameters=codec.parameters(),
             stored_length=size,
@@ -131,6 +136,7 @@ def restored_object(data: memoryview, object_id: bytes, into: memoryview) -> Obj
         raise CorruptObject(f"{codec.name} gave back other bytes than were stored")
     header = msgspec.structs.replace(
         header,
+        group=header.group & (1 << GROUP_BITS) - 1,
         codec="raw",
         codec_parameters=b"",
         stored_length=header.raw_length,

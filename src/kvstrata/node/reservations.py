@@ -16,7 +16,7 @@ from typing import Literal, cast
 from kvstrata.errors import UsageError
 from kvstrata.node import protocol as p
 from kvstrata.node.clients import Client
-from kvstrata.node.host import HostMemory, Slot, order_name
+from kvstrata.node.host import MAX_PART, HostMemory, Slot, order_name
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes
 
 NO_PARENT = bytes(32)
@@ -45,13 +45,13 @@ class Reservation:
         self.part = message.part
         self.template = message.template
         self.order = order_name(message.template.kind, message.template.order)
-        self.cost = message.cost or 1.0
+        self.cost = message.cost
         self.weights = message.weights
         self.slots: list[Slot | None] = []
         self.unwanted: set[bytes] = set()
         if not 0 <= self.first < len(self.prefix):
             raise UsageError(f"chunk {self.first} of {len(self.prefix)} cannot be reserved")
-        if not 0 <= self.part < 1 << 32:
+        if not 0 <= self.part <= MAX_PART:
             raise UsageError(f"{self.part} is no part: group << 16 | rank")
         if not 0 <= message.cost < math.inf:
             raise UsageError(f"a cost of {message.cost} s is not a finite time")
@@ -102,6 +102,7 @@ class ReservationTable:
     def __init__(self, host: HostMemory, per_client_bytes: int) -> None:
         self._host = host
         self.per_client_bytes = per_client_bytes
+        self.chunk_s = math.inf  # what computing a chunk took, as the last writer said
         self._reservations: dict[int, Reservation] = {}
         self._writing: dict[tuple[bytes, int], Reservation] = {}
         # No number means anything to another node, where a client may come with an old one.
@@ -127,6 +128,12 @@ class ReservationTable:
             UsageError: the request describes objects that cannot exist.
         """
         reservation = Reservation(self._next, client, message)
+        if reservation.cost:
+            self.chunk_s = reservation.cost
+        elif math.isfinite(self.chunk_s):
+            reservation.cost = self.chunk_s
+        else:
+            reservation.cost = 1.0
         self._next += 1
         part, order = reservation.part, reservation.order
         nbytes = stored_bytes(reservation.template.raw_length)

@@ -103,10 +103,12 @@ class WorkerReport(KVConnectorWorkerMetadata):
     Args:
         nodes: the nodes that the workers are attached to.
         sync_loaded: how many workers have ended each synchronous load.
+        came: of loads that ended early, the first chunk that did not come, of the prompt's.
     """
 
     nodes: set[bytes] = field(default_factory=set)
     sync_loaded: dict[str, int] = field(default_factory=dict)
+    came: dict[str, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports in one."""
@@ -114,4 +116,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         counts = dict(self.sync_loaded)
         for request_id, count in other.sync_loaded.items():
             counts[request_id] = counts.get(request_id, 0) + count
-        return WorkerReport(self.nodes | other.nodes, counts)
+        came = dict(self.came)
+        for request_id, first in other.came.items():
+            came[request_id] = min(first, came.get(request_id, first))
+        return WorkerReport(self.nodes | other.nodes, counts, came)

@@ -39,6 +39,7 @@ class RequestState:
         self.sync = False
         self.loading: bytes = b""
         self.failed = False
+        self.came: int | None = None  # chunks of a load that ended early
         # chunks that are known to be stored, or were handed to the workers to store
         self.num_stored = 0
         # for the record

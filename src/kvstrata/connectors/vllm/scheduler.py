@@ -204,6 +204,10 @@ class SchedulerSide:
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             self._worker_nodes = report.nodes
+            for request_id, first in report.came.items():
+                if (state := self._states.get(request_id)) is not None:
+                    # Of several ranks the one that has least counts.
+                    state.came = first if state.came is None else min(first, state.came)
             for request_id, count in report.sync_loaded.items():
                 if count >= len(self._parts):
                     self._end_load(request_id, failed=False)
@@ -432,12 +436,15 @@ class SchedulerSide:
             sync = state.sync
             state.forget_match()
             state.sync = sync
-            if failed:
+            came = 0 if failed else state.came
+            if came is not None:
+                # It would find the same again, and wait for it again.
                 state.failed = True
-                state.miss = "the load failed"
-                state.loaded_tokens = 0
+                state.miss = "the load failed" if failed else f"the load ended before chunk {came}"
                 # What it was thought to have is not there: store what is recomputed.
-                state.num_stored = 0
+                lost = state.num_stored - came
+                state.loaded_tokens = max(0, state.loaded_tokens - lost * self._chunk)
+                state.num_stored = came
                 self._active.discard(request_id)
 
     def _abandon(self, state: RequestState) -> None:

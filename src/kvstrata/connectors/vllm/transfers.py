@@ -112,6 +112,7 @@ class Transfers:
         self._num_loading = 0
         self._loaded: set[str] = set()
         self._failed: set[str] = set()
+        self._cut: dict[str, tuple[int, set[int]]] = {}
 
     def begin_loads(self, loads: list[Load], client: NodeClient | None) -> None:
         """Begin loads into blocks that the engine has finished with; each ends exactly once."""
@@ -136,6 +137,16 @@ class Transfers:
             loaded, self._loaded = self._loaded, set()
             failed, self._failed = self._failed, set()
         return loaded, failed
+
+    def loads_cut(self) -> dict[str, tuple[int, set[int]]]:
+        """Loads that ended early since the last call, and are among `loads_ended`'s.
+
+        For each request the number of the first chunk that did not come, and the blocks from there
+        on, which hold nothing of use.
+        """
+        with self._changed:
+            cut, self._cut = self._cut, {}
+        return cut
 
     def begin_store(self, store: Store, client: NodeClient, cost: float) -> None:
         """Begin a store of blocks that the engine has filled, unless too many are waiting."""
@@ -194,9 +205,9 @@ class Transfers:
 
     def _load(self, load: Load, client: NodeClient | None, after: Any, deadline: float) -> None:
         """One load, from its first chunk to its end; never raises."""
-        failed = True
+        failed, came = True, len(load.keys)
         try:
-            self._load_chunks(load, client, after, deadline)
+            came = self._load_chunks(load, client, after, deadline)
             failed = False
         except KVStrataError as error:
             logger.warning("KVStrata: request %s is computed: %s", load.request_id, error)
@@ -206,13 +217,18 @@ class Transfers:
             with self._changed:
                 self._num_loading -= 1
                 self._loaded.add(load.request_id)
+                if came < len(load.keys):
+                    rest = load.blocks[came * len(load.blocks) // len(load.keys) :]
+                    missing = {block for block in rest if block >= 0}
+                    self._cut[load.request_id] = load.first_chunk + came, missing
                 if failed:
                     self._failed.add(load.request_id)
                 self._changed.notify_all()
 
     def _load_chunks(
         self, load: Load, client: NodeClient | None, after: Any, deadline: float
-    ) -> None:
+    ) -> int:
+        """Copy chunks as they arrive; how many came before one that will not."""
         offsets = list(load.offsets)
         done, total = 0, len(offsets)
         while done < total:
@@ -231,9 +247,12 @@ class Transfers:
             arrived: p.Arrived = call.wait(left)
             came = offsets_of(arrived.offsets).tolist()
             if not came:
-                raise CorruptObject(f"chunk {have} will not come")
+                logger.info("KVStrata: request %s is computed from chunk %d on: it will not come",
+                            load.request_id, have)  # fmt: skip
+                break
             chunks = [came[i : i + self._world] for i in range(0, len(came), self._world)]
             offsets[done : done + len(chunks)] = chunks[: total - done]
+        return done
 
     def _payload(self, client: NodeClient, offset: int, key: bytes) -> tuple[int, object]:
         """Address of a chunk's bytes in the engine's own order, and what keeps them there."""

@@ -81,6 +81,7 @@ class WorkerSide:
         self._sync_kept: list[object] = []
         self._sync_loaded: dict[str, int] = {}
         self._invalid: set[int] = set()
+        self._came: dict[str, int] = {}
         # steps still to come that were planned before a failed synchronous load was heard of
         self._num_doubtful = 0
         self._num_in_flight = vllm_config.max_concurrent_batches
@@ -169,17 +170,22 @@ class WorkerSide:
 
     def loads_ended(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last step, and those of them that failed."""
-        return self._transfers.loads_ended(0.0 if self._meta.num_tokens else EMPTY_STEP_WAIT_S)
+        ended = self._transfers.loads_ended(0.0 if self._meta.num_tokens else EMPTY_STEP_WAIT_S)
+        for request_id, (first, missing) in self._transfers.loads_cut().items():
+            self._came[request_id] = first
+            self._invalid |= missing
+        return ended
 
     def invalid_blocks(self) -> set[int]:
-        """Blocks that a synchronous load of this step did not fill."""
+        """Blocks that loads which have ended did not fill; asked for after `loads_ended`."""
         invalid, self._invalid = self._invalid, set()
         return invalid
 
     def report(self) -> WorkerReport:
         """What the scheduler's side wants to hear after each step."""
         loaded, self._sync_loaded = self._sync_loaded, {}
-        return WorkerReport({self._node}, loaded)
+        came, self._came = self._came, {}
+        return WorkerReport({self._node}, loaded, came)
 
     def close(self) -> None:
         """End what is under way and let go of the node. Repeatable."""

@@ -1,0 +1,183 @@
+"""Loads with a target, through a node and a real disk behind a link whose speed the test decides.
+
+The clock is the test's: the link's waiting moves it on, so nothing depends on the machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.nodes import arrive, clear, flush, until
+from tests.support.real_nodes import KEYS, ME, NBYTES, VEC, chunk, load, on_real_node, store, used
+
+from kvstrata.client import offsets_of
+from kvstrata.errors import ConfigError
+from kvstrata.node import protocol as p
+from kvstrata.node.bandwidth import Bandwidth
+from kvstrata.node.node import Node
+from kvstrata.objects import HEADER_BYTES, decode, stored_bytes
+from kvstrata.testing.clock import ManualClock
+from kvstrata.tiers.throttled import ThrottledTier
+
+RAW_S = stored_bytes(NBYTES) / 100e6  # what one raw chunk takes at 100 MB/s
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "disk.path": tmp_path / "disk",
+        "disk.capacity": "8MiB",
+        "disk.coarser": "cachegen-2, cachegen-5",
+        "disk.load_target": f"{3.2 * RAW_S * 1000:.1f}ms",
+        "disk.io_threads": 1,
+        "deadlines.load": "1h",
+    }
+
+
+def slow_down(node: Node, clock: ManualClock, bytes_per_s: float) -> ThrottledTier:
+    backing = node.backings[-1]
+    tier = ThrottledTier(backing.tier, bytes_per_s, clock=clock, sleep=clock.advance)
+    backing.tier, backing.bandwidth = tier, Bandwidth(clock)
+    return tier
+
+
+def levels(node: Node) -> dict[str, float]:
+    """How many objects were read at each level so far."""
+    counters = node.status(ME, p.Status(1)).state["counters"]
+    prefix = "streamed_objects_total{"
+    return {
+        name.split('level="')[1].split('"')[0]: count
+        for name, count in counters.items()
+        if name.startswith(prefix)
+    }
+
+
+async def prepare(node: Node) -> None:
+    assert store(node) == 3
+    await flush(node, ME)
+    await clear(node, ME, tiers=["host"])
+
+
+def test_a_link_that_is_fast_enough_brings_the_exact_bytes(options: dict[str, Any]) -> None:
+    clock = ManualClock()
+
+    async def test(node: Node) -> None:
+        await prepare(node)
+        slow_down(node, clock, 100e6)
+        assert (await load(node))[1] == [chunk(number) for number in range(3)]
+        assert levels(node) == {"0": 3}
+
+    on_real_node(test, options, clock)
+
+
+def test_a_slower_link_brings_coarser_copies_in_time(options: dict[str, Any]) -> None:
+    clock = ManualClock()
+
+    async def test(node: Node) -> None:
+        await prepare(node)
+        slow_down(node, clock, 40e6)
+        node.backings[-1].bandwidth._bytes, node.backings[-1].bandwidth._seconds = 40e6, 1.0
+        began = clock()
+        tiers, payloads = await load(node)
+        assert tiers == [1, 1, 1]
+        assert clock() - began <= node.backings[-1].load_target_s
+        read = levels(node)
+        assert read.get("1", 0) > 0
+        assert "given up" not in read
+        assert any(one != chunk(number) for number, one in enumerate(payloads))
+
+    on_real_node(test, options, clock)
+
+
+def test_a_link_that_dies_ends_the_load_early(options: dict[str, Any]) -> None:
+    """What came can be used, and the engine computes the rest."""
+    clock = ManualClock()
+
+    async def test(node: Node) -> None:
+        await prepare(node)
+        link = slow_down(node, clock, 100e6)
+        node.backings[-1].bandwidth._bytes, node.backings[-1].bandwidth._seconds = 100e6, 1.0
+
+        def sleep(seconds: float) -> None:
+            clock.advance(seconds)
+            link.set_rate(1e4)
+            node.backings[-1].bandwidth._bytes, node.backings[-1].bandwidth._seconds = 1e4, 1.0
+
+        link._sleep = sleep
+        request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES])
+        matched = node.match(ME, request)
+        arrived = await arrive(node, ME, matched.lease, 0)
+        while not arrived.failed:
+            arrived = await arrive(node, ME, matched.lease, arrived.ready)
+        assert arrived.ready == 1
+        assert levels(node) == {"0": 1, "given up": 2}
+        node.release(ME, p.Release(matched.lease))
+        assert store(node) == 0, "it is all still there"
+
+    on_real_node(test, options, clock)
+
+
+def test_without_a_target_all_is_read_as_it_was_stored(options: dict[str, Any]) -> None:
+    clock = ManualClock()
+    del options["disk.coarser"], options["disk.load_target"]
+
+    async def test(node: Node) -> None:
+        await prepare(node)
+        slow_down(node, clock, 1e3)
+        assert (await load(node))[1] == [chunk(number) for number in range(3)]
+        assert levels(node) == {}
+
+    on_real_node(test, options, clock)
+
+
+def test_copies_are_found_after_a_restart_and_go_with_their_chunk(options: dict[str, Any]) -> None:
+    before: dict[str, int] = {}
+
+    async def first(node: Node) -> None:
+        await prepare(node)
+        before.update(used(node))
+        assert node.backings[0].index.num_objects == 9
+
+    async def second(node: Node) -> None:
+        backing = node.backings[0]
+        await until(lambda: backing.state == "ok")
+        assert (await load(node))[0] == [1, 1, 1]
+        assert backing.index.num_objects == 9
+        assert used(node) == before
+        await clear(node, ME, [KEYS[0]])
+        assert backing.index.num_objects == 6
+        await clear(node, ME)
+        assert used(node) == {"disk": 0}
+
+    on_real_node(first, options)
+    on_real_node(second, options)
+
+
+def test_a_restored_copy_is_the_object_that_was_asked_for(options: dict[str, Any]) -> None:
+    clock = ManualClock()
+
+    async def test(node: Node) -> None:
+        await prepare(node)
+        slow_down(node, clock, 1e6)
+        node.backings[-1].bandwidth._bytes, node.backings[-1].bandwidth._seconds = 1e6, 1.0
+        node.reservations.chunk_s = 1e9
+        request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES])
+        matched = node.match(ME, request)
+        arrived = await arrive(node, ME, matched.lease, 2)
+        assert levels(node) == {"2": 3}
+        (last,) = offsets_of(arrived.offsets)
+        header = decode(node.host.pool.view(last, HEADER_BYTES))
+        assert (header.key, header.group, header.rank, header.codec) == (KEYS[2], 0, 0, "raw")
+
+    on_real_node(test, options, clock)
+
+
+def test_coarser_copies_need_a_target(options: dict[str, Any]) -> None:
+    async def test(node: Node) -> None:
+        pass
+
+    del options["disk.load_target"]
+    with pytest.raises(ConfigError, match=r"disk.load_target: missing"):
+        on_real_node(test, options)
