@@ -30,8 +30,8 @@ from kvstrata.layout import Bytes
 
 VERSION = b"\x01"
 
-_BIAS = 128
-_LOWEST, _HIGHEST = -100, 120  # so that both 2**e and 2**-e are plain float32
+BIAS = 128
+LOWEST, HIGHEST = -100, 120  # so that both 2**e and 2**-e are plain float32
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,17 @@ class Fp8(LossyCodec):
 
     def numbers_bound(self, payload: Payload) -> int:
         states, heads, _, _ = payload.layer_shape
-        scales = [heads * payload.layer_shape[2 if by_token else 3] for by_token in _axes(states)]
+        scales = [heads * payload.layer_shape[2 if by_token else 3] for by_token in axes(states)]
         return payload.layer_elements + sum(scales)
 
     def encode_numbers(self, numbers: Floats, layer: int, payload: Payload, out: Bytes) -> int:
         end = 0
-        for state, by_token in zip(numbers, _axes(len(numbers)), strict=True):
+        for state, by_token in zip(numbers, axes(len(numbers)), strict=True):
             largest = np.abs(state).max(axis=2 if by_token else 1)
             # Below 2**8, so that rounding up stays below 448.
-            powers = np.clip(np.frexp(largest)[1] - 8, _LOWEST, _HIGHEST)
+            powers = np.clip(np.frexp(largest)[1] - 8, LOWEST, HIGHEST)
             powers[largest == 0] = 0
-            out[end : end + powers.size] = (powers + _BIAS).reshape(-1)
+            out[end : end + powers.size] = (powers + BIAS).reshape(-1)
             end += powers.size
             inverse = np.ldexp(np.float32(1), -powers).astype(np.float32)
             codes = out[end : end + state.size].reshape(state.shape)
@@ -77,12 +77,12 @@ class Fp8(LossyCodec):
         if len(frame) != self.numbers_bound(payload):
             raise corrupt(f"{len(frame)} bytes, not {self.numbers_bound(payload)}")
         begin, limit = 0, np.float32(LARGEST[payload.dtype])
-        for state, by_token in zip(out, _axes(len(out)), strict=True):
+        for state, by_token in zip(out, axes(len(out)), strict=True):
             heads, tokens, dim = state.shape
             powers = frame[begin : begin + heads * (tokens if by_token else dim)].astype(np.int32)
             begin += powers.size
-            powers -= _BIAS
-            if powers.min() < _LOWEST or powers.max() > _HIGHEST:
+            powers -= BIAS
+            if powers.min() < LOWEST or powers.max() > HIGHEST:
                 raise corrupt("a scale that no encoder writes")
             scales = np.ldexp(np.float32(1), powers).astype(np.float32).reshape(heads, -1)
             codes = frame[begin : begin + state.size].reshape(state.shape)
@@ -92,7 +92,7 @@ class Fp8(LossyCodec):
             _decode(codes, _numbers(), scales, by_token, limit, state)
 
 
-def _axes(states: int) -> tuple[bool, ...]:
+def axes(states: int) -> tuple[bool, ...]:
     """Of every state, whether its scales are by token; else they are by channel."""
     return (False, True) if states == 2 else (True,) * states
 

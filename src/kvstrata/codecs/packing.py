@@ -1,4 +1,4 @@
-"""Symbols of 2, 4 or 8 bits in bytes, and the power of two that brings numbers near 1.
+"""Symbols of 1, 2, 4 or 8 bits in bytes, and the power of two that brings numbers near 1.
 
 Within a block of W symbols, Q = ceil(W / symbols of a byte) bytes: byte i holds symbol i in its
 lowest bits, symbol Q + i above it, and so on. So the loops over a block read and write neighbours
@@ -66,31 +66,36 @@ def unscaled(scaled: npt.NDArray[np.float16], biased: int) -> Floats:
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def pack(symbols: Bytes, block: int, bits: int, out: Bytes) -> None:
-    """Pack rows: ``symbols`` (N, W) of less than 2**bits into ``out`` (N, `row_bytes`)."""
+def pack(symbols: Bytes, block: int, bits: int, lowest: int, out: Bytes) -> None:
+    """Pack rows: of ``symbols`` (N, W), ``bits`` from ``lowest`` up into ``out`` (N, `row_bytes`).
+
+    A symbol of another width is packed in planes, each of its bits in one of them.
+    """
     rows, width = symbols.shape
-    per_byte = 8 // bits
+    per_byte, mask, down = 8 // bits, np.int32((1 << bits) - 1), np.int32(lowest)
     for row in range(rows):
         end = 0
         for begin in range(0, width, block):
             last = min(begin + block, width)
             count = -(-(last - begin) // per_byte)
             packed = out[row, end : end + count]
-            packed[:] = symbols[row, begin : begin + count]
-            for part in range(1, per_byte):
+            packed[:] = 0
+            for part in range(per_byte):
                 shift = np.int32(part * bits)
                 start = begin + part * count
                 others = symbols[row, start : min(start + count, last)]
                 for i in range(len(others)):
-                    packed[i] = np.uint8(np.int32(packed[i]) | (np.int32(others[i]) << shift))
+                    symbol = (np.int32(others[i]) >> down) & mask
+                    packed[i] = np.uint8(np.int32(packed[i]) | (symbol << shift))
             end += count
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def unpack(packed: Bytes, block: int, bits: int, out: Bytes) -> None:
-    """Undo `pack`: ``packed`` (N, `row_bytes`) into ``out`` (N, W)."""
+def unpack(packed: Bytes, block: int, bits: int, lowest: int, out: Bytes) -> None:
+    """Undo `pack`: ``packed`` (N, `row_bytes`) into ``out`` (N, W), onto the bits below."""
     rows, width = out.shape
-    per_byte, mask = 8 // bits, np.int32((1 << bits) - 1)
+    per_byte, mask, up = 8 // bits, np.int32((1 << bits) - 1), np.int32(lowest)
+    below = np.int32((1 << lowest) - 1)
     for row in range(rows):
         end = 0
         for begin in range(0, width, block):
@@ -102,5 +107,6 @@ def unpack(packed: Bytes, block: int, bits: int, out: Bytes) -> None:
                 start = begin + part * count
                 symbols = out[row, start : min(start + count, last)]
                 for i in range(len(symbols)):
-                    symbols[i] = np.uint8((np.int32(bytes_[i]) >> shift) & mask)
+                    symbol = (np.int32(bytes_[i]) >> shift) & mask
+                    symbols[i] = np.uint8((symbol << up) | (np.int32(symbols[i]) & below))
             end += count

@@ -126,7 +126,7 @@ class Quantized(LossyCodec):
             out[end : end + ranges.nbytes] = ranges.reshape(-1).view(np.uint8)
             end += ranges.nbytes
             packed = out[end : end + math.prod(part.packed)].reshape(-1, part.packed[-1])
-            pack(rows.reshape(-1, rows.shape[-1]), part.block, self.bits, packed)
+            pack(rows.reshape(-1, rows.shape[-1]), part.block, self.bits, 0, packed)
             end += packed.size
         return end
 

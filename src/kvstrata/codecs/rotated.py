@@ -14,7 +14,7 @@ A frame::
              | symbols, packed as `packing` says
 
 Means and scales are float16, times 2**e. Symbols are rows of the group's tokens in the order
-(H, D), one block a row; of 3 bits, all the lower two first, then all the third ones.
+(H, D), one block a row; of 3 and 5 bits, all but the highest first, then all the highest ones.
 `docs/codecs.md` is the page of this format.
 
 Source: TurboQuant, arXiv:2504.19874, with the Hadamard transform of QuaRot, arXiv:2404.00456;
@@ -49,8 +49,8 @@ from kvstrata.layout import Bytes
 VERSION = 1
 
 _GROUP = 128
-_BINADE = 6  # of the numbers before rotation: float16 then holds every mean and scale
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,)}
+BINADE = 6  # of the numbers before rotation: float16 then holds every mean and scale
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Rotated(LossyCodec):
     """Hadamard rotation and a codebook, of so many bits for keys and for values and latents.
 
     Args:
-        key_bits, value_bits: of a symbol: 2, 3 or 4.
+        key_bits, value_bits: of a symbol: 2, 3, 4 or 5.
     Raises:
         UsageError: another number.
     """
@@ -69,8 +69,8 @@ class Rotated(LossyCodec):
     family = "rotated"
 
     def __post_init__(self) -> None:
-        if self.key_bits not in _PLANES or self.value_bits not in _PLANES:
-            raise UsageError(f"{self.key_bits} and {self.value_bits} bits: expected 2, 3 or 4")
+        if self.key_bits not in PLANES or self.value_bits not in PLANES:
+            raise UsageError(f"{self.key_bits} and {self.value_bits} bits: expected 2 to 5")
 
     @property
     def name(self) -> str:
@@ -98,14 +98,14 @@ class Rotated(LossyCodec):
 
     def numbers_bound(self, payload: Payload) -> int:
         exact = exact_bytes(num_exact(SINKS, payload), payload)
-        return exact + sum(group.nbytes for group in self._groups(payload))
+        return exact + sum(group.nbytes for group in self.groups(payload))
 
     def encode_numbers(self, numbers: Floats, layer: int, payload: Payload, out: Bytes) -> int:
         end = store_exact(numbers, num_exact(SINKS, payload), payload, out)
         sign = signs(payload.shape[4])
-        for group in self._groups(payload):
+        for group in self.groups(payload):
             values = numbers[group.state]
-            biased = exponent(values[:, group.begin : group.begin + group.num_tokens], _BINADE)
+            biased = exponent(values[:, group.begin : group.begin + group.num_tokens], BINADE)
             rotated = np.empty(group.shape, np.float32)
             rotate(values, group.begin, np.float32(1 / power_of_two(biased)), sign, rotated)
             symbols = np.empty(group.shape, np.uint8)
@@ -116,9 +116,8 @@ class Rotated(LossyCodec):
                 out[end : end + half.nbytes] = half.reshape(-1).view(np.uint8)
                 end += half.nbytes
             rows = symbols.reshape(-1, group.num_tokens)
-            for shift, bits, packed in group.planes(out, end):
-                plane = (rows >> shift) & np.uint8(2**bits - 1) if group.bits == 3 else rows
-                pack(plane, group.num_tokens, bits, packed)
+            for lowest, bits, packed in group.planes(out, end):
+                pack(rows, group.num_tokens, bits, lowest, packed)
                 end += packed.size
         return end
 
@@ -127,7 +126,7 @@ class Rotated(LossyCodec):
             raise corrupt(f"{len(frame)} bytes, not {self.numbers_bound(payload)}")
         end = load_exact(frame, num_exact(SINKS, payload), payload, out)
         sign, limit = signs(payload.shape[4]), np.float32(LARGEST[payload.dtype])
-        for group in self._groups(payload):
+        for group in self.groups(payload):
             halves = frame[end + 1 : end + 1 + 2 * group.num_halves].view(np.float16)
             if frame[end] > MAX_BIASED or not np.isfinite(halves).all():
                 raise corrupt(f"state {group.state} has a scale that is not finite")
@@ -138,11 +137,8 @@ class Rotated(LossyCodec):
             means, scales = floats[: -heads * count], floats[-heads * count :]
             symbols = np.empty(group.shape, np.uint8)
             rows = symbols.reshape(-1, group.num_tokens)
-            for shift, bits, packed in group.planes(frame, end):
-                plane = np.empty_like(rows) if shift else rows
-                unpack(packed, group.num_tokens, bits, plane)
-                if shift:
-                    rows |= plane << np.uint8(shift)
+            for lowest, bits, packed in group.planes(frame, end):
+                unpack(packed, group.num_tokens, bits, lowest, rows)
                 end += packed.size
             restore(
                 symbols,
@@ -156,20 +152,22 @@ class Rotated(LossyCodec):
                 out[group.state],
             )
 
-    def _groups(self, payload: Payload) -> Iterator[_Group]:
+    def groups(self, payload: Payload) -> Iterator[Group]:
+        """What is coded together, in the order of the frame."""
         states, heads, tokens, dim = payload.layer_shape
         for state in range(states):
             key = state == 0 and states == 2
             for begin in range(num_exact(SINKS, payload), tokens, _GROUP):
                 shape = (heads, dim, min(_GROUP, tokens - begin))
-                yield _Group(state, begin, key, self.key_bits if key else self.value_bits, shape)
+                yield Group(state, begin, key, self.key_bits if key else self.value_bits, shape)
 
 
-TURBO = tuple(Rotated(*bits) for bits in ((4, 4), (4, 3), (4, 2), (3, 2), (2, 2)))
-"""`turbo44` to `turbo22`: keys first. Errors of keys cost more, so they have the more bits."""
+_LEVELS = ((5, 5), (5, 4), (4, 4), (4, 3), (4, 2), (3, 2), (2, 2))
+TURBO = tuple(Rotated(*bits) for bits in _LEVELS)
+"""`turbo55` to `turbo22`: keys first. Errors of keys cost more, so they have the more bits."""
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
     """Tokens of a state that are coded together."""
 
     state: int
@@ -194,15 +192,15 @@ class _Group(NamedTuple):
     def nbytes(self) -> int:
         rows = self.shape[0] * self.shape[1]
         planes = [
-            rows * row_bytes(self.num_tokens, self.num_tokens, bits) for bits in _PLANES[self.bits]
+            rows * row_bytes(self.num_tokens, self.num_tokens, bits) for bits in PLANES[self.bits]
         ]
         return 1 + 2 * self.num_halves + sum(planes)
 
     def planes(self, frame: Bytes, begin: int) -> Iterator[tuple[int, int, Bytes]]:
         """Of every plane of bits: its lowest bit, its width, and its rows in the frame."""
-        rows, shift = self.shape[0] * self.shape[1], 0
-        for bits in _PLANES[self.bits]:
+        rows, lowest = self.shape[0] * self.shape[1], 0
+        for bits in PLANES[self.bits]:
             width = row_bytes(self.num_tokens, self.num_tokens, bits)
-            yield shift, bits, frame[begin : begin + rows * width].reshape(rows, width)
+            yield lowest, bits, frame[begin : begin + rows * width].reshape(rows, width)
             begin += rows * width
-            shift += bits
+            lowest += bits

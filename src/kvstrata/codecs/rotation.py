@@ -29,6 +29,24 @@ _LEVELS = {
         2.0690172265,
         2.7325895710,
     ),
+    5: (
+        0.0658896598,
+        0.1980518297,
+        0.3313783058,
+        0.4666995230,
+        0.6049336240,
+        0.7471357037,
+        0.8945651174,
+        1.0487833199,
+        1.2118043806,
+        1.3863403396,
+        1.5762280786,
+        1.7872332177,
+        2.0287283994,
+        2.3177394042,
+        2.6911195774,
+        3.2607324934,
+    ),
 }
 
 _MAX_BLOCK = 4096
@@ -36,9 +54,15 @@ _MAX_BLOCK = 4096
 
 @cache
 def levels_of(bits: int) -> Floats:
-    """The levels, ascending, of 2, 3 or 4 bits."""
+    """The levels, ascending, of 2 to 5 bits."""
     upper = _LEVELS[bits]
     return np.array([-x for x in reversed(upper)] + list(upper), np.float32)
+
+
+def edges_of(levels: Floats) -> Floats:
+    """The middles between neighbours: a number above k of them has symbol k."""
+    edges: Floats = (levels[1:] + levels[:-1]) / np.float32(2)
+    return edges
 
 
 @cache
@@ -60,9 +84,9 @@ def rotate(numbers: Floats, begin: int, scale: float, sign: Floats, out: Floats)
         sign: of `signs`.
         out: (H, D, tokens).
     """
-    forward, _ = _norms(len(sign))
+    forward, _ = norms(len(sign))
     _to_tile(numbers, begin, sign * np.float32(scale * forward), out)
-    _transform(out, _block(len(sign)))
+    _transform(out, block_of(len(sign)))
 
 
 def quantise(
@@ -79,7 +103,7 @@ def quantise(
         means = means.astype(np.float16).astype(np.float32)
         tile -= means[:, :, None]
     scales = np.empty((heads, count), np.float32)
-    _quantise(tile, levels, (levels[1:] + levels[:-1]) / np.float32(2), scales, symbols)
+    _quantise(tile, levels, edges_of(levels), scales, symbols)
     return means.astype(np.float16), scales.astype(np.float16)
 
 
@@ -106,24 +130,20 @@ def restore(
         out: (H, T, D).
     """
     heads, dim, _ = symbols.shape
-    tile = np.empty(symbols.shape, np.float32)
     if not means.size:
         means = np.zeros((heads, dim), np.float32)
-    _look_up(symbols, means, scales, levels, tile)
-    _transform(tile, _block(dim))
-    _, backward = _norms(dim)
-    # The power of two comes last: before it, no sum can overflow.
-    _from_tile(tile, sign * np.float32(backward), np.float32(scale), limit, begin, out)
+    factors, last = sign * np.float32(norms(dim)[1]), np.float32(scale)
+    _restore(symbols, means, scales, levels, block_of(dim), factors, last, limit, begin, out)
 
 
-def _block(dim: int) -> int:
+def block_of(dim: int) -> int:
     """Channels that are mixed: the largest power of two that divides their number."""
     return min(dim & -dim, _MAX_BLOCK)
 
 
-def _norms(dim: int) -> tuple[float, float]:
+def norms(dim: int) -> tuple[float, float]:
     """Powers of two whose product undoes the growth in both directions: exact, so no rounding."""
-    steps = _block(dim).bit_length() - 1
+    steps = block_of(dim).bit_length() - 1
     return 2.0 ** -((steps + 1) // 2), 2.0 ** -(steps // 2)
 
 
@@ -136,21 +156,6 @@ def _to_tile(numbers: Floats, begin: int, factors: Floats, out: Floats) -> None:
             row, factor = out[head, d], factors[d]
             for i in range(count):
                 row[i] = tokens[i, d] * factor
-
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _from_tile(
-    tile: Floats, factors: Floats, scale: float, limit: float, begin: int, out: Floats
-) -> None:
-    heads, dim, count = tile.shape
-    for head in range(heads):
-        tokens = out[head, begin : begin + count]
-        for d in range(dim):
-            row, factor = tile[head, d], factors[d]
-            for i in range(count):
-                x = row[i] * factor * scale
-                x = x if x < limit else limit
-                tokens[i, d] = x if x > -limit else -limit
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -212,11 +217,37 @@ def _quantise(tile: Floats, levels: Floats, edges: Floats, scales: Floats, symbo
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _look_up(symbols: Bytes, means: Floats, scales: Floats, levels: Floats, tile: Floats) -> None:
-    heads, dim, count = tile.shape
+def _restore(
+    symbols: Bytes,
+    means: Floats,
+    scales: Floats,
+    levels: Floats,
+    block: int,
+    factors: Floats,
+    scale: float,
+    limit: float,
+    begin: int,
+    out: Floats,
+) -> None:
+    heads, dim, count = symbols.shape
+    tile = np.empty((1, dim, count), np.float32)  # of a head: the nearest cache holds it
     for head in range(heads):
         size = scales[head]
         for d in range(dim):
-            row, codes, mean = tile[head, d], symbols[head, d], means[head, d]
+            row, codes, mean = tile[0, d], symbols[head, d], means[head, d]
             for i in range(count):
-                row[i] = mean + levels[codes[i]] * size[i]
+                row[i] = levels[codes[i]]
+            for i in range(count):
+                row[i] = mean + row[i] * size[i]
+        _transform(tile, block)
+        for d in range(dim):
+            row, factor = tile[0, d], factors[d]
+            for i in range(count):
+                # The power of two comes last: before it, no sum can overflow.
+                x = row[i] * factor * scale
+                x = x if x < limit else limit
+                row[i] = x if x > -limit else -limit
+        for i in range(count):
+            token = out[head, begin + i]
+            for d in range(dim):
+                token[d] = tile[0, d, i]

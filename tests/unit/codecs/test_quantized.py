@@ -50,14 +50,25 @@ def _error(codec: Quantized, payload: Payload, raw: Bytes) -> np.ndarray:
     return as_numbers(payload, decoded(codec, payload, encoded(codec, payload, raw))) - there
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize(("width", "block"), [(64, 64), (64, 32), (80, 64), (13, 13), (37, 5)])
 def test_packing_and_back(bits: int, width: int, block: int) -> None:
     symbols = np.random.default_rng(0).integers(0, 2**bits, (9, width)).astype(np.uint8)
     packed = np.full((9, row_bytes(width, block, bits)), 0xA5, np.uint8)
-    pack(symbols, block, bits, packed)
+    pack(symbols, block, bits, 0, packed)
     back = np.zeros_like(symbols)
-    unpack(packed, block, bits, back)
+    unpack(packed, block, bits, 0, back)
+    assert (back == symbols).all()
+
+
+@pytest.mark.parametrize("width", [128, 37])
+def test_symbols_of_five_bits_are_packed_in_two_planes(width: int) -> None:
+    symbols = np.random.default_rng(0).integers(0, 32, (9, width)).astype(np.uint8)
+    back = np.full_like(symbols, 0xFF)
+    for bits, lowest in ((4, 0), (1, 4)):
+        packed = np.full((9, row_bytes(width, width, bits)), 0xA5, np.uint8)
+        pack(symbols, width, bits, lowest, packed)
+        unpack(packed, width, bits, lowest, back)
     assert (back == symbols).all()
 
 

@@ -31,6 +31,18 @@ class RotatedContract(CodecContract):
         assert (error <= self.max_relative_error * abs(number) + 1e-37).all()
 
 
+class TestTurbo55(RotatedContract):
+    codec = Rotated(5, 5)
+    max_relative_error = 0.08
+    min_ratio = 2.75
+
+
+class TestTurbo54(RotatedContract):
+    codec = Rotated(5, 4)
+    max_relative_error = 0.13
+    min_ratio = 3.0
+
+
 class TestTurbo43(RotatedContract):
     codec = Rotated(4, 3)
     max_relative_error = 0.25
@@ -43,7 +55,7 @@ class TestTurbo22(RotatedContract):
     min_ratio = 5.6
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_levels_are_those_of_lloyd_and_max(bits: int) -> None:
     levels = levels_of(bits).astype(float)
     assert len(levels) == 2**bits
@@ -115,9 +127,9 @@ def test_a_head_dim_that_no_transform_fits() -> None:
 
 def test_bits_that_are_not_offered() -> None:
     with pytest.raises(UsageError):
-        Rotated(5, 2)
+        Rotated(6, 2)
     with pytest.raises(Incompatible):
-        Rotated.from_parameters(b"\x01\x05\x02")
+        Rotated.from_parameters(b"\x01\x06\x02")
 
 
 def test_scales_that_are_not_finite_are_refused() -> None:
@@ -134,7 +146,13 @@ def test_scales_that_are_not_finite_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "digest"), [((4, 3), "5f2cf0222265c9da"), ((2, 2), "7bedc9348be5962a")]
+    ("bits", "digest"),
+    [
+        ((5, 5), "7a7e097c44e6f72a"),
+        ((5, 4), "43c80c7650820453"),
+        ((4, 3), "5f2cf0222265c9da"),
+        ((2, 2), "7bedc9348be5962a"),
+    ],
 )
 def test_the_golden_bytes(bits: tuple[int, int], digest: str) -> None:
     payload = Payload((1, 2, 1, 16, 32), "bfloat16")

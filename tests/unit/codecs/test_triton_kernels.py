@@ -1,45 +1,58 @@
-"""The Triton encoder writes the bytes that the CPU writes; here, in Triton's interpreter.
+"""The kernels write the bytes and read the numbers of the CPU: in Triton's interpreter, where no
+GPU is at hand; and they compile for GPUs.
 
-The interpreter is chosen when the kernels are imported, so they run in a process of their own.
+Each of these needs a process of its own: `triton_layers`, `triton_compiled`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from tests.unit.codecs.triton_layers import CASES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SCRIPT = """
-import numpy as np, torch
-from kvstrata.codecs.base import Payload
-from kvstrata.codecs.quantized import INTEGERS, Quantized
-from kvstrata.codecs.triton_kernels import encode_layer
-from kvstrata.testing.codecs import kv_like
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-codecs = [*INTEGERS, Quantized(2, 32, 32, 0, False), Quantized(4, 16, 24, 2, True)]
-shapes = [((1, 2, 1, 70, 80), 0), ((1, 1, 1, 5, 40), 0), ((1, 2, 1, 33, 64), 128)]
-for codec in codecs:
-    for shape, start in shapes:
-        payload = Payload(shape, "bfloat16", start)
-        raw = kv_like(payload)
-        out = np.empty(codec.layer_bound(payload), np.uint8)
-        size = codec.encode_layer(raw.view(np.uint16).reshape(shape)[0], 0, payload, out)
-        values = torch.from_numpy(raw).view(torch.bfloat16).reshape(shape)[0].to(device)
-        same = encode_layer(codec, values, payload).cpu().numpy()
-        assert same.tobytes() == out[:size].tobytes(), (codec, payload)
-        print("same")
-"""
+ROOT = Path(__file__).parents[3]
+KERNELS = {
+    "triton_fp8": {"_encode", "_decode"},
+    "triton_integers": {"_encode", "_decode"},
+    "triton_rotation": {"rotate_kernel", "mean_kernel", "quantise_kernel", "restore_kernel"},
+}
 
 
-def test_the_bytes_are_those_of_the_cpu() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True
-    )
+def _run(module: str, *arguments: str, **environment: str) -> str:
+    """What the module prints."""
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", f"tests.unit.codecs.{module}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=everything, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["same"] * 15
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    outcomes: dict[str, str] = json.loads(_run("triton_layers", "cpu", TRITON_INTERPRET="1"))
+    return outcomes
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bytes_and_numbers_are_those_of_the_cpu(case: object, interpreted: dict[str, str]) -> None:
+    assert interpreted[str(case)] == "same"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu() -> None:
+    outcomes = json.loads(_run("triton_layers", "cuda", TRITON_INTERPRET="0"))
+    assert {case: outcome for case, outcome in outcomes.items() if outcome != "same"} == {}
+
+
+def test_every_kernel_compiles_for_a_gpu_and_rounds_as_the_cpu_does(tmp_path: Path) -> None:
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    compiled = set(_run("triton_compiled", **environment).split())
+    assert compiled == {f"{file}.{name}" for file, names in KERNELS.items() for name in names}
