@@ -17,15 +17,17 @@ better on real KV:
 A frame, little endian; rows are (state, head, channel)::
 
     words (S, H, exact tokens, D) | float32 x S: bin widths | uint8 x S: classes of the means
-    | uint8 x rows: class of a row, and its quarters << 5
-    | uint32: length of the means | means (S, H * D) | differences (rows, tokens)
+    | uint8 x rows: class of a row, and its quarters << 5 | stream
 
-Means, in bins, and differences are streams of `kvstrata.codecs.entropy`.
+The stream is one of `kvstrata.codecs.entropy`, of two parts: the means in bins, a row for each
+state, and the differences.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numba
 import numpy as np
@@ -35,11 +37,12 @@ from kvstrata.codecs.base import Payload, corrupt
 from kvstrata.codecs.elements import Floats
 from kvstrata.codecs.entropy import Symbols
 from kvstrata.codecs.lossy import LossyCodec
+from kvstrata.codecs.packing import LARGEST
 from kvstrata.codecs.sinks import SINKS, exact_bytes, load_exact, num_exact, store_exact
 from kvstrata.errors import Incompatible
 from kvstrata.layout import Bytes
 
-VERSION = 1
+VERSION = 2
 
 BINS = (0.125, 0.25, 0.5, 0.75, 1.125)
 """Of each level, the finest first: bin width over the root mean square deviation of a channel."""
@@ -48,7 +51,6 @@ _GROWTH = (0.7, 1.0, 1.2)  # of the bins, in the first, second and last third of
 _MAX_BINS = 8000  # a number spans at most as many, so that differences fit 16 bits
 _TINY = 1e-30  # a narrower bin has no inverse in float32: zero it is
 _WIDEST = 8e37  # wider than this has none either
-_LARGEST = {"bfloat16": 3.3895314e38, "float16": 65504.0, "float32": 3.4028235e38}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class CacheGen(LossyCodec):
     @classmethod
     def from_parameters(cls, parameters: bytes) -> CacheGen:
         if len(parameters) != 2 or parameters[0] != VERSION:
-            raise Incompatible(f"cachegen {parameters.hex() or 'of no version'}, not version 1")
+            raise Incompatible(
+                f"cachegen {parameters.hex() or 'of no version'}, not version {VERSION}"
+            )
         if not 1 <= parameters[1] <= len(BINS):
             raise Incompatible(f"cachegen has no level {parameters[1]}")
         return cls(parameters[1])
@@ -79,7 +83,7 @@ class CacheGen(LossyCodec):
         rows = states * heads * dim
         exact = exact_bytes(num_exact(SINKS, payload), payload)
         coded = entropy.bound(states, heads * dim) + entropy.bound(rows, tokens)
-        return 5 * states + exact + rows + 4 + coded
+        return 5 * states + exact + rows + coded
 
     def encode_numbers(self, numbers: Floats, layer: int, payload: Payload, out: Bytes) -> int:
         states, heads, tokens, dim = numbers.shape
@@ -87,51 +91,49 @@ class CacheGen(LossyCodec):
         channels = (states, heads, dim)
         widths = np.zeros(states, np.float32)
         means, quarters = np.zeros(channels, np.int16), np.zeros(channels, np.uint8)
-        differences = np.empty((*channels, tokens - first), np.int16)
+        differences = np.empty((states, heads, tokens - first, dim), np.int16)
         if differences.size:
             bins = BINS[self.level - 1] * _GROWTH[3 * layer // payload.num_layers]
             _quantise(numbers, first, bins, widths, means, quarters, differences)
-        mean_rows = means.reshape(states, heads * dim)
-        rows = differences.reshape(means.size, tokens - first)
-        of_means, of_rows = entropy.classify(mean_rows), entropy.classify(rows)
+        symbols = _symbols(means, differences)
+        of_means, of_rows = (entropy.classify(part) for part in symbols)
         end = store_exact(numbers, first, payload, out)
-        for part in widths.astype("<f4"), of_means, of_rows | quarters.reshape(-1) << np.uint8(5):
-            out[end : end + part.nbytes] = part.view(np.uint8)
-            end += part.nbytes
-        size = entropy.encode(mean_rows, of_means, out[end + 4 :])
-        out[end : end + 4] = np.array([size], "<u4").view(np.uint8)
-        end += 4 + size
-        return end + entropy.encode(rows, of_rows, out[end:])
+        for piece in widths.astype("<f4"), of_means, of_rows | quarters.reshape(-1) << np.uint8(5):
+            out[end : end + piece.nbytes] = piece.view(np.uint8)
+            end += piece.nbytes
+        parts = list(zip(symbols, (of_means, of_rows), strict=True))
+        return end + entropy.encode(parts, out[end:])
 
     def decode_numbers(self, frame: Bytes, layer: int, payload: Payload, out: Floats) -> None:
         states, heads, tokens, dim = out.shape
         first = num_exact(SINKS, payload)
-        rows = states * heads * dim
-        sizes = (exact_bytes(first, payload), 4 * states, states, rows, 4)
-        if len(frame) < sum(sizes):
+        sizes = (exact_bytes(first, payload), 4 * states, states, states * heads * dim)
+        at_widths, at_means, at_rows, begin = accumulate(sizes)
+        if len(frame) < begin:
             raise corrupt("shorter than its widths and classes")
-        _, raw_widths, of_means, packed, length = np.split(
-            frame[: sum(sizes)].copy(), np.cumsum(sizes)[:-1]
-        )
-        widths = np.frombuffer(raw_widths.tobytes(), "<f4").astype(np.float32, copy=False)
-        if not (np.isfinite(widths) & (widths >= 0)).all():
+        widths = np.frombuffer(frame[at_widths:at_means].tobytes(), "<f4")
+        widths = widths.astype(np.float32, copy=False)
+        if not all(0 <= width < math.inf for width in widths.tolist()):
             raise corrupt("a bin that has no width")
-        of_rows, quarters = packed & np.uint8(31), packed >> np.uint8(5)
-        if (quarters > 4).any():
+        packed = frame[at_rows:begin]
+        quarters = packed >> np.uint8(5)
+        if quarters.max() > 4:
             raise corrupt("more than the whole token before")
-        end = sum(sizes) + int.from_bytes(length.tobytes(), "little")
-        if end > len(frame):
-            raise corrupt("its means go beyond its end")
-        means = np.empty((states, heads * dim), np.int16)
-        entropy.decode(frame[sum(sizes) : end], of_means, means)
-        differences = np.empty((rows, tokens - first), np.int16)
-        entropy.decode(frame[end:], of_rows, differences)
+        channels = (states, heads, dim)
+        means = np.empty(channels, np.int16)
+        differences = np.empty((states, heads, tokens - first, dim), np.int16)
+        classes = frame[at_means:at_rows].copy(), packed & np.uint8(31)
+        parts = list(zip(_symbols(means, differences), classes, strict=True))
+        entropy.decode(frame[begin:], parts)
         load_exact(frame, first, payload, out)
-        channels, largest = (states, heads, dim), np.float32(_LARGEST[payload.dtype])
-        _restore(
-            differences.reshape(*channels, tokens - first), means.reshape(channels),
-            quarters.reshape(channels), widths, largest, first, out,
-        )  # fmt: skip
+        largest = np.float32(LARGEST[payload.dtype])
+        _restore(differences, means, quarters.reshape(channels), widths, largest, first, out)
+
+
+def _symbols(means: Symbols, differences: Symbols) -> tuple[Symbols, Symbols]:
+    """Means (S, H, D) and differences (S, H, T, D), as parts of a stream."""
+    states, heads, tokens, dim = differences.shape
+    return means.reshape(states, -1, 1), differences.reshape(states * heads, tokens, dim)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -149,7 +151,7 @@ def _quantise(
     count = tokens - first
     sums, squares = np.empty((heads, dim), np.float64), np.empty(dim, np.float64)
     largest = np.empty(dim, np.float32)
-    whole, row = np.empty((count, dim), np.int16), np.empty((dim, count), np.int16)
+    whole = np.empty((count, dim), np.int16)
     for s in range(states):
         spread, level = 0.0, 0.0
         largest[:] = 0
@@ -182,41 +184,29 @@ def _quantise(
                 for d in range(dim):
                     x = np.rint(numbers[s, h, first + t, d] * inverse)
                     whole[t, d] = np.int32(x) - np.int32(mean_of[d])
-            _turn(whole, row)
+            _quarters(whole, quarters[s, h])
             for d in range(dim):
-                quarter = np.int32(_quarters(row[d]))
-                quarters[s, h, d] = quarter
-                differences[s, h, d, 0] = row[d, 0]
-                for t in range(1, count):
-                    before = np.int32(row[d, t - 1]) * quarter + np.int32(2)
-                    differences[s, h, d, t] = np.int32(row[d, t]) - (before >> np.int32(2))
+                differences[s, h, 0, d] = whole[0, d]
+            for t in range(1, count):
+                for d in range(dim):
+                    guess = np.int32(whole[t - 1, d]) * np.int32(quarters[s, h, d]) + np.int32(2)
+                    differences[s, h, t, d] = np.int32(whole[t, d]) - (guess >> np.int32(2))
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _quarters(row: Symbols) -> int:
-    """Four times the correlation of neighbours, rounded, 0 to 4."""
-    product, square = np.int64(0), np.int64(0)
-    for t in range(1, len(row)):
-        product += np.int64(row[t]) * np.int64(row[t - 1])
-        square += np.int64(row[t - 1]) * np.int64(row[t - 1])
-    if product <= 0:
-        return 0
-    return int(min(4, (8 * product + square) // (2 * square)))
-
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _turn(rows: Symbols, out: Symbols) -> None:
-    """Transpose, eight rows at a time: what they hold of a cache line is used while it is there."""
-    num_rows, num_columns = rows.shape
-    for begin in range(0, num_rows, 8):
-        if begin + 8 <= num_rows:
-            for column in range(num_columns):
-                for i in range(8):
-                    out[column, begin + i] = rows[begin + i, column]
-        else:
-            for column in range(num_columns):
-                for i in range(begin, num_rows):
-                    out[column, i] = rows[i, column]
+def _quarters(whole: Symbols, out: Bytes) -> None:
+    """Of each channel of ``whole`` (T, D): four times its neighbours' correlation, 0 to 4."""
+    count, dim = whole.shape
+    products, squares = np.zeros(dim, np.int64), np.zeros(dim, np.int64)
+    for t in range(1, count):
+        before, now = whole[t - 1], whole[t]
+        for d in range(dim):
+            products[d] += np.int64(np.int32(now[d]) * np.int32(before[d]))
+            squares[d] += np.int64(np.int32(before[d]) * np.int32(before[d]))
+    for d in range(dim):
+        out[d] = 0
+        if products[d] > 0:
+            out[d] = min(4, (8 * products[d] + squares[d]) // (2 * squares[d]))
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -229,19 +219,16 @@ def _restore(
     first: int,
     out: Floats,
 ) -> None:
-    states, heads, dim, count = differences.shape
-    # Turned round first: the loop over channels is the one that vectorises.
-    turned = np.empty((count, dim), np.int16)
+    states, heads, count, dim = differences.shape
     before, quarter = np.empty(dim, np.int32), np.empty(dim, np.int32)
     mean = np.empty(dim, np.int32)
     for s in range(states):
         width = widths[s]
         for h in range(heads):
-            _turn(differences[s, h], turned)
             for d in range(dim):
                 before[d], quarter[d], mean[d] = 0, quarters[s, h, d], means[s, h, d]
             for t in range(count):
-                of_token, numbers = turned[t], out[s, h, first + t]
+                of_token, numbers = differences[s, h, t], out[s, h, first + t]
                 for d in range(dim):
                     guess = (before[d] * quarter[d] + np.int32(2)) >> np.int32(2)
                     before[d] = np.int32(of_token[d] + guess)

@@ -6,13 +6,16 @@ for the 128 symbols of a row would cost as much as they save. A row of zeros cos
 that no distribution fits costs 16 bits a symbol. Single symbols beyond the reach of their class,
 -127 to 127 at the most, are coded as an escape and follow plainly in a stream of their own.
 
-A stream::
+Rows lie side by side, as channels of a token do: a block is (n, width), a row one of its columns.
+A stream holds one or more parts, each of blocks of one shape::
 
-    uint32: number of escapes | uint32 x 16: states | uint16: words ... | int16: escapes ...
+    uint32: number of escapes | uint64 x 8: states | uint32: words ... | int16: escapes ...
 
-all little endian, words and escapes in the order in which the decoder needs them: rows by class,
-then by number, and 16 neighbouring symbols of a row for the 16 states. 32-bit states, at least
-2**16 between symbols, take in one word at a time; all of them end at 2**16, which is checked.
+all little endian and in the order in which the decoder needs them. Words: part by part, the rows
+of a part by class, then by number, 16 neighbouring symbols of a row in turn: the first eight by
+states 0 to 7, the other eight by the same states. Then each state below 2**24 takes in a word; two
+symbols of 12 bits leave it at least 1, and below 2**56. All end at 2**24, which is checked.
+Escapes: as the symbols lie.
 
 Source: J. Duda, asymmetric numeral systems, arXiv:1311.2540; F. Giesen, interleaved entropy coders,
 arXiv:1402.3392.
@@ -20,239 +23,171 @@ arXiv:1402.3392.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import numba
 import numpy as np
-import numpy.typing as npt
 
+from kvstrata.codecs import rans
 from kvstrata.codecs.base import corrupt
 from kvstrata.codecs.entropy_models import (
     NUM_CLASSES,
-    PLAIN,
-    PROB_BITS,
     Symbols,
     classify,
     tables,
 )
+from kvstrata.codecs.rans import LANES, STATE, STEP, WORD_BITS
 from kvstrata.errors import UsageError
 from kvstrata.layout import Bytes
 
-__all__ = ["NUM_CLASSES", "Symbols", "bound", "classify", "decode", "encode"]
+__all__ = ["NUM_CLASSES", "Part", "Symbols", "bound", "classify", "decode", "encode"]
 
-_LANES = 16
-_STATE = 1 << 16  # a state between two symbols is at least this
-_HEADER = 4 + 4 * _LANES
+Part: TypeAlias = tuple[Symbols, Bytes]
+"""Symbols (blocks, n, width), C-contiguous, and the classes of their blocks * width rows."""
+
+_HEADER = 4 + 8 * LANES
 
 
 def bound(rows: int, n: int) -> int:
-    """The most bytes that `encode` writes for symbols with the classes that `classify` chose."""
+    """The most bytes that a part adds to its stream, with the classes that `classify` chose.
+
+    Those of the parts add up to the most that `encode` writes.
+    """
     return _HEADER + 2 * rows * n + rows * n // 64 + 64
 
 
-def encode(symbols: Symbols, classes: Bytes, out: Bytes) -> int:
-    """Encode all rows as one stream.
+def encode(parts: Sequence[Part], out: Bytes) -> int:
+    """Encode all parts as one stream.
 
     Args:
-        symbols: (rows, n), C-contiguous.
-        classes: (rows,), from `classify`.
-        out: at least ``bound(rows, n)`` bytes.
+        parts: classes are from `classify`.
+        out: at least as many bytes as the parts' bounds.
     Returns:
         The number of bytes written to ``out``, from its beginning.
     Raises:
         UsageError: a class does not exist or does not fit its row, or ``out`` is too short.
     """
     table = tables()
-    if len(classes) != len(symbols) or (classes >= NUM_CLASSES).any():
-        raise UsageError("a class for each row, please, that exists")
-    # What is pushed last is popped first, so both streams grow from the end of their buffers.
-    # The word too many is written in front of the last one, and never kept.
-    words = np.empty(symbols.size + 1, np.uint16)
-    escapes = np.empty(symbols.size, np.int16)
-    states = np.full(_LANES, _STATE, np.uint64)
-    order = np.argsort(classes, kind="stable")
-    word, escape = _encode(
-        symbols, classes, order, table.frequency, table.start, table.reciprocal, table.radius,
-        words, escapes, states,
-    )  # fmt: skip
-    if word < 0:
-        raise UsageError("a row of class 0 is not all zeros")
-    parts = (
-        np.array([len(escapes) - escape], "<u4"),
-        states.astype("<u4"),
-        words[word:].astype("<u2", copy=False),
-        escapes[escape:].astype("<i2", copy=False),
+    total = sum(symbols.size for symbols, _ in parts)
+    escapes, num_escapes = np.empty(total, np.int16), 0
+    indexes = []
+    for symbols, classes in parts:
+        blocks, _, width = symbols.shape
+        if len(classes) != blocks * width or (classes >= NUM_CLASSES).any():
+            raise UsageError("a class for each row, please, that exists")
+        index = np.empty(symbols.shape, np.uint8)
+        reach = table.radius[classes].reshape(blocks, width)
+        num_escapes = _index(symbols, reach, index, escapes, num_escapes)
+        if num_escapes < 0:
+            raise UsageError("a row of class 0 is not all zeros")
+        indexes.append(index)
+    # What is pushed last is popped first, so the words grow from the end of their buffer. The word
+    # too many is written in front of the last one, and never kept.
+    most = sum(LANES * len(classes) * -(-symbols.shape[1] // STEP) for symbols, classes in parts)
+    words, word = np.empty(most + 1, np.uint32), most + 1
+    states = np.full(LANES, STATE, np.int64)
+    for index, (_, classes) in zip(reversed(indexes), reversed(parts), strict=True):
+        word = rans.push(
+            index, classes, classes.argsort(kind="stable"), table.frequency, table.start,
+            table.inverse, words, word, states,
+        )  # fmt: skip
+    pieces = (
+        np.array([num_escapes], "<u4"),
+        states.astype("<u8"),
+        words[word:].astype("<u4", copy=False),
+        escapes[:num_escapes].astype("<i2", copy=False),
     )
-    size = sum(part.nbytes for part in parts)
+    size = sum(piece.nbytes for piece in pieces)
     if size > len(out):
         raise UsageError(f"{len(out)} bytes to encode into, not {size}")
     end = 0
-    for part in parts:
-        out[end : end + part.nbytes] = part.view(np.uint8)
-        end += part.nbytes
+    for piece in pieces:
+        out[end : end + piece.nbytes] = piece.view(np.uint8)
+        end += piece.nbytes
     return size
 
 
-def decode(data: Bytes, classes: Bytes, out: Symbols) -> None:
+def decode(data: Bytes, parts: Sequence[Part]) -> None:
     """Decode what `encode` wrote.
 
     Args:
         data: exactly that; checked, for it may be anything.
-        classes: (rows,), as encoded; checked too.
-        out: (rows, n), C-contiguous, overwritten.
+        parts: classes as encoded, checked too; symbols are overwritten.
     Raises:
         CorruptObject: no encoder wrote these bytes for these classes.
     """
-    table = tables()
-    if len(classes) != len(out) or (classes >= NUM_CLASSES).any():
-        raise corrupt("a class that does not exist")
     if len(data) < _HEADER:
         raise corrupt("shorter than the states of its symbols")
-    num_escapes = int(data[:4].copy().view("<u4")[0])
-    num_words = (len(data) - _HEADER) // 2 - num_escapes
-    if num_words < 0 or len(data) % 2 or num_escapes > out.size:
+    num_escapes = int.from_bytes(data[:4].tobytes(), "little")
+    num_words, rest = divmod(len(data) - _HEADER - 2 * num_escapes, 4)
+    if num_words < 0 or rest:
         raise corrupt(f"{num_escapes} escapes do not fit")
-    states = data[4:_HEADER].copy().view("<u4").astype(np.uint32, copy=False)
-    # The loops look ahead by up to _LANES words.
-    words = np.zeros(num_words + _LANES, "<u2")
-    begin = _HEADER + 2 * num_words
+    states = data[4:_HEADER].copy().view("<i8").astype(np.int64, copy=False)
+    # The loops look ahead by up to LANES words.
+    words = np.zeros(num_words + LANES, "<u4")
+    begin = _HEADER + 4 * num_words
     words[:num_words].view(np.uint8)[:] = data[_HEADER:begin]
     escapes = data[begin:].copy().view("<i2").astype(np.int16, copy=False)
-    order = np.argsort(classes, kind="stable")
-    good = _decode(words, np.uint64(num_words), escapes, classes, order, table.decode, states, out)
-    if not good:
+    if not all(STATE <= state < STATE << WORD_BITS for state in states.tolist()):
+        raise corrupt("a state out of its range")
+    decoding, word, escape = tables().decode, 0, 0
+    for symbols, classes in parts:
+        blocks, _, width = symbols.shape
+        order = classes.argsort(kind="stable")
+        if len(classes) != blocks * width or (len(order) and classes[order[-1]] >= NUM_CLASSES):
+            raise corrupt("a class that does not exist")
+        index = np.empty(symbols.shape, np.uint8)
+        word = rans.pop(words, word, num_words, classes, order, decoding, states, index)
+        if word < 0:
+            raise corrupt("its symbols do not end where they should")
+        escape = _symbols(index.reshape(-1), escapes, escape, symbols.reshape(-1))
+        if escape < 0:
+            raise corrupt("fewer escapes than its symbols ask for")
+    if word != num_words or escape != num_escapes or states.tolist() != [STATE] * LANES:
         raise corrupt("its symbols do not end where they should")
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _encode(
-    symbols: Symbols,
-    classes: Bytes,
-    order: npt.NDArray[np.int64],
-    frequency: npt.NDArray[np.uint64],
-    start: npt.NDArray[np.uint64],
-    reciprocal: npt.NDArray[np.uint64],
-    radius: Symbols,
-    words: npt.NDArray[np.uint16],
-    escapes: Symbols,
-    states: npt.NDArray[np.uint64],
-) -> tuple[int, int]:
-    """Positions of the first word and the first escape; -1, -1 if a row has the wrong class."""
-    num_rows, n = symbols.shape
-    index = np.empty(n, np.uint8)
-    word, escape = np.uint64(len(words)), len(escapes)
-    for k in range(num_rows - 1, -1, -1):
-        class_, row = classes[order[k]], symbols[order[k]]
-        reach = radius[class_]
-        if class_ == 0 or class_ == PLAIN:
-            for i in range(n - 1, -1, -1):
-                if class_ == PLAIN:
-                    escape -= 1
-                    escapes[escape] = row[i]
-                elif row[i] != 0:
-                    return -1, -1
-            continue
-        num_escapes = 0
+def _index(symbols: Symbols, reach: Symbols, index: Bytes, escapes: Symbols, escape: int) -> int:
+    """Symbols + 128, or 0 for the escapes, which are gathered; -1 if a row has the wrong class.
+
+    ``reach`` (blocks, width): the largest symbol of a row that is not an escape.
+    """
+    blocks, n, width = symbols.shape
+    for block in range(blocks):
+        largest = reach[block]
         for i in range(n):
-            near = (row[i] <= reach) & (row[i] >= -reach)
-            index[i] = np.uint8(row[i] + 128) if near else np.uint8(0)
-            num_escapes += not near
-        if num_escapes:
-            for i in range(n - 1, -1, -1):
-                if index[i] == 0:
-                    escape -= 1
-                    escapes[escape] = row[i]
-        frequencies, starts, reciprocals = frequency[class_], start[class_], reciprocal[class_]
-        end = n
-        while end > 0:
-            begin = (end - 1) // _LANES * _LANES
-            for i in range(end - 1, begin - 1, -1):
-                lane, at = np.uint64(i - begin), index[i]
-                state, often = states[lane], frequencies[at]
-                # The word is written in any case and kept only if the state is too large. By a
-                # sign bit: a comparison may become a branch, mispredicted every fourth symbol.
-                limit = often << np.uint64(32 - PROB_BITS)
-                full = (limit - np.uint64(1) - state) >> np.uint64(63)
-                words[word - np.uint64(1)] = np.uint16(state)
-                word -= full
-                state = state >> (full << np.uint64(4))
-                # state < often * 2**20 now, for which this is the exact quotient.
-                quotient = state * reciprocals[at] >> np.uint64(44)
-                skip = np.uint64(1 << PROB_BITS) - often
-                states[lane] = state + quotient * skip + starts[at]
-            end = begin
-    return np.int64(word), escape
+            row, here = symbols[block, i], index[block, i]
+            missing = False
+            for j in range(width):
+                near = (row[j] <= largest[j]) & (row[j] >= -largest[j])
+                here[j] = np.uint8(row[j] + 128) if near else np.uint8(0)
+                missing |= not near
+            if missing:
+                for j in range(width):
+                    if here[j] == 0:
+                        if largest[j] == 0:
+                            return -1
+                        escapes[escape] = row[j]
+                        escape += 1
+    return escape
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _decode(
-    words: npt.NDArray[np.uint16],
-    num_words: np.uint64,
-    escapes: Symbols,
-    classes: Bytes,
-    order: npt.NDArray[np.int64],
-    table: npt.NDArray[np.uint32],
-    states: npt.NDArray[np.uint32],
-    out: Symbols,
-) -> bool:
-    num_rows, n = out.shape
-    word, escape = np.uint64(0), 0
-    for k in range(num_rows):
-        class_, row = classes[order[k]], out[order[k]]
-        if class_ == 0:
-            row[:] = 0
-            continue
-        num_escapes = 0
-        if class_ == PLAIN:
-            row[:] = -128
-            num_escapes = n
-        else:
-            slots = table[class_]
-            begin = np.uint64(0)
-            while begin + np.uint64(_LANES) <= np.uint64(n):
-                if word > num_words:
-                    return False
-                word = _step(slots, states, words, word, row, begin, _LANES)
-                begin += np.uint64(_LANES)
-            if word > num_words:
-                return False
-            word = _step(slots, states, words, word, row, begin, np.int64(n) - np.int64(begin))
-            for i in range(n):
-                num_escapes += row[i] == -128
-        if num_escapes:
-            if escape + num_escapes > len(escapes):
-                return False
-            for i in range(n):
-                if row[i] == -128:
-                    row[i] = escapes[escape]
+def _symbols(index: Bytes, escapes: Symbols, escape: int, out: Symbols) -> int:
+    """Undo `_index`, both flat; -1 if there are too few escapes."""
+    for begin in range(0, len(index), 256):
+        here, there = index[begin : begin + 256], out[begin : begin + 256]
+        missing = False
+        for i in range(len(here)):
+            there[i] = np.int16(here[i]) - np.int16(128)
+            missing |= here[i] == 0
+        if missing:
+            for i in range(len(here)):
+                if here[i] == 0:
+                    if escape == len(escapes):
+                        return -1
+                    there[i] = escapes[escape]
                     escape += 1
-    ended = word == num_words and escape == len(escapes)
-    for lane in range(_LANES):
-        ended &= states[lane] == np.uint32(_STATE)
-    return ended
-
-
-@numba.njit(nogil=True, cache=True, inline="always")  # type: ignore[untyped-decorator]
-def _step(
-    slots: npt.NDArray[np.uint32],
-    states: npt.NDArray[np.uint32],
-    words: npt.NDArray[np.uint16],
-    word: np.uint64,
-    row: Symbols,
-    begin: np.uint64,
-    count: int,
-) -> np.uint64:
-    """One symbol of each of the first ``count`` states; returns the next word's position."""
-    low = np.uint32((1 << PROB_BITS) - 1)
-    for lane in range(count):
-        state = states[lane]
-        entry = slots[state & low]
-        often = (entry >> np.uint32(8)) & low
-        states[lane] = often * (state >> np.uint32(PROB_BITS)) + (entry >> np.uint32(20))
-        row[begin + np.uint64(lane)] = np.int16(entry & np.uint32(0xFF)) - np.int16(128)
-    # In a loop of its own: that is a third faster. By a sign bit again; numba computes in 64 bits.
-    for lane in range(count):
-        state = np.uint64(states[lane])
-        short = ((state >> np.uint64(16)) - np.uint64(1)) >> np.uint64(63)
-        taken = np.uint64(words[word]) & (np.uint64(0) - short)
-        states[lane] = np.uint32(state << (short << np.uint64(4)) | taken)
-        word += short
-    return word
+    return escape

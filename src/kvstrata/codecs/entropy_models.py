@@ -28,6 +28,7 @@ PROB_BITS = 12
 _TOTAL = 1 << PROB_BITS
 _ESCAPE_FREQUENCY = 2
 _UNITS = 256  # costs are in 1 / 256 bit
+_STRIP = 32
 
 
 class Tables(NamedTuple):
@@ -35,14 +36,14 @@ class Tables(NamedTuple):
 
     decode: npt.NDArray[np.uint32]
     """(class, slot): symbol + 128, or 0 for the escape; frequency << 8; slot in the bin << 20."""
-    frequency: npt.NDArray[np.uint64]
+    frequency: npt.NDArray[np.int64]
     """(class, symbol + 128)."""
-    start: npt.NDArray[np.uint64]
+    start: npt.NDArray[np.int64]
     """(class, symbol + 128): the first slot of the symbol's bin."""
-    reciprocal: npt.NDArray[np.uint64]
-    """(class, symbol + 128): 2**44 over the frequency, rounded up."""
+    inverse: npt.NDArray[np.float64]
+    """(class, symbol + 128): 1 over the frequency, less 2**-50 of it: see `divisor`."""
     radius: npt.NDArray[np.int16]
-    """Of a class: the largest symbol that is not an escape."""
+    """Of a class: the largest symbol that is not an escape; -1 where all of them are."""
     cost: npt.NDArray[np.uint32]
     """(class, magnitude up to 128): bits times `_UNITS`."""
 
@@ -79,9 +80,10 @@ def _mass(symbol: int, scale: Decimal) -> Decimal:
 @cache
 def tables() -> Tables:
     """Made once a process, in a tenth of a second."""
-    frequency = np.zeros((NUM_CLASSES, 256), np.uint64)
+    frequency = np.zeros((NUM_CLASSES, 256), np.int64)
     cost = np.zeros((NUM_CLASSES, 129), np.uint32)
     radius = np.zeros(NUM_CLASSES, np.int16)
+    radius[PLAIN] = -1
     for class_ in range(1, PLAIN):
         found = _frequencies(class_)
         radius[class_] = len(found) - 1
@@ -94,11 +96,11 @@ def tables() -> Tables:
     start = ends - frequency
     decode = np.zeros((NUM_CLASSES, _TOTAL), np.uint32)
     for class_ in range(1, PLAIN):
-        index = np.repeat(np.arange(256), frequency[class_].astype(np.int64))
-        within = np.arange(_TOTAL) - start[class_].astype(np.int64)[index]
-        decode[class_] = index | frequency[class_].astype(np.int64)[index] << 8 | within << 20
-    reciprocal = ((1 << 44) - 1) // np.maximum(frequency, 1) + 1
-    return Tables(decode, frequency, start, reciprocal, radius, cost)
+        index = np.repeat(np.arange(256), frequency[class_])
+        within = np.arange(_TOTAL) - start[class_][index]
+        decode[class_] = index | frequency[class_][index] << 8 | within << 20
+    inverse = (1 - 2.0**-50) / np.maximum(frequency, 1)
+    return Tables(decode, frequency, start, inverse, radius, cost)
 
 
 def _bits(frequency: int) -> int:
@@ -110,52 +112,64 @@ def classify(symbols: Symbols) -> Bytes:
     """The class that codes each row in the fewest bits.
 
     Args:
-        symbols: (rows, n), C-contiguous.
+        symbols: (blocks, n, width), C-contiguous; a row is a column of a block.
     Returns:
-        (rows,).
+        (blocks * width,).
     """
-    classes = np.empty(len(symbols), np.uint8)
+    blocks, _, width = symbols.shape
+    classes = np.empty((blocks, width), np.uint8)
     _classify(symbols, tables().cost, classes)
-    return classes
+    return classes.reshape(-1)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _classify(symbols: Symbols, cost: npt.NDArray[np.uint32], classes: Bytes) -> None:
-    num_rows, n = symbols.shape
-    histogram = np.empty(129, np.int64)
-    for row in range(num_rows):
-        total, top = 0, 0
-        for i in range(n):
-            size = min(abs(np.int32(symbols[row, i])), np.int32(128))
-            total += size
-            top = max(top, size)
-        if top == 0:
-            classes[row] = 0
-            continue
-        histogram[: top + 1] = 0
-        for i in range(n):
-            histogram[min(abs(np.int32(symbols[row, i])), np.int32(128))] += 1
-        # Costs fall and rise again with the class: begin where the mean magnitude points.
-        first, mean = 1, n // 8
-        while first < PLAIN - 1 and mean < total:
-            first, mean = first + 3, 2 * mean
-        first = min(first, PLAIN - 1)
-        best, least = first, _row_cost(histogram, cost, first, top)
-        for step in (-1, 1):
-            class_ = first + step
-            while 1 <= class_ < PLAIN:
-                this = _row_cost(histogram, cost, class_, top)
-                if this >= least:
-                    break
-                best, least, class_ = class_, this, class_ + step
-        classes[row] = best if least < 16 * _UNITS * n else PLAIN
+    blocks, n, width = symbols.shape
+    # As many rows at a time as have their histograms in the fastest cache.
+    histograms = np.empty((_STRIP, 129), np.int32)
+    sizes = np.empty(_STRIP, np.int32)
+    totals, tops = np.empty(_STRIP, np.int64), np.empty(_STRIP, np.int32)
+    for block in range(blocks):
+        for begin in range(0, width, _STRIP):
+            count = min(_STRIP, width - begin)
+            histograms[:], totals[:], tops[:] = 0, 0, 0
+            for i in range(n):
+                row = symbols[block, i, begin : begin + count]
+                for j in range(count):
+                    sizes[j] = min(abs(np.int32(row[j])), np.int32(128))
+                    totals[j] += sizes[j]
+                    tops[j] = max(tops[j], sizes[j])
+                for j in range(count):
+                    histograms[j, np.uint64(sizes[j])] += 1
+            for j in range(count):
+                classes[block, begin + j] = _best(histograms[j], totals[j], tops[j], n, cost)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _row_cost(
-    histogram: npt.NDArray[np.int64], cost: npt.NDArray[np.uint32], class_: int, top: int
+def _best(
+    histogram: npt.NDArray[np.int32], total: int, top: int, n: int, cost: npt.NDArray[np.uint32]
 ) -> int:
+    if top == 0:
+        return 0
+    # Costs fall and rise again with the class: begin where the mean magnitude points.
+    first, mean = 1, n // 8
+    while first < PLAIN - 1 and mean < total:
+        first, mean = first + 3, 2 * mean
+    first = min(first, PLAIN - 1)
+    best, least = first, _row_cost(histogram, cost[first], top)
+    for step in (-1, 1):
+        class_ = first + step
+        while 1 <= class_ < PLAIN:
+            this = _row_cost(histogram, cost[class_], top)
+            if this >= least:
+                break
+            best, least, class_ = class_, this, class_ + step
+    return best if least < 16 * _UNITS * n else PLAIN
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _row_cost(histogram: npt.NDArray[np.int32], cost: npt.NDArray[np.uint32], top: int) -> int:
     total = 0
     for size in range(top + 1):
-        total += int(histogram[size]) * int(cost[class_, size])
+        total += np.int64(histogram[size]) * np.int64(cost[size])
     return total

@@ -11,8 +11,8 @@ A frame::
     0 | exact tokens [S, H, n, D] as they were | class of each component, S * H * D | rANS stream
     1 | all tokens [S, H, T, D] as they were
 
-The second where the artefact does not fit the numbers. Rows of the stream are components, columns
-tokens; `kvstrata.codecs.entropy` is its page.
+The second where the artefact does not fit the numbers. A row of the stream is a component over the
+tokens, a block a group of heads; `kvstrata.codecs.entropy` is its page.
 
 Decoded numbers may differ between machines in their last bits, as matrix products do.
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from kvstrata.codecs import calibration as artefacts
 from kvstrata.codecs import entropy, rope
@@ -42,7 +43,7 @@ from kvstrata.codecs.sinks import exact_bytes, load_exact, num_exact, store_exac
 from kvstrata.errors import Incompatible, LayoutMismatch, UsageError
 from kvstrata.layout import Bytes
 
-VERSION = 1
+VERSION = 2
 NUM_SINKS = 4
 
 _CODED, _EXACT = 0, 1
@@ -106,9 +107,9 @@ class Kvtc(LossyCodec):
         return 1 + max(coded, exact_bytes(payload.shape[3], payload))
 
     def encode_numbers(self, numbers: Floats, layer: int, payload: Payload, out: Bytes) -> int:
-        states, heads, count, dim = numbers.shape
+        states, _, count, _ = numbers.shape
         exact = num_exact(NUM_SINKS, payload)
-        symbols = np.empty((states, heads * dim, count - exact), np.int16)
+        symbols = self._symbols(count - exact)
         noise = power = 0.0
         for state in range(states):
             coefficients, signal = self._analysed(numbers[state], exact, layer, state, payload)
@@ -120,37 +121,38 @@ class Kvtc(LossyCodec):
             return 1 + store_exact(numbers, count, payload, out[1:])
         out[0] = _CODED
         end = 1 + store_exact(numbers, exact, payload, out[1:])
-        rows = symbols.reshape(states * heads * dim, count - exact)
-        classes = entropy.classify(rows)
+        blocks = _blocks(symbols)
+        classes = entropy.classify(blocks)
         out[end : end + len(classes)] = classes
         end += len(classes)
-        return end + entropy.encode(rows, classes, out[end:])
+        return end + entropy.encode([(blocks, classes)], out[end:])
 
     def decode_numbers(self, frame: Bytes, layer: int, payload: Payload, out: Floats) -> None:
         states, heads, count, dim = out.shape
         coded = len(frame) > 0 and frame[0] == _CODED
         exact = num_exact(NUM_SINKS, payload) if coded else count
-        rows = np.empty((states * heads * dim, count - exact), np.int16)
         begin = 1 + exact_bytes(exact, payload)
-        end = begin + len(rows) if coded else begin
+        end = begin + states * heads * dim if coded else begin
         if len(frame) < end or frame[0] > _EXACT or (not coded and len(frame) != end):
             raise corrupt("kvtc: not as long as it says")
         load_exact(frame[1:], exact, payload, out)
         if not np.isfinite(out[:, :, :exact]).all():
             raise corrupt("kvtc: exact tokens that are not finite")
         if coded:
-            classes = np.ascontiguousarray(frame[begin:end])
-            entropy.decode(frame[end:], classes, rows)
-            for state in range(states):
-                part = slice(state * heads * dim, (state + 1) * heads * dim)
-                self._synthesise(
-                    rows[part], classes[part], exact, layer, state, payload, out[state]
-                )
+            symbols, classes = self._symbols(count - exact), frame[begin:end].copy()
+            entropy.decode(frame[end:], [(_blocks(symbols), classes)])
+            for state, present in enumerate(classes.reshape(states, -1, symbols.shape[3]) > 0):
+                self._synthesise(symbols[state], present, exact, layer, state, payload, out[state])
+
+    def _symbols(self, count: int) -> Symbols:
+        """Room for a layer of ``count`` tokens: (2, groups, count, width)."""
+        _, states, groups, width, _ = self.calibration.components.shape
+        return np.empty((states, groups, count, width), np.int16)
 
     def _analysed(
         self, heads: Floats, exact: int, layer: int, state: int, payload: Payload
     ) -> tuple[Floats, float]:
-        """Coefficients (H * D, T - n) in bins, and the summed squares of what they come from."""
+        """Coefficients (groups, T - n, W) in bins; the summed squares of what they come from."""
         numbers = self.calibration
         num_heads, count, dim = heads.shape
         angles = self._angles(exact, layer, state, payload)
@@ -162,36 +164,37 @@ class Kvtc(LossyCodec):
             power = float(np.sum(scaled * scaled, dtype=np.float64))
             scaled -= numbers.mean[layer, state] * scale
             components = numbers.components[layer, state]
-            width = components.shape[-1]
-            coefficients = np.empty((num_heads * dim, count - exact), np.float32)
+            groups, width, _ = components.shape
+            coefficients = np.empty((groups, count - exact, width), np.float32)
             for group, rows in enumerate(components):
                 part = slice(group * width, (group + 1) * width)
-                np.matmul(rows, scaled[:, part].T, out=coefficients[part])
+                np.matmul(scaled[:, part], rows.T, out=coefficients[group])
         return coefficients, power
 
     def _synthesise(
         self,
         symbols: Symbols,
-        classes: Bytes,
+        present: npt.NDArray[np.bool_],
         exact: int,
         layer: int,
         state: int,
         payload: Payload,
         out: Floats,
     ) -> None:
-        """Numbers of tokens n to T of one state into ``out`` (H, T, D)."""
+        """Numbers of tokens n to T of one state into ``out`` (H, T, D).
+
+        ``present`` (groups, W): which components are not all zeros.
+        """
         numbers = self.calibration
         num_heads, count, dim = out.shape
-        components = numbers.components[layer, state]
-        width = components.shape[-1]
         tokens = np.empty((count - exact, num_heads * dim), np.float32)
-        for group, rows in enumerate(components):
-            part = slice(group * width, (group + 1) * width)
+        for group, rows in enumerate(numbers.components[layer, state]):
+            width = len(rows)
             # The last components are mostly zeros, and cost nothing.
-            (present,) = np.nonzero(classes[part])
-            used = int(present[-1]) + 1 if len(present) else 0
-            levels = symbols[part][:used].astype(np.float32)
-            np.matmul(levels.T, rows[:used], out=tokens[:, part])
+            used = width - int(present[group, ::-1].argmax()) if present[group].any() else 0
+            levels = symbols[group, :, :used].astype(np.float32)
+            part = slice(group * width, (group + 1) * width)
+            np.matmul(levels, rows[:used], out=tokens[:, part])
         scale = np.float32(self._step) / numbers.weight[layer, state]
         _unscale(tokens, scale, numbers.mean[layer, state])
         angles = self._angles(exact, layer, state, payload)
@@ -235,6 +238,12 @@ def named(name: str) -> Kvtc:
         which = ", ".join(f"@{one.fingerprint.hex()[:8]} of {one.header.model}" for one in found)
         raise UsageError(f"{name}: say of which calibration, by its end: {which}")
     return Kvtc(2 * int(bits) + bool(half), found[0])
+
+
+def _blocks(symbols: Symbols) -> Symbols:
+    """Those of both states, (states, groups, T, W), as one part of a stream."""
+    states, groups, count, width = symbols.shape
+    return symbols.reshape(states * groups, count, width)
 
 
 def _quantise(coefficients: Floats, out: Symbols) -> float:

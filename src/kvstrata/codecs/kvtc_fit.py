@@ -165,7 +165,7 @@ class Fit:
 def _bits(rows: Floats, step: float, num_streams: int) -> float:
     """Bits per element that `kvtc` spends on rows of coefficients with this step."""
     symbols = np.clip(np.rint(rows / np.float32(step)), -32000, 32000).astype(np.int16)
-    classes = classify(symbols)
+    classes = classify(np.ascontiguousarray(symbols.T)[None])
     sizes = np.minimum(np.abs(symbols.astype(np.int32)), 128)
     cost = tables().cost.astype(np.float64) / 256
     cost[0], cost[PLAIN] = 0, 16

@@ -38,6 +38,7 @@ def angles(frequencies: bytes, start: int, count: int) -> Angles:
     return Angles(np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32))
 
 
+@lru_cache(maxsize=64)
 def still(count: int, dim: int) -> Angles:
     """The turns of what does not turn: values."""
     return Angles(np.ones((count, dim // 2), np.float32), np.zeros((count, dim // 2), np.float32))

@@ -11,7 +11,7 @@ import pytest
 
 from kvstrata.codecs import codec_named
 from kvstrata.codecs.base import Payload
-from kvstrata.codecs.cachegen import BINS, CacheGen
+from kvstrata.codecs.cachegen import BINS, VERSION, CacheGen
 from kvstrata.errors import CorruptObject, Incompatible
 from kvstrata.layout import Elements
 from kvstrata.testing.codecs import CHUNK, CodecContract, as_numbers, decoded, encoded, kv_like
@@ -54,7 +54,7 @@ def test_every_level_has_a_name() -> None:
         assert codec_named(f"cachegen-{level}") == CacheGen(level)
     for level in (0, len(BINS) + 1):
         with pytest.raises(Incompatible, match="level"):
-            CacheGen.from_parameters(bytes([1, level]))
+            CacheGen.from_parameters(bytes([VERSION, level]))
 
 
 def test_levels_trade_bytes_for_errors() -> None:
@@ -135,8 +135,8 @@ def test_one_number_far_out() -> None:
         (13, bytes([29, 29]), "class"),
         (15, bytes([29]), "class"),
         (15, bytes([5 << 5]), "token before"),
-        (15 + 64, struct.pack("<I", 1 << 31), "beyond"),
-        (15 + 64, struct.pack("<I", 10), "states"),
+        (15 + 64, struct.pack("<I", 1 << 31), "escapes"),
+        (19 + 64, bytes(8), "state"),
     ],
 )
 def test_a_frame_that_lies(at: int, value: bytes, message: str) -> None:

@@ -25,25 +25,32 @@ def rows_like(widths: list[float], n: int = 128, seed: int = 0) -> Symbols:
     return rows
 
 
+def block(symbols: Symbols) -> Symbols:
+    """Rows (rows, n) as the coder takes them: columns of one block."""
+    return np.ascontiguousarray(symbols.T)[None]
+
+
 def encoded(symbols: Symbols, classes: Bytes | None = None) -> tuple[Bytes, Bytes]:
-    """The stream and the classes, with a check of the bound."""
-    chosen = classify(symbols) if classes is None else classes
+    """The stream of rows (rows, n), and the classes, with a check of the bound."""
+    chosen = classify(block(symbols)) if classes is None else classes
     room = bound(*symbols.shape) * (1 if classes is None else 2)
     out = np.full(room + 64, 0xA5, np.uint8)
-    size = encode(symbols, chosen, out[:room])
+    size = encode([(block(symbols), chosen)], out[:room])
     assert (out[size:] == 0xA5).all()
     return out[:size].copy(), chosen
 
 
 def decoded(data: Bytes, classes: Bytes, n: int) -> Symbols:
-    """The symbols, with a check that nothing is written around them."""
-    out = np.full((len(classes) + 2, n), 0x5A5A, np.int16)
+    """The rows, with a check that nothing is written around them."""
+    guarded = np.full(len(classes) * n + 200, 0x5A5A, np.int16)
+    out = guarded[100:-100].reshape(1, n, len(classes))
     try:
-        decode(data, classes, out[1:-1])
+        decode(data, [(out, classes)])
     finally:
-        assert (out[0] == 0x5A5A).all()
-        assert (out[-1] == 0x5A5A).all()
-    return out[1:-1]
+        assert (guarded[:100] == 0x5A5A).all()
+        assert (guarded[-100:] == 0x5A5A).all()
+    rows: Symbols = out[0].T
+    return rows
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 100, 128, 256])
@@ -63,10 +70,39 @@ def test_no_rows_at_all() -> None:
 def test_every_symbol_in_every_class() -> None:
     every = np.arange(-(1 << 15), 1 << 15).astype(np.int16).reshape(1, -1)
     for class_ in range(1, NUM_CLASSES):
-        classes = np.array([class_], np.uint8)
-        out = np.empty(2 * bound(*every.shape), np.uint8)
-        size = encode(every, classes, out)
-        assert (decoded(out[:size], classes, every.shape[1]) == every).all()
+        data, classes = encoded(every, np.array([class_], np.uint8))
+        assert (decoded(data, classes, every.shape[1]) == every).all()
+
+
+def test_parts_of_several_blocks_share_a_stream() -> None:
+    shapes = [(2, 37, 1), (3, 100, 40), (1, 1, 5), (4, 16, 33)]
+    rng = np.random.default_rng(3)
+    parts = []
+    for blocks, n, width in shapes:
+        widths = rng.permutation(np.geomspace(0.05, 3000, blocks * width))
+        noise = rng.normal(0, 1, (blocks, n, width)) * widths.reshape(blocks, 1, width)
+        symbols = np.rint(noise).astype(np.int16)
+        parts.append((symbols, classify(symbols)))
+    out = np.empty(sum(bound(b * w, n) for b, n, w in shapes), np.uint8)
+    data = out[: encode(parts, out)].copy()
+    backs = [(np.empty_like(symbols), classes) for symbols, classes in parts]
+    decode(data, backs)
+    for (symbols, _), (back, _) in zip(parts, backs, strict=True):
+        assert (back == symbols).all()
+    with pytest.raises(CorruptObject):
+        decode(data, backs[:-2])
+    with pytest.raises(CorruptObject):
+        decode(data, backs[::-1])
+
+
+def test_a_row_is_a_column_of_its_block() -> None:
+    rows = rows_like(list(np.geomspace(0.1, 60, 96)))
+    whole = encoded(rows)[0]
+    halves = np.stack([np.ascontiguousarray(rows[:48].T), np.ascontiguousarray(rows[48:].T)])
+    assert (classify(halves) == classify(block(rows))).all()
+    out = np.empty(2 * len(whole), np.uint8)
+    size = encode([(halves, classify(halves))], out)
+    assert out[:size].tobytes() == whole.tobytes()
 
 
 def test_zeros_cost_nothing() -> None:
@@ -117,31 +153,34 @@ def test_the_tables_are_part_of_the_format() -> None:
     assert digest == "d78618200c1037ba58a605414f9f15796e66028b3ad4b59b3cfdae0bc441f57c"
 
 
-def test_the_division_by_multiplication_is_exact() -> None:
+def test_the_inverses_give_the_quotient_or_one_less() -> None:
     table = tables()
     pairs = {
-        (int(f), int(r))
-        for f, r in zip(table.frequency.ravel(), table.reciprocal.ravel(), strict=True)
+        (int(f), float(i))
+        for f, i in zip(table.frequency.ravel(), table.inverse.ravel(), strict=True)
         if f
     }
-    for often, reciprocal in pairs:
-        for state in (often << 20) - 1, (often << 20) - often, 1 << 16, often * 16 + often - 1:
-            if state < often << 20:
-                assert state * reciprocal < 1 << 64
-                assert state * reciprocal >> 44 == state // often
+    assert len(pairs) > 100
+    rng = np.random.default_rng(0)
+    for often, inverse in pairs:
+        assert often * (1 << 44) <= 1 << 56
+        for quotient in (1, 1 << 12, (1 << 44) - 1, *rng.integers(1, 1 << 44, 20).tolist()):
+            for state in quotient * often, quotient * often + often - 1:
+                assert quotient - int(float(state) * inverse) in (0, 1)
 
 
 def test_what_the_caller_gets_wrong() -> None:
     symbols = rows_like([1.0, 1.0])
     out = np.empty(bound(*symbols.shape), np.uint8)
-    with pytest.raises(UsageError, match="class 0"):
-        encode(symbols, np.zeros(2, np.uint8), out)
-    with pytest.raises(UsageError, match="exists"):
-        encode(symbols, np.full(2, NUM_CLASSES, np.uint8), out)
-    with pytest.raises(UsageError, match="exists"):
-        encode(symbols, np.ones(3, np.uint8), out)
+    for classes, message in (
+        (np.zeros(2, np.uint8), "class 0"),
+        (np.full(2, NUM_CLASSES, np.uint8), "exists"),
+        (np.ones(3, np.uint8), "exists"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            encode([(block(symbols), classes)], out)
     with pytest.raises(UsageError, match="encode into"):
-        encode(symbols, classify(symbols), out[:70])
+        encode([(block(symbols), classify(block(symbols)))], out[:70])
 
 
 def test_classes_that_do_not_exist_or_are_others() -> None:
@@ -153,6 +192,17 @@ def test_classes_that_do_not_exist_or_are_others() -> None:
         decoded(data, (classes + 1).astype(np.uint8), 128)
     with pytest.raises(CorruptObject):
         decoded(data, np.full(2, PLAIN, np.uint8), 128)
+
+
+def test_states_out_of_their_range() -> None:
+    symbols = rows_like([1.0, 5.0])
+    data, classes = encoded(symbols)
+    for state in (0, (1 << 24) - 1, 1 << 56, (1 << 64) - 1):
+        for lane in range(8):
+            bad = data.copy()
+            bad[4 + 8 * lane : 12 + 8 * lane] = np.array([state], "<u8").view(np.uint8)
+            with pytest.raises(CorruptObject, match="range"):
+                decoded(bad, classes, 128)
 
 
 def test_a_stream_cut_or_grown_anywhere() -> None:

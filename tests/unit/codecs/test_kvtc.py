@@ -15,7 +15,7 @@ from kvstrata.codecs import calibration as artefacts
 from kvstrata.codecs import codec_named, rope, stored_codec
 from kvstrata.codecs.base import Codec, Payload
 from kvstrata.codecs.calibration import Calibration, Header
-from kvstrata.codecs.kvtc import Kvtc
+from kvstrata.codecs.kvtc import VERSION, Kvtc
 from kvstrata.codecs.kvtc_fit import LEVELS, Fit
 from kvstrata.errors import CorruptObject, Incompatible, LayoutMismatch, UsageError
 from kvstrata.layout import Bytes, Elements
@@ -257,6 +257,6 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parameters_of_no_such_calibration_or_level() -> None:
     parameters = golden_codec().parameters()
-    for wrong in (parameters[:2] + bytes(16), b"\1\5" + parameters[2:], b""):
+    for wrong in (parameters[:2] + bytes(16), bytes([VERSION, 5]) + parameters[2:], b""):
         with pytest.raises(Incompatible):
             Kvtc.from_parameters(wrong)
