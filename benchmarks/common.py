@@ -171,15 +171,16 @@ class Prompts:
 
     Args:
         seed: other seeds give other documents.
+        question: what is asked about each.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, question: str = QUESTION) -> None:
         from transformers import AutoTokenizer
 
         self.model = smollm2()
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self._seed = seed
-        self._question: list[int] = self.tokenizer.encode(QUESTION)
+        self._question: list[int] = self.tokenizer.encode(question)
 
     def make(self, count: int, collection: int = 0, tokens: int = DOCUMENT_TOKENS) -> list[Any]:
         """Prompts of no common prefix; of different collections neither."""

@@ -15,19 +15,30 @@ import typer.main
 from kvstrata import cli
 from kvstrata.codecs import CODECS
 from kvstrata.codecs.base import Payload
+from kvstrata.codecs.elements import to_float32
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.codecs.raw import Raw
 from kvstrata.errors import CorruptObject, Incompatible, LayoutMismatch, UsageError
 from kvstrata.layout import Bytes, Elements
 from kvstrata.quality import metrics, tasks
 from kvstrata.quality.baselines import BASELINES
-from kvstrata.quality.coding import chunk, speeds, through
+from kvstrata.quality.coding import by_chunk, chunk, speeds, through
 from kvstrata.quality.forms import HEADINGS, markdown
-from kvstrata.quality.metrics import Estimate
-from kvstrata.quality.run import choose, held_out_text, measure
+from kvstrata.quality.merging import merged
+from kvstrata.quality.run import choose, held_out_text, measure, measure_speeds
 from kvstrata.quality.samples import Sample
 from kvstrata.quality.scores import scores
-from kvstrata.quality.table import Exact, Measured, Scores, Table, frontier, load, path_for, save
+from kvstrata.quality.table import (
+    Estimate,
+    Exact,
+    Measured,
+    Scores,
+    Table,
+    frontier,
+    load,
+    path_for,
+    save,
+)
 from kvstrata.testing.codecs import kv_like
 from kvstrata.testing.models import english_text
 
@@ -159,6 +170,21 @@ class TestModels:
         assert metrics.divergence(whole, other).mean() > metrics.divergence(whole, found).mean() * 5
 
     @pytest.mark.parametrize("folder", ["llama", "gemma"])
+    def test_a_prompt_is_read_in_pieces(
+        self, folder: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from kvstrata.quality.models import Model
+
+        model = Model(request.getfixturevalue(folder))
+        whole = model.prefill(list(range(200)))
+        monkeypatch.setattr("kvstrata.quality.models._PIECE_TOKENS", 48)
+        pieces = model.prefill(list(range(200)))
+        assert pieces.shape == whole.shape
+        np.testing.assert_allclose(
+            to_float32(pieces, "bfloat16"), to_float32(whole, "bfloat16"), rtol=0.01, atol=0.01
+        )
+
+    @pytest.mark.parametrize("folder", ["llama", "gemma"])
     def test_branches_do_not_see_each_other(
         self, folder: str, request: pytest.FixtureRequest
     ) -> None:
@@ -207,6 +233,19 @@ class TestCoding:
         assert coded.error(256, 1) == 0
         assert 0.1 < coded.error(128, 0) < 1
         assert through(Lossless(), kv).error(256, 0) == 0
+
+    def test_chunks_may_have_any_size(self) -> None:
+        kv = real_like(300)
+
+        def drop(words: Elements, start: int) -> tuple[int, Elements]:
+            assert words.shape[3] == 100
+            return 1000 + start, words & np.uint16(0xFF00)
+
+        coded = by_chunk(drop, kv, 100)
+        assert coded.nbytes.tolist() == [1000, 1100, 1200]
+        assert (coded.kv == kv & 0xFF00).all()
+        assert coded.bits(200) == pytest.approx(8 * 2100 / kv[:, :, :, :200].size)
+        assert coded.error(300, 0) == pytest.approx(through(Coarse(), kv).error(256, 0), rel=0.2)
 
     def test_speeds_are_measured(self) -> None:
         assert all(0 < speed < 1e6 for speed in speeds(Raw(), real_like(256)))
@@ -377,6 +416,50 @@ class TestTable:
         assert "| `bad` |" in text
         assert "- `odd`: not for this model" in text
 
+    def test_a_later_run_adds_rows_and_replaces_them(self) -> None:
+        old = table(
+            row("lossless", 11, 0), row("gone", 4, 1), row("good", 4, 0.01), row("kivi", 3, 1)
+        )
+        new = msgspec.structs.replace(
+            table(row("deep", 2, 1), row("good", 3, 0.02)),
+            kvstrata="1",
+            left_out={"lossless": "no longer"},
+        )
+        order = ["raw", "lossless", "odd", "good", "deep", "kivi"]
+        found = merged(old, new, order)
+        assert [row.name for row in found.codecs] == ["good", "deep", "kivi", "gone"]
+        assert found.codec("good").at().bits == 3
+        assert found.kvstrata == "1"
+        assert list(found.left_out.items()) == [
+            ("lossless", "no longer"),
+            ("odd", "not for this model"),
+        ]
+        again = merged(found, table(row("odd", 5, 1)), order)
+        assert [row.name for row in again.codecs] == ["odd", "good", "deep", "kivi", "gone"]
+        # `table` leaves "odd" out, and what was measured now says so itself.
+        assert again.left_out["odd"] == "not for this model"
+        measured = merged(
+            found, msgspec.structs.replace(table(row("odd", 5, 1)), left_out={}), order
+        )
+        assert measured.left_out == {"lossless": "no longer"}
+
+    @pytest.mark.parametrize(
+        ("field", "value", "words"),
+        [
+            ("weights", "cd" * 32, "other weights"),
+            ("text", "01", "another text"),
+            ("lengths", (512, 1024), "other lengths"),
+            ("windows", 2, "another number of windows"),
+            ("machine", "there", "speeds of another machine"),
+        ],
+    )
+    def test_rows_of_another_measurement_do_not_mix(
+        self, field: str, value: Any, words: str
+    ) -> None:
+        other = msgspec.structs.replace(TABLE, **{field: value})
+        with pytest.raises(UsageError, match=f"has {words}.*stays as it is"):
+            merged(TABLE, other, [])
+
     def test_a_plot_is_drawn(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
         from kvstrata.quality.plot import plot
@@ -448,5 +531,56 @@ class TestWhole:
             "quality.png",
         ]
         assert not (tmp_path / "cache" / "kvstrata" / "quality").exists()
+        with pytest.raises(UsageError, match="there is no table"):
+            command.main(["quality", str(llama), "--speeds"], standalone_mode=False)
         with pytest.raises(UsageError, match="is no folder"):
             command.main(["quality", "no-such-model"], standalone_mode=False)
+
+    def test_the_command_puts_rows_into_the_table_that_is_there(
+        self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr("kvstrata.quality.run.LENGTHS", (768,))
+        monkeypatch.setattr("kvstrata.quality.run.WINDOWS", 1)
+        command = typer.main.get_command(cli.build_app())
+
+        def run(*arguments: str) -> None:
+            command.main(["quality", str(llama), *arguments], standalone_mode=False)
+
+        run("--codec", "kivi4", "--codec", "lossless")
+        (path,) = (tmp_path / "kvstrata" / "quality").iterdir()
+        first = load(path)
+        run("--codec", "int8")
+        second = load(path)
+        assert [row.name for row in second.codecs] == ["lossless", "int8", "kivi4"]
+        assert {second.codec(name) for name in ("lossless", "kivi4")} == set(first.codecs)
+        run("--codec", "int4", "--json", str(tmp_path / "t.json"))
+        assert [row.name for row in load(tmp_path / "t.json").codecs] == ["int4"]
+        assert load(path) == second
+        monkeypatch.setattr("kvstrata.quality.run.WINDOWS", 2)
+        with pytest.raises(UsageError, match="another number of windows"):
+            run("--codec", "int4")
+        assert load(path) == second
+        save(msgspec.structs.replace(second, machine="slow"), path)
+        run("--speeds")
+        assert load(path).machine == second.machine
+        with pytest.raises(UsageError, match="goes with neither"):
+            run("--speeds", "--quick")
+
+    def test_speeds_are_measured_again_and_nothing_else(self, llama: Path) -> None:
+        slow = {"encode_gbps": 1e-9, "decode_gbps": 1e-9}
+        names = {"lossless": CODECS["lossless"], "kivi2": BASELINES["kivi2"]}
+        rows = [
+            msgspec.structs.replace(
+                row(name, 4, 0), family=codec.family, parameters=codec.parameters().hex(), **slow
+            )
+            for name, codec in names.items()
+        ]
+        before = msgspec.structs.replace(table(*rows), machine="slow")
+        found = measure_speeds(llama, before, held_out_text()[:20_000])
+        assert found.machine != "slow"
+        assert all(one.encode_gbps > 1e-6 and one.decode_gbps > 1e-6 for one in found.codecs)
+        same = tuple(msgspec.structs.replace(one, **slow) for one in found.codecs)
+        assert msgspec.structs.replace(found, machine="slow", codecs=same) == before
+        with pytest.raises(UsageError, match="int4 is not what the table measured"):
+            measure_speeds(llama, table(row("int4", 4, 0)), "")

@@ -102,7 +102,7 @@ def test_a_missing_level_is_never_picked() -> None:
 @pytest.mark.parametrize("width", [1, 3])
 def test_no_more_are_under_way_than_may_be(width: int) -> None:
     async def run() -> None:
-        stream = Stream([SIZES] * 6, 9.0, 1.0, lambda: 100 * MB, width, ManualClock())
+        stream = Stream([SIZES] * 6, 9.0, 1.0, lambda: 1000 * MB, width, ManualClock())
         assert len(stream.levels) == width
         stream.done(0)
         stream.done(0)

@@ -30,11 +30,21 @@ def run(
     codec: Annotated[
         list[str] | None,
         typer.Option(
-            "--codec", metavar="NAME", help="Measure this codec; may be repeated. Default: all."
+            "--codec",
+            metavar="NAME",
+            help="Measure this codec and put its row into the table that is there; may be "
+            "repeated. Default: all codecs, and a new table.",
         ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="One window of 1,024 tokens: a look, not a result.")
+    ] = False,
+    only_speeds: Annotated[
+        bool,
+        typer.Option(
+            "--speeds",
+            help="Only measure the speeds again, for a table that was made on another machine.",
+        ),
     ] = False,
     json_file: Annotated[
         Path | None,
@@ -51,41 +61,64 @@ def run(
     what came back. Needs transformers. The results go where a node looks for them, named after
     the model's weights; those of --quick go only where --json says.
     """
+    from kvstrata.identity import weights_identity
     from kvstrata.quality import run as measuring
     from kvstrata.quality import table as results
+    from kvstrata.quality.merging import merged
     from kvstrata.quality.plot import plot
 
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         # Said at once, not after half an hour.
         raise UsageError("--output draws a plot, which needs matplotlib: pip install matplotlib")
+    if only_speeds and (codec or quick):
+        raise UsageError("--speeds goes with neither --codec nor --quick")
+    weights_cache = results.cache_folder() / "weights"
+
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
     codecs = measuring.choose(codec or [])
     folder, name = _model(model)
+    there = results.path_for(weights_identity(folder, weights_cache))
+    kept = json_file is None and not quick
     began = time.monotonic()
-    table = measuring.measure(
-        folder,
-        name,
-        codecs,
-        measuring.held_out_text(),
-        lengths=QUICK_LENGTHS if quick else measuring.LENGTHS,
-        count=QUICK_WINDOWS if quick else measuring.WINDOWS,
-        weights_cache=results.cache_folder() / "weights",
-        tell=lambda line: typer.echo(line, err=True),
-    )
+    if only_speeds:
+        if not there.exists():
+            raise UsageError(f"there is no table {there}: kvstrata quality {model}")
+        table = measuring.measure_speeds(
+            folder, results.load(there), measuring.held_out_text(), tell=tell
+        )
+    else:
+        onto = results.load(there) if codec and kept and there.exists() else None
+        table = measuring.measure(
+            folder,
+            name,
+            codecs,
+            measuring.held_out_text(),
+            lengths=QUICK_LENGTHS if quick else measuring.LENGTHS,
+            count=QUICK_WINDOWS if quick else measuring.WINDOWS,
+            weights_cache=weights_cache,
+            onto=onto,
+            tell=tell,
+        )
+        if onto is not None:
+            # What is there by now: another run may have ended meanwhile.
+            table = merged(results.load(there), table, list(measuring.everything()))
     _print(rich_table(table))
     for codec_name, why in table.left_out.items():
-        typer.echo(f"left out: {codec_name}: {why}", err=True)
-    target = json_file if json_file is not None or quick else results.path_for(table.weights)
+        tell(f"left out: {codec_name}: {why}")
+    target = there if kept else json_file
     if target is not None:
         results.save(table, target)
-        typer.echo(f"wrote {target}", err=True)
+        tell(f"wrote {target}")
     if output is not None:
         from kvstrata.quality.forms import markdown
 
         output.mkdir(parents=True, exist_ok=True)
         (output / "quality.md").write_text(markdown(table), encoding="utf-8")
         plot(table, output / "quality.png")
-        typer.echo(f"wrote {output / 'quality.md'} and {output / 'quality.png'}", err=True)
-    typer.echo(f"took {time.monotonic() - began:.0f} s", err=True)
+        tell(f"wrote {output / 'quality.md'} and {output / 'quality.png'}")
+    tell(f"took {time.monotonic() - began:.0f} s")
 
 
 def rich_table(table: Table) -> RichTable:

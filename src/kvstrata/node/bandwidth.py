@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-KEPT = 0.8
-"""Weight of the past at each read: about the last five count, so that a link that slows down is
+KEPT = 0.5
+"""Weight of the past at each read: about the last two count, so that a link that slows down is
 noticed while a load is under way."""
 
 

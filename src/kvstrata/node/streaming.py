@@ -16,6 +16,11 @@ import math
 from collections.abc import Callable, Sequence
 
 
+AHEAD_S = 0.05
+"""What may be under way, in seconds of the link: what was begun cannot be made coarser."""
+AT_LEAST = 2
+
+
 class Stream:
     """The load of one prompt's objects from one tier, head first; lives on the node's loop.
 
@@ -24,7 +29,7 @@ class Stream:
         ends_at: when the last byte should be here.
         compute_s: what the engine takes to compute the KV of an object; `inf` while unknown.
         bytes_per_s: asks what the tier brings to this load; None while unknown.
-        width: objects under way at once.
+        width: objects under way at once, at most.
         clock: monotonic seconds.
     """
 
@@ -65,7 +70,7 @@ class Stream:
 
     def _begin(self) -> None:
         """Begin the next chunks, as many as may be under way."""
-        while len(self.levels) < len(self._sizes) and len(self._under_way) < self._width:
+        while len(self.levels) < len(self._sizes) and self._may_begin():
             number = len(self.levels)
             level = self._pick(number)
             if level is None:
@@ -75,6 +80,12 @@ class Stream:
                 self._under_way[number] = self._sizes[number][level]
             for turn in self._turns[number : len(self.levels)]:
                 turn.set()
+
+    def _may_begin(self) -> bool:
+        count, rate = len(self._under_way), self._bytes_per_s()
+        if count < AT_LEAST or rate is None:
+            return count < self._width
+        return count < self._width and sum(self._under_way.values()) < rate * AHEAD_S
 
     def _pick(self, number: int) -> int | None:
         rate = self._bytes_per_s()

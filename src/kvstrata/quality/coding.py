@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -32,22 +33,24 @@ class Coded:
         kv: (L, 2, H, T, D), words; tokens behind the last whole chunk are untouched.
         nbytes: encoded bytes of each chunk.
         squares: (chunks, 2, L, 2): squared error, and squared numbers, of keys and of values.
+        chunk_tokens: of each chunk.
     """
 
     kv: Elements
     nbytes: npt.NDArray[np.int64]
     squares: npt.NDArray[np.float64]
+    chunk_tokens: int = CHUNK_TOKENS
 
     def bits(self, length: int) -> float:
         """Bits of an element, over the chunks of the first ``length`` tokens."""
         layers, states, heads, _, dim = self.kv.shape
-        chunks = length // CHUNK_TOKENS
-        elements: int = layers * states * heads * chunks * CHUNK_TOKENS * dim
+        chunks = length // self.chunk_tokens
+        elements: int = layers * states * heads * chunks * self.chunk_tokens * dim
         return 8 * int(self.nbytes[:chunks].sum()) / elements
 
     def error(self, length: int, state: int) -> float:
         """Root of the mean squared error over that of the numbers: the mean of the layers'."""
-        error, size = self.squares[: length // CHUNK_TOKENS, :, :, state].sum(axis=0)
+        error, size = self.squares[: length // self.chunk_tokens, :, :, state].sum(axis=0)
         return float(np.sqrt(error / np.maximum(size, np.finfo(float).tiny)).mean())
 
 
@@ -60,25 +63,60 @@ def through(codec: Codec, kv: Elements) -> Coded:
     Raises:
         LayoutMismatch: the codec does not take this KV.
     """
-    back = kv.copy()
 
-    def one(start: int) -> tuple[int, list[npt.NDArray[np.float64]]]:
-        payload, raw = chunk(kv, start)
+    def one(words: Elements, start: int) -> tuple[int, Elements]:
+        payload, raw = _payload(words, start)
         encoded = np.empty(encoded_bound(codec, payload), np.uint8)
         size = encode(codec, payload, raw, encoded)
         out = np.empty_like(raw)
         decode(codec, payload, encoded[:size], out)
-        words = out.view(np.uint16).reshape(payload.shape)
-        back[:, :, :, start : start + CHUNK_TOKENS] = words
-        exact = to_float32(raw.view(np.uint16).reshape(payload.shape), DTYPE)
-        error = to_float32(words, DTYPE) - exact
-        return size, [np.einsum("lshtd,lshtd->ls", x, x, dtype=float) for x in (error, exact)]
+        return size, out.view(np.uint16).reshape(payload.shape)
 
-    starts = range(0, kv.shape[3] // CHUNK_TOKENS * CHUNK_TOKENS, CHUNK_TOKENS)
     # In threads, as a node does it; chunks know nothing of each other.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        sizes, squares = zip(*threads.map(one, starts), strict=True)
-    return Coded(back, np.array(sizes), np.array(squares))
+    return by_chunk(one, kv, CHUNK_TOKENS, len(os.sched_getaffinity(0)))
+
+
+def by_chunk(
+    code: Callable[[Elements, int], tuple[int, Elements]],
+    kv: Elements,
+    chunk_tokens: int,
+    threads: int = 1,
+) -> Coded:
+    """Put every whole chunk of a context through anything; see `Coded`.
+
+    Args:
+        code: of a chunk (L, 2, H, T, D), contiguous, and the position where it begins: its encoded
+            bytes, and what comes back of it.
+        kv: (L, 2, H, T, D), words of bfloat16.
+        chunk_tokens: of each.
+        threads: in which ``code`` runs.
+    """
+    back = kv.copy()
+
+    def one(start: int) -> tuple[int, list[npt.NDArray[np.float64]]]:
+        part = (..., slice(start, start + chunk_tokens), slice(None))
+        words = np.ascontiguousarray(kv[part])
+        size, decoded = code(words, start)
+        back[part] = decoded
+        return size, _squares(words, decoded)
+
+    starts = range(0, kv.shape[3] // chunk_tokens * chunk_tokens, chunk_tokens)
+    with ThreadPoolExecutor(threads) as pool:
+        sizes, squares = zip(*pool.map(one, starts), strict=True)
+    return Coded(back, np.array(sizes), np.array(squares), chunk_tokens)
+
+
+def _squares(words: Elements, decoded: Elements) -> list[npt.NDArray[np.float64]]:
+    """Squared error, and squared numbers, of (L, 2)."""
+    layers, states = words.shape[:2]
+    error, size = np.empty((layers, states)), np.empty((layers, states))
+    # State by state, so that what is in between stays in the processor's cache.
+    for layer, state in np.ndindex(layers, states):
+        exact = to_float32(words[layer, state], DTYPE)
+        lost = to_float32(decoded[layer, state], DTYPE) - exact
+        error[layer, state] = np.square(lost).sum(dtype=np.float64)
+        size[layer, state] = np.square(exact).sum(dtype=np.float64)
+    return [error, size]
 
 
 def speeds(codec: Codec, kv: Elements) -> tuple[float, float]:
@@ -108,7 +146,10 @@ def speeds(codec: Codec, kv: Elements) -> tuple[float, float]:
 
 def chunk(kv: Elements, start: int) -> tuple[Payload, Bytes]:
     """The chunk that begins at a token, as the portable payload that a node would store."""
-    words = np.ascontiguousarray(kv[:, :, :, start : start + CHUNK_TOKENS])
+    return _payload(np.ascontiguousarray(kv[:, :, :, start : start + CHUNK_TOKENS]), start)
+
+
+def _payload(words: Elements, start: int) -> tuple[Payload, Bytes]:
     layers, states, heads, tokens, dim = words.shape
     payload = Payload((layers, states, heads, tokens, dim), DTYPE, start)
     return payload, words.reshape(-1).view(np.uint8)

@@ -23,6 +23,10 @@ from kvstrata.layout import Elements
 DTYPE = "bfloat16"
 """Of the KV that is encoded."""
 
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_PIECE_TOKENS = 512  # of a prompt at a time: masks stay small, and sliding windows are used
+_ROWS = 16  # of logits that are made probabilities at a time
+
 
 class Model:
     """A model of transformers on one device.
@@ -50,9 +54,15 @@ class Model:
         self._model.to(self.device)
         self._new_cache = transformers.DynamicCache
         config = self._model.config.get_text_config()
-        self._layer_types: list[str] = list(getattr(config, "layer_types", None) or [])
-        self._window = int(getattr(config, "sliding_window", None) or 0)
         self.max_tokens = int(config.max_position_embeddings)
+        window = getattr(config, "sliding_window", None)
+        self._window = int(window or self.max_tokens)
+        types = list(getattr(config, "layer_types", None) or [])
+        # Without types all layers are alike, and take one mask.
+        self._masks_by_type = bool(types)
+        self._layer_types: list[str] = (
+            types or [_SLIDING if window else _FULL] * config.num_hidden_layers
+        )
 
     def prefill(self, ids: Sequence[int]) -> Elements:
         """The KV of a prompt, layers with a sliding window in full length too.
@@ -62,19 +72,14 @@ class Model:
         Raises:
             UsageError: the layers' KV differ in shape, or some have none.
         """
-        torch = self._torch
-        # A cache that is not told of the model's windows keeps every token; the masks see to them.
+        pieces = []
         cache = self._new_cache()
-        with torch.inference_mode():
-            prompt = torch.tensor([list(ids)], device=self.device)
-            self._model(prompt, past_key_values=cache, logits_to_keep=1)
-            states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
-            if len({tuple(state.shape) for state in states}) != 1 or len(cache.layers) == 0:
-                shapes = sorted({str(list(state.shape)) for state in states})
-                raise UsageError(f"the layers' KV have several shapes: {', '.join(shapes)}")
-            kv = torch.cat(states).to(torch.bfloat16).view(torch.int16).cpu().numpy()
-        words: Elements = kv.view(np.uint16)
-        return words.reshape(len(cache.layers), 2, *words.shape[1:])
+        for start in range(0, len(ids), _PIECE_TOKENS):
+            piece = ids[start : start + _PIECE_TOKENS]
+            position = np.arange(start + len(piece))
+            self.read(cache, piece, np.full(len(position), -1), position, start, [len(piece) - 1])
+            pieces.append(self._take(cache, len(piece)))
+        return np.concatenate(pieces, axis=3)
 
     def branches(self, kv: Elements, count: int) -> Branches:
         """``count`` continuations of one prefix, none of which sees another.
@@ -84,9 +89,97 @@ class Model:
         """
         return Branches(self, kv, count)
 
+    def read(
+        self,
+        cache: Any,
+        ids: Sequence[int],
+        branch: npt.NDArray[np.int64],
+        position: npt.NDArray[np.int64],
+        prefix: int,
+        keep: Sequence[int] | npt.NDArray[np.int64],
+    ) -> Any:
+        """Let the model read tokens; the cache then holds them too.
+
+        Args:
+            cache: of transformers; its sliding layers hold of the prefix what they can see.
+            ids: of the new tokens.
+            branch, position: of every token so far, the new ones last; of branch -1 are those
+                that everyone sees.
+            prefix: tokens before all branches, or before the new ones if there are no branches.
+            keep: of which of the new tokens the predictions are wanted.
+        Returns:
+            Logits (len(keep), vocabulary), a tensor.
+        """
+        torch = self._torch
+        new = slice(len(position) - len(ids), None)
+        with torch.inference_mode():
+            return self._model(
+                torch.tensor([list(ids)], device=self.device),
+                past_key_values=cache,
+                position_ids=torch.from_numpy(position[None, new]).to(self.device),
+                attention_mask=self._masks(branch, position, new, self._hidden(prefix)),
+                logits_to_keep=torch.as_tensor(np.asarray(keep, np.int64), device=self.device),
+            ).logits[0]
+
+    def _hidden(self, prefix: int) -> int:
+        """Tokens of a prefix that a sliding layer no longer sees from behind it."""
+        return max(0, prefix - self._window + 1)
+
+    def _masks(
+        self,
+        branch: npt.NDArray[np.int64],
+        position: npt.NDArray[np.int64],
+        new: slice,
+        hidden: int,
+    ) -> Any:
+        """What each new token may see: the prefix, and its own branch up to itself."""
+        seen = (branch[None] == -1) | (branch[None] == branch[new, None])
+        distance = position[new, None] - position[None]
+        seen &= distance >= 0
+        masks = {_FULL: lambda: seen, _SLIDING: lambda: seen & (distance < self._window)}
+        kinds = set(self._layer_types)
+        if kinds - set(masks):
+            unknown = ", ".join(sorted(kinds - set(masks)))
+            raise UsageError(f"cannot measure a model with layers of {unknown}")
+        made = {
+            kind: self._tensor(masks[kind]()[:, hidden if kind == _SLIDING else 0 :])
+            for kind in kinds
+        }
+        return made if self._masks_by_type else made.popitem()[1]
+
+    def _tensor(self, mask: npt.NDArray[np.bool_]) -> Any:
+        return self._torch.from_numpy(np.ascontiguousarray(mask)[None, None]).to(self.device)
+
+    def _take(self, cache: Any, tokens: int) -> Elements:
+        """The KV of the last tokens, and out of the cache what no later token will see.
+
+        Returns:
+            (L, 2, H, tokens, D), words of bfloat16.
+        """
+        torch = self._torch
+        with torch.inference_mode():
+            states = [
+                x[:, :, -tokens:] for layer in cache.layers for x in (layer.keys, layer.values)
+            ]
+            shapes = sorted({str(list(state.shape)) for state in states})
+            if len(shapes) != 1 or len(cache.layers) != len(self._layer_types):
+                raise UsageError(
+                    f"{len(cache.layers)} of {len(self._layer_types)} layers have KV, of the "
+                    f"shapes {', '.join(shapes)}; expected one shape for all"
+                )
+            kv = torch.cat(states).to(torch.bfloat16).view(torch.int16).cpu().numpy()
+            for layer, kind in zip(cache.layers, self._layer_types, strict=True):
+                if kind == _SLIDING:
+                    layer.keys = layer.keys[:, :, 1 - self._window :]
+                    layer.values = layer.values[:, :, 1 - self._window :]
+        words: Elements = kv.view(np.uint16)
+        return words.reshape(len(cache.layers), 2, *words.shape[1:])
+
     def _cache(self, kv: Elements) -> Any:
         cache = self._new_cache()
         for layer, states in enumerate(kv):
+            if self._layer_types[layer] == _SLIDING:
+                states = states[:, :, self._hidden(kv.shape[3]) :]
             # torch has no bfloat16 from numpy and no unsigned words; the bits are the same.
             words = self._torch.from_numpy(np.ascontiguousarray(states).view(np.int16))
             keys, values = words.view(self._torch.bfloat16).to(self.device, self._torch.float32)
@@ -109,8 +202,8 @@ class Branches:
         self._cache = model._cache(kv)
         self._prefix = kv.shape[3]
         self._lengths = [0] * count
-        self._branch = np.empty(0, np.int64)
-        self._position = np.empty(0, np.int64)
+        self._branch = np.full(self._prefix, -1)
+        self._position = np.arange(self._prefix)
 
     def append(self, steps: Sequence[Sequence[int]], keep: Sequence[int]) -> list[Floats]:
         """Let every branch read some more tokens.
@@ -122,46 +215,23 @@ class Branches:
             For each branch (keep, vocabulary): natural logarithms of the probabilities of the
             token that follows.
         """
-        torch, model = self._model._torch, self._model
-        before = len(self._branch)
         for branch, step in enumerate(steps):
             start = self._prefix + self._lengths[branch]
             self._branch = np.append(self._branch, np.full(len(step), branch))
             self._position = np.append(self._position, np.arange(start, start + len(step)))
             self._lengths[branch] += len(step)
-        ends = before + np.cumsum([len(step) for step in steps])
-        kept = [np.arange(end - n, end) for end, n in zip(ends, keep, strict=True)]
-        with torch.inference_mode():
-            ids = [token for step in steps for token in step]
-            logits = model._model(
-                torch.tensor([ids], device=model.device),
-                past_key_values=self._cache,
-                position_ids=torch.from_numpy(self._position[None, before:]).to(model.device),
-                attention_mask=self._masks(before),
-                logits_to_keep=torch.from_numpy(np.concatenate(kept) - before).to(model.device),
-            ).logits[0]
-            numbers: Floats = torch.log_softmax(logits.float(), -1).cpu().numpy()
+        ends = np.cumsum([len(step) for step in steps])
+        kept = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, keep, strict=True)])
+        ids = [token for step in steps for token in step]
+        logits = self._model.read(
+            self._cache, ids, self._branch, self._position, self._prefix, kept
+        ).float()
+        with self._model._torch.inference_mode():
+            # In place, a few rows at a time: logits of 262,144 tokens are hundreds of megabytes.
+            for rows in logits.split(_ROWS):
+                rows -= rows.logsumexp(-1, keepdim=True)
+            numbers: Floats = logits.cpu().numpy()
         return np.split(numbers, np.cumsum(keep)[:-1])
-
-    def _masks(self, before: int) -> Any:
-        """What each new token may see: the prefix, and its own branch up to itself."""
-        branch = np.append(np.full(self._prefix, -1), self._branch)
-        position = np.append(np.arange(self._prefix), self._position)
-        new = slice(self._prefix + before, None)
-        seen = (branch[None] == -1) | (branch[None] == branch[new, None])
-        distance = position[new, None] - position[None]
-        full = seen & (distance >= 0)
-        if not self._model._layer_types:
-            return self._tensor(full)
-        sliding = self._tensor(full & (distance < (self._model._window or len(position))))
-        masks = {"full_attention": self._tensor(full), "sliding_attention": sliding}
-        unknown = set(self._model._layer_types) - set(masks)
-        if unknown:
-            raise UsageError(f"cannot measure a model with layers of {', '.join(sorted(unknown))}")
-        return masks
-
-    def _tensor(self, mask: npt.NDArray[np.bool_]) -> Any:
-        return self._model._torch.from_numpy(mask[None, None]).to(self._model.device)
 
 
 def _library(name: str) -> Any:

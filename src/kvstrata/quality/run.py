@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -20,7 +21,8 @@ from kvstrata.errors import LayoutMismatch, UsageError
 from kvstrata.identity import weights_identity
 from kvstrata.quality import tasks
 from kvstrata.quality.baselines import BASELINES
-from kvstrata.quality.coding import CHUNK_TOKENS, chunk, speeds
+from kvstrata.quality.coding import CHUNK_TOKENS, chunk, speeds, through
+from kvstrata.quality.merging import comparable
 from kvstrata.quality.models import Model
 from kvstrata.quality.samples import Sample, Window
 from kvstrata.quality.scores import scores
@@ -29,19 +31,32 @@ from kvstrata.testing.models import english_text
 
 LENGTHS = (1024, 4096, 7168)
 WINDOWS = 5
+SPEED_TOKENS = 1024
+
+
+def everything() -> dict[str, Codec]:
+    """What can be measured, in the order of a table: the registered codecs, those of the
+    calibrations in the cache, the baselines.
+    """
+    levels = [Kvtc(int(level), one) for one in stored() for level in one.header.steps]
+    return {**CODECS, **{codec.name: codec for codec in levels}, **BASELINES}
 
 
 def choose(names: Sequence[str]) -> dict[str, Codec]:
-    """The named codecs, and without names all there are: every registered one but raw, those of
-    the calibrations in the cache, and the baselines.
+    """The named codecs, and without names all there are but raw; the keys are their full names.
 
     Raises:
         UsageError: there is no such codec.
     """
-    levels = [Kvtc(int(level), one) for one in stored() for level in one.header.steps]
-    others = {**{codec.name: codec for codec in levels}, **BASELINES}
-    chosen = names or [*(name for name in CODECS if name != "raw"), *others]
-    return {name: others.get(name) or codec_named(name) for name in chosen}
+    known = everything()
+    if not names:
+        return {name: codec for name, codec in known.items() if name != "raw"}
+    chosen = {}
+    for name in names:
+        codec = known.get(name) or codec_named(name)
+        # Of a calibration's level the short form may be asked for: kvtc-2.
+        chosen[name if name in known else codec.name] = codec
+    return chosen
 
 
 def held_out_text() -> str:
@@ -68,6 +83,7 @@ def measure(
     lengths: Sequence[int] = LENGTHS,
     count: int = WINDOWS,
     weights_cache: Path | None = None,
+    onto: Table | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Table:
     """Measure codecs on a model.
@@ -80,9 +96,11 @@ def measure(
         lengths: of contexts, whole numbers of chunks, ascending.
         count: disjoint windows of the text.
         weights_cache: where hashes of weights are remembered.
+        onto: a table that the result shall go into: `kvstrata.quality.merging`.
         tell: hears what goes on.
     Raises:
-        UsageError: the model cannot be measured, or is too short for these lengths.
+        UsageError: the model cannot be measured, or is too short for these lengths, or the result
+            will not fit ``onto``.
     """
     if not lengths or any(length % CHUNK_TOKENS for length in lengths):
         raise UsageError(f"context lengths {lengths}: whole numbers of {CHUNK_TOKENS} tokens")
@@ -92,6 +110,21 @@ def measure(
     if tokens > model.max_tokens:
         raise UsageError(f"{name} takes {model.max_tokens} tokens, not {tokens}")
     pieces = tasks.windows(model.tokenizer, text, tokens, count)
+    empty = Table(
+        kvstrata=__version__,
+        model=name,
+        weights=weights,
+        text=xxhash.xxh3_128_hexdigest(np.array(pieces, "<i8").tobytes()),
+        windows=count,
+        lengths=tuple(lengths),
+        machine=_machine(),
+        exact=(),
+        codecs=(),
+        left_out={},
+    )
+    if onto is not None:
+        # Now, not after half an hour.
+        comparable(onto, empty)
     asked = {codec_name: _Asked(codec) for codec_name, codec in codecs.items()}
     left_out: dict[str, str] = {}
     windows: list[list[_Baseline]] = []
@@ -113,20 +146,43 @@ def measure(
                 # What came before has compiled it and warmed it.
                 one.gbps = speeds(one.codec, window.prose)
             tell(f"  {codec_name}: {time.monotonic() - began:.1f} s")
-    return Table(
-        kvstrata=__version__,
-        model=name,
-        weights=weights,
-        text=xxhash.xxh3_128_hexdigest(np.array(pieces, "<i8").tobytes()),
-        windows=count,
-        lengths=tuple(lengths),
-        machine=_machine(),
+    return msgspec.structs.replace(
+        empty,
         exact=tuple(
             _exact([window[i] for window in windows], length) for i, length in enumerate(lengths)
         ),
         codecs=tuple(_measured(codec_name, one, lengths) for codec_name, one in asked.items()),
         left_out=left_out,
     )
+
+
+def measure_speeds(
+    folder: Path, table: Table, text: str, *, tell: Callable[[str], None] = lambda line: None
+) -> Table:
+    """A table with the speeds of this machine; all else stays.
+
+    Args:
+        folder: of the table's model, in the Hugging Face form.
+        table: measured somewhere.
+        text: real prose.
+        tell: hears what goes on.
+    Raises:
+        UsageError: a codec of the table is not here, or is another one by now.
+    """
+    codecs: list[Codec] = []
+    for row in table.codecs:
+        codecs += choose([row.name]).values()
+        if (codecs[-1].family, codecs[-1].parameters().hex()) != (row.family, row.parameters):
+            raise UsageError(f"{row.name} is not what the table measured: measure it again")
+    model = Model(folder)
+    kv = model.prefill(tasks.windows(model.tokenizer, text, SPEED_TOKENS, 1)[0])
+    rows = []
+    for row, codec in zip(table.codecs, codecs, strict=True):
+        through(codec, kv[:, :, :, :CHUNK_TOKENS])  # compiles it
+        encoding, decoding = speeds(codec, kv)
+        tell(f"  {row.name}: {encoding:.2f} / {decoding:.2f} GB/s")
+        rows.append(msgspec.structs.replace(row, encode_gbps=encoding, decode_gbps=decoding))
+    return msgspec.structs.replace(table, machine=_machine(), codecs=tuple(rows))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from kvstrata.codecs.elements import Floats
 from kvstrata.errors import CorruptObject
 from kvstrata.layout import Elements
 from kvstrata.quality import metrics, tasks
-from kvstrata.quality.coding import through
+from kvstrata.quality.coding import Coded, through
 from kvstrata.quality.models import Model
 
 
@@ -60,7 +60,8 @@ class Sample:
 
 
 class Window:
-    """The two contexts of a window, prose and tasks, with the exact cache's answers.
+    """The two contexts of a window, with the exact cache's answers. Their KV, (L, 2, H, T, D),
+    words of bfloat16, are ``prose``, and ``asked``: the rules and the facts.
 
     Args:
         model: that answers.
@@ -75,8 +76,8 @@ class Window:
         self._lengths = lengths
         self._tasks = tasks.context(model.tokenizer, ids, lengths, seed)
         self.prose = model.prefill(ids[: max(lengths)])
-        self._asked = model.prefill(self._tasks.ids)
-        self._exact = {length: self._answers(self.prose, self._asked, length) for length in lengths}
+        self.asked = model.prefill(self._tasks.ids)
+        self._exact = {length: self._answers(self.prose, self.asked, length) for length in lengths}
 
     def sample(self, codec: Codec) -> list[Sample]:
         """What a codec does to this window, for each length.
@@ -85,10 +86,18 @@ class Window:
             LayoutMismatch: the codec does not take this model's KV.
             CorruptObject: it is called lossless and is not, or cannot read what it wrote.
         """
-        prose, asked = through(codec, self.prose), through(codec, self._asked)
-        same = np.array_equal(prose.kv, self.prose) and np.array_equal(asked.kv, self._asked)
-        if codec.lossless and not same:
+        prose, asked = through(codec, self.prose), through(codec, self.asked)
+        if codec.lossless and not self._same(prose, asked):
             raise CorruptObject(f"{codec.name} is called lossless, and other bits came back")
+        return self.compare(prose, asked)
+
+    def compare(self, prose: Coded, asked: Coded) -> list[Sample]:
+        """What answers on these caches lose, for each length.
+
+        Args:
+            prose, asked: what came back of the attributes of these names.
+        """
+        same = self._same(prose, asked)
         samples = []
         for length in self._lengths:
             exact = self._exact[length]
@@ -132,6 +141,9 @@ class Window:
         """For each rule, the share of its answer's tokens that the exact cache predicts."""
         pairs = zip(self._exact[length].rules, self._rules(length), strict=True)
         return [metrics.agreement(found, rule.answer) for found, rule in pairs]
+
+    def _same(self, prose: Coded, asked: Coded) -> bool:
+        return np.array_equal(prose.kv, self.prose) and np.array_equal(asked.kv, self.asked)
 
     def _facts(self, length: int) -> list[tasks.Question]:
         return [question for question in self._tasks.facts if question.length == length]

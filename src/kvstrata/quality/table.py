@@ -105,11 +105,11 @@ class Exact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything that one run measured.
+    """Everything that one run measured, or several over the same windows.
 
     Args:
         version: of this form.
-        kvstrata: the release that measured.
+        kvstrata: the release that measured last.
         model: a name for people.
         weights: `kvstrata.identity.weights_identity` of the model's folder.
         text: xxh3_128 of the token ids of all windows, in hex: equal texts, equal windows.
@@ -117,7 +117,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         lengths: of contexts, tokens.
         machine: what the speeds were measured on.
         exact: the exact cache, for each length.
-        codecs: in the order of the registry, then the baselines.
+        codecs: in the order of the registry, then calibrations, then the baselines.
         left_out: why a codec that was asked for is not there, by its name.
     """
 
