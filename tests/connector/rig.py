@@ -162,6 +162,7 @@ class Rig:
         self.answers: dict[str, list[int]] = {}
         self.loaded: list[str] = []
         self.failed: list[str] = []
+        self.cut: list[str] = []  # their loads ended early
         self.steps: list[Any] = []
         self._aggregator = KVOutputAggregator(ranks)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
@@ -313,6 +314,7 @@ class Rig:
         assert heard is not None
         self.loaded += sorted(heard.finished_recving or ())
         self.failed += sorted(heard.failed_recving)
+        self.cut += sorted(heard.kv_connector_worker_meta.came)
         self._queue.append((output, answer))
         while len(self._queue) >= self.depth or (self._queue and not output.num_scheduled_tokens):
             self._hear()

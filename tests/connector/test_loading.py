@@ -148,7 +148,7 @@ def test_the_second_request_goes_on_when_the_firsts_load_fails(make_rig: Make) -
     tier.opened.clear()
     names = rig.add(tokens, 2), rig.add(tokens, 2)
     rig.run()
-    assert rig.failed[:1] == [names[0]]
+    assert rig.cut[:1] == [names[0]]
     assert [len(rig.answers[name]) for name in names] == [2, 2]
     tier.opened.set()
     rig.check()
@@ -210,13 +210,13 @@ def test_a_failed_load_is_remembered_and_recomputed(make_rig: Make) -> None:
     rig.drop_host()
     tier.opened.clear()
     name = rig.add(tokens, 2)
-    while not rig.failed:
+    while not rig.cut:
         rig.step()
     request = rig.scheduler.requests[name]
     assert rig.connector.get_num_new_matched_tokens(request, 0) == (0, False)
     rig.run()
-    assert rig.failed == rig.loaded == [name]
-    assert rig.state()["requests"][-1]["miss"] == "the load failed"
+    assert rig.cut == rig.loaded == [name]
+    assert rig.state()["requests"][-1]["miss"] == "the load ended before chunk 0"
     tier.opened.set()
     rig.check()
 

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWa
 
 @pytest.fixture(scope="module")
 def some(prompts: list[Prompt]) -> list[Prompt]:
-    return prompts[-8:]
+    return prompts[-5:]
 
 
 def fill(place: Place, engine: Engine, prompts: list[Prompt]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.nodes import clear, flush
+from tests.support.nodes import clear, flush, until
 from tests.support.real_nodes import KEYS, ME, chunk, load, on_real_node, store
 
 from kvstrata.codecs import codec_named
@@ -84,6 +84,8 @@ def named(name: str) -> tuple[str, bytes]:
 
 
 async def _store(node: Node, weights: str) -> tuple[str, bytes]:
+    # A choice waits until all tiers have been measured.
+    await until(lambda: all(backing.state == "ok" for backing in node.backings))
     store(node, weights)
     await flush(node, ME)
     return stored_codec(node)

@@ -82,7 +82,7 @@ def test_only_lossy_rows_within_the_bound_are_allowed() -> None:
         kvstrata="0", model="m", weights="w", text="t", windows=1, lengths=(), machine="",
         exact=tuple[Exact, ...](), codecs=rows, left_out={},
     )  # fmt: skip
-    assert [one.name for one in allowed(table, Bound.parse("kl <= 0.01"))] == ["a"]
+    assert [one.name for one in allowed(table.codecs, Bound.parse("kl <= 0.01"))] == ["a"]
 
 
 class TestChoice:

@@ -5,6 +5,8 @@ The clock is the test's: the link's waiting moves it on, so nothing depends on t
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ class Believed(Bandwidth):
 
 def slow_down(node: Node, clock: ManualClock, bytes_per_s: float) -> ThrottledTier:
     backing = node.backings[-1]
-    tier = ThrottledTier(backing.tier, bytes_per_s, clock=clock, sleep=clock.advance)
+    inner = backing.tier.inner if isinstance(backing.tier, ThrottledTier) else backing.tier
+    tier = ThrottledTier(inner, bytes_per_s, clock=clock, sleep=clock.advance)
     backing.tier, backing.bandwidth = tier, Believed(bytes_per_s)
     return tier
 
@@ -98,6 +101,82 @@ def test_a_slower_link_brings_coarser_copies_in_time(options: dict[str, Any]) ->
         assert read.get("1", 0) > 0
         assert "given up" not in read
         assert any(one != chunk(number) for number, one in enumerate(payloads))
+
+    on_real_node(test, options, clock)
+
+
+def test_a_coarser_copy_serves_one_load_only(options: dict[str, Any]) -> None:
+    clock = ManualClock()
+
+    async def test(node: Node) -> None:
+        await prepare(node)
+        slow_down(node, clock, 10e6)
+        assert all(one != chunk(number) for number, one in enumerate((await load(node))[1]))
+        await until(lambda: not node.movement.filling())
+        assert len(node.host.index) == 0
+        slow_down(node, clock, 1e9)
+        assert (await load(node))[1] == [chunk(number) for number in range(3)]
+
+    on_real_node(test, options, clock)
+
+
+def test_a_reader_of_one_order_gets_the_object_itself(options: dict[str, Any]) -> None:
+    """Coarser copies are in the portable order."""
+    clock = ManualClock()
+
+    async def test(node: Node) -> None:
+        await prepare(node)
+        slow_down(node, clock, 1e6)
+        node.reservations._costs[stored_bytes(NBYTES)] = 1e9
+        matched = node.match(ME, p.Match(1, b"".join(KEYS), [0], [VEC], [NBYTES]))
+        assert (await arrive(node, ME, matched.lease, 2)).ready == 3
+        assert levels(node) == {"0": 3}
+        node.release(ME, p.Release(matched.lease))
+
+    on_real_node(test, options, clock)
+
+
+def test_a_coarser_copy_that_is_gone_is_not_missed(options: dict[str, Any]) -> None:
+    clock = ManualClock()
+
+    async def test(node: Node) -> None:
+        await prepare(node)
+        slow_down(node, clock, 1e6)
+        backing, find = node.backings[-1], node.backings[-1].find
+
+        def vanished(key: bytes, part: int, orders: Any) -> int | None:
+            return None if part >> 28 and node.movement.filling() else find(key, part, orders)
+
+        backing.find = vanished  # type: ignore[method-assign]
+        sizes = backing.sizes
+        backing.sizes = lambda key, part: [sizes(key, part)[0], 4096.0, 4096.0]  # type: ignore[method-assign]
+        assert (await load(node))[1] == [chunk(number) for number in range(3)]
+
+    on_real_node(test, options, clock)
+
+
+def test_a_tier_that_hangs_strands_nobody(options: dict[str, Any]) -> None:
+    clock = ManualClock()
+    options["deadlines.load"] = "100ms"
+
+    async def test(node: Node) -> None:
+        await prepare(node)
+        tier, gate = node.backings[-1].tier, threading.Event()
+        read = tier.read
+
+        def hang(ids: Any, into: Any) -> Any:
+            gate.wait(30)
+            return read(ids, into)
+
+        tier.read = hang  # type: ignore[method-assign]
+        request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES])
+        matched = node.match(ME, request)
+        await asyncio.sleep(0.05)
+        clock.advance(1.0)
+        assert (await arrive(node, ME, matched.lease, 0)).failed
+        node.release(ME, p.Release(matched.lease))
+        gate.set()
+        await until(lambda: not node.movement.filling() and not node.movement.arriving)
 
     on_real_node(test, options, clock)
 
@@ -170,7 +249,7 @@ def test_a_restored_copy_is_the_object_that_was_asked_for(options: dict[str, Any
     async def test(node: Node) -> None:
         await prepare(node)
         slow_down(node, clock, 1e6)
-        node.reservations.chunk_s = 1e9
+        node.reservations._costs[stored_bytes(NBYTES)] = 1e9
         request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES])
         matched = node.match(ME, request)
         arrived = await arrive(node, ME, matched.lease, 2)

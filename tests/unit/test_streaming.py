@@ -32,6 +32,7 @@ class Link:
                 [SIZES] * chunks, target_s, compute_s,
                 lambda: self.speed(self.clock()), 1, self.clock,
             )  # fmt: skip
+            stream.start()
             for number in range(chunks):
                 level = await asyncio.wait_for(stream.turn(number), 1)
                 if level is not None:
@@ -85,6 +86,7 @@ def test_computing_is_not_asked_for_where_it_takes_longer() -> None:
 def test_an_unknown_link_is_taken_for_a_good_one() -> None:
     async def run() -> None:
         stream = Stream([SIZES], 0.0, 1e-9, lambda: None, 1, ManualClock())
+        stream.start()
         assert await stream.turn(0) == 0
 
     asyncio.run(run())
@@ -94,15 +96,39 @@ def test_a_missing_level_is_never_picked() -> None:
     async def run() -> None:
         sizes = [[2 * MB, math.inf, 0.5 * MB]] * 2
         stream = Stream(sizes, 0.01, math.inf, lambda: 100 * MB, 2, ManualClock())
+        stream.start()
         assert [await stream.turn(0), await stream.turn(1)] == [2, 2]
 
     asyncio.run(run())
+
+
+def test_little_is_begun_ahead_on_a_slow_link() -> None:
+    """What is under way cannot be made coarser any more."""
+
+    async def run() -> None:
+        stream = Stream([SIZES] * 20, 9.0, 1.0, lambda: 100 * MB, 8, ManualClock())
+        stream.start()
+        assert sum(SIZES[level] for level in stream.levels if level is not None) <= 100 * MB * 0.08
+
+    asyncio.run(run())
+
+
+def test_the_first_chunk_is_tried_whatever_was_measured() -> None:
+    """Or a link that was slow once would never be tried again."""
+    link = Link(lambda now: 1.0)
+    assert link.load(4, target_s=0.1, compute_s=1e-3).levels == [2, None, None, None]
+
+
+def test_nothing_is_begun_on_a_tier_that_is_off() -> None:
+    link = Link(lambda now: 0.0)
+    assert link.load(4, target_s=0.1).levels == [None] * 4
 
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_no_more_are_under_way_than_may_be(width: int) -> None:
     async def run() -> None:
         stream = Stream([SIZES] * 6, 9.0, 1.0, lambda: 1000 * MB, width, ManualClock())
+        stream.start()
         assert len(stream.levels) == width
         stream.done(0)
         stream.done(0)

@@ -24,7 +24,13 @@ SAMPLES = 2
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A folder with the model, or its name on the hub.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="The model's folder, its name on the hub, or smollm2 or gemma3.",
+        ),
+    ],
     tokens: Annotated[
         int, typer.Option("--tokens", metavar="N", min=2048, help="Tokens to learn from.")
     ] = 8192,
@@ -43,10 +49,13 @@ def run(
     user look for it (--output: elsewhere). Text like that of your users is best; without --text
     it is Python's own documentation.
     """
+    from kvstrata.cli.models import model_folder
     from kvstrata.codecs.calibration import default_path, register
+    from kvstrata.testing.models import MODELS
     from kvstrata.units import approximate_size
 
-    calibration = learn(model, tokens, _text(text)).finish()
+    folder = str(model_folder(model)[0]) if model in MODELS else model
+    calibration = learn(folder, tokens, _text(text)).finish()
     register(calibration)
     path = output or default_path(calibration)
     calibration.save(path)

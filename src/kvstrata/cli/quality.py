@@ -61,6 +61,7 @@ def run(
     what came back. Needs transformers. The results go where a node looks for them, named after
     the model's weights; those of --quick go only where --json says.
     """
+    from kvstrata.cli.models import model_folder
     from kvstrata.identity import weights_identity
     from kvstrata.quality import run as measuring
     from kvstrata.quality import table as results
@@ -78,7 +79,7 @@ def run(
         typer.echo(line, err=True)
 
     codecs = measuring.choose(codec or [])
-    folder, name = _model(model)
+    folder, name = model_folder(model)
     there = results.path_for(weights_identity(folder, weights_cache))
     kept = json_file is None and not quick
     began = time.monotonic()
@@ -146,19 +147,3 @@ def _print(shown: RichTable) -> None:
 
     # Wide enough for all columns where the output is no terminal.
     Console(width=None if sys.stdout.isatty() else 220).print(shown)
-
-
-def _model(model: str) -> tuple[Path, str]:
-    """The folder, and what to call the model.
-
-    Raises:
-        UsageError: there is neither such a folder nor such a packaged model.
-    """
-    from kvstrata.testing.models import MODELS
-
-    if Path(model).is_dir():
-        return Path(model), Path(model).resolve().name
-    if model not in MODELS:
-        raise UsageError(f"{model!r} is no folder; packaged models: {', '.join(sorted(MODELS))}")
-    folder = MODELS[model]()
-    return folder, folder.name

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from kvstrata.errors import (
@@ -32,7 +33,6 @@ from kvstrata.node.scratch import Scratch
 from kvstrata.node.tier_calls import TierCalls
 from kvstrata.node.write_behind import Origin
 from kvstrata.objects import (
-    OBJECT_ID_BYTES,
     ObjectHeader,
     split_object_id,
     stored_bytes,
@@ -52,7 +52,7 @@ R = TypeVar("R")
 HIT = Outcome.HIT
 
 SCAN_SLICE = 256
-PROBE_OBJECTS, PROBE_BYTES = 2, 2 << 20
+PROBE_BYTES, PROBE_READS = 2 << 20, 2
 # Sizes are multiples of 4096, so an entry has room for the number of the object's byte order.
 ORDER_MASK = 4095
 
@@ -209,7 +209,7 @@ class Backing:
         name = identity(key, part)
 
         def work() -> tuple[Outcome, ObjectHeader | None]:
-            outcome = self._fetch(name, into)
+            (outcome,) = self.tier.read([name], [into])  # alone, so it says nothing of the link
             return outcome, verify_object(into, name) if outcome is HIT else None
 
         await self._read(key, part, nbytes, work, lambda: None)
@@ -428,26 +428,40 @@ class Backing:
         return encoded
 
     def _fetch(self, name: bytes, into: memoryview) -> Outcome:
-        """Read one object as it is stored."""
-        with self.bandwidth.read(len(into)):
+        """Read one object as it is stored, and measure how fast that goes."""
+        brought = 0
+        self.bandwidth.begin()
+        try:
             (outcome,) = self.tier.read([name], [into])
+            brought = len(into) if outcome is HIT else 0
+        finally:
+            self.bandwidth.end(brought)
         return outcome
 
     async def _probe(self) -> None:
-        """Write a little and read it back, so that there is an idea of how fast the tier is."""
-        names = [os.urandom(OBJECT_ID_BYTES) for _ in range(PROBE_OBJECTS)]
-        if not self.writable or not await self._make_room(PROBE_OBJECTS * PROBE_BYTES):
-            return
-        with self._scratch.buffer(PROBE_BYTES) as data:
-            data[:] = os.urandom(PROBE_BYTES)
-            try:
-                await self._calls.call(lambda: self.tier.write([(name, data) for name in names]))
-                for name in names:
-                    await self._calls.call(lambda name=name: self._fetch(name, data))  # type: ignore[misc]
-                await self._calls.call(lambda: self.tier.delete(names))
-            except TierUnavailable as error:
-                self.trip(error)
-        self.index.unclaim(PROBE_OBJECTS * PROBE_BYTES)
+        """Read a little, so that there is an idea of how fast the tier is before it matters."""
+        known = next(iter(self.index.keys()), None)
+        try:
+            if known is not None:
+                for part, entry in list(self.index.objects(known)):
+                    nbytes = entry & ~ORDER_MASK
+                    with self._scratch.buffer(nbytes) as into:
+                        await self._calls.call(partial(self._fetch, identity(known, part), into))
+            elif self.writable and self.index.claim(PROBE_BYTES):
+                key, part = os.urandom(32), 0
+                name = identity(key, part)
+                try:
+                    with self._scratch.buffer(PROBE_BYTES) as data:
+                        data[:] = os.urandom(PROBE_BYTES)
+                        await self._calls.call(lambda: self.tier.write([(name, data)]))
+                        for _ in range(PROBE_READS):
+                            await self._calls.call(partial(self._fetch, name, data))
+                finally:
+                    # It counts until it is gone.
+                    self._doomed[key, part] = PROBE_BYTES
+                await self._remove(self.tier.delete)
+        except TierUnavailable as error:
+            self.trip(error)
 
     async def _clear_tier(
         self, chunks: dict[bytes, tuple[object, ...]], count: int, held: int

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-KEPT = 0.5
-"""Weight of the past at each read: about the last two count, so that a link that slows down is
-noticed while a load is under way."""
+MEMORY_S = 0.1
+"""Of busy time: long enough to be smooth where objects come by the hundred in a second, and short
+enough to notice a link that slows down while a load is under way."""
 
 
 class Bandwidth:
@@ -26,30 +26,34 @@ class Bandwidth:
         self._bytes = 0.0
         self._seconds = 0.0
 
-    @contextmanager
-    def read(self, nbytes: int) -> Iterator[None]:
-        """Count a read, which runs in the ``with``; one that fails has brought nothing."""
+    def begin(self) -> None:
+        """A read begins."""
         with self._lock:
             if not self._reading:
                 self._since = self._clock()
             self._reading += 1
-        brought = 0
-        try:
-            yield
-            brought = nbytes
-        finally:
-            with self._lock:
-                self._reading -= 1
-                now = self._clock()
-                self._bytes = KEPT * self._bytes + brought
-                self._seconds = KEPT * self._seconds + now - self._since
-                self._since = now
+
+    def end(self, nbytes: int) -> None:
+        """A read has ended, and has brought so much: nothing, if it failed."""
+        with self._lock:
+            self._reading -= 1
+            now = self._clock()
+            seconds = now - self._since
+            self._bytes, self._seconds = self._faded(seconds)
+            # It came all the while, and the older part of it counts less.
+            share = MEMORY_S * -math.expm1(-seconds / MEMORY_S) / seconds if seconds else 1.0
+            self._bytes += nbytes * share
+            self._since = now
 
     @property
     def bytes_per_s(self) -> float | None:
         """The estimate, or None while nothing was read. A read that does not end lowers it."""
         with self._lock:
-            if not self._bytes:
-                return None
             waiting = self._clock() - self._since if self._reading else 0.0
-            return self._bytes / max(self._seconds + waiting, 1e-9)
+            brought, seconds = self._faded(waiting)
+            return brought / max(seconds, 1e-9) if brought else None
+
+    def _faded(self, seconds: float) -> tuple[float, float]:
+        """Bytes and seconds, each weighted by its age, after so much more busy time."""
+        kept = math.exp(-seconds / MEMORY_S)
+        return self._bytes * kept, self._seconds * kept + MEMORY_S * (1 - kept)

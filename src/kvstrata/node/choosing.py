@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from kvstrata.codecs import Codec
     from kvstrata.node.backing import Backing
     from kvstrata.quality.bound import Bound
-    from kvstrata.quality.table import Measured, Table
+    from kvstrata.quality.table import Measured
 
 logger = logging.getLogger(__name__)
 
 RETRY_S = 60.0
+MEASURE_S = 1.0
+MAX_MODELS = 64
 
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
 
@@ -111,10 +113,17 @@ class Tables:
 
     def codecs(self, weights: str, compute_s: float) -> dict[str, Codec | None]:
         """The codec of each tier for the KV of these weights."""
+        if not _IDENTITY.fullmatch(weights):
+            weights = ""  # a model without a table, whatever it calls itself
         with self._lock:
             due = self._retry_at.get(weights, math.inf if weights in self._codecs else 0.0)
             if self._clock() >= due:
+                self._codecs.pop(weights, None)
                 self._codecs[weights] = self._resolve(weights, compute_s)
+                if len(self._codecs) > MAX_MODELS:
+                    oldest = next(iter(self._codecs))
+                    del self._codecs[oldest]
+                    self._retry_at.pop(oldest, None)
             return self._codecs[weights]
 
     def _resolve(self, weights: str, compute_s: float) -> dict[str, Codec | None]:
@@ -123,6 +132,11 @@ class Tables:
         from kvstrata.quality.choice import Place, candidates, choose
 
         rows = self._rows(weights)
+        unmeasured = [b.name for b in self.backings if b.writable and not b.bandwidth.bytes_per_s]
+        if rows and unmeasured:
+            # Their scans have not ended; the choice is for all tiers, and for long.
+            self._retry_at[weights] = self._clock() + MEASURE_S
+            rows = []
         places = [
             Place(
                 backing.name,
@@ -155,9 +169,6 @@ class Tables:
         self._retry_at.pop(weights, None)
         if not weights:
             return []
-        if not _IDENTITY.fullmatch(weights):
-            logger.error("%r is no identity of weights; their KV is stored losslessly", weights)
-            return []
         from kvstrata.quality.choice import allowed
         from kvstrata.quality.table import load
 
@@ -173,15 +184,12 @@ class Tables:
         if table.weights != weights:
             logger.error("%s is the table of another model; stored losslessly", path)
             return []
-        lossy = [row for row in allowed(table, self._bound) if _is_what_it_was(row)]
+        rows = [row for row in table.codecs if _is_what_it_was(row)]
+        lossy = allowed(rows, self._bound)
         if not lossy:
             logger.warning("no lossy codec in the table of %s keeps %s; its KV is stored "
                            "losslessly, or as it is", table.model, self._bound)  # fmt: skip
-        return [*lossy, *_lossless(table)]
-
-
-def _lossless(table: Table) -> list[Measured]:
-    return [row for row in table.codecs if row.lossless]
+        return [*lossy, *(row for row in rows if row.lossless)]
 
 
 def _is_what_it_was(row: Measured) -> bool:
@@ -189,10 +197,11 @@ def _is_what_it_was(row: Measured) -> bool:
     from kvstrata.codecs import codec_named
 
     try:
-        same = codec_named(row.name).parameters().hex() == row.parameters
+        codec = codec_named(row.name)
     except KVStrataError as error:
         logger.info("%s was measured, and cannot be chosen: %s", row.name, error)
         return False
+    same = (codec.parameters().hex(), codec.lossless) == (row.parameters, row.lossless)
     if not same:
         logger.warning("%s was measured in another version; measure again", row.name)
     return same

@@ -7,8 +7,8 @@ from before its copy starts until after it has ended, whatever deadline passes i
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from kvstrata.node.background import Tasks
@@ -64,12 +64,13 @@ class Movement:
         self._tasks = Tasks(counters)
         self.behind = [WriteBehind(host, backing, counters, self._tasks) for backing in backings]
 
-    def promote(self, wanted: Sequence[Wanted], compute_s: float) -> list[Slot]:
+    def promote(self, wanted: Sequence[Wanted], compute_s: float, portable: bool) -> list[Slot]:
         """Start to bring objects into host memory.
 
         Args:
             wanted: the objects, head of the prompt first.
             compute_s: what computing the KV of one of them takes; `inf`: unknown.
+            portable: whether the reader reads the portable order, which coarser copies are in.
         Returns:
             The slots that the leading ones will fill, as many as there is room for; each is held
             once for the caller.
@@ -83,7 +84,7 @@ class Movement:
             self._filling.add(slot)
             self._host.hold(slot)
             slots.append(slot)
-        streams = self._open_streams(wanted[: len(slots)], compute_s)
+        streams = self._open_streams(wanted[: len(slots)], compute_s, portable)
         for one, slot in zip(wanted, slots, strict=False):
             self._tasks.spawn(
                 "a promotion",
@@ -92,7 +93,7 @@ class Movement:
         return slots
 
     def _open_streams(
-        self, wanted: Sequence[Wanted], compute_s: float
+        self, wanted: Sequence[Wanted], compute_s: float, portable: bool
     ) -> dict[tuple[bytes, int], tuple[Stream, int]]:
         """Of what comes from a tier with a target: the stream it is in, and its number there."""
         opened: dict[tuple[bytes, int], tuple[Stream, int]] = {}
@@ -100,14 +101,15 @@ class Movement:
             mine = [one for one in wanted if one.backing is backing]
             streams = self._streams.setdefault(backing.name, [])
             stream = Stream(
-                [backing.sizes(one.key, one.part) for one in mine],
+                [backing.sizes(one.key, one.part)[: None if portable else 1] for one in mine],
                 self._clock() + backing.load_target_s,
                 compute_s,
-                partial(_share, backing, streams),
+                functools.partial(_share, backing, streams),
                 backing.num_threads,
                 self._clock,
             )
             streams[:] = [one for one in streams if not one.ended] + [stream]
+            stream.start()
             opened.update(
                 ((one.key, one.part), (stream, number)) for number, one in enumerate(mine)
             )
@@ -153,25 +155,32 @@ class Movement:
         def settle(header: ObjectHeader | None = None) -> None:
             self._settle(key, part, slot, header)
 
+        def give_up() -> None:
+            settle()
+            if stream is not None:
+                stream.done(number)
+
         level: int | None = 0
         try:
             if stream is not None:
                 level = await stream.turn(number)
                 label = "given up" if level is None else str(level)
                 self._counters.add("streamed_objects_total", tier=backing.name, level=label)
-                if level:
-                    stored = backing.find(key, at_level(part, level), None) or stored
             if level is None:
                 return
+            coarser = backing.find(key, at_level(part, level), None) if level else None
+            # Gone meanwhile? The object itself need not be.
+            level, stored = (level, coarser) if coarser else (0, stored)
             # Past its deadline a thread may still write into the slot, so it stays withheld.
-            header = await backing.read(key, at_level(part, level), stored, view, give_up=settle)
+            header = await backing.read(key, at_level(part, level), stored, view, give_up)
             settle(header)
-            if slot.state is SlotState.READY and header is not None and not level:
+            if slot.state is SlotState.READY and header is not None and level:
+                # It serves the loads that wait for it; the next one may be in time for a finer one.
+                self._host.drop_object(key, part)
+            elif slot.state is SlotState.READY and header is not None:
                 self._copy_up(key, part, slot, backing, order_name(header.kind, header.order))
         finally:
-            if stream is not None:
-                stream.done(number)
-            settle()
+            give_up()
             self._host.unhold(slot)
 
     def _copy_up(self, key: bytes, part: int, slot: Slot, source: Backing, order: str) -> None:
@@ -208,5 +217,7 @@ class Movement:
 
 def _share(backing: Backing, streams: list[Stream]) -> float | None:
     """What a tier brings to one of the streams that are under way."""
+    if not backing.readable:
+        return 0.0
     rate = backing.bandwidth.bytes_per_s
     return rate and rate / max(1, sum(not stream.ended for stream in streams))

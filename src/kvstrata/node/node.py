@@ -195,8 +195,9 @@ class Node:
                     slots.append(None)
             tiers.append(max(number for _, number in located))
         num_chunks = len(tiers)
-        compute_s = self.reservations.chunk_s / num_parts
-        arriving = self.movement.promote([wanted for _, wanted in pending], compute_s)
+        wanted = [one for _, one in pending]
+        compute_s = self.reservations.compute_s(wanted[0].nbytes) / num_parts if wanted else 0.0
+        arriving = self.movement.promote(wanted, compute_s, PORTABLE in orders)
         for (position, _), slot in zip(pending, arriving, strict=False):
             slots[position] = slot
         if len(arriving) < len(pending):

@@ -22,6 +22,7 @@ from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes
 NO_PARENT = bytes(32)
 NOT_WRITTEN = bytes(16)
 MAX_WEIGHTS_CHARS = 256
+MAX_COSTS = 256
 
 
 class Reservation:
@@ -102,7 +103,9 @@ class ReservationTable:
     def __init__(self, host: HostMemory, per_client_bytes: int) -> None:
         self._host = host
         self.per_client_bytes = per_client_bytes
-        self.chunk_s = math.inf  # what computing a chunk took, as the last writer said
+        # What computing a chunk took, as its last writer said, by the size of its objects: models
+        # differ in that.
+        self._costs: dict[int, float] = {}
         self._reservations: dict[int, Reservation] = {}
         self._writing: dict[tuple[bytes, int], Reservation] = {}
         # No number means anything to another node, where a client may come with an old one.
@@ -128,15 +131,16 @@ class ReservationTable:
             UsageError: the request describes objects that cannot exist.
         """
         reservation = Reservation(self._next, client, message)
+        nbytes = stored_bytes(reservation.template.raw_length)
         if reservation.cost:
-            self.chunk_s = reservation.cost
-        elif math.isfinite(self.chunk_s):
-            reservation.cost = self.chunk_s
+            self._costs.pop(nbytes, None)
+            self._costs[nbytes] = reservation.cost
+            if len(self._costs) > MAX_COSTS:
+                del self._costs[next(iter(self._costs))]
         else:
-            reservation.cost = 1.0
+            reservation.cost = self._costs.get(nbytes, 1.0)
         self._next += 1
         part, order = reservation.part, reservation.order
-        nbytes = stored_bytes(reservation.template.raw_length)
         offsets = array("q")
         refusal = 0
         with self._host.sparing(set(reservation.prefix)):
@@ -160,6 +164,10 @@ class ReservationTable:
             client.reservations[reservation.id] = reservation
             self._reservations[reservation.id] = reservation
         return reservation, offsets
+
+    def compute_s(self, nbytes: int) -> float:
+        """What computing a chunk takes whose objects need slots of this size; `inf`: unknown."""
+        return self._costs.get(nbytes, math.inf)
 
     def get(self, id: int) -> Reservation | None:
         """A reservation by its number."""

@@ -15,7 +15,6 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
-
 AHEAD_S = 0.05
 """What may be under way, in seconds of the link: what was begun cannot be made coarser."""
 AT_LEAST = 2
@@ -28,7 +27,7 @@ class Stream:
         sizes: of each object: encoded bytes at each level, finest first; `inf`: it has none.
         ends_at: when the last byte should be here.
         compute_s: what the engine takes to compute the KV of an object; `inf` while unknown.
-        bytes_per_s: asks what the tier brings to this load; None while unknown.
+        bytes_per_s: asks what the tier brings to this load; None while unknown, 0 if it is off.
         width: objects under way at once, at most.
         clock: monotonic seconds.
     """
@@ -51,6 +50,9 @@ class Stream:
         self._width = width
         self._under_way: dict[int, float] = {}
         self._turns = [asyncio.Event() for _ in sizes]
+
+    def start(self) -> None:
+        """Let the first objects begin."""
         self._begin()
 
     async def turn(self, number: int) -> int | None:
@@ -91,6 +93,8 @@ class Stream:
         rate = self._bytes_per_s()
         if rate is None:
             return 0
+        if not rate:
+            return None
         left = self._ends_at - self._clock()
         waiting = sum(self._under_way.values())
         rest = self._sizes[number:]
@@ -101,4 +105,7 @@ class Stream:
                 return level
         fastest = min(range(len(times)), key=times.__getitem__)
         computed = waiting / rate + self._compute_s * len(rest)
-        return None if computed < times[fastest] or math.isinf(times[fastest]) else fastest
+        # The first one is read in any case: nothing else would ever notice that a link has come
+        # to its senses.
+        give_up = number > 0 and computed < times[fastest]
+        return None if give_up or math.isinf(times[fastest]) else fastest

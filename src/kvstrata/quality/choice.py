@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstrata.errors import KVStrataError
 from kvstrata.quality.bound import Bound
-from kvstrata.quality.table import Measured, Table, load, path_for
+from kvstrata.quality.table import Measured, load, path_for
 
 RAW_BITS = 16.0
 
@@ -58,9 +58,9 @@ class Candidate:
 RAW = Candidate("raw", RAW_BITS, math.inf)
 
 
-def allowed(table: Table, bound: Bound) -> list[Measured]:
+def allowed(rows: Iterable[Measured], bound: Bound) -> list[Measured]:
     """The lossy codecs of a table that keep the bound, over all its lengths together."""
-    return [row for row in table.codecs if not row.lossless and bound.meets(row.at())]
+    return [row for row in rows if not row.lossless and bound.meets(row.at())]
 
 
 def trouble(weights: str, bound: Bound, model: str) -> str:
@@ -71,6 +71,8 @@ def trouble(weights: str, bound: Bound, model: str) -> str:
         bound: the operator's.
         model: its folder, for the command.
     """
+    if ":" in weights:
+        return f"{model} is no local folder: kvstrata quality, and auto, need one"
     path = path_for(weights)
     if not path.exists():
         why = f"no table says what codecs do to this model ({path})"
@@ -79,7 +81,7 @@ def trouble(weights: str, bound: Bound, model: str) -> str:
         table = load(path)
     except (OSError, KVStrataError) as error:
         return f"{error}; make it again: kvstrata quality {model}"
-    if not allowed(table, bound):
+    if not allowed(table.codecs, bound):
         return f"no lossy codec in {path} keeps {bound}"
     return ""
 

@@ -104,11 +104,14 @@ class WorkerReport(KVConnectorWorkerMetadata):
         nodes: the nodes that the workers are attached to.
         sync_loaded: how many workers have ended each synchronous load.
         came: of loads that ended early, the first chunk that did not come, of the prompt's.
+        portable: whether chunks in the portable order were loaded, which a lossy codec may have
+            been through.
     """
 
     nodes: set[bytes] = field(default_factory=set)
     sync_loaded: dict[str, int] = field(default_factory=dict)
     came: dict[str, int] = field(default_factory=dict)
+    portable: bool = False
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports in one."""
@@ -119,4 +122,4 @@ class WorkerReport(KVConnectorWorkerMetadata):
         came = dict(self.came)
         for request_id, first in other.came.items():
             came[request_id] = min(first, came.get(request_id, first))
-        return WorkerReport(self.nodes | other.nodes, counts, came)
+        return WorkerReport(self.nodes | other.nodes, counts, came, self.portable or other.portable)

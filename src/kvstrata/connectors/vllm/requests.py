@@ -36,6 +36,7 @@ class RequestState:
         self.matched = False
         # the load that was decided
         self.local_tokens = 0
+        self.num_local = 0  # tokens that vLLM itself had when it asked last
         self.sync = False
         self.loading: bytes = b""
         self.failed = False

@@ -69,6 +69,7 @@ class SchedulerSide:
         self._loads: dict[str, tuple[int, bytes]] = {}
         self._loading_chunks: dict[bytes, str] = {}
         self._next = StepMetadata()
+        self._inexact = False
 
     def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
         """Learn of the workers' KV; called once, before the first request."""
@@ -113,6 +114,7 @@ class SchedulerSide:
         if state is None or state.bypass or state.failed or request.skip_reading_prefix_cache:
             return 0, False
         state.seen_at = time.monotonic()
+        state.num_local = num_computed_tokens
         if request.request_id in self._loads:
             # Preempted before its load was reported: what that brings is not in the new blocks.
             return None, False
@@ -152,6 +154,9 @@ class SchedulerSide:
         if request.request_id in self._loads:
             return
         state.num_stored = max(state.num_stored, len(state.tiers))
+        if self._inexact:
+            # What vLLM has may have been through a lossy codec, and must not go through it again.
+            state.num_stored = max(state.num_stored, state.num_local // self._chunk)
         if num_external_tokens == 0:
             self._give_up(state)
             return
@@ -204,6 +209,7 @@ class SchedulerSide:
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             self._worker_nodes = report.nodes
+            self._inexact = self._inexact or report.portable
             for request_id, first in report.came.items():
                 if (state := self._states.get(request_id)) is not None:
                     # Of several ranks the one that has least counts.

@@ -19,7 +19,7 @@ from kvstrata.config import DeadlineConfig
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pages import Pages
-from kvstrata.errors import CorruptObject, KVStrataError, NodeUnavailable
+from kvstrata.errors import CorruptObject, DeadlineExceeded, KVStrataError, NodeUnavailable
 from kvstrata.node import protocol as p
 from kvstrata.objects import HEADER_BYTES, checksum, decode
 
@@ -113,6 +113,7 @@ class Transfers:
         self._loaded: set[str] = set()
         self._failed: set[str] = set()
         self._cut: dict[str, tuple[int, set[int]]] = {}
+        self.read_portable = False
 
     def begin_loads(self, loads: list[Load], client: NodeClient | None) -> None:
         """Begin loads into blocks that the engine has finished with; each ends exactly once."""
@@ -244,10 +245,13 @@ class Transfers:
             have = load.first_chunk + done
             left = max(deadline - time.monotonic(), 0.001)
             call = _of_node(client, load).await_arrival(load.lease, have)
-            arrived: p.Arrived = call.wait(left)
-            came = offsets_of(arrived.offsets).tolist()
+            try:
+                arrived: p.Arrived = call.wait(left)
+                came = offsets_of(arrived.offsets).tolist()
+            except DeadlineExceeded:
+                came = []
             if not came:
-                logger.info("KVStrata: request %s is computed from chunk %d on: it will not come",
+                logger.info("KVStrata: request %s is computed from chunk %d on: it did not come",
                             load.request_id, have)  # fmt: skip
                 break
             chunks = [came[i : i + self._world] for i in range(0, len(came), self._world)]
@@ -270,6 +274,7 @@ class Transfers:
         if header.shape != expected:
             raise CorruptObject(f"a payload of shape {header.shape}, not {expected}")
         if header.kind == "portable":
+            self.read_portable = True
             portable = payload.view(f"u{group.item_bytes}").reshape(header.shape)
             payload = self._pages.order.pack_layers(portable, group).reshape(-1)
         return int(payload.ctypes.data), payload

@@ -162,8 +162,11 @@ class WorkerSide:
             # This step's KV was computed from blocks that were not filled.
             self._num_doubtful -= 1
         elif meta.stores:
-            seconds_per_token = (time.monotonic() - self._began) / max(meta.num_tokens, 1)
-            self._begin_stores(meta.stores, chunk_cost(seconds_per_token * self._chunk))
+            # A step of a few tokens says nothing about what computing a chunk takes.
+            seconds = (time.monotonic() - self._began) * self._chunk / max(meta.num_tokens, 1)
+            self._begin_stores(
+                meta.stores, chunk_cost(seconds) if meta.num_tokens >= self._chunk else 0.0
+            )
         if self._may_sleep and not meta.num_tokens:
             # The engine is idle, and sleep() unmaps its blocks without a word to anybody.
             self._transfers.fence()
@@ -185,7 +188,7 @@ class WorkerSide:
         """What the scheduler's side wants to hear after each step."""
         loaded, self._sync_loaded = self._sync_loaded, {}
         came, self._came = self._came, {}
-        return WorkerReport({self._node}, loaded, came)
+        return WorkerReport({self._node}, loaded, came, self._transfers.read_portable)
 
     def close(self) -> None:
         """End what is under way and let go of the node. Repeatable."""
