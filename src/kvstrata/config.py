@@ -66,7 +66,8 @@ class HostConfig:
     capacity: int | Fraction = _option(  # noqa: RUF009 - it calls field()
         kinds.SIZE_OR_SHARE,
         "20%",
-        "Size of the pool, or its share of the memory available when the node starts.",
+        "Size of the pool, or its share of the memory available when the node starts, less "
+        "`memory.capacity`.",
         shared=True,
     )
     policy: str = _option(kinds.one_of(POLICY_NAMES), "lru", "Whom to evict.", shared=True)
@@ -477,10 +478,18 @@ def host_capacity_bytes(config: Config, available_bytes: int) -> int:
     """Size of the pool in bytes, a multiple of 4096.
 
     Args:
-        available_bytes: memory that can be taken now; a share is a share of this.
+        available_bytes: memory that can be taken now; a share is a share of this, less what the
+            tier of encoded objects may take.
+    Raises:
+        ConfigError: that leaves nothing.
     """
     capacity = config.host.capacity
-    wanted = capacity if isinstance(capacity, int) else int(capacity * available_bytes)
+    encoded = config.memory.capacity if config.memory is not None else 0
+    left = max(available_bytes - encoded, 0)
+    wanted = capacity if isinstance(capacity, int) else int(capacity * left)
+    if wanted < kinds.MIN_CAPACITY and encoded:
+        size, have = units.format_size(encoded), units.approximate_size(available_bytes)
+        raise ConfigError("memory.capacity", f"{size} of {have} leaves nothing for the pool")
     return wanted // 4096 * 4096
 
 

@@ -350,6 +350,10 @@ def test_what_is_printed_loads_as_the_same_configuration(
 def test_capacity_in_bytes() -> None:
     assert host_capacity_bytes(load({"host.capacity": "25%"}), 1_000_001) == 61 * 4096
     assert host_capacity_bytes(load({"host.capacity": (1 << 20) + 5}), 1) == 1 << 20
+    both = load({"host.capacity": "50%", "memory.capacity": "2GiB"})
+    assert host_capacity_bytes(both, 6 * GIB) == 2 * GIB
+    with pytest.raises(ConfigError, match="2GiB of 2GiB leaves nothing for the pool"):
+        host_capacity_bytes(both, 2 * GIB)
 
 
 def test_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
