@@ -209,6 +209,14 @@ class Place(base.Workplace):
         eventually(there, f"the record of a request of {engine_tokens} tokens")
         return found[0]
 
+    def loaded(self, prompt: Sequence[int], answer: Answer) -> int:
+        """Tokens of the answer just given that came from the node, as that recorded it.
+
+        vLLM goes on counting what a load was to bring as cached when the load ends early.
+        """
+        count: int = self.last_record(len(prompt) + len(answer.tokens))["loaded_tokens"]
+        return count
+
     def await_stored(
         self, engine: Engine, sequences: Sequence[Sequence[int]], ranks: int = 1
     ) -> None:

@@ -217,13 +217,14 @@ def test_flipped_bit_on_disk(story: Story, plain: Plain, texts: Texts) -> None:
         engine.forget()
         answer = engine.answer(prompt)
         assert place.count("corrupt_objects_total") == corrupt + 1
-        assert answer.cached <= broken * CHUNK
-        assert answer.tokens == plain.upon_hit(prompt, answer.cached)[0].tokens
+        loaded = place.loaded(prompt, answer)
+        assert loaded <= broken * CHUNK
+        assert answer.tokens == plain.upon_hit(prompt, loaded)[0].tokens
         place.await_stored(engine, [prompt])
         place.node.flush()
         place.node.clear(keys, ["host"])
         engine.forget()
-        assert engine.answer(prompt) == plain.upon_hit(prompt, answer.cached)[1]
+        assert engine.answer(prompt) == plain.upon_hit(prompt, loaded)[1]
         assert place.count("corrupt_objects_total") == corrupt + 1
     place.check()
 

@@ -139,8 +139,9 @@ def test_two_ranks(tiny_llama: Path, prompts: list[Prompt]) -> None:
         place.file(keys[4], rank=1).unlink()
         engine.forget()
         answer = engine.answer(prompt)
-        assert answer.cached <= 4 * CHUNK
-        assert answer.tokens == plain.upon_hit(prompt, answer.cached)[0].tokens
+        loaded = place.loaded(prompt, answer)
+        assert loaded <= 4 * CHUNK
+        assert answer.tokens == plain.upon_hit(prompt, loaded)[0].tokens
         place.check()
 
         # And some that a new node never sees: of one rank or of the other.
