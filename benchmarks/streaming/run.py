@@ -36,6 +36,7 @@ COARSER = "cachegen-1, cachegen-3, cachegen-5"
 LINKS = (
     ("200 MB/s", 200, 200),
     ("50 MB/s", 50, 50),
+    ("dropping from 200 to 50 MB/s", 200, 50),
     ("dropping from 200 to 20 MB/s", 200, 20),
     ("dying, 1 MB/s", 200, 1),
 )

@@ -32,7 +32,7 @@ def options(tmp_path: Path) -> dict[str, Any]:
         "disk.path": tmp_path / "disk",
         "disk.capacity": "8MiB",
         "disk.coarser": "cachegen-2, cachegen-5",
-        "disk.load_target": f"{3.2 * RAW_S * 1000:.1f}ms",
+        "disk.load_target": f"{3.6 * RAW_S * 1000:.1f}ms",
         "disk.io_threads": 1,
         "deadlines.load": "1h",
     }

@@ -20,6 +20,10 @@ from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
 
 
+SPENDABLE = 0.9
+"""Of a load's target: the rest is for decoding what came last, and for a link that slows down."""
+
+
 class Wanted(NamedTuple):
     """An object to be brought into host memory.
 
@@ -102,7 +106,7 @@ class Movement:
             streams = self._streams.setdefault(backing.name, [])
             stream = Stream(
                 [backing.sizes(one.key, one.part)[: None if portable else 1] for one in mine],
-                self._clock() + backing.load_target_s,
+                self._clock() + SPENDABLE * backing.load_target_s,
                 compute_s,
                 functools.partial(_share, backing, streams),
                 backing.num_threads,
