@@ -19,7 +19,6 @@ from kvstrata.node.write_behind import Origin, WriteBehind
 from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
 
-
 SPENDABLE = 0.9
 """Of a load's target: the rest is for decoding what came last, and for a link that slows down."""
 
