@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from tests.support.nodes import clear, flush, until
-from tests.support.real_nodes import ME, NBYTES, chunk, load, on_real_node, store, used
+from tests.support.real_nodes import KEYS, ME, NBYTES, chunk, load, on_real_node, store, used
 
 from kvstrata.node.node import Node
-from kvstrata.objects import stored_bytes
+from kvstrata.objects import HEADER_BYTES, decode, stored_bytes
 
 
 def test_encoded_objects_in_host_memory() -> None:
@@ -52,6 +52,19 @@ def test_memory_before_disk(tmp_path: Path) -> None:
             "disk.codec": "lossless",
         },
     )
+
+
+def test_headers_carry_the_epoch_of_the_tier_that_lasts(tmp_path: Path) -> None:
+    async def test(node: Node) -> None:
+        await clear(node, ME, tiers=["memory"])
+        assert (node.backings[0].tier.epoch, node.backings[1].tier.epoch) == (1, 0)
+        store(node)
+        slot = node.host.get(KEYS[0], 0)
+        assert slot is not None
+        assert decode(node.host.pool.view(slot.offset, HEADER_BYTES)).epoch == 0
+
+    disk = {"disk.path": tmp_path / "disk", "disk.capacity": "8MiB"}
+    on_real_node(test, {"memory.capacity": "8MiB", **disk})
 
 
 @pytest.mark.parametrize("restart", [False, True])

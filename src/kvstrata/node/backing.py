@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from kvstrata.errors import (
     CorruptObject,
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from kvstrata.node.recoding import Encoded
 
 logger = logging.getLogger(__name__)
-
-R = TypeVar("R")
 
 HIT = Outcome.HIT
 

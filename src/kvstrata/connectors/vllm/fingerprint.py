@@ -88,15 +88,15 @@ class Namespaces:
     def weights_of(self, request: Any) -> str:
         """Identity of the weights that make a request's KV; "" unless they are those on disk."""
         weights = self._weights
-        if weights is None or not weights.done() or weights.exception() is not None:
+        if self._generation or request.lora_request is not None or weights is None:
             return ""
-        return "" if self._generation or request.lora_request is not None else weights.result()
+        return weights.result() if _succeeded(weights) else ""
 
     def when_weighed(self, tell: Callable[[str], None]) -> None:
         """Call back with the weights' identity once it is known; from another thread, perhaps."""
         if self._weights is not None:
             self._weights.add_done_callback(
-                lambda found: tell(found.result()) if found.exception() is None else None
+                lambda found: tell(found.result()) if _succeeded(found) else None
             )
 
     def renew(self) -> None:
@@ -144,6 +144,11 @@ def engine_namespace(vllm_config: Any, layout: str, chunk_tokens: int, tenant: s
         * parallel.decode_context_parallel_size,
         tenant=tenant,
     )
+
+
+def _succeeded(future: Future[Any]) -> bool:
+    """Whether it has a result: not if it still runs, failed, or was cancelled by the end."""
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def _found(future: Future[T], what: str) -> T:
