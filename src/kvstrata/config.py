@@ -81,8 +81,9 @@ class HostConfig:
 
 _CAPACITY = "Bytes of objects, as they are stored, that the tier may hold."
 _CODEC = (
-    "How new objects are stored: `raw`, `lossless`, a lossy one of docs/codecs.md, or `auto`: the "
-    "one that saves the most load time within `quality`."
+    "How new objects are stored: `raw`, `lossless`, `exact`: the one of these two that this tier "
+    "gives back sooner, a lossy one of docs/codecs.md, or `auto`: the one that saves the most load "
+    "time within `quality`."
 )
 _QUEUE = "Bytes that may wait to be written; beyond it stores skip."
 
@@ -113,7 +114,7 @@ class DiskConfig:
     )
     capacity: int = field(metadata=_about(kinds.SIZE, None, _CAPACITY, True))
     policy: str = _option(kinds.one_of(POLICY_NAMES), "lru", "Whom to evict.", shared=True)
-    codec: str = _option(kinds.CODEC, "raw", _CODEC, shared=True)
+    codec: str = _option(kinds.CODEC, "exact", _CODEC, shared=True)
     coarser: tuple[str, ...] = _option(
         kinds.CODECS,
         "none",

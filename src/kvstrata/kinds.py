@@ -22,6 +22,7 @@ MIN_CAPACITY = 1 << 20
 # A Unix socket's address holds 108 bytes, the last of them zero.
 MAX_SOCKET_PATH = 107
 MAX_COARSER = 15
+NO_LOSSY_CODEC = ("raw", "lossless", "exact", "auto")
 
 
 def did_you_mean(word: str, words: Sequence[str], prefix: str = "") -> str:
@@ -112,7 +113,7 @@ def _path(value: Any) -> Path:
 def _codec(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a name")
-    if value in ("raw", "lossless", "auto"):
+    if value in NO_LOSSY_CODEC:
         return value
     from kvstrata.codecs import codec_named  # large: only where another one is named
 
@@ -129,8 +130,9 @@ def _codecs(value: Any) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not 0 < len(names) <= MAX_COARSER:
         raise ValueError(f"{value!r} is no list of at most {MAX_COARSER} names")
     chosen = tuple(_codec(name.strip() if isinstance(name, str) else name) for name in names)
-    if exact := {"raw", "lossless", "auto"} & set(chosen):
-        raise ValueError(f"{exact.pop()!r} is no lossy codec")
+    for name in chosen:
+        if name in NO_LOSSY_CODEC:
+            raise ValueError(f"{name!r} is no lossy codec")
     return chosen
 
 

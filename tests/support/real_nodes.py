@@ -17,7 +17,7 @@ from kvstrata.layout import LayerGroup, native_order
 from kvstrata.node import protocol as p
 from kvstrata.node.clients import Client
 from kvstrata.node.node import Node
-from kvstrata.objects import HEADER_BYTES, checksum
+from kvstrata.objects import HEADER_BYTES, checksum, decode, object_id
 from kvstrata.testing.codecs import kv_like
 
 VEC = "vllm/cpu-vec/b32/bfloat16"
@@ -87,3 +87,14 @@ def used(node: Node) -> dict[str, int]:
     """Bytes in each slower tier."""
     tiers = node.status(ME, p.Status(1)).state["tiers"]
     return {tier["name"]: tier["used_bytes"] for tier in tiers}
+
+
+def stored_codec(node: Node, number: int = 0) -> tuple[str, bytes]:
+    """Family and parameters in the header of a chunk in the last tier."""
+    backing = node.backings[-1]
+    nbytes = backing.find(KEYS[number], 0, None)
+    assert nbytes is not None
+    with backing._scratch.buffer(nbytes) as data:
+        backing.tier.read([object_id(KEYS[number], 0, 0)], [data])
+        header = decode(bytes(data[:HEADER_BYTES]))
+    return header.codec, header.codec_parameters

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 from tests.support.nodes import clear, flush, until
-from tests.support.real_nodes import KEYS, ME, chunk, load, on_real_node, store
+from tests.support.real_nodes import ME, chunk, load, on_real_node, store, stored_codec
 
 from kvstrata.codecs import codec_named
 from kvstrata.errors import ConfigError
 from kvstrata.node import protocol as p
 from kvstrata.node.node import Node
-from kvstrata.objects import decode, object_id
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.choice import trouble
 from kvstrata.quality.table import Estimate, Measured, Scores, Table, path_for, save
@@ -65,17 +64,6 @@ LOSSLESS, GOOD, BAD = (
     row("cachegen-2", 4, 0.002),
     row("cachegen-5", 2, 0.05),
 )
-
-
-def stored_codec(node: Node, number: int = 0) -> tuple[str, bytes]:
-    """Family and parameters in the header of a chunk in the last tier."""
-    backing = node.backings[-1]
-    nbytes = backing.find(KEYS[number], 0, None)
-    assert nbytes is not None
-    with backing._scratch.buffer(nbytes) as data:
-        backing.tier.read([object_id(KEYS[number], 0, 0)], [data])
-        header = decode(bytes(data[:4096]))
-    return header.codec, header.codec_parameters
 
 
 def named(name: str) -> tuple[str, bytes]:

@@ -11,9 +11,7 @@ import asyncio
 import itertools
 import logging
 import math
-import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from kvstrata.errors import (
@@ -29,6 +27,7 @@ from kvstrata.node.bandwidth import Bandwidth
 from kvstrata.node.choosing import Choice
 from kvstrata.node.host import at_level, identity, order_name
 from kvstrata.node.index import Index
+from kvstrata.node.removals import ORDER_MASK, Removals
 from kvstrata.node.scratch import Scratch
 from kvstrata.node.tier_calls import TierCalls
 from kvstrata.node.write_behind import Origin
@@ -50,9 +49,7 @@ logger = logging.getLogger(__name__)
 HIT = Outcome.HIT
 
 SCAN_SLICE = 256
-PROBE_BYTES, PROBE_READS = 2 << 20, 2
-# Sizes are multiples of 4096, so an entry has room for the number of the object's byte order.
-ORDER_MASK = 4095
+TRIAL_BYTES = 1 << 20  # for each codec, at most
 
 
 class _Write:
@@ -120,8 +117,7 @@ class Backing:
         self._trouble = ""
         self._orders: dict[str, int] = {}
         self._writes: set[_Write] = set()
-        # Out of the index but still in the tier, their bytes claimed; deleted at the next chance.
-        self._doomed: dict[tuple[bytes, int], int] = {}
+        self._removals = Removals(self.index, self._calls, self.trip)
         self._forgotten: set[bytes] = set()
         self._used: dict[bytes, int] = {}  # the number of each key's last use
         self._uses = itertools.count()
@@ -227,8 +223,8 @@ class Backing:
             logger.error("%s: object %s is rejected: %s", self.name, name.hex(), error)
             self._counters.add("corrupt_objects_total", tier=self.name)
             if self._has(key, part, nbytes):
-                self._condemn(key, part)
-                await self._remove(self.tier.reject, (key, part))
+                self._removals.condemn(key, part)
+                await self._removals.run(self.tier.reject, (key, part))
             return None
         except UsageError as error:
             logger.warning("%s: object %s is not for this reader: %s", self.name, name.hex(), error)
@@ -247,8 +243,8 @@ class Backing:
             pass  # replaced meanwhile, by one of another size: that one is none of this read's
         elif outcome is Outcome.FAILED:
             # It must not stand in the way of a fresh copy.
-            self._condemn(key, part)
-            await self._remove(self.tier.delete)
+            self._removals.condemn(key, part)
+            await self._removals.run(self.tier.delete)
         else:
             self.index.pop(key, part)
         return header
@@ -307,11 +303,10 @@ class Backing:
                 self._counters.add("tier_writes_total", tier=self.name, outcome="failed")
                 return False
             self._full.worked()
-            # What was here under this name before has been replaced.
-            self.index.unclaim(self._doomed.pop((key, part), 0))
+            self._removals.replaced(key, part)
             if not writing.wanted:
-                self._doomed[key, part] = nbytes
-                await self._remove(self.tier.delete)
+                self._removals.add(key, part, nbytes)
+                await self._removals.run(self.tier.delete)
                 return False
         except asyncio.CancelledError:
             encoded = None  # a thread may still read its buffer
@@ -337,9 +332,8 @@ class Backing:
                 self.trip(error)
                 await asyncio.sleep(self._off.left_s)
         self._forgotten.clear()
-        await self._remove(self.tier.delete)
-        if self.load_target_s or (self.choice is not None and self.choice.needs_speed):
-            await self._probe()
+        await self._removals.run(self.tier.delete)
+        await self._try()
         self._scanned.set()
         logger.info("%s: %d objects, %d bytes", self.name, self.index.num_objects,
                     self.index.used_bytes)  # fmt: skip
@@ -368,7 +362,7 @@ class Backing:
             write.wanted = write.wanted and write.key not in gone
         if not self._scanned.is_set():
             self._forgotten |= gone
-        return self._delete_doomed(sum(self._condemn_chunk(key) for key in gone))
+        return self._delete_doomed(sum(self._removals.condemn_chunk(key) for key in gone))
 
     async def note_use(self) -> None:
         """Tell the tier what was used since the last call, tails of a prefix first."""
@@ -436,30 +430,31 @@ class Backing:
             self.bandwidth.end(brought)
         return outcome
 
-    async def _probe(self) -> None:
-        """Read a little, so that there is an idea of how fast the tier is before it matters."""
-        known = next(iter(self.index.keys()), None)
+    async def _try(self) -> None:
+        """Learn how fast the tier is, and what the choice of its codec depends on."""
+        contenders = self.choice.contenders if self.choice is not None else ()
+        if self.load_target_s:
+            contenders = contenders or ("raw",)
+        room = len(contenders) * TRIAL_BYTES
+        if not contenders or not self.writable or not await self._make_room(room):
+            return
+
+        def work() -> dict[str, float]:
+            from kvstrata.node.trial import trial
+
+            return trial(self.tier, self._fetch, contenders, self.num_threads)
+
         try:
-            if known is not None:
-                for part, entry in list(self.index.objects(known)):
-                    nbytes = entry & ~ORDER_MASK
-                    with self._scratch.buffer(nbytes) as into:
-                        await self._calls.call(partial(self._fetch, identity(known, part), into))
-            elif self.writable and self.index.claim(PROBE_BYTES):
-                key, part = os.urandom(32), 0
-                name = identity(key, part)
-                try:
-                    with self._scratch.buffer(PROBE_BYTES) as data:
-                        data[:] = os.urandom(PROBE_BYTES)
-                        await self._calls.call(lambda: self.tier.write([(name, data)]))
-                        for _ in range(PROBE_READS):
-                            await self._calls.call(partial(self._fetch, name, data))
-                finally:
-                    # It counts until it is gone.
-                    self._doomed[key, part] = PROBE_BYTES
-                await self._remove(self.tier.delete)
+            seconds = await asyncio.wrap_future(self._calls.submit(work))
         except TierUnavailable as error:
             self.trip(error)
+        except Exception as error:
+            report_bug(self._counters, f"the trial of {self.name}", error)
+        else:
+            if self.choice is not None:
+                self.choice.tried(self.name, seconds)
+        finally:
+            self.index.unclaim(room)
 
     async def _clear_tier(
         self, chunks: dict[bytes, tuple[object, ...]], count: int, held: int
@@ -471,14 +466,14 @@ class Backing:
                 for part, entry in zip(flat[::2], flat[1::2], strict=True):
                     assert isinstance(part, int)
                     assert isinstance(entry, int)
-                    self._doom(key, part, entry & ~ORDER_MASK)
+                    self._removals.add(key, part, entry & ~ORDER_MASK)
             self.trip(error)
             raise
         self.index.unclaim(held)
         return count
 
     async def _delete_doomed(self, count: int) -> int:
-        if count and not await self._remove(self.tier.delete):
+        if count and not await self._removals.run(self.tier.delete):
             raise TierUnavailable(f"{self.name}: not all of it could be deleted: {self._trouble}")
         return count
 
@@ -490,64 +485,16 @@ class Backing:
             victim = self.index.victim(lambda _: True)
             if victim is not None:
                 self._counters.add("evicted_chunks_total", tier=self.name)
-                self._condemn_chunk(victim)
-            elif not self._doomed:
+                self._removals.condemn_chunk(victim)
+            elif not self._removals:
                 return False
-            if not await self._remove(self.tier.delete):
+            if not await self._removals.run(self.tier.delete):
                 return False
         return True
 
     def _has(self, key: bytes, part: int, nbytes: int) -> bool:
         entry = self.index.get(key, part)
         return entry is not None and entry & ~ORDER_MASK == nbytes
-
-    def _condemn(self, key: bytes, part: int) -> None:
-        """Out of the index; the bytes stay claimed until they are deleted."""
-        entry = self.index.pop(key, part)
-        if entry is not None:
-            self.index.claim_existing(entry & ~ORDER_MASK)
-            self._doom(key, part, entry & ~ORDER_MASK)
-
-    def _condemn_chunk(self, key: bytes) -> int:
-        parts = [part for part, _ in self.index.objects(key)]
-        for part in parts:
-            self._condemn(key, part)
-        return len(parts)
-
-    def _doom(self, key: bytes, part: int, nbytes: int) -> None:
-        self._doomed[key, part] = self._doomed.get((key, part), 0) + nbytes
-
-    async def _remove(
-        self,
-        verb: Callable[[Sequence[bytes]], list[Outcome]],
-        only: tuple[bytes, int] | None = None,
-    ) -> bool:
-        """Delete what is doomed, or one object of it; what cannot be deleted stays doomed.
-
-        Returns:
-            Whether all of it has gone.
-        """
-        if only is None:
-            batch, self._doomed = self._doomed, {}
-        else:
-            batch = {only: self._doomed.pop(only, 0)}
-        if not batch:
-            return True
-        names = [identity(key, part) for key, part in batch]
-        error: TierUnavailable | None = None
-        try:
-            outcomes = await self._calls.call(lambda: verb(names))
-        except TierUnavailable as failure:
-            error, outcomes = failure, [Outcome.FAILED] * len(batch)
-        for ((key, part), nbytes), outcome in zip(batch.items(), outcomes, strict=True):
-            if outcome is not Outcome.FAILED:
-                self.index.unclaim(nbytes)
-                continue
-            self._doom(key, part, nbytes)
-            error = error or TierFull("objects cannot be deleted")
-        if error is not None:
-            self.trip(error)
-        return error is None
 
     async def _scan(self) -> None:
         clears = self._clears
@@ -562,7 +509,7 @@ class Backing:
         """Index what a scan found that began after so many clears, or see to its removal."""
         key, group, rank = split_object_id(found.object_id)
         part = group << 16 | rank
-        if self.index.get(key, part) is not None or (key, part) in self._doomed:
+        if self.index.get(key, part) is not None or (key, part) in self._removals:
             return
 
         def wanted() -> bool:
@@ -575,7 +522,7 @@ class Backing:
         # Cleared while the scan ran, or beyond a budget smaller than last time's.
         if not room:
             self.index.claim_existing(found.nbytes)
-        self._doom(key, part, found.nbytes)
+        self._removals.add(key, part, found.nbytes)
 
     def _order(self, kind: str, order: str) -> int:
         return self._order_number(order_name(kind, order))

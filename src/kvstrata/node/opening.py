@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from kvstrata.config import Config, DiskConfig, MemoryConfig
 from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
+from kvstrata.node.auto import Auto, Tables
 from kvstrata.node.backing import Backing
-from kvstrata.node.choosing import Always, Auto, Choice, Tables
+from kvstrata.node.choosing import Always, Choice, Exact
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.quality.bound import Bound
@@ -77,6 +78,8 @@ def _choice(codec: str, tier: str, tables: Tables) -> Choice | None:
     """How a tier stores; None for raw, which need not pay for importing numba."""
     if codec == "raw":
         return None
+    if codec == "exact":
+        return Exact()
     return Auto(tables, tier) if codec == "auto" else Always(_ready(codec))
 
 

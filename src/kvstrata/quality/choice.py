@@ -46,9 +46,13 @@ class Candidate:
     decode_bytes_per_s: float
 
     def load_s(self, place: Place) -> float:
-        """Seconds until a byte of raw KV is back; moving and decoding overlap."""
+        """Seconds until a byte of raw KV is back.
+
+        Moving and decoding overlap, but a fast tier keeps the cores busy too, so that the sum is
+        what was seen there; behind a slow one it is little more than the larger of the two.
+        """
         moving = self.bits / RAW_BITS / place.bytes_per_s
-        return max(moving, 1 / (self.decode_bytes_per_s * place.cores))
+        return moving + 1 / (self.decode_bytes_per_s * place.cores)
 
     def share(self, place: Place, wanted_bytes: float) -> float:
         """Part of the raw KV that is wanted which the tier holds."""
