@@ -15,6 +15,7 @@ import typer.main
 from kvstrata import cli
 from kvstrata.codecs import CODECS
 from kvstrata.codecs.base import Payload
+from kvstrata.codecs.calibration import Calibration, Header, default_path
 from kvstrata.codecs.elements import to_float32
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.codecs.raw import Raw
@@ -507,12 +508,36 @@ class TestWhole:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # without this user's calibrations
-        everything = choose([])
+        everything = choose([], "m")
         assert "raw" not in everything
         assert {*CODECS, *BASELINES} - {"raw"} == set(everything)
-        assert list(choose(["lossless", "kivi2"])) == ["lossless", "kivi2"]
+        assert list(choose(["lossless", "kivi2"], "m")) == ["lossless", "kivi2"]
         with pytest.raises(UsageError, match="no codec"):
-            choose(["losless"])
+            choose(["losless"], "m")
+        with pytest.raises(UsageError, match="needs a calibration"):
+            choose(["kvtc-2"], "m")
+
+    def test_a_model_has_its_own_calibrations(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        names = {}
+        for model in ("m", "org/other"):
+            steps = {str(level): 1.0 for level in (2, 4)}
+            header = Header(
+                model=model, layers=1, heads=1, dim=2, group=1, tokens=2048, steps=steps
+            )
+            ones = np.ones((1, 2, 2), np.float32)
+            basis = np.broadcast_to(np.eye(2, dtype=np.float16), (1, 2, 1, 2, 2)).copy()
+            made = Calibration(header, np.ones((1, 1)), ones, ones, basis)
+            made.save(default_path(made))
+            names[model] = f"kvtc-2@{made.fingerprint.hex()[:8]}"
+        assert list(choose(["kvtc-2"], "m")) == [names["m"]]
+        assert list(choose(["kvtc-2"], "other")) == [names["org/other"]]
+        assert list(choose([names["m"]], "other")) == [names["m"]]
+        assert [name for name in choose([], "m") if name.startswith("kvtc-2")] == [names["m"]]
+        with pytest.raises(UsageError, match="say of which calibration"):
+            choose(["kvtc-2"], "a third")
 
     def test_the_command_writes_what_it_measured(
         self,

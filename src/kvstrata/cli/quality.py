@@ -78,8 +78,8 @@ def run(
     def tell(line: str) -> None:
         typer.echo(line, err=True)
 
-    codecs = measuring.choose(codec or [])
     folder, name = model_folder(model)
+    codecs = measuring.choose(codec or [], name)
     there = results.path_for(weights_identity(folder, weights_cache))
     kept = json_file is None and not quick
     began = time.monotonic()
@@ -104,7 +104,7 @@ def run(
         )
         if onto is not None:
             # What is there by now: another run may have ended meanwhile.
-            table = merged(results.load(there), table, list(measuring.everything()))
+            table = merged(results.load(there), table, list(measuring.everything(name)))
     _print(rich_table(table))
     for codec_name, why in table.left_out.items():
         tell(f"left out: {codec_name}: {why}")

@@ -34,27 +34,32 @@ WINDOWS = 5
 SPEED_TOKENS = 1024
 
 
-def everything() -> dict[str, Codec]:
-    """What can be measured, in the order of a table: the registered codecs, those of the
+def everything(model: str) -> dict[str, Codec]:
+    """What can be measured on a model, in the order of a table: the registered codecs, those of its
     calibrations in the cache, the baselines.
     """
-    levels = [Kvtc(int(level), one) for one in stored() for level in one.header.steps]
+    # One calibrated from the hub is called org/model.
+    calibrations = [one for one in stored() if one.header.model.rpartition("/")[2] == model]
+    levels = [Kvtc(int(level), one) for one in calibrations for level in one.header.steps]
     return {**CODECS, **{codec.name: codec for codec in levels}, **BASELINES}
 
 
-def choose(names: Sequence[str]) -> dict[str, Codec]:
+def choose(names: Sequence[str], model: str) -> dict[str, Codec]:
     """The named codecs, and without names all there are but raw; the keys are their full names.
 
+    Args:
+        names: of codecs; of a level of the model's only calibration the short form will do: kvtc-2.
+        model: its name, as `kvstrata calibrate` put it down.
     Raises:
         UsageError: there is no such codec.
     """
-    known = everything()
+    known = everything(model)
     if not names:
         return {name: codec for name, codec in known.items() if name != "raw"}
     chosen = {}
     for name in names:
-        codec = known.get(name) or codec_named(name)
-        # Of a calibration's level the short form may be asked for: kvtc-2.
+        ours = [full for full in known if full.startswith(f"{name}@")]
+        codec = known.get(ours[0] if len(ours) == 1 else name) or codec_named(name)
         chosen[name if name in known else codec.name] = codec
     return chosen
 
@@ -171,7 +176,7 @@ def measure_speeds(
     """
     codecs: list[Codec] = []
     for row in table.codecs:
-        codecs += choose([row.name]).values()
+        codecs += choose([row.name], table.model).values()
         if (codecs[-1].family, codecs[-1].parameters().hex()) != (row.family, row.parameters):
             raise UsageError(f"{row.name} is not what the table measured: measure it again")
     model = Model(folder)
