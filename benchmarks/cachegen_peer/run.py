@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +141,8 @@ def measure(options: Options) -> list[Row]:
     tokens = max(lengths) + tasks.CONTINUATION + 1
     pieces = tasks.windows(model.tokenizer, quality.held_out_text(), tokens, count)
     ours = [Case(name, []) for name in OURS]
+    deep = {name: codec for name, codec in quality.everything(folder.name).items() if "@" in name}
+    others = [Case(name, []) for name in deep]
     theirs = [
         Case(f"LMCache, {peer.bins} bins, chunks of {size}", [], peer.table_bits(size))
         for peer in peers
@@ -149,22 +152,32 @@ def measure(options: Options) -> list[Row]:
         window = Window(model, piece, lengths, options.seed + seed)
         for case in ours:
             case.windows.append(window.sample(CODECS[case.name]))
+        for case in others:
+            case.windows.append(window.sample(deep[case.name]))
         for i, peer in enumerate(peers):
             for case, samples in zip(theirs[2 * i :], sample_peer(peer, window), strict=False):
                 case.windows.append(samples)
         say(f"window {seed + 1} of {count}")
-    frontier = [scores(case.windows, 0) for case in ours]
+    found = {case.name: scores(case.windows, 0) for case in (*ours, *others)}
+    frontier = [found[case.name] for case in ours]
     return [
         *(
-            Row(NAME, case.name, found.bits, None, unit="bits an element", detail=words(found))
-            for case, found in zip(ours, frontier, strict=True)
+            Row(NAME, name, one.bits, None, unit="bits an element", detail=words(one))
+            for name, one in found.items()
         ),
-        *(compared(case, frontier) for case in theirs),
+        *(
+            compared(case, frontier, {case.name: found[case.name] for case in others})
+            for case in theirs
+        ),
     ]
 
 
-def compared(case: Case, frontier: list[Scores]) -> Row:
-    """Its bits over ours at the same divergence, our levels joined by lines of log KL."""
+def compared(case: Case, frontier: list[Scores], others: Mapping[str, Scores]) -> Row:
+    """Its bits over ours at the same divergence, our levels joined by lines of log KL.
+
+    Where they are fewer than our coarsest level's: over those of the codec among the others that
+    does no more damage with the fewest.
+    """
     found = scores(case.windows, 0)
     kl = [level.kl_mean.value for level in frontier]
     ours = float(np.interp(np.log(found.kl_mean.value), np.log(kl), [x.bits for x in frontier]))
@@ -176,6 +189,14 @@ def compared(case: Case, frontier: list[Scores]) -> Row:
     if found.kl_mean.value > max(kl):
         # Our coarsest level does less damage. With more bits than that LMCache loses all the same.
         detail += f", at a KL of only {max(kl):.2g}"
+        better = [name for name in others if others[name].kl_mean.value <= found.kl_mean.value]
+        if ratio < 1 and better:
+            name = min(better, key=lambda name: others[name].bits)
+            detail += f"; {name} {others[name].bits:.2f} bits at {others[name].kl_mean.value:.2g}"
+            ratio = found.bits / others[name].bits
+            return Row(
+                NAME, f"{case.name}: bits / {name}", ratio, 1.0, at_most=False, detail=detail
+            )
         if ratio < 1:
             return Row(NAME, f"{case.name}: bits / our fewest", ratio, None, detail=detail)
     return Row(NAME, f"{case.name}: bits / ours", ratio, 1.0, at_most=False, detail=detail)

@@ -15,7 +15,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
-AHEAD_S = 0.05
+AHEAD_S = 0.02
 """What may be under way, in seconds of the link: what was begun cannot be made coarser."""
 AT_LEAST = 2
 
