@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import re
-import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -492,42 +491,3 @@ def host_capacity_bytes(config: Config, available_bytes: int) -> int:
         size, have = units.format_size(encoded), units.approximate_size(available_bytes)
         raise ConfigError("memory.capacity", f"{size} of {have} leaves nothing for the pool")
     return wanted // 4096 * 4096
-
-
-def socket_path(
-    config: Config,
-    environ: Mapping[str, str] | None = None,
-    *,
-    uid: int | None = None,
-    temporary: Path = Path("/tmp"),
-) -> Path:
-    """The node's socket: the one that is configured, or one derived from `node_identity`.
-
-    That lies in ``$XDG_RUNTIME_DIR/kvstrata`` where the folder is there and ours, else in
-    ``/tmp/kvstrata-<uid>``. Nothing is created.
-
-    Raises:
-        ConfigError: the folder is somebody else's, who could then pose as the node.
-    """
-    if config.node != "auto":
-        return Path(config.node.removeprefix("unix:"))
-    uid = os.getuid() if uid is None else uid
-    name = f"{config.node_identity(uid)}.sock"
-    runtime = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
-    if os.path.isabs(runtime) and _owner(Path(runtime)) == uid:
-        path = Path(runtime) / "kvstrata" / name
-        if len(os.fsencode(path)) <= kinds.MAX_SOCKET_PATH:
-            return path
-    folder = temporary / f"kvstrata-{uid}"
-    if _owner(folder) not in (None, uid):
-        raise ConfigError("node", f"{folder} is not a folder of user {uid}; remove it")
-    return folder / name
-
-
-def _owner(folder: Path) -> int | None:
-    """Who owns a folder; None if nothing is there, -1 if it is something else (a link too)."""
-    try:
-        found = folder.lstat()
-    except OSError:
-        return None
-    return found.st_uid if stat.S_ISDIR(found.st_mode) else -1

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.config import Config, load_config, socket_path
+from kvstrata.config import Config, load_config
+from kvstrata.sockets import socket_path
 
 Start = Callable[[str], "subprocess.Popen[str]"]
 

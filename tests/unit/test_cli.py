@@ -25,11 +25,12 @@ from kvstrata import cli
 from kvstrata.cli import checks, doctor, join, serve
 from kvstrata.cli.canary import Canary
 from kvstrata.cli.counting import label_values, labelled, total
-from kvstrata.config import Config, load_config, socket_path
+from kvstrata.config import Config, load_config
 from kvstrata.errors import ConfigError, TierUnavailable
 from kvstrata.node import protocol as p
 from kvstrata.node.inprocess import InProcessNode
 from kvstrata.node.run import bind
+from kvstrata.sockets import socket_path
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20

@@ -26,11 +26,11 @@ from kvstrata.config import (
     file_system_bytes,
     host_capacity_bytes,
     load_config,
-    socket_path,
 )
 from kvstrata.config_file import read_file
 from kvstrata.errors import ConfigError
 from kvstrata.policies import POLICIES
+from kvstrata.sockets import socket_path
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[2]

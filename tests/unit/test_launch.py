@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.config import Config, load_config, socket_path
+from kvstrata.config import Config, load_config
 from kvstrata.errors import ConfigError, NodeUnavailable
 from kvstrata.node import launch
 from kvstrata.node.run import bind, prepare_folder
+from kvstrata.sockets import socket_path
 
 
 @pytest.fixture

@@ -50,8 +50,9 @@ def run(
     It is TOML, with the source of each value, and can be saved and used as a configuration file.
     Exit status 2 and one line on stderr if the configuration is wrong.
     """
-    from kvstrata.config import effective, host_capacity_bytes, socket_path
+    from kvstrata.config import effective, host_capacity_bytes
     from kvstrata.memory import available_bytes
+    from kvstrata.sockets import socket_path
     from kvstrata.units import approximate_size
 
     config = read_config(config_file, settings)

@@ -74,9 +74,9 @@ def run(
 def examine(config: Config) -> Iterator[Check]:
     """All checks of the node that this configuration names, in order."""
     from kvstrata.cli import checks
-    from kvstrata.config import socket_path
     from kvstrata.errors import KVStrataError
     from kvstrata.memory import available_bytes
+    from kvstrata.sockets import socket_path
 
     yield checks.check_vllm(checks.installed_vllm())
     try:
@@ -125,9 +125,9 @@ def attach(config: Config) -> tuple[NodeClient, str]:
     Raises:
         KVStrataError: as `kvstrata.node.launch.connect`.
     """
-    from kvstrata.config import socket_path
     from kvstrata.errors import NodeUnavailable
     from kvstrata.node.launch import connect
+    from kvstrata.sockets import socket_path
 
     try:
         client = join(config)

@@ -45,8 +45,8 @@ def join(config: Config) -> NodeClient:
         Incompatible: it speaks another protocol version.
         ConfigError: the socket's folder belongs to somebody else.
     """
-    from kvstrata.config import socket_path
     from kvstrata.node.launch import connect
+    from kvstrata.sockets import socket_path
 
     path = socket_path(config)
     try:

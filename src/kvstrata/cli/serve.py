@@ -41,9 +41,10 @@ def run(
     Without --socket the node listens where an on-demand node of this user and configuration
     would: engines with the same options and no `node` of their own find it.
     """
-    from kvstrata.config import effective, host_capacity_bytes, socket_path
+    from kvstrata.config import effective, host_capacity_bytes
     from kvstrata.memory import available_bytes
     from kvstrata.node.run import prepare_folder, run
+    from kvstrata.sockets import socket_path
     from kvstrata.units import approximate_size
 
     config = configured(config_file, settings, at)

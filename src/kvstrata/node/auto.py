@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from kvstrata.errors import KVStrataError
 from kvstrata.node.choosing import Choice
+from kvstrata.node.recoding import warm_up
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
@@ -93,7 +94,6 @@ class Tables:
 
     def _resolve(self, weights: str, compute_s: float) -> dict[str, Codec | None]:
         from kvstrata.codecs import codec_named
-        from kvstrata.node.recoding import warm_up
         from kvstrata.quality.choice import Place, candidates, choose
 
         rows = self._rows(weights)

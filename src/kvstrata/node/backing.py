@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from kvstrata.errors import (
     CorruptObject,
@@ -27,6 +26,7 @@ from kvstrata.node.bandwidth import Bandwidth
 from kvstrata.node.choosing import Choice
 from kvstrata.node.host import at_level, identity, order_name
 from kvstrata.node.index import Index
+from kvstrata.node.recoding import Encoded, encoded_object, restored_object
 from kvstrata.node.removals import ORDER_MASK, Removals
 from kvstrata.node.scratch import Scratch
 from kvstrata.node.tier_calls import TierCalls
@@ -34,15 +34,11 @@ from kvstrata.node.write_behind import Origin
 from kvstrata.objects import (
     ObjectHeader,
     split_object_id,
-    stored_bytes,
     verify_object,
 )
 from kvstrata.observe.counters import Counters
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.base import Found, Outcome, Tier
-
-if TYPE_CHECKING:
-    from kvstrata.node.recoding import Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -191,10 +187,10 @@ class Backing:
         def work() -> tuple[Outcome, ObjectHeader | None]:
             if nbytes == len(into):
                 outcome = self._fetch(name, into)
-                return outcome, _restored(into, name, into) if outcome is HIT else None
+                return outcome, restored_object(into, name, into) if outcome is HIT else None
             with self._scratch.buffer(nbytes) as stored:
                 outcome = self._fetch(name, stored)
-                return outcome, _restored(stored, name, into) if outcome is HIT else None
+                return outcome, restored_object(stored, name, into) if outcome is HIT else None
 
         return await self._read(key, part, nbytes, work, give_up)
 
@@ -404,8 +400,6 @@ class Backing:
             codec = choice.of(origin.weights, origin.cost / len(data))
             if codec is None:
                 return None
-            from kvstrata.node.recoding import encoded_object
-
             return encoded_object(codec, data, self._scratch, level)
 
         try:
@@ -531,13 +525,3 @@ class Backing:
         if not order or len(self._orders) >= ORDER_MASK:
             return self._orders.get(order, 0)
         return self._orders.setdefault(order, len(self._orders) + 1)
-
-
-def _restored(data: memoryview, name: bytes, into: memoryview) -> ObjectHeader:
-    """`restored_object`, without what codecs need to be imported where none was used."""
-    header = verify_object(data, name)
-    if header.codec == "raw" and stored_bytes(header.raw_length) == len(into) == len(data):
-        return header
-    from kvstrata.node.recoding import restored_object
-
-    return restored_object(data, name, into)

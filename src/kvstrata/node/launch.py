@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 
 from kvstrata.client import NodeClient
-from kvstrata.config import Config, socket_path
+from kvstrata.config import Config
 from kvstrata.errors import NodeUnavailable
 from kvstrata.node.run import prepare_folder
+from kvstrata.sockets import socket_path
 
 RETRY_S = 0.02
 

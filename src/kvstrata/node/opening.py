@@ -11,6 +11,7 @@ from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
 from kvstrata.node.auto import Auto, Tables
 from kvstrata.node.backing import Backing
 from kvstrata.node.choosing import Always, Choice, Exact
+from kvstrata.node.recoding import warm_up
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.quality.bound import Bound
@@ -86,7 +87,6 @@ def _choice(codec: str, tier: str, tables: Tables) -> Choice | None:
 def _ready(name: str) -> Codec:
     """The codec, compiled."""
     from kvstrata.codecs import codec_named
-    from kvstrata.node.recoding import warm_up
 
     codec = codec_named(name)
     warm_up(codec)

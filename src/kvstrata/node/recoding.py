@@ -3,20 +3,19 @@
 Host memory holds objects raw, so that a client copies them without asking how. Going down, an
 object is encoded with the tier's codec where that makes it smaller; coming up it is decoded by what
 its own header says, so objects of an earlier configuration stay readable. Both run in the tier's
-threads and touch nothing of the node's state.
+threads and touch nothing of the node's state. What codecs need is imported with the first of them:
+it is much, and a node without any is the better off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 
-from kvstrata.codecs import Codec, Payload, stored_codec
-from kvstrata.codecs.framing import decode, encode, encoded_bound
 from kvstrata.errors import CorruptObject, Incompatible, LayoutMismatch, UsageError
 from kvstrata.layout import ITEM_BYTES, Bytes, LayerGroup, native_order
 from kvstrata.node.scratch import Scratch
@@ -30,9 +29,15 @@ from kvstrata.objects import (
 )
 from kvstrata.objects import decode as decode_header
 
+if TYPE_CHECKING:
+    from kvstrata.codecs import Codec, Payload
+
 
 def warm_up(codec: Codec) -> None:
     """Encode and decode a little of everything, so that no first use has to compile on the way."""
+    from kvstrata.codecs import Payload
+    from kvstrata.codecs.framing import decode, encode, encoded_bound
+
     scratch = Scratch(1)
     for dtype in ITEM_BYTES:
         payload = Payload((1, 2, 1, 128, 64), dtype)
@@ -66,6 +71,8 @@ def encoded_object(
     Returns:
         None where the object should be kept as it is: encoding cannot make it smaller.
     """
+    from kvstrata.codecs.framing import encode, encoded_bound
+
     header = decode_header(data[:HEADER_BYTES])
     if codec.family == "raw" or header.codec != "raw" or header.dtype not in ITEM_BYTES:
         return None
@@ -122,6 +129,9 @@ def restored_object(data: memoryview, object_id: bytes, into: memoryview) -> Obj
         return header
     if len(data) >= len(into):
         raise CorruptObject(f"{header.codec} made {len(into)} bytes no smaller: {len(data)}")
+    from kvstrata.codecs import stored_codec
+    from kvstrata.codecs.framing import decode
+
     codec = stored_codec(header.codec, header.codec_parameters)
     try:
         payload = _payload(header, codec)
@@ -150,6 +160,8 @@ def restored_object(data: memoryview, object_id: bytes, into: memoryview) -> Obj
 
 def _payload(header: ObjectHeader, codec: Codec) -> Payload:
     """What the codec sees of an object: numbers in a known order, or for a lossless one words."""
+    from kvstrata.codecs import Payload
+
     if header.kind == "portable" and len(header.shape) == 5:
         layers, states, heads, tokens, dim = header.shape
         payload = Payload((layers, states, heads, tokens, dim), header.dtype, header.start)

@@ -21,11 +21,12 @@ from pathlib import Path
 
 import uvloop
 
-from kvstrata.config import Config, load_config, socket_path
+from kvstrata.config import Config, load_config
 from kvstrata.errors import ConfigError, KVStrataError
 from kvstrata.keys import load_secret
 from kvstrata.node.node import Node
 from kvstrata.node.server import Server
+from kvstrata.sockets import socket_path
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from kvstrata.client import NodeClient
-from kvstrata.config import Config, load_config, socket_path
+from kvstrata.config import Config, load_config
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
 from kvstrata.node.launch import connect
+from kvstrata.sockets import socket_path
 
 W = TypeVar("W", bound="Workplace")
 
