@@ -214,6 +214,16 @@ def test_doctor_starts_a_node_on_demand_and_status_does_not(commands: Commands) 
     assert commands.run("status").returncode == 1
 
 
+def test_doctor_goes_through_every_tier(commands: Commands) -> None:
+    commands.environ["KVSTRATA_MEMORY_CAPACITY"] = "16MiB"
+    doctor = commands.run("doctor")
+    assert doctor.returncode == 0, doctor.stdout
+    lines = [line for line in doctor.stdout.splitlines() if "read:" in line]
+    assert [line.split(":")[0] for line in lines] == [
+        f"ok    {tier} read" for tier in ("host", "memory", "disk")
+    ]
+
+
 def test_a_service_without_a_socket_is_found_by_on_demand_clients(commands: Commands) -> None:
     service = commands.serve()
     read_until(service, "serving on ")
