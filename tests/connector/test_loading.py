@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -464,3 +465,31 @@ def test_requests_that_vllm_passes_over_do_not_keep_others_waiting(make_rig: Mak
         request.status = RequestStatus.FINISHED_ABORTED
         rig.connector.request_finished(request, [])
     rig.check()
+
+
+def test_vllm_is_told_where_tokens_came_from(make_rig: Make, tmp_path: Path) -> None:
+    """Encoded objects in host memory are in host memory."""
+    rig = make_rig(
+        extra={
+            "memory.capacity": "4MiB",
+            "disk.path": str(tmp_path / "disk"),
+            "disk.capacity": "8MiB",
+        }
+    )
+    rig.warm(prompt(4 * CHUNK + 8))
+    rig.reset()
+    told: list[dict[str, int]] = []
+    ask = rig.side.hit_sources
+    rig.side.hit_sources = lambda *them: told.append(ask(*them)) or told[-1]  # type: ignore
+
+    for cleared, source in ((["host"], "host"), (["host", "memory"], "disk"), ([], "host")):
+        assert rig.node is not None
+        client = rig.node.connect()
+        client.flush()
+        if cleared:
+            client.clear(tiers=cleared)
+        client.close()
+        told.clear()
+        assert rig.ask(prompt(4 * CHUNK + 8)) == 4 * CHUNK
+        assert told == [{source: 4 * CHUNK}]
+        rig.reset()

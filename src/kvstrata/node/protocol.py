@@ -37,6 +37,7 @@ class Hello(_Message, tag="hello", frozen=True):
     node: bytes
     capacity_bytes: int
     secret: bytes
+    tiers: list[str] = msgspec.field(default_factory=list)
 
 
 class Match(_Message, tag="match", frozen=True):

@@ -214,6 +214,7 @@ class Server:
                 self._identity,
                 self.node.host.pool.capacity_bytes,
                 self._secret,
+                [backing.name for backing in self.node.backings],
             )
             connected.setblocking(False)
             socket.send_fds(connected, [p.encode(hello)], [self.node.host.pool.fd])

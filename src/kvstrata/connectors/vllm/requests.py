@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import Counter
 from typing import Any
 
 from kvstrata.client import Call
@@ -45,7 +46,7 @@ class RequestState:
         self.num_stored = 0
         # for the record
         self.arrived_at = time.monotonic()
-        self.hit_chunks = [0, 0]
+        self.hit_chunks: Counter[int] = Counter()  # by the number of their tier
         self.loaded_tokens = 0
         self.loaded_how = ""
         self.stored_chunks = 0
@@ -90,7 +91,7 @@ class RequestState:
             "tokens": self.request.num_tokens,
             "prompt_tokens": self.request.num_prompt_tokens,
             "host_tokens": self.hit_chunks[0] * chunk_tokens,
-            "slower_tokens": self.hit_chunks[1] * chunk_tokens,
+            "slower_tokens": (self.hit_chunks.total() - self.hit_chunks[0]) * chunk_tokens,
             "local_tokens": self.local_tokens,
             "loaded_tokens": self.loaded_tokens,
             "load": self.loaded_how if self.loaded_tokens else "",
