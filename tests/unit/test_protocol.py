@@ -14,8 +14,8 @@ TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096)
 
 GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     (
-        p.Hello(1, "0.1.0", 7, b"n", 8192, b"s"),
-        "1800000097a568656c6c6f01a5302e312e3007c4016ecd2000c40173",
+        p.Hello(1, "0.1.0", 7, b"n", 8192, b"s", ["disk"]),
+        "1e00000098a568656c6c6f01a5302e312e3007c4016ecd2000c4017391a46469736b",
     ),
     (
         p.Match(1, b"k", [0, 65537], ["a/b"], [4096, 5]),
