@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import numpy as np
-from tests.support.nodes import NAMESPACE, arrive, chunk_keys
+from tests.support.nodes import NAMESPACE, arrive, chunk_keys, until
 
 from kvstrata.client import offsets_of
 from kvstrata.codecs.base import Payload
@@ -87,6 +87,14 @@ def used(node: Node) -> dict[str, int]:
     """Bytes in each slower tier."""
     tiers = node.status(ME, p.Status(1)).state["tiers"]
     return {tier["name"]: tier["used_bytes"] for tier in tiers}
+
+
+async def timed(node: Node) -> None:
+    """Wait until it is known how fast the slower tiers are that need it."""
+    for backing in node.backings:
+        if backing.load_target_s or (backing.choice is not None and backing.choice.needs_speed):
+            await until(lambda b=backing: b.place() is not None)  # type: ignore[misc]
+            await until(lambda b=backing: not b.index.claimed_bytes)  # type: ignore[misc]
 
 
 def stored_codec(node: Node, number: int = 0) -> tuple[str, bytes]:

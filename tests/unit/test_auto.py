@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.nodes import clear, flush, until
-from tests.support.real_nodes import ME, chunk, load, on_real_node, store, stored_codec
+from tests.support.nodes import clear, flush
+from tests.support.real_nodes import ME, chunk, load, on_real_node, store, stored_codec, timed
 
 from kvstrata.codecs import codec_named
 from kvstrata.errors import ConfigError
@@ -73,7 +73,7 @@ def named(name: str) -> tuple[str, bytes]:
 
 async def _store(node: Node, weights: str) -> tuple[str, bytes]:
     # A choice waits until all tiers have been measured.
-    await until(lambda: all(backing.state == "ok" for backing in node.backings))
+    await timed(node)
     store(node, weights)
     await flush(node, ME)
     return stored_codec(node)

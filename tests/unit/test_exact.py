@@ -1,20 +1,36 @@
-"""``codec = exact``, the disk's default: raw or lossless, whichever the tier gives back sooner."""
+"""``codec = exact``, the disk's default: raw, or lossless where a tier is slow."""
 
 from __future__ import annotations
 
-import time
+import logging
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support.nodes import clear, flush, until
-from tests.support.real_nodes import KEYS, ME, chunk, load, on_real_node, store, stored_codec
+from tests.support.real_nodes import (
+    KEYS,
+    ME,
+    NBYTES,
+    chunk,
+    load,
+    on_real_node,
+    store,
+    stored_codec,
+    timed,
+    used,
+)
 
+from kvstrata.node import backing, choosing
 from kvstrata.node import protocol as p
-from kvstrata.node import trial
+from kvstrata.node.host import identity
 from kvstrata.node.node import Node
-from kvstrata.node.recoding import restored_object
+from kvstrata.objects import stored_bytes
+from kvstrata.quality.choice import Candidate, Place
 from kvstrata.tiers import disk
+from kvstrata.tiers.base import Outcome
 from kvstrata.tiers.throttled import ThrottledTier
 
 
@@ -28,19 +44,18 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "DiskTier", lambda path: ThrottledTier(inner(path), 100e6))
 
 
-def slow_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    def restored(data: memoryview, object_id: bytes, into: memoryview) -> None:
-        restored_object(data, object_id, into)
-        time.sleep(0.2 * (len(data) < len(into)))
+def decoder(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
+    def measured(codec: Any) -> Candidate:
+        return Candidate(codec.name, 10.8, bytes_per_s)
 
-    monkeypatch.setattr(trial, "restored_object", restored)
+    monkeypatch.setattr(choosing, "_timed", measured)
 
 
-async def stores_as(node: Node, family: str, number: int = 0) -> None:
-    await until(lambda: node.backings[0].state == "ok")
+async def stores_as(node: Node, family: str) -> None:
+    await timed(node)
     store(node)
     await flush(node, ME)
-    assert stored_codec(node, number)[0] == family
+    assert stored_codec(node)[0] == family
     (tier,) = node.status(ME, p.Status(1)).state["tiers"]
     assert tier["codec"] == f"exact ({family})"
     await clear(node, ME, tiers=["host"])
@@ -54,39 +69,104 @@ def test_a_slow_tier_stores_losslessly(
     on_real_node(lambda node: stores_as(node, "lossless"), options)
 
 
-def test_a_tier_faster_than_the_decoder_stores_raw(
+def test_a_slow_decoder_leaves_objects_raw(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    slow_decoder(monkeypatch)
+    slow_disk(monkeypatch)
+    decoder(monkeypatch, 10e6)
     on_real_node(lambda node: stores_as(node, "raw"), options)
 
 
-def test_another_start_decides_anew(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+@pytest.mark.parametrize(
+    ("disk_speed", "decoder_speed", "family"),
+    [(500e6, 2e9, "lossless"), (1500e6, 2e9, None), (700e6, 2e9, None), (5e9, 1e12, None)],
+)
+def test_lossless_has_to_be_clearly_sooner(
+    monkeypatch: pytest.MonkeyPatch, disk_speed: float, decoder_speed: float, family: str | None
 ) -> None:
-    async def test(node: Node) -> None:
-        await until(lambda: node.backings[0].state == "ok")
-        assert node.backings[0].index.num_objects == 3, "nothing is left of a trial"
-        assert (await load(node))[1] == [chunk(number) for number in range(3)]
-        await node.backings[0].drop([KEYS[0]])
-        await clear(node, ME, tiers=["host"])
-        await stores_as(node, "raw")
+    decoder(monkeypatch, decoder_speed)
+    codec = choosing.Exact().of("", 1.0, Place("disk", 1 << 30, disk_speed, cores=2))
+    assert (codec and codec.family) == family
 
-    slow_disk(monkeypatch)
-    on_real_node(lambda node: stores_as(node, "lossless"), options)
-    slow_decoder(monkeypatch)
-    on_real_node(test, options)
+
+def test_it_is_decided_once_and_not_before_the_tier_was_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder(monkeypatch, 2e9)
+    choice = choosing.Exact()
+    assert choice.of("", 1.0, None) is None
+    assert choice.name == "exact (raw so far)"
+    assert choice.of("", 1.0, Place("disk", 1 << 30, 100e6, 2)) is not None
+    assert choice.of("", 1.0, Place("disk", 1 << 30, 9e9, 2)) is not None
+    assert choice.name == "exact (lossless)"
 
 
 def test_a_broken_codec_leaves_objects_raw(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(data: memoryview, object_id: bytes, into: memoryview) -> None:
+    def broken(codec: object) -> Candidate:
         raise RuntimeError("no such instruction")
 
     async def test(node: Node) -> None:
         await stores_as(node, "raw")
-        assert node.counters.get("bugs_total", where="the trial of disk") == 1
+        assert "bugs_total" not in str(node.counters.snapshot())
 
-    monkeypatch.setattr(trial, "restored_object", broken)
+    slow_disk(monkeypatch)
+    monkeypatch.setattr(choosing, "_timed", broken)
+    with caplog.at_level(logging.WARNING):
+        on_real_node(test, options)
+    assert "no such instruction" in caplog.text
+
+
+def test_what_is_there_is_read_and_nothing_is_evicted(options: dict[str, Any]) -> None:
+    """A tier without room for the object that its speed is measured on."""
+
+    async def first(node: Node) -> None:
+        store(node)
+        await flush(node, ME)
+
+    async def second(node: Node) -> None:
+        await timed(node)
+        assert used(node)["disk"] == 3 * stored_bytes(NBYTES)
+        assert node.backings[0].find(KEYS[2], 0, None)
+
+    full = options | {"disk.capacity": "1MiB", "disk.codec": "raw"}
+    on_real_node(first, full)
+    on_real_node(second, full | {"disk.codec": "exact"})
+
+
+def test_what_a_killed_node_measured_on_is_deleted(options: dict[str, Any]) -> None:
+    name = identity(backing.PROBE_KEY, 0)
+
+    async def test(node: Node) -> None:
+        await timed(node)
+        assert used(node)["disk"] == 0
+        assert node.backings[0].tier.contains([name]) == [Outcome.MISS]
+
+    left = disk.DiskTier(options["disk.path"])
+    left.write([(name, memoryview(bytes(4096)))])
+    left.close()
     on_real_node(test, options)
+
+
+def test_a_disk_that_hangs_while_it_is_timed_is_off(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    hanging = threading.Event()
+
+    class Hanging(disk.DiskTier):
+        def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
+            hanging.wait(20)
+            return super().read(ids, into)
+
+    async def test(node: Node) -> None:
+        try:
+            await until(lambda: node.backings[0].state.startswith("off: no read has ended"))
+        finally:
+            hanging.set()
+        await until(lambda: node.backings[0].state == "ok")
+        store(node)
+        await flush(node, ME)
+
+    monkeypatch.setattr(disk, "DiskTier", Hanging)
+    on_real_node(test, options | {"deadlines.load": "300ms"})

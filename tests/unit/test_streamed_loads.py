@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 from tests.support.nodes import arrive, clear, flush, until
-from tests.support.real_nodes import KEYS, ME, NBYTES, VEC, chunk, load, on_real_node, store, used
+from tests.support.real_nodes import (
+    KEYS,
+    ME,
+    NBYTES,
+    VEC,
+    chunk,
+    load,
+    on_real_node,
+    store,
+    timed,
+    used,
+)
 
 from kvstrata.client import offsets_of
 from kvstrata.errors import ConfigError
@@ -70,6 +81,7 @@ def levels(node: Node) -> dict[str, float]:
 
 
 async def prepare(node: Node) -> None:
+    await timed(node)
     assert store(node) == 3
     await flush(node, ME)
     await clear(node, ME, tiers=["host"])
@@ -230,7 +242,7 @@ def test_copies_are_found_after_a_restart_and_go_with_their_chunk(options: dict[
 
     async def second(node: Node) -> None:
         backing = node.backings[0]
-        await until(lambda: backing.state == "ok")
+        await timed(node)
         assert (await load(node))[0] == [1, 1, 1]
         assert backing.index.num_objects == 9
         assert used(node) == before

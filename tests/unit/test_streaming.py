@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstrata.node.bandwidth import Bandwidth
 from kvstrata.node.streaming import Stream
 from kvstrata.testing.clock import ManualClock
 
@@ -154,3 +156,28 @@ def test_every_chunk_gets_one_answer(
     assert levels[: len(kept)] == kept
     if len(rates) == 1 and chunks * SIZES[2] / (rates[0] * MB) <= target * 0.999:
         assert link.clock() <= target * 1.001
+
+
+def test_a_link_with_latency_is_used_in_full() -> None:
+    """Many reads side by side are as fast as one there: what it brings grows with what is begun."""
+
+    async def run() -> None:
+        clock = ManualClock()
+        bandwidth = Bandwidth(clock)
+        stream = Stream([SIZES] * 60, 9.0, 1.0, lambda: bandwidth.bytes_per_s, 8, clock)
+        under_way: deque[float] = deque()
+        peak = 0
+        stream.start()
+        for number in range(60):
+            while number + len(under_way) < len(stream.levels):
+                under_way.append(clock() + 0.03)
+                bandwidth.begin()
+            peak = len(under_way)
+            clock.advance(max(0.0, under_way.popleft() - clock()))
+            bandwidth.end(int(SIZES[0]))
+            stream.done(number)
+            if number == 40:
+                assert peak == 8
+        assert set(stream.levels) == {0}
+
+    asyncio.run(run())

@@ -89,7 +89,7 @@ def learn(folder: str, num_tokens: int, text: str) -> Fit:
         raise UsageError(f"cannot load the model {folder}: {error}") from error
     model.eval().requires_grad_(False)
     frequencies = rotary_frequencies(model.config)
-    name = Path(folder).name if Path(folder).exists() else folder
+    name = Path(folder).resolve().name if Path(folder).exists() else folder
     documents = _documents(tokenizer.encode(text), num_tokens)
     fit: Fit | None = None
     for number, ids in enumerate(documents):

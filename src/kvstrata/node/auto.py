@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from kvstrata.errors import KVStrataError
 from kvstrata.node.choosing import Choice
 from kvstrata.node.recoding import warm_up
+from kvstrata.quality.choice import Place, allowed, candidates, choose
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
@@ -39,7 +39,7 @@ class Auto(Choice):
     """What the model's table says of one tier; see `Tables`."""
 
     lossless = False
-    contenders = ("raw",)  # for the tier's own speed; a codec's is in the table
+    needs_speed = True
 
     def __init__(self, tables: Tables, tier: str) -> None:
         self._tables = tables
@@ -50,7 +50,7 @@ class Auto(Choice):
         chosen = self._tables.chosen(self._tier)
         return f"auto ({', '.join(chosen)})" if chosen else "auto"
 
-    def of(self, weights: str, compute_s: float) -> Codec | None:
+    def of(self, weights: str, compute_s: float, place: Place | None) -> Codec | None:
         return self._tables.codecs(weights, compute_s)[self._tier]
 
 
@@ -94,23 +94,14 @@ class Tables:
 
     def _resolve(self, weights: str, compute_s: float) -> dict[str, Codec | None]:
         from kvstrata.codecs import codec_named
-        from kvstrata.quality.choice import Place, candidates, choose
 
         rows = self._rows(weights)
-        unmeasured = [b.name for b in self.backings if b.writable and not b.bandwidth.bytes_per_s]
+        unmeasured = [b.name for b in self.backings if b.writable and b.place() is None]
         if rows and unmeasured:
             # Their scans have not ended; the choice is for all tiers, and for long.
             self._retry_at[weights] = self._clock() + MEASURE_S
             rows = []
-        places = [
-            Place(
-                backing.name,
-                backing.index.capacity_bytes,
-                backing.bandwidth.bytes_per_s or 1e9,
-                min(backing.num_threads, os.cpu_count() or 1),
-            )
-            for backing in self.backings
-        ]
+        places = [b.place() or Place(b.name, b.index.capacity_bytes, 1e9, 1) for b in self.backings]
         options = candidates(rows)
         names = (
             choose(options, places, compute_s)
@@ -134,7 +125,6 @@ class Tables:
         self._retry_at.pop(weights, None)
         if not weights:
             return []
-        from kvstrata.quality.choice import allowed
         from kvstrata.quality.table import load
 
         path = self._folder / f"{weights}.json"

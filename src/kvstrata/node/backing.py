@@ -11,7 +11,11 @@ import asyncio
 import itertools
 import logging
 import math
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+
+from blake3 import blake3
 
 from kvstrata.errors import (
     CorruptObject,
@@ -38,6 +42,7 @@ from kvstrata.objects import (
 )
 from kvstrata.observe.counters import Counters
 from kvstrata.policies.base import Policy
+from kvstrata.quality.choice import Place
 from kvstrata.tiers.base import Found, Outcome, Tier
 
 logger = logging.getLogger(__name__)
@@ -45,7 +50,9 @@ logger = logging.getLogger(__name__)
 HIT = Outcome.HIT
 
 SCAN_SLICE = 256
-TRIAL_BYTES = 1 << 20  # for each codec, at most
+PROBE_BYTES, PROBE_READS = 1 << 20, 16
+PROBE_KEY = blake3(b"kvstrata probe").digest()
+"""Of an object of no chunk; one that a node left which ended meanwhile goes at the next scan."""
 
 
 class _Write:
@@ -118,6 +125,11 @@ class Backing:
         self._used: dict[bytes, int] = {}  # the number of each key's last use
         self._uses = itertools.count()
         self._clears = 0
+
+    def place(self) -> Place | None:
+        """What the choice of a codec depends on; None while nothing was read from the tier."""
+        speed, cores = self.bandwidth.bytes_per_s, min(self.num_threads, os.cpu_count() or 1)
+        return Place(self.name, self.index.capacity_bytes, speed, cores) if speed else None
 
     @property
     def readable(self) -> bool:
@@ -329,10 +341,11 @@ class Backing:
                 await asyncio.sleep(self._off.left_s)
         self._forgotten.clear()
         await self._removals.run(self.tier.delete)
-        await self._try()
         self._scanned.set()
         logger.info("%s: %d objects, %d bytes", self.name, self.index.num_objects,
                     self.index.used_bytes)  # fmt: skip
+        if self.load_target_s or (self.choice is not None and self.choice.needs_speed):
+            await self._probe()
 
     def clear(self) -> Awaitable[int]:
         """Forget everything, now; the answer, once later processes forget it too: how many objects.
@@ -396,8 +409,10 @@ class Backing:
         if choice is None:
             return None
 
+        place = self.place()
+
         def work() -> Encoded | None:
-            codec = choice.of(origin.weights, origin.cost / len(data))
+            codec = choice.of(origin.weights, origin.cost / len(data), place)
             if codec is None:
                 return None
             return encoded_object(codec, data, self._scratch, level)
@@ -424,31 +439,46 @@ class Backing:
             self.bandwidth.end(brought)
         return outcome
 
-    async def _try(self) -> None:
-        """Learn how fast the tier is, and what the choice of its codec depends on."""
-        contenders = self.choice.contenders if self.choice is not None else ()
-        if self.load_target_s:
-            contenders = contenders or ("raw",)
-        room = len(contenders) * TRIAL_BYTES
-        if not contenders or not self.writable or not await self._make_room(room):
-            return
+    async def _probe(self) -> None:
+        """Read a little in all threads, to know how fast the tier is before it matters.
 
-        def work() -> dict[str, float]:
-            from kvstrata.node.trial import trial
-
-            return trial(self.tier, self._fetch, contenders, self.num_threads)
-
+        Objects that are there, or one of no chunk where they are few and small.
+        """
+        known = [
+            (identity(key, part), entry & ~ORDER_MASK)
+            for key in itertools.islice(self.index.keys(), PROBE_READS)
+            for part, entry in self.index.objects(key)
+        ][:PROBE_READS]
+        few = sum(nbytes for _, nbytes in known) < PROBE_READS * PROBE_BYTES // 4
+        room = self.index.used_bytes + 4 * PROBE_BYTES <= self.index.capacity_bytes
         try:
-            seconds = await asyncio.wrap_future(self._calls.submit(work))
+            if few and room and self.writable and self.index.claim(PROBE_BYTES):
+                name = identity(PROBE_KEY, 0)
+                try:
+                    with self._scratch.buffer(PROBE_BYTES) as data:
+                        data[:] = os.urandom(PROBE_BYTES)
+                        await self._calls.call(lambda: self.tier.write([(name, data)]))
+                    await self._read_aside([(name, PROBE_BYTES)] * PROBE_READS)
+                finally:
+                    # It counts until it is gone.
+                    self._removals.add(PROBE_KEY, 0, PROBE_BYTES)
+                await self._removals.run(self.tier.delete)
+            else:
+                await self._read_aside(known)
         except TierUnavailable as error:
             self.trip(error)
-        except Exception as error:
-            report_bug(self._counters, f"the trial of {self.name}", error)
-        else:
-            if self.choice is not None:
-                self.choice.tried(self.name, seconds)
-        finally:
-            self.index.unclaim(room)
+
+    async def _read_aside(self, objects: list[tuple[bytes, int]]) -> None:
+        """Read these side by side, for the time that it takes."""
+
+        def work(name: bytes, nbytes: int) -> None:
+            with self._scratch.buffer(nbytes) as into:
+                self._fetch(name, into)
+
+        reads = [self._calls.read(partial(work, *one), lambda: None) for one in objects]
+        for failure in await asyncio.gather(*reads, return_exceptions=True):
+            if failure is not None:
+                raise failure
 
     async def _clear_tier(
         self, chunks: dict[bytes, tuple[object, ...]], count: int, held: int
@@ -507,7 +537,7 @@ class Backing:
             return
 
         def wanted() -> bool:
-            return clears == self._clears and key not in self._forgotten
+            return clears == self._clears and key not in self._forgotten and key != PROBE_KEY
 
         room = wanted() and (self.index.claim(found.nbytes) or await self._make_room(found.nbytes))
         if room and wanted():

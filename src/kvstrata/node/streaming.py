@@ -15,8 +15,9 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
-AHEAD_S = 0.02
-"""What may be under way, in seconds of the link: what was begun cannot be made coarser."""
+AHEAD_S = 0.01
+"""What may be under way, in seconds of the link and beyond what one read takes by itself: what was
+begun cannot be made coarser."""
 AT_LEAST = 2
 
 
@@ -48,7 +49,8 @@ class Stream:
         self._bytes_per_s = bytes_per_s
         self._clock = clock
         self._width = width
-        self._under_way: dict[int, float] = {}
+        self._under_way: dict[int, tuple[float, float]] = {}  # its bytes, and when it was begun
+        self._shortest_s = 0.0  # of the reads so far
         self._turns = [asyncio.Event() for _ in sizes]
 
     def start(self) -> None:
@@ -67,7 +69,10 @@ class Stream:
 
     def done(self, number: int) -> None:
         """A chunk has come, or will not."""
-        if self._under_way.pop(number, None) is not None:
+        begun = self._under_way.pop(number, None)
+        if begun is not None:
+            took = self._clock() - begun[1]
+            self._shortest_s = min(took, self._shortest_s or took)
             self._begin()
 
     def _begin(self) -> None:
@@ -79,7 +84,7 @@ class Stream:
                 self.levels += [None] * (len(self._sizes) - number)
             else:
                 self.levels.append(level)
-                self._under_way[number] = self._sizes[number][level]
+                self._under_way[number] = self._sizes[number][level], self._clock()
             for turn in self._turns[number : len(self.levels)]:
                 turn.set()
 
@@ -87,7 +92,8 @@ class Stream:
         count, rate = len(self._under_way), self._bytes_per_s()
         if count < AT_LEAST or rate is None:
             return count < self._width
-        return count < self._width and sum(self._under_way.values()) < rate * AHEAD_S
+        most = rate * (AHEAD_S + self._shortest_s)
+        return count < self._width and self._waiting_bytes() < most
 
     def _pick(self, number: int) -> int | None:
         rate = self._bytes_per_s()
@@ -96,7 +102,7 @@ class Stream:
         if not rate:
             return None
         left = self._ends_at - self._clock()
-        waiting = sum(self._under_way.values())
+        waiting = self._waiting_bytes()
         rest = self._sizes[number:]
         # How long until all is here, if this chunk and those behind it came at each level.
         times = [(waiting + sum(level)) / rate for level in zip(*rest, strict=True)]
@@ -109,3 +115,6 @@ class Stream:
         # to its senses.
         give_up = number > 0 and computed < times[fastest]
         return None if give_up or math.isinf(times[fastest]) else fastest
+
+    def _waiting_bytes(self) -> float:
+        return sum(nbytes for nbytes, _ in self._under_way.values())

@@ -38,8 +38,9 @@ def everything(model: str) -> dict[str, Codec]:
     """What can be measured on a model, in the order of a table: the registered codecs, those of its
     calibrations in the cache, the baselines.
     """
-    # One calibrated from the hub is called org/model.
-    calibrations = [one for one in stored() if one.header.model.rpartition("/")[2] == model]
+    # One calibrated from the hub is called org/model, and one of another name may fit all the same.
+    named = [one for one in stored() if one.header.model.rpartition("/")[2] == model]
+    calibrations = named or stored()
     levels = [Kvtc(int(level), one) for one in calibrations for level in one.header.steps]
     return {**CODECS, **{codec.name: codec for codec in levels}, **BASELINES}
 

@@ -46,7 +46,7 @@ class RequestState:
         self.num_stored = 0
         # for the record
         self.arrived_at = time.monotonic()
-        self.hit_chunks: Counter[int] = Counter()  # by the number of their tier
+        self.hit_chunks: Counter[str] = Counter()  # by the tier's name
         self.loaded_tokens = 0
         self.loaded_how = ""
         self.stored_chunks = 0
@@ -90,8 +90,8 @@ class RequestState:
             "outcome": outcome,
             "tokens": self.request.num_tokens,
             "prompt_tokens": self.request.num_prompt_tokens,
-            "host_tokens": self.hit_chunks[0] * chunk_tokens,
-            "slower_tokens": (self.hit_chunks.total() - self.hit_chunks[0]) * chunk_tokens,
+            "host_tokens": self.hit_chunks["host"] * chunk_tokens,
+            "slower_tokens": (self.hit_chunks.total() - self.hit_chunks["host"]) * chunk_tokens,
             "local_tokens": self.local_tokens,
             "loaded_tokens": self.loaded_tokens,
             "load": self.loaded_how if self.loaded_tokens else "",

@@ -176,7 +176,9 @@ class SchedulerSide:
             keys=state.keys[first:last],
             blocks=self._targets(blocks.get_block_ids()[0], state.local_tokens, end, first, last),
         )
-        state.hit_chunks.update(state.tiers[first:last])
+        slower = self._client.hello.tiers if self._client is not None else []
+        names = dict(enumerate(["host", *slower]))
+        state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
         state.loaded_how = "sync" if state.sync else "async"
         self._loads[request.request_id] = (state.lease, state.keys[first])
@@ -248,10 +250,8 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None or not num_external_tokens:
             return {}
-        names = self._client.hello.tiers if self._client is not None else []
-        disk = names.index("disk") + 1 if "disk" in names else 0
         # The tier of encoded objects is in host memory, too.
-        slower = min(num_external_tokens, state.hit_chunks[disk] * self._chunk) if disk else 0
+        slower = min(num_external_tokens, state.hit_chunks["disk"] * self._chunk)
         sources = {
             CacheHitSource.HOST: num_external_tokens - slower,
             CacheHitSource.DISK: slower,
