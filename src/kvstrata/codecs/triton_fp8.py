@@ -143,6 +143,7 @@ def _decode(  # type: ignore[no-untyped-def]
     normal = (((code & 0x7F) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     subnormal = (code & 7).to(tl.float32) * 0.001953125
     x = tl.where((code & 0x78) == 0, subnormal, normal)
-    x = tl.where(code < 128, x, -x) * scale
+    # By its bit: not every release negates a zero.
+    x = (x.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True) * scale
     x = tl.where(x < limit, x, limit)
     tl.store(out + base, tl.where(x > -limit, x, -limit), mask=here)
