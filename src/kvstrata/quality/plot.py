@@ -47,7 +47,7 @@ def plot(table: Table, path: Path) -> None:
         else:
             axes.plot(bits, floor, "v", **style)
         axes.annotate(
-            measured.name + ("" if measured in coded else " (KL 0)"),
+            measured.name.partition("@")[0] + ("" if measured in coded else " (KL 0)"),
             (bits, kl.value if measured in coded else floor),
             # What is dominated lies above and right of the frontier: so do its labels.
             xytext=(-5, -5) if wins else (5, 3),
