@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ NAME = "streaming"
 NUM_DOCUMENTS = 4
 TARGET_S = 0.45
 DROP_S = 0.1
+PAUSE_S = 1.5
 COARSER = "cachegen-1, cachegen-3, cachegen-5"
 # In words, MB/s at first, MB/s after DROP_S of a load.
 LINKS = (
@@ -51,7 +53,7 @@ class Dropping(ThrottledTier):
 
     def read(self, ids, into):
         now = time.monotonic()
-        if now > self.asked + 1.0:
+        if now > self.asked + {pause} / 2:
             self.began = now
         self.asked = now
         self.set_rate(({first} if now < self.began + {drop} else {then}) * 1e6)
@@ -100,7 +102,7 @@ def same(answer: Answer, exact: list[int]) -> float:
 def measured(options: Options, prompts: Prompts, first: int, then: int, target: bool) -> Measured:
     """Ask about each document with only the disk tier holding it."""
     result = Measured()
-    service = THROTTLED.format(first=first, then=then, drop=DROP_S) + SERVE
+    service = THROTTLED.format(first=first, then=then, drop=DROP_S, pause=PAUSE_S) + SERVE
     with disk_folder(options) as folder:
         settings = {
             "host.capacity": "1GiB",
@@ -120,6 +122,8 @@ def measured(options: Options, prompts: Prompts, first: int, then: int, target: 
                 for number in range(NUM_DOCUMENTS):
                     asker.ledger.client.clear(tiers=["host"])
                     asker.engine.reset_prefix_cache()
+                    # The node may still bring up what vLLM had itself; and a load begins afresh.
+                    time.sleep(PAUSE_S)
                     before = levels(asker)
                     answer = asker.engine.ask(asker.prompts[number])
                     (record,) = asker.ledger.next()
