@@ -125,11 +125,14 @@ class Backing:
         self._used: dict[bytes, int] = {}  # the number of each key's last use
         self._uses = itertools.count()
         self._clears = 0
+        self._timed = False
 
     def place(self) -> Place | None:
-        """What the choice of a codec depends on; None while nothing was read from the tier."""
+        """What the choice of a codec depends on; None while the tier's speed is not known."""
         speed, cores = self.bandwidth.bytes_per_s, min(self.num_threads, os.cpu_count() or 1)
-        return Place(self.name, self.index.capacity_bytes, speed, cores) if speed else None
+        if not self._timed or not speed:
+            return None
+        return Place(self.name, self.index.capacity_bytes, speed, cores)
 
     @property
     def readable(self) -> bool:
@@ -346,6 +349,7 @@ class Backing:
                     self.index.used_bytes)  # fmt: skip
         if self.load_target_s or (self.choice is not None and self.choice.needs_speed):
             await self._probe()
+        self._timed = True
 
     def clear(self) -> Awaitable[int]:
         """Forget everything, now; the answer, once later processes forget it too: how many objects.
