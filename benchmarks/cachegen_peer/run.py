@@ -137,7 +137,7 @@ def measure(options: Options) -> list[Row]:
     folder = smollm2()
     peers = [Peer(folder, scale) for scale in SCALES]
     model = Model(folder)
-    lengths, count = ((1024,), 1) if options.quick else (quality.LENGTHS, quality.WINDOWS)
+    lengths, count = (1024,) if options.quick else quality.LENGTHS, quality.WINDOWS
     tokens = max(lengths) + tasks.CONTINUATION + 1
     pieces = tasks.windows(model.tokenizer, quality.held_out_text(), tokens, count)
     ours = [Case(name, []) for name in OURS]
