@@ -118,6 +118,21 @@ def test_a_broken_codec_leaves_objects_raw(
     assert "no such instruction" in caplog.text
 
 
+def test_a_bug_in_a_codec_is_counted_once_and_leaves_objects_raw(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    def broken(codec: object) -> Candidate:
+        raise ValueError("nobody foresaw this")
+
+    async def test(node: Node) -> None:
+        await stores_as(node, "raw")
+        assert node.counters.get("bugs_total", where="codec exact (raw)") == 1
+
+    slow_disk(monkeypatch)
+    monkeypatch.setattr(choosing, "_timed", broken)
+    on_real_node(test, options)
+
+
 def test_what_is_there_is_read_and_nothing_is_evicted(options: dict[str, Any]) -> None:
     """A tier without room for the object that its speed is measured on."""
 

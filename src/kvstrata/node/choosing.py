@@ -87,8 +87,8 @@ class Exact(Choice):
     def of(self, weights: str, compute_s: float, place: Place | None) -> Codec | None:
         with self._lock:
             if not self._decided and place is not None:
+                self._decided = True  # raw, should it fail: the caller counts that, once
                 self._codec = _sooner_than_raw(place)
-                self._decided = True
                 logger.info("%s reads %.0f MB/s: it stores %s", place.name,
                             place.bytes_per_s / 1e6, self.name)  # fmt: skip
             return self._codec
@@ -104,7 +104,8 @@ def _sooner_than_raw(place: Place) -> Codec | None:
         codec = codec_named("lossless")
         warm_up(codec)
         lossless = _timed(codec)
-    except Exception as error:
+    except (ImportError, OSError, RuntimeError) as error:
+        # The machine's, not ours: numba may find no folder to keep what it compiled.
         logger.warning("%s stores raw, since lossless does not work here: %s", place.name, error)
         return None
     return codec if MARGIN * lossless.load_s(place) < RAW.load_s(place) else None
