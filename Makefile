@@ -32,6 +32,7 @@ check: $(DEV_STAMP)  ## format, lint, types, documentation; needs no engine
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_imports.py
 	$(MAKE) --no-print-directory docs
 
 format: $(DEV_STAMP)  ## put the code into the one format, and fix what lint can fix

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from kvstrata.cli.counting import total
-from kvstrata.client import NodeClient
 from kvstrata.errors import KVStrataError
-from kvstrata.memory import total_bytes
+from kvstrata.memory.machine import total_bytes
 from kvstrata.testing.engine import compute_cores, wait_ready, wait_stored
 from kvstrata.testing.models import documents, smollm2
-from kvstrata.tiers.disk_folder import file_system_of
+from kvstrata.tiers.disk.folder import file_system_of
+from kvstrata.wire.client import NodeClient
 
 DOCUMENT_TOKENS = 2944  # 23 chunks of 128; with the question about 3,000
 CHUNK_TOKENS = 128

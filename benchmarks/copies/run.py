@@ -16,7 +16,7 @@ from benchmarks.common import BYTES_PER_TOKEN, CHUNK_TOKENS, Options, Row, expec
 from kvstrata.connectors.vllm.copies import CpuCopier, Plan, payload_address
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.layout import LayerGroup, native_order
-from kvstrata.memory import Pool
+from kvstrata.memory.pool import Pool
 from kvstrata.objects import HEADER_BYTES, stored_bytes
 
 NAME = "copies"

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from kvstrata.memory import Pool
+from kvstrata.memory.pool import Pool
 from kvstrata.tiers.base import Outcome
-from kvstrata.tiers.disk import DiskTier
-from kvstrata.tiers.disk_folder import file_system_of
+from kvstrata.tiers.disk.folder import file_system_of
+from kvstrata.tiers.disk.tier import DiskTier
 
 HEADER_BYTES = 4096
 # Payloads: 256 KiB; 128 tokens of SmolLM2-135M in bfloat16 (23,040 bytes each); 12 MiB.

@@ -29,7 +29,7 @@ from benchmarks.common import (
     spread,
 )
 
-from kvstrata.memory import Pool
+from kvstrata.memory.pool import Pool
 from kvstrata.objects import verify_object
 from kvstrata.testing.engine import Answer, Engine, Workplace
 

@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from kvstrata.client import NodeClient, offsets_of
 from kvstrata.config import Config, load_config
 from kvstrata.errors import KVStrataError
-from kvstrata.node import protocol as p
-from kvstrata.node.backing import Backing
-from kvstrata.node.host import identity
-from kvstrata.node.launch import connect
+from kvstrata.node.service.backing import Backing
 from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
 from kvstrata.observe.counters import Counters
+from kvstrata.parts import identity
 from kvstrata.policies import create_policy
-from kvstrata.tiers.disk_scan import file_name
+from kvstrata.tiers.disk.scan import file_name
 from kvstrata.tiers.memory import MemoryTier
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import NodeClient, offsets_of
+from kvstrata.wire.launch import connect
 
 SEED = 1
 NUM_KEYS = 782

@@ -18,6 +18,9 @@ A miss is a value, not an error. Only a connector turns these into misses.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class KVStrataError(Exception):
     """Base of everything KVStrata raises on purpose."""
@@ -67,3 +70,10 @@ class NodeUnavailable(KVStrataError):
 
 class UsageError(KVStrataError):
     """The calling code broke a documented rule."""
+
+
+def did_you_mean(word: str, words: Sequence[str], prefix: str = "") -> str:
+    """``"; did you mean lru?"``, or nothing where no word comes near beyond a common prefix."""
+    rests = [other.removeprefix(prefix) for other in words]
+    near = difflib.get_close_matches(word.removeprefix(prefix), rests, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

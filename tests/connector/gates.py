@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvstrata.config import Config
-from kvstrata.memory import Pool
-from kvstrata.node.backing import Backing
-from kvstrata.node.inprocess import InProcessNode
+from kvstrata.memory.pool import Pool
 from kvstrata.node.node import Node
+from kvstrata.node.process.inprocess import InProcessNode
+from kvstrata.node.service.backing import Backing
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.tiers.base import Outcome, Tier

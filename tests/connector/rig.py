@@ -39,8 +39,8 @@ from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
 from kvstrata.connectors.vllm.worker import WorkerSide
-from kvstrata.node.inprocess import InProcessNode
 from kvstrata.node.node import Node
+from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.testing import models
 
 

@@ -23,7 +23,7 @@ from kvstrata.connectors.vllm.copies import (
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.errors import UsageError
 from kvstrata.layout import LayerGroup, native_order
-from kvstrata.memory import Pool
+from kvstrata.memory.pool import Pool
 from kvstrata.objects import HEADER_BYTES
 
 Bytes = npt.NDArray[np.uint8]

@@ -20,8 +20,8 @@ from vllm.v1.request import RequestStatus
 
 from kvstrata.connectors.vllm import scheduler as scheduler_module
 from kvstrata.connectors.vllm.messages import StepMetadata
-from kvstrata.node import protocol as p
 from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.wire import protocol as p
 
 Make = Callable[..., Rig]
 

@@ -22,8 +22,8 @@ from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store
 from kvstrata.connectors.vllm.transfers import StoreJob, Transfers
 from kvstrata.connectors.vllm.worker import WorkerSide, chunk_cost
 from kvstrata.errors import CorruptObject, NodeUnavailable
-from kvstrata.node import protocol as p
 from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.wire import protocol as p
 
 Make = Callable[..., Rig]
 

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvstrata.client import NodeClient
 from kvstrata.objects import object_id
 from kvstrata.testing import engine as base
 from kvstrata.testing import models
+from kvstrata.wire.client import NodeClient
 
 CHUNK = 128
 NEW_TOKENS = 32

@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 from tests.engine.engine import Answer, Engine, Place, Prompt, Texts, eventually, request
 
-from kvstrata.client import NodeClient
 from kvstrata.errors import KVStrataError, NodeUnavailable, UsageError
 from kvstrata.objects import HEADER_BYTES, object_id
+from kvstrata.wire.client import NodeClient
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

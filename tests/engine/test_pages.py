@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pytest
 
 from kvstrata.layout import LayerGroup, native_order
+from kvstrata.quality.corpus import english_text
 from kvstrata.testing import models
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -70,7 +71,7 @@ def prompt(model: Path) -> list[int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    text = models.english_text()[: NUM_TOKENS * 10]
+    text = english_text()[: NUM_TOKENS * 10]
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)[:NUM_TOKENS]
     assert len(ids) == NUM_TOKENS
     return ids

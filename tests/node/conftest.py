@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 
 from kvstrata.config import Config, load_config
-from kvstrata.sockets import socket_path
+from kvstrata.wire.sockets import socket_path
 
 Start = Callable[[str], "subprocess.Popen[str]"]
 
 PRELUDE = """
 import os, sys, time, signal
-from kvstrata.client import offsets_of
+from kvstrata.wire.client import offsets_of
 from kvstrata.config import load_config
-from kvstrata.node.launch import connect
+from kvstrata.wire.launch import connect
 from kvstrata.objects import HEADER_BYTES, checksum
 from tests.support.nodes import *
 import json

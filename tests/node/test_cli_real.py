@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from kvstrata.cli.canary import Canary
-from kvstrata.client import NodeClient
 from kvstrata.config import load_config
-from kvstrata.node.launch import connect
+from kvstrata.wire.client import NodeClient
+from kvstrata.wire.launch import connect
 
 TIMEOUT_S = 60
 

@@ -9,10 +9,10 @@ import pytest
 from tests.node.conftest import Start
 from tests.support.nodes import NAMESPACE, ORDER, RAW, chunk_keys, payload, template
 
-from kvstrata.client import NodeClient, offsets_of
 from kvstrata.config import Config
-from kvstrata.node.launch import connect
 from kvstrata.objects import HEADER_BYTES
+from kvstrata.wire.client import NodeClient, offsets_of
+from kvstrata.wire.launch import connect
 
 IDLE = "pass"
 # The copy runs until the very end, into slots whose commit never comes.

@@ -15,8 +15,8 @@ from tests.node.conftest import Start, nodes_of, wait_for_end
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import NodeUnavailable
-from kvstrata.node.launch import connect
-from kvstrata.sockets import socket_path
+from kvstrata.wire.launch import connect
+from kvstrata.wire.sockets import socket_path
 
 
 def test_two_that_start_at_once_get_one_node(config: Config, start: Start) -> None:

@@ -37,14 +37,14 @@ from tests.support.nodes import (
     write,
 )
 
-from kvstrata.client import offsets_of
 from kvstrata.errors import TierFull, TierUnavailable
-from kvstrata.node import protocol as p
-from kvstrata.node.clients import Client
+from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.testing.clock import ManualClock
 from kvstrata.tiers.base import Outcome
 from kvstrata.tiers.faulty import Answer, FaultyTier, FlipBit, Raise
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 
 PROMPTS = [chunk_keys(4, prompt) for prompt in range(3)]
 ALL = [key for prompt in PROMPTS for key in prompt]

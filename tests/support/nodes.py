@@ -10,20 +10,20 @@ from collections.abc import Callable, Coroutine, Sequence
 from fractions import Fraction
 from typing import Any
 
-from kvstrata.client import offsets_of
 from kvstrata.codecs import codec_named
 from kvstrata.config import Config, HostConfig, LeaseConfig
-from kvstrata.memory import Pool
-from kvstrata.node import protocol as p
-from kvstrata.node.backing import Backing
-from kvstrata.node.choosing import Always
-from kvstrata.node.clients import Client
+from kvstrata.memory.pool import Pool
+from kvstrata.node.coding.choosing import Always
 from kvstrata.node.node import Node
+from kvstrata.node.service.backing import Backing
+from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.tiers.base import Tier
 from kvstrata.tiers.memory import MemoryTier
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 
 RAW = 5000
 SLOT = stored_bytes(RAW)

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from tests.support.nodes import NAMESPACE, arrive, chunk_keys, until
 
-from kvstrata.client import offsets_of
 from kvstrata.codecs.base import Payload
 from kvstrata.config import load_config
 from kvstrata.layout import LayerGroup, native_order
-from kvstrata.node import protocol as p
-from kvstrata.node.clients import Client
 from kvstrata.node.node import Node
+from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum, decode, object_id
 from kvstrata.testing.codecs import kv_like
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 
 VEC = "vllm/cpu-vec/b32/bfloat16"
 GROUP = LayerGroup(0, "full", 2, 3, 64, 2, "bfloat16")

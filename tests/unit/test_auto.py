@@ -12,12 +12,12 @@ from tests.support.real_nodes import ME, chunk, load, on_real_node, store, store
 
 from kvstrata.codecs import codec_named
 from kvstrata.errors import ConfigError
-from kvstrata.node import protocol as p
 from kvstrata.node.node import Node
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.choice import trouble
 from kvstrata.quality.table import Estimate, Measured, Scores, Table, path_for, save
 from kvstrata.testing.clock import ManualClock
+from kvstrata.wire import protocol as p
 
 WEIGHTS = "ab" * 32
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstrata.node.bandwidth import Bandwidth
+from kvstrata.node.service.bandwidth import Bandwidth
 from kvstrata.testing.clock import ManualClock
 
 MB = 1_000_000

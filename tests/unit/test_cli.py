@@ -27,10 +27,10 @@ from kvstrata.cli.canary import Canary
 from kvstrata.cli.counting import label_values, labelled, total
 from kvstrata.config import Config, load_config
 from kvstrata.errors import ConfigError, TierUnavailable
-from kvstrata.node import protocol as p
-from kvstrata.node.inprocess import InProcessNode
-from kvstrata.node.run import bind
-from kvstrata.sockets import socket_path
+from kvstrata.node.process.inprocess import InProcessNode
+from kvstrata.node.process.run import bind
+from kvstrata.wire import protocol as p
+from kvstrata.wire.sockets import socket_path
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -509,7 +509,7 @@ def test_doctor_finds_a_tier_that_takes_no_writes(
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("kvstrata.tiers.disk.os.pwritev", full)
+    monkeypatch.setattr("kvstrata.tiers.disk.tier.os.pwritev", full)
     found = examined(serving)
     assert found["disk write"].result == "FAIL"
     assert "No space left on device" in found["disk write"].message
@@ -543,7 +543,7 @@ def test_doctor_says_that_a_scan_has_not_ended(
         ended.wait(60)
         yield from ()
 
-    monkeypatch.setattr("kvstrata.tiers.disk.DiskTier.scan", scan)
+    monkeypatch.setattr("kvstrata.tiers.disk.tier.DiskTier.scan", scan)
     found = examined(start(settings(folder, deadlines__load="1s")))
     ended.set()
     for name in ("disk", "disk write"):
@@ -560,7 +560,7 @@ def test_doctor_says_when_reads_hang(
     steps = doctor.round_trip(client, serving.config)
     advance(steps, "disk write")
     ended = threading.Event()
-    monkeypatch.setattr("kvstrata.tiers.disk.DiskTier.read", lambda *_: ended.wait(60))
+    monkeypatch.setattr("kvstrata.tiers.disk.tier.DiskTier.read", lambda *_: ended.wait(60))
     check = next(steps)
     assert (check.name, check.result) == ("disk read", "FAIL")
     assert "0 of 16 chunks came back" in check.message or "only 0 of 16" in check.message
@@ -735,7 +735,7 @@ def test_disk_folder(
     assert disk is not None
     assert "does not exist" in checks.check_folder(disk, 0).message
     disk.path.mkdir()
-    monkeypatch.setattr("kvstrata.tiers.disk_folder.file_system_of", lambda path: kind)
+    monkeypatch.setattr("kvstrata.tiers.disk.folder.file_system_of", lambda path: kind)
     check = checks.check_folder(disk, 0)
     assert check.result == result
     assert words in check.message
@@ -745,7 +745,7 @@ def test_disk_folder_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch)
     disk = load_config(environ={}, overrides=settings(folder)).disk
     assert disk is not None
     disk.path.mkdir()
-    monkeypatch.setattr("kvstrata.tiers.disk_folder.file_system_of", lambda path: "ext4")
+    monkeypatch.setattr("kvstrata.tiers.disk.folder.file_system_of", lambda path: "ext4")
     free = os.statvfs_result((4096, 4096, 100, 100, 100, 0, 0, 0, 0, 255))
     monkeypatch.setattr("kvstrata.cli.checks.os.statvfs", lambda path: free)
     check = checks.check_folder(disk, 4 * MIB)

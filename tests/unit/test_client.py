@@ -13,7 +13,6 @@ import msgspec
 import pytest
 from tests.support.nodes import NAMESPACE, chunk_keys, template
 
-from kvstrata.client import MAX_UNSENT_BYTES, NodeClient, offsets_of
 from kvstrata.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -21,8 +20,9 @@ from kvstrata.errors import (
     NodeUnavailable,
     UsageError,
 )
-from kvstrata.memory import Pool
-from kvstrata.node import protocol as p
+from kvstrata.memory.pool import Pool
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import MAX_UNSENT_BYTES, NodeClient, offsets_of
 
 KEYS = chunk_keys(3)
 

@@ -34,15 +34,15 @@ from kvstrata.testing.tiers import (
     read_one,
     scan_all,
 )
-from kvstrata.tiers import disk as disk_module
-from kvstrata.tiers import disk_folder
 from kvstrata.tiers.base import Outcome, Tier
-from kvstrata.tiers.disk import MAX_QUARANTINED, MAX_SIZES, DiskTier
-from kvstrata.tiers.disk_folder import file_system_of
-from kvstrata.tiers.disk_scan import file_name, parse_name
+from kvstrata.tiers.disk import folder as disk_folder
+from kvstrata.tiers.disk import tier as disk_module
+from kvstrata.tiers.disk.folder import file_system_of
+from kvstrata.tiers.disk.scan import file_name, parse_name
+from kvstrata.tiers.disk.tier import MAX_QUARANTINED, MAX_SIZES, DiskTier
 from kvstrata.tiers.faulty import FaultyTier
 
-SOURCES = str(Path(disk_module.__file__).parents[2])
+SOURCES = str(Path(disk_module.__file__).parents[3])
 NOBODY = 65534
 
 
@@ -190,7 +190,7 @@ def test_a_second_opener_is_told_who_holds_it(tier: DiskTier, folder: Path) -> N
 
 def test_a_lock_ends_with_its_process(folder: Path) -> None:
     code = (
-        "import sys, time; from kvstrata.tiers.disk import DiskTier; "
+        "import sys, time; from kvstrata.tiers.disk.tier import DiskTier; "
         "tier = DiskTier(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -280,7 +280,7 @@ AS_NOBODY = """
 import os, sys, logging, encodings.idna
 from kvstrata.errors import *
 from kvstrata.testing.tiers import *
-from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.disk.tier import DiskTier
 logging.disable()
 os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
 folder = sys.argv[1]
@@ -420,7 +420,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 import os, sys
 from kvstrata.errors import *
 from kvstrata.testing.tiers import *
-from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.disk.tier import DiskTier
 tier = DiskTier(sys.argv[1])
 assert tier.file_system == "tmpfs"
 nbytes = 16 * PAGE
@@ -468,7 +468,7 @@ def test_a_read_only_mount(tmp_path: Path) -> None:
 import os, subprocess, sys, logging
 from kvstrata.errors import *
 from kvstrata.testing.tiers import *
-from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.disk.tier import DiskTier
 folder, REASON = sys.argv[1], "mounted read only"
 logging.disable()
 def raises(kind, call):
@@ -786,7 +786,7 @@ def test_no_interpreter_to_scan_with(tier: DiskTier, monkeypatch: pytest.MonkeyP
 def test_a_walk_imports_nothing_of_ours(tier: DiskTier) -> None:
     code = (
         "import runpy, sys; sys.argv = ['x', 'remove']; "
-        f"runpy.run_path({disk_module.__file__.replace('disk.py', 'disk_scan.py')!r}, "
+        f"runpy.run_path({disk_module.__file__.replace('tier.py', 'scan.py')!r}, "
         "run_name='__main__'); print(sorted(m for m in sys.modules if 'kvstrata' in m or m in "
         "('numpy', 'torch', 'msgspec')))"
     )
@@ -826,7 +826,7 @@ def test_no_write_while_what_was_cleared_takes_room(
 
 KILLED_CLEAR = """
 import mmap, os, signal, sys
-from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.disk.tier import DiskTier
 tier = DiskTier(sys.argv[1])
 ids = [bytes.fromhex(one) for one in sys.argv[3:]]
 tier.write([(one, memoryview(mmap.mmap(-1, 4096))) for one in ids])
@@ -876,7 +876,7 @@ def test_killed_between_any_two_steps_of_a_clear(tmp_path: Path) -> None:
 
 WRITER = """
 import mmap, os, sys, xxhash
-from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.disk.tier import DiskTier
 tier = DiskTier(sys.argv[1])
 data = memoryview(mmap.mmap(-1, 256 * 4096))
 data[:] = os.urandom(len(data))

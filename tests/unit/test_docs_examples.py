@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvstrata.config import Config, load_config
-from kvstrata.config_file import read_file
+from kvstrata.config.files import read_file
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/vllm.md")

@@ -23,15 +23,16 @@ from tests.support.real_nodes import (
     used,
 )
 
-from kvstrata.node import backing, choosing
-from kvstrata.node import protocol as p
-from kvstrata.node.host import identity
+from kvstrata.node.coding import choosing
 from kvstrata.node.node import Node
+from kvstrata.node.service import backing
 from kvstrata.objects import stored_bytes
+from kvstrata.parts import identity
 from kvstrata.quality.choice import Candidate, Place
-from kvstrata.tiers import disk
 from kvstrata.tiers.base import Outcome
+from kvstrata.tiers.disk import tier as disk
 from kvstrata.tiers.throttled import ThrottledTier
+from kvstrata.wire import protocol as p
 
 
 @pytest.fixture

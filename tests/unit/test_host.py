@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstrata.memory import Pool
-from kvstrata.node.host import HostMemory, Slot, SlotState, order_name
+from kvstrata.memory.pool import Pool
+from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.slot import Slot, SlotState
+from kvstrata.parts import order_name
 from kvstrata.policies import create_policy
 
 PAGE = 4096

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstrata.node.index import Index
+from kvstrata.node.common.index import Index
 from kvstrata.policies import create_policy
 
 KEYS = [bytes([number]) * 32 for number in range(6)]

@@ -12,9 +12,9 @@ import pytest
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import ConfigError, NodeUnavailable
-from kvstrata.node import launch
-from kvstrata.node.run import bind, prepare_folder
-from kvstrata.sockets import socket_path
+from kvstrata.node.process.run import bind
+from kvstrata.wire import launch
+from kvstrata.wire.sockets import prepare_folder, socket_path
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstrata.memory import Pool
-from kvstrata.node.clients import Client
-from kvstrata.node.host import HostMemory, Slot
-from kvstrata.node.leases import Lease, LeaseTable
+from kvstrata.memory.pool import Pool
+from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.leases import Lease, LeaseTable
+from kvstrata.node.slots.slot import Slot
 from kvstrata.policies import create_policy
 
 PAGE = 4096
@@ -35,8 +36,8 @@ def settle(host: HostMemory, slot: Slot, order: str | None = "a/b") -> None:
     else:
         host.publish(bytes([slot.offset // PAGE]) * 32, 0, slot, order)
     waiters, slot.waiters = slot.waiters or (), None
-    for lease in waiters:
-        lease.advance()
+    for tell in waiters:
+        tell()
 
 
 def table(host: HostMemory) -> LeaseTable:
@@ -103,7 +104,7 @@ def test_caps(host: HostMemory) -> None:
     assert (leases.room_for(a), leases.room_for(b)) == (5 * PAGE, 6 * PAGE)
     leases.release(lease)
     leases.release(lease)
-    assert (len(leases), a.leases, leases.leased_bytes) == (0, {}, 0)
+    assert (len(leases), a.leases, leases.leased_bytes) == (0, set(), 0)
 
 
 def test_a_slot_counts_once_however_many_lease_it(host: HostMemory) -> None:

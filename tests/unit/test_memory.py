@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvstrata import mapping as mapping_module
-from kvstrata import memory
+import kvstrata
 from kvstrata.errors import Incompatible, TierUnavailable, UsageError
-from kvstrata.memory import Pool, PoolMapping, SlotAllocator, available_bytes, total_bytes
+from kvstrata.memory import mapping as mapping_module
+from kvstrata.memory.allocator import SlotAllocator
+from kvstrata.memory.machine import available_bytes, total_bytes
+from kvstrata.memory.pool import Pool, PoolMapping
 
 PAGE = 4096
 
@@ -293,7 +295,7 @@ class TestAttach:
         ours, theirs = socket.socketpair()
         script = (
             "import socket, sys\n"
-            "from kvstrata.memory import PoolMapping\n"
+            "from kvstrata.memory.pool import PoolMapping\n"
             "s = socket.socket(fileno=int(sys.argv[1]))\n"
             "_, (fd,), _, _ = socket.recv_fds(s, 1, 1)\n"
             "m = PoolMapping.attach(fd, int(sys.argv[2]))\n"
@@ -302,7 +304,7 @@ class TestAttach:
         pool.view(0, 5)[:] = b"hello"
         with ours, theirs:
             socket.send_fds(ours, [b"x"], [pool.fd])
-            source = str(Path(memory.__file__).parents[1])
+            source = str(Path(kvstrata.__file__).parents[1])
             subprocess.run(
                 [sys.executable, "-c", script, str(theirs.fileno()), str(pool.capacity_bytes)],
                 pass_fds=[theirs.fileno()],

@@ -36,23 +36,23 @@ from tests.support.nodes import (
     write,
 )
 
-from kvstrata.client import offsets_of
 from kvstrata.config import load_config
 from kvstrata.errors import Incompatible, TierFull, TierUnavailable, UsageError
-from kvstrata.node import backoff as backoff_module
-from kvstrata.node import protocol as p
-from kvstrata.node.background import Threads
-from kvstrata.node.clients import Client
-from kvstrata.node.host import identity
-from kvstrata.node.inprocess import InProcessNode
+from kvstrata.node.common import backoff as backoff_module
+from kvstrata.node.common.background import Threads
 from kvstrata.node.node import Node
-from kvstrata.node.write_behind import Origin
+from kvstrata.node.process.inprocess import InProcessNode
+from kvstrata.node.service.origin import Origin
+from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, verify_object
+from kvstrata.parts import identity
 from kvstrata.testing.clock import ManualClock
 from kvstrata.tiers.base import Outcome
-from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.faulty import Answer, FaultyTier, FlipBit, Raise
 from kvstrata.tiers.memory import MemoryTier
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 
 ME, YOU = "pid 1", "pid 2"
 
@@ -352,7 +352,7 @@ class TestLeases:
             match(node, you, keys)
             reserve(node, me, chunk_keys(2, 1))
             node.end(me)
-            assert (me.leases, me.reservations) == ({}, {})
+            assert (me.leases, me.reservations) == (set(), set())
             assert node.leases.leased_bytes == 2 * SLOT  # the other still has them
             assert node.host.allocated_bytes == 2 * SLOT
             assert len(node.leases) == 1

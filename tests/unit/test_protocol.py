@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstrata.errors import Incompatible
-from kvstrata.node import protocol as p
+from kvstrata.wire import protocol as p
 
 TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096)
 

@@ -24,6 +24,7 @@ from kvstrata.layout import Bytes, Elements
 from kvstrata.quality import metrics, tasks
 from kvstrata.quality.baselines import BASELINES
 from kvstrata.quality.coding import by_chunk, chunk, speeds, through
+from kvstrata.quality.corpus import english_text
 from kvstrata.quality.forms import HEADINGS, markdown
 from kvstrata.quality.merging import merged
 from kvstrata.quality.run import choose, held_out_text, measure, measure_speeds
@@ -41,7 +42,6 @@ from kvstrata.quality.table import (
     save,
 )
 from kvstrata.testing.codecs import kv_like
-from kvstrata.testing.models import english_text
 
 LENGTHS = (768, 1024)
 

@@ -30,14 +30,14 @@ from kvstrata.codecs.base import Payload
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
 from kvstrata.layout import LayerGroup, native_order
-from kvstrata.node import protocol as p
-from kvstrata.node.clients import Client
+from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object
+from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.node import Node
-from kvstrata.node.recoding import Encoded, encoded_object, restored_object
-from kvstrata.node.scratch import Scratch
+from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, decode, stored_bytes
 from kvstrata.testing.codecs import as_numbers, kv_like
 from kvstrata.tiers.memory import MemoryTier
+from kvstrata.wire import protocol as p
 
 GROUP = LayerGroup(0, "full", 2, 3, 64, 2, "bfloat16")
 PORTABLE = Payload((2, 2, 3, 128, 64), "bfloat16", 128)
@@ -294,6 +294,7 @@ def test_a_codec_that_fails_costs_nothing_but_space(monkeypatch: pytest.MonkeyPa
 
 def test_an_engine_never_imports_numba_through_us() -> None:
     """vLLM on the CPU cannot start where numba was imported before its worker."""
-    modules = "kvstrata.client, kvstrata.config, kvstrata.node.launch, kvstrata.node.inprocess"
+    names = ("wire.client", "config", "wire.launch", "node.process.inprocess")
+    modules = ", ".join(f"kvstrata.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from tests.support.nodes import NAMESPACE, ORDER, RAW, chunk_keys, make_node, payload, template
 
-from kvstrata.client import NodeClient, offsets_of
 from kvstrata.config import Config, load_config
 from kvstrata.errors import Incompatible, KVStrataError, NodeUnavailable, UsageError
-from kvstrata.node import protocol as p
-from kvstrata.node import server as server_module
-from kvstrata.node.inprocess import InProcessNode
+from kvstrata.node.process import server as server_module
+from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.objects import HEADER_BYTES, checksum
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import NodeClient, offsets_of
 
 KEYS = chunk_keys(3)
 

@@ -25,14 +25,14 @@ from tests.support.real_nodes import (
     used,
 )
 
-from kvstrata.client import offsets_of
 from kvstrata.errors import ConfigError
-from kvstrata.node import protocol as p
-from kvstrata.node.bandwidth import Bandwidth
 from kvstrata.node.node import Node
+from kvstrata.node.service.bandwidth import Bandwidth
 from kvstrata.objects import HEADER_BYTES, decode, stored_bytes
 from kvstrata.testing.clock import ManualClock
 from kvstrata.tiers.throttled import ThrottledTier
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 
 RAW_S = stored_bytes(NBYTES) / 100e6  # what one raw chunk takes at 100 MB/s
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.node.bandwidth import Bandwidth
-from kvstrata.node.streaming import Stream
+from kvstrata.node.service.bandwidth import Bandwidth
+from kvstrata.node.service.streaming import Stream
 from kvstrata.testing.clock import ManualClock
 
 MB = 1_000_000.0

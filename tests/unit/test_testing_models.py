@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvstrata.errors import UsageError
+from kvstrata.quality.corpus import english_text
 from kvstrata.testing import models
 
 
@@ -40,7 +41,7 @@ def test_documents_are_the_same_for_the_same_seed_only() -> None:
 
 def test_a_document_longer_than_the_text_goes_round() -> None:
     tokenizer = Words()
-    num_words = len(tokenizer.encode(models.english_text()))
+    num_words = len(tokenizer.encode(english_text()))
     (document,) = models.documents(1, 2 * num_words, tokenizer)
     assert len(document) == 2 * num_words
 

@@ -219,7 +219,7 @@ def _documents(ids: list[int], num_tokens: int) -> list[list[int]]:
 
 def _text(path: Path | None) -> str:
     if path is None:
-        from kvstrata.testing.models import english_text
+        from kvstrata.quality.corpus import english_text
 
         # What follows the first half is left for those who measure.
         whole = english_text()

@@ -15,7 +15,6 @@ from statistics import quantiles
 
 import numpy as np
 
-from kvstrata.client import NodeClient, offsets_of
 from kvstrata.errors import (
     CorruptObject,
     DeadlineExceeded,
@@ -24,8 +23,9 @@ from kvstrata.errors import (
     TierUnavailable,
 )
 from kvstrata.keys import KeyChain, Namespace
-from kvstrata.node import protocol as p
 from kvstrata.objects import HEADER_BYTES, checksum, object_id, stored_bytes, verify_object
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import NodeClient, offsets_of
 
 ABSENT = p.ABSENT
 PART = 0

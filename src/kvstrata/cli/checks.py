@@ -18,7 +18,7 @@ from kvstrata.units import approximate_size
 
 if TYPE_CHECKING:
     from kvstrata.config import Config, DiskConfig
-    from kvstrata.node.protocol import Hello
+    from kvstrata.wire.protocol import Hello
 
 TESTED_VLLM = "0.32.0"
 SMALL_POOL_BYTES = 512 << 20
@@ -163,7 +163,7 @@ def check_left_out(why: str) -> Check:
 
 def check_folder(disk: DiskConfig, used_bytes: int) -> Check:
     """The disk tier's folder is on a disk, with the room that it was promised."""
-    from kvstrata.tiers.disk_folder import file_system_of
+    from kvstrata.tiers.disk.folder import file_system_of
 
     if trouble := folder_trouble(disk.path):
         return Check("disk folder", "FAIL", trouble)

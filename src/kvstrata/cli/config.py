@@ -51,9 +51,9 @@ def run(
     Exit status 2 and one line on stderr if the configuration is wrong.
     """
     from kvstrata.config import effective, host_capacity_bytes
-    from kvstrata.memory import available_bytes
-    from kvstrata.sockets import socket_path
+    from kvstrata.memory.machine import available_bytes
     from kvstrata.units import approximate_size
+    from kvstrata.wire.sockets import socket_path
 
     config = read_config(config_file, settings)
     socket, available = socket_path(config), available_bytes()

@@ -25,8 +25,8 @@ from kvstrata.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvstrata.client import NodeClient
     from kvstrata.testing.engine import Answer, Engine
+    from kvstrata.wire.client import NodeClient
 
 #: a prompt is computed in steps of so many tokens; documents are a whole number of them, so that
 #: cold and warm split the work alike and rounding gives no reason for another token

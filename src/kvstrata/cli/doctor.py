@@ -18,8 +18,8 @@ from kvstrata.units import approximate_size
 if TYPE_CHECKING:
     from kvstrata.cli.canary import Canary, Step
     from kvstrata.cli.checks import Check
-    from kvstrata.client import NodeClient
     from kvstrata.config import Config
+    from kvstrata.wire.client import NodeClient
 
 COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "FAIL": typer.colors.RED}
 NUM_CHUNKS = 16
@@ -75,8 +75,8 @@ def examine(config: Config) -> Iterator[Check]:
     """All checks of the node that this configuration names, in order."""
     from kvstrata.cli import checks
     from kvstrata.errors import KVStrataError
-    from kvstrata.memory import available_bytes
-    from kvstrata.sockets import socket_path
+    from kvstrata.memory.machine import available_bytes
+    from kvstrata.wire.sockets import socket_path
 
     yield checks.check_vllm(checks.installed_vllm())
     try:
@@ -123,11 +123,11 @@ def attach(config: Config) -> tuple[NodeClient, str]:
     """A client of the configured node, and in words how it was come by.
 
     Raises:
-        KVStrataError: as `kvstrata.node.launch.connect`.
+        KVStrataError: as `kvstrata.wire.launch.connect`.
     """
     from kvstrata.errors import NodeUnavailable
-    from kvstrata.node.launch import connect
-    from kvstrata.sockets import socket_path
+    from kvstrata.wire.launch import connect
+    from kvstrata.wire.sockets import socket_path
 
     try:
         client = join(config)

@@ -15,8 +15,8 @@ from kvstrata.cli.config import read_config
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable
 
 if TYPE_CHECKING:
-    from kvstrata.client import NodeClient
     from kvstrata.config import Config
+    from kvstrata.wire.client import NodeClient
 
 NodeOption = Annotated[
     str | None,
@@ -45,8 +45,8 @@ def join(config: Config) -> NodeClient:
         Incompatible: it speaks another protocol version.
         ConfigError: the socket's folder belongs to somebody else.
     """
-    from kvstrata.node.launch import connect
-    from kvstrata.sockets import socket_path
+    from kvstrata.wire.launch import connect
+    from kvstrata.wire.sockets import socket_path
 
     path = socket_path(config)
     try:

@@ -42,10 +42,10 @@ def run(
     would: engines with the same options and no `node` of their own find it.
     """
     from kvstrata.config import effective, host_capacity_bytes
-    from kvstrata.memory import available_bytes
-    from kvstrata.node.run import prepare_folder, run
-    from kvstrata.sockets import socket_path
+    from kvstrata.memory.machine import available_bytes
+    from kvstrata.node.process.run import run
     from kvstrata.units import approximate_size
+    from kvstrata.wire.sockets import prepare_folder, socket_path
 
     config = configured(config_file, settings, at)
     path = socket_path(config)

@@ -42,7 +42,7 @@ def run(
 
     It never starts a node. Exit status 1 and one line on stderr if none answers.
     """
-    from kvstrata.sockets import socket_path
+    from kvstrata.wire.sockets import socket_path
 
     config = configured(config_file, settings, node)
     client = join_or_exit(config)

@@ -11,8 +11,7 @@ from kvstrata.codecs.lossless import Lossless
 from kvstrata.codecs.quantized import INTEGERS
 from kvstrata.codecs.raw import Raw
 from kvstrata.codecs.rotated import TURBO
-from kvstrata.errors import Incompatible, UsageError
-from kvstrata.kinds import did_you_mean
+from kvstrata.errors import Incompatible, UsageError, did_you_mean
 
 __all__ = ["CODECS", "Codec", "Payload", "codec_named", "stored_codec"]
 

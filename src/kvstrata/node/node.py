@@ -21,24 +21,27 @@ import msgspec
 import kvstrata
 from kvstrata.config import Config, host_capacity_bytes
 from kvstrata.errors import UsageError
-from kvstrata.memory import Pool, available_bytes
-from kvstrata.node import protocol as p
-from kvstrata.node.background import Tasks
-from kvstrata.node.clients import Client
-from kvstrata.node.host import MAX_PART, PORTABLE, HostMemory, Slot, SlotState
-from kvstrata.node.leases import LeaseTable
-from kvstrata.node.movement import Movement, Wanted
+from kvstrata.memory.machine import available_bytes
+from kvstrata.memory.pool import Pool
+from kvstrata.node.common.background import Tasks
 from kvstrata.node.opening import open_backings
-from kvstrata.node.reservations import ReservationTable
-from kvstrata.node.sampling import Sampler
-from kvstrata.node.scrub import scrub
-from kvstrata.node.write_behind import Origin
+from kvstrata.node.service.movement import Movement, Wanted
+from kvstrata.node.service.origin import Origin
+from kvstrata.node.service.scrub import scrub
+from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.leases import LeaseTable
+from kvstrata.node.slots.reservations import ReservationTable
+from kvstrata.node.slots.sampling import Sampler
+from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.objects import stored_bytes
 from kvstrata.observe.counters import Counters
+from kvstrata.parts import MAX_PART, PORTABLE
 from kvstrata.policies import create_policy
+from kvstrata.wire import protocol as p
 
 if TYPE_CHECKING:
-    from kvstrata.node.backing import Backing
+    from kvstrata.node.service.backing import Backing
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +146,10 @@ class Node:
 
     def end(self, client: Client) -> None:
         """Let go of all that a client holds: it is dead, or said that no copy is under way."""
-        for lease in list(client.leases.values()):
-            self.leases.release(lease)
-        for reservation in list(client.reservations.values()):
-            self.reservations.abort(reservation)
+        for number in list(client.leases):
+            self.leases.release(self.leases[number])
+        for number in list(client.reservations):
+            self.reservations.abort(self.reservations[number])
 
     # reading
 

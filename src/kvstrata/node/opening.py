@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from kvstrata.config import Config, DiskConfig, MemoryConfig
 from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
-from kvstrata.node.auto import Auto, Tables
-from kvstrata.node.backing import Backing
-from kvstrata.node.choosing import Always, Choice, Exact
-from kvstrata.node.recoding import warm_up
+from kvstrata.node.coding.auto import Auto, Tables
+from kvstrata.node.coding.choosing import Always, Choice, Exact
+from kvstrata.node.coding.recoding import warm_up
+from kvstrata.node.service.backing import Backing
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.quality.bound import Bound
@@ -67,7 +67,7 @@ def open_backings(
 
 def _tier(part: MemoryConfig | DiskConfig) -> Tier:
     if isinstance(part, DiskConfig):
-        from kvstrata.tiers.disk import DiskTier
+        from kvstrata.tiers.disk.tier import DiskTier
 
         return DiskTier(part.path)
     from kvstrata.tiers.memory import MemoryTier

@@ -22,12 +22,12 @@ from kvstrata.identity import weights_identity
 from kvstrata.quality import tasks
 from kvstrata.quality.baselines import BASELINES
 from kvstrata.quality.coding import CHUNK_TOKENS, chunk, speeds, through
+from kvstrata.quality.corpus import english_text
 from kvstrata.quality.merging import comparable
 from kvstrata.quality.models import Model
 from kvstrata.quality.samples import Sample, Window
 from kvstrata.quality.scores import scores
 from kvstrata.quality.table import Exact, Measured, Table
-from kvstrata.testing.models import english_text
 
 LENGTHS = (1024, 4096, 7168)
 WINDOWS = 5

@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from kvstrata.client import NodeClient
 from kvstrata.config import Config, load_config
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
-from kvstrata.node.launch import connect
-from kvstrata.sockets import socket_path
+from kvstrata.wire.client import NodeClient
+from kvstrata.wire.launch import connect
+from kvstrata.wire.sockets import socket_path
 
 W = TypeVar("W", bound="Workplace")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvstrata.errors import UsageError
+from kvstrata.quality.corpus import english_text
 
 _RECIPE = 1
 """Part of each folder's name: raise it whenever a change below changes what is built."""
@@ -130,16 +131,6 @@ MODELS: dict[str, Callable[[], Path]] = {
     "tiny_llama": tiny_llama,
 }
 """Every model by the name the command line knows it by."""
-
-
-def english_text() -> str:
-    """About 700 KB of real English prose: Python's own language reference, ``pydoc_data.topics``.
-
-    The text is the same in each run of one Python version and differs between versions.
-    """
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def documents(count: int, tokens: int, tokenizer: Tokenizer, seed: int = 0) -> list[list[int]]:

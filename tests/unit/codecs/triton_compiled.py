@@ -21,7 +21,7 @@ from kvstrata.codecs.base import Payload
 from kvstrata.codecs.fp8 import Fp8
 from kvstrata.codecs.quantized import INTEGERS
 from kvstrata.codecs.rotated import Rotated
-from kvstrata.codecs.triton_kernels import decode_layer, encode_layer
+from kvstrata.codecs.triton.kernels import decode_layer, encode_layer
 from kvstrata.testing.codecs import kv_like
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.uint8: "*u8"}

@@ -82,7 +82,7 @@ def numbers_of(case: Case) -> Bytes:
 
 def compare(case: Case, device: str) -> str:
     """What differs: "same", "bytes", or "numbers" and where."""
-    from kvstrata.codecs.triton_kernels import decode_layer, encode_layer
+    from kvstrata.codecs.triton.kernels import decode_layer, encode_layer
 
     codec, payload = case.codec, case.payload
     raw = numbers_of(case)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from kvstrata.connectors.vllm.pages import Pages
-from kvstrata.memory import PoolMapping
+from kvstrata.memory.pool import PoolMapping
 from kvstrata.objects import HEADER_BYTES
 
 logger = logging.getLogger(__name__)

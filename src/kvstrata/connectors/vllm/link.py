@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 
-from kvstrata.client import NodeClient
 from kvstrata.config import Config
 from kvstrata.errors import KVStrataError
-from kvstrata.node.launch import connect
+from kvstrata.wire.client import NodeClient
+from kvstrata.wire.launch import connect
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from array import array
 from collections import Counter
 from typing import Any
 
-from kvstrata.client import Call
 from kvstrata.keys import KeyChain, MediaItem
+from kvstrata.wire.client import Call
 
 
 class RequestState:

@@ -13,7 +13,6 @@ from typing import Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvstrata.client import NodeClient, offsets_of
 from kvstrata.config import Config
 from kvstrata.connectors.vllm.fingerprint import Namespaces
 from kvstrata.connectors.vllm.link import Link
@@ -21,10 +20,11 @@ from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store, WorkerH
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError, NodeUnavailable
 from kvstrata.keys import KeyChain
-from kvstrata.node import protocol as p
-from kvstrata.node.host import PORTABLE
+from kvstrata.parts import PORTABLE
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.choice import trouble
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import NodeClient, offsets_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from kvstrata.client import NodeClient, offsets_of
 from kvstrata.config import DeadlineConfig
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.errors import CorruptObject, DeadlineExceeded, KVStrataError, NodeUnavailable
-from kvstrata.node import protocol as p
 from kvstrata.objects import HEADER_BYTES, checksum, decode
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import NodeClient, offsets_of
 
 logger = logging.getLogger(__name__)
 

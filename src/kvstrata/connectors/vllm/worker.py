@@ -11,7 +11,6 @@ import math
 import time
 from typing import Any
 
-from kvstrata.client import NodeClient
 from kvstrata.config import Config
 from kvstrata.connectors.vllm.copies import Copier, copy_runs, make_copier
 from kvstrata.connectors.vllm.link import Link
@@ -19,7 +18,8 @@ from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello, WorkerR
 from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe, self_test
 from kvstrata.connectors.vllm.transfers import Transfers
 from kvstrata.errors import Incompatible, KVStrataError
-from kvstrata.node import protocol as p
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import NodeClient
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The same codecs on a GPU, as Triton kernels."""

@@ -1,0 +1,169 @@
+"""What one configuration value may be: each kind parses, prints and describes itself.
+
+Every source writes values the same way, so a number may also be text: the environment and the
+command line have nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvstrata import units
+from kvstrata.errors import UsageError, did_you_mean
+
+MIN_CAPACITY = 1 << 20
+
+# A Unix socket's address holds 108 bytes, the last of them zero.
+MAX_SOCKET_PATH = 107
+MAX_COARSER = 15
+NO_LOSSY_CODEC = ("raw", "lossless", "exact", "auto")
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and re.fullmatch("-?[0-9]{1,20}", value) else value
+
+
+class Kind(NamedTuple):
+    """How values of one kind are parsed (ValueError if wrong), printed, and described."""
+
+    parse: Callable[[Any], Any]
+    format: Callable[[Any], str | int]
+    expected: str
+
+
+def whole(low: int, high: int, multiple: int = 1) -> Kind:
+    def parse(value: Any) -> int:
+        value = _number(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{value!r} is not a whole number")
+        if not low <= value <= high or value % multiple:
+            raise ValueError(f"{value} is not accepted")
+        return value
+
+    step = f"multiple of {multiple}" if multiple > 1 else "whole number"
+    return Kind(parse, int, f"a {step} from {low} to {high}")
+
+
+def one_of(names: Sequence[str]) -> Kind:
+    def parse(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"{value!r} is not known{did_you_mean(str(value), names)}")
+        return str(value)
+
+    return Kind(parse, str, "one of " + ", ".join(names))
+
+
+def _size(value: Any) -> int:
+    # The bound catches `8` where "8GiB" was meant.
+    if (size := units.parse_size(_number(value))) < MIN_CAPACITY:
+        raise ValueError(f"{value!r} is less than {units.format_size(MIN_CAPACITY)}")
+    return size
+
+
+def _share(value: Any) -> Fraction:
+    share = units.parse_fraction(value)
+    if share == 0:
+        raise ValueError(f"{value!r} leaves nothing")
+    return share
+
+
+def _size_or_share(value: Any) -> int | Fraction:
+    return _share(value) if isinstance(value, str) and "%" in value else _size(value)
+
+
+def _format_size_or_share(value: int | Fraction) -> str:
+    return units.format_fraction(value) if isinstance(value, Fraction) else units.format_size(value)
+
+
+def _wait(value: Any) -> float:
+    seconds = units.parse_duration(value)
+    if seconds == 0:
+        raise ValueError(f"{value!r} leaves no time")
+    return seconds
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not 1 <= len(value) <= 128:
+        raise ValueError(f"{value!r} is not a name")
+    return value
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | Path) or not str(value).isprintable():
+        raise ValueError(f"{value!r} is not a path")
+    path = os.path.normpath(os.path.expanduser(value))
+    if not os.path.isabs(path):
+        raise ValueError(f"{str(value)!r} is not absolute")
+    return Path(path)
+
+
+def _codec(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a name")
+    if value in NO_LOSSY_CODEC:
+        return value
+    from kvstrata.codecs import codec_named  # large: only where another one is named
+
+    try:
+        return codec_named(value).name
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def _codecs(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if names == ["none"]:
+        return ()
+    if not isinstance(names, list | tuple) or not 0 < len(names) <= MAX_COARSER:
+        raise ValueError(f"{value!r} is no list of at most {MAX_COARSER} names")
+    chosen = tuple(_codec(name.strip() if isinstance(name, str) else name) for name in names)
+    for name in chosen:
+        if name in NO_LOSSY_CODEC:
+            raise ValueError(f"{name!r} is no lossy codec")
+    return chosen
+
+
+def _format_codecs(value: tuple[str, ...]) -> str:
+    return ", ".join(value) or "none"
+
+
+def _bound(value: Any) -> str:
+    if value == "none":
+        return "none"
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    from kvstrata.quality.bound import Bound
+
+    return str(Bound.parse(value))
+
+
+def _node(value: Any) -> str:
+    if value == "auto":
+        return "auto"
+    if not isinstance(value, str) or not value.startswith("unix:"):
+        raise ValueError(f"{value!r} is not known")
+    path = _path(value.removeprefix("unix:"))
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise ValueError(f"{str(path)!r} is longer than a socket's {MAX_SOCKET_PATH} bytes")
+    return f"unix:{path}"
+
+
+SIZE = Kind(_size, units.format_size, 'a size of at least 1MiB, such as "8GiB" or "512MB"')
+SIZE_OR_SHARE = Kind(
+    _size_or_share, _format_size_or_share, 'a size such as "8GiB", or a share such as "20%"'
+)
+SHARE = Kind(_share, units.format_fraction, 'a percentage above 0%, such as "50%"')
+DURATION = Kind(units.parse_duration, units.format_duration, 'a duration such as "250ms" or "5s"')
+WAIT = Kind(_wait, units.format_duration, 'a duration above 0, such as "250ms" or "5s"')
+RATE = Kind(units.parse_rate, units.format_rate, 'a rate such as "32MiB/s", or 0')
+TEXT = Kind(_text, str, "1 to 128 printable characters")
+PATH = Kind(_path, str, "an absolute path, or one that starts with ~")
+CODEC = Kind(_codec, str, "the name of a codec, such as lossless or int8")
+CODECS = Kind(_codecs, _format_codecs, '"none", or lossy codecs such as "cachegen-2, cachegen-5"')
+BOUND = Kind(_bound, str, '"none", or a bound such as "kl <= 0.01 and agreement >= 98%"')
+NODE = Kind(_node, str, '"auto", or "unix:" and the absolute path of a socket')

@@ -1,0 +1,196 @@
+"""Objects on their way between host memory and a tier that keeps them encoded.
+
+Host memory holds objects raw, so that a client copies them without asking how. Going down, an
+object is encoded with the tier's codec where that makes it smaller; coming up it is decoded by what
+its own header says, so objects of an earlier configuration stay readable. Both run in the tier's
+threads and touch nothing of the node's state. What codecs need is imported with the first of them:
+it is much, and a node without any is the better off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kvstrata.errors import CorruptObject, Incompatible, LayoutMismatch, UsageError
+from kvstrata.layout import ITEM_BYTES, Bytes, LayerGroup, native_order
+from kvstrata.node.coding.scratch import Scratch
+from kvstrata.objects import (
+    GROUP_BITS,
+    HEADER_BYTES,
+    ObjectHeader,
+    checksum,
+    stored_bytes,
+    verify_object,
+)
+from kvstrata.objects import decode as decode_header
+
+if TYPE_CHECKING:
+    from kvstrata.codecs import Codec, Payload
+
+
+def warm_up(codec: Codec) -> None:
+    """Encode and decode a little of everything, so that no first use has to compile on the way."""
+    from kvstrata.codecs import Payload
+    from kvstrata.codecs.framing import decode, encode, encoded_bound
+
+    scratch = Scratch(1)
+    for dtype in ITEM_BYTES:
+        payload = Payload((1, 2, 1, 128, 64), dtype)
+        with contextlib.suppress(LayoutMismatch):
+            codec.check(payload)
+            raw = np.zeros(payload.nbytes, np.uint8)
+            with scratch.buffer(encoded_bound(codec, payload)) as out:
+                encoded = np.frombuffer(out, np.uint8)
+                size = encode(codec, payload, raw, encoded)
+                decode(codec, payload, encoded[:size], raw)
+
+
+class Encoded(NamedTuple):
+    """An object as a tier keeps it; ``buffer`` holds its bytes, for `Scratch.give` afterwards."""
+
+    data: memoryview
+    header: ObjectHeader
+    buffer: mmap.mmap
+
+
+def encoded_object(
+    codec: Codec, data: memoryview, scratch: Scratch, level: int = 0
+) -> Encoded | None:
+    """A whole object as a tier with this codec keeps it.
+
+    Args:
+        codec: the tier's.
+        data: header page, raw payload and padding.
+        scratch: where the result is made.
+        level: 0, or which of the tier's coarser copies this is.
+    Returns:
+        None where the object should be kept as it is: encoding cannot make it smaller.
+    """
+    from kvstrata.codecs.framing import encode, encoded_bound
+
+    header = decode_header(data[:HEADER_BYTES])
+    if codec.family == "raw" or header.codec != "raw" or header.dtype not in ITEM_BYTES:
+        return None
+    raw = np.frombuffer(data, np.uint8, header.raw_length, HEADER_BYTES)
+    try:
+        if not codec.lossless:
+            header, raw = _portable(header, raw)
+        payload = _payload(header, codec)
+        codec.check(payload)
+    except (Incompatible, UsageError):
+        return None
+    buffer = scratch.take(HEADER_BYTES + encoded_bound(codec, payload))
+    try:
+        whole = memoryview(buffer)
+        size = encode(codec, payload, raw, np.frombuffer(whole, np.uint8, offset=HEADER_BYTES))
+        end, padded = HEADER_BYTES + size, stored_bytes(size)
+        if padded >= len(data):
+            scratch.give(buffer)
+            return None
+        whole[end:padded] = bytes(padded - end)
+        stored = msgspec.structs.replace(
+            header,
+            group=header.group | level << GROUP_BITS,
+            codec=codec.family,
+            codec_parameters=codec.parameters(),
+            stored_length=size,
+            stored_checksum=checksum(whole[HEADER_BYTES:end]),
+        )
+        whole[:HEADER_BYTES] = stored.encode()
+    except BaseException:
+        scratch.give(buffer)
+        raise
+    return Encoded(whole[:padded], stored, buffer)
+
+
+def restored_object(data: memoryview, object_id: bytes, into: memoryview) -> ObjectHeader:
+    """Check a whole object as a tier kept it, and write it raw into a slot.
+
+    Args:
+        data: header page, payload as stored, and padding.
+        object_id: the 36 bytes it was asked for by.
+        into: the slot; ``data`` itself where the object is as long as the slot, so may be raw.
+    Returns:
+        The header that now stands in the slot.
+    Raises:
+        CorruptObject: a check failed.
+        Incompatible: a format, codec or calibration that this build or process does not have.
+        UsageError: a good object, but too long or too short for the slot.
+    """
+    header = verify_object(data, object_id)
+    if stored_bytes(header.raw_length) != len(into):
+        raise UsageError(f"an object of {header.raw_length} bytes, for a slot of {len(into)}")
+    if header.codec == "raw":
+        return header
+    if len(data) >= len(into):
+        raise CorruptObject(f"{header.codec} made {len(into)} bytes no smaller: {len(data)}")
+    from kvstrata.codecs import stored_codec
+    from kvstrata.codecs.framing import decode
+
+    codec = stored_codec(header.codec, header.codec_parameters)
+    try:
+        payload = _payload(header, codec)
+    except UsageError as error:
+        raise CorruptObject(f"header: {error}") from error
+    end = HEADER_BYTES + header.raw_length
+    stored = np.frombuffer(data, np.uint8, header.stored_length, HEADER_BYTES)
+    raw = np.frombuffer(into, np.uint8, header.raw_length, HEADER_BYTES)
+    decode(codec, payload, stored, raw)
+    digest = checksum(into[HEADER_BYTES:end])
+    if codec.lossless and digest != header.raw_checksum:
+        raise CorruptObject(f"{codec.name} gave back other bytes than were stored")
+    header = msgspec.structs.replace(
+        header,
+        group=header.group & (1 << GROUP_BITS) - 1,
+        codec="raw",
+        codec_parameters=b"",
+        stored_length=header.raw_length,
+        raw_checksum=digest,
+        stored_checksum=digest,
+    )
+    into[:HEADER_BYTES] = header.encode()
+    into[end:] = bytes(len(into) - end)
+    return header
+
+
+def _payload(header: ObjectHeader, codec: Codec) -> Payload:
+    """What the codec sees of an object: numbers in a known order, or for a lossless one words."""
+    from kvstrata.codecs import Payload
+
+    if header.kind == "portable" and len(header.shape) == 5:
+        layers, states, heads, tokens, dim = header.shape
+        payload = Payload((layers, states, heads, tokens, dim), header.dtype, header.start)
+    elif codec.lossless and header.dtype in ITEM_BYTES:
+        layers = header.shape[0]
+        elements = header.raw_length // (layers * ITEM_BYTES[header.dtype])
+        payload = Payload((layers, 1, 1, 1, elements), header.dtype, header.start)
+    else:
+        raise LayoutMismatch(
+            f"a {header.kind} payload of {header.dtype} {header.shape} is nothing for {codec.name}"
+        )
+    if payload.nbytes != header.raw_length:
+        raise LayoutMismatch(f"{header.raw_length} bytes are not {payload}")
+    return payload
+
+
+def _portable(header: ObjectHeader, raw: Bytes) -> tuple[ObjectHeader, Bytes]:
+    """The same object in the portable order, which is what lossy codecs work on."""
+    if header.kind == "portable":
+        return header, raw
+    if len(header.shape) != 6:
+        raise LayoutMismatch(f"a native payload {header.shape} tells no heads from channels")
+    layers, blocks, states, heads, _, dim = header.shape
+    group = LayerGroup(0, "full", layers, heads, dim, states, header.dtype)
+    order = native_order(header.order)
+    pages = raw.reshape(layers, blocks, -1)
+    portable = order.unpack_layers(pages, group)
+    flat: Bytes = portable.reshape(-1).view(np.uint8)
+    changed = msgspec.structs.replace(
+        header, kind="portable", order="", shape=portable.shape, raw_checksum=checksum(flat.data)
+    )
+    return changed, flat

@@ -1,0 +1,187 @@
+"""The node as a process: binds its socket, runs the loop, and ends when it should.
+
+``python -m kvstrata.node.process.run`` reads its configuration as JSON from standard input; that
+is how a client starts a node on demand. ``kvstrata serve`` calls `run` itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import uvloop
+
+from kvstrata.config import Config, load_config
+from kvstrata.errors import KVStrataError
+from kvstrata.keys import load_secret
+from kvstrata.node.node import Node
+from kvstrata.node.process.server import Server
+from kvstrata.wire.sockets import prepare_folder, socket_path
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.0005
+COLLECT_EVERY = (10_000, 500, 1_000)
+# Who starts a node on demand connects as soon as it listens.
+STARTUP_GRACE_S = 60.0
+
+
+def run(
+    config: Config, *, on_demand: bool = False, on_ready: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until SIGTERM or SIGINT; on demand, also until nobody has been connected for a while.
+
+    Args:
+        config: the whole configuration.
+        on_demand: end ``config.linger`` seconds after the last client.
+        on_ready: called once clients can connect.
+
+    Raises:
+        ConfigError: the socket's folder or the secret cannot be used.
+        TierUnavailable: the system gives no memory for the pool.
+    """
+    path = socket_path(config)
+    secret = load_secret(config.secret_file)
+    # The engine that started us may have bound itself to a single core.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    # A thread that computes gives the loop its turn within this time, not within 5 ms.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # A walk over a million indexed objects would stall every client; cycles are few and young.
+    gc.set_threshold(*COLLECT_EVERY)
+    prepare_folder(path.parent)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        # An earlier node that is still writing behind holds this, and the disk tier's folder.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        uvloop.run(_serve(config, path, secret, on_demand, on_ready))
+
+
+def bind(path: Path) -> socket.socket:
+    """A listening Unix socket of mode 0600, in the place of a dead one."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+        listener.listen(128)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(mask)
+    return listener
+
+
+class _Door:
+    """The socket in the file system, and on demand the wish to close it for good.
+
+    Args:
+        path: of the socket.
+        linger_s: how long to wait for another client after the last; None for ever.
+    """
+
+    def __init__(self, path: Path, linger_s: float | None) -> None:
+        self.closed = asyncio.Event()
+        self.server: Server | None = None
+        self._path = path
+        self._linger_s = linger_s
+        self._leaving: asyncio.TimerHandle | None = None
+
+    def open(self, server: Server) -> None:
+        """Let clients in."""
+        self.server = server
+        server.listen(bind(self._path))
+        if self._linger_s is not None:
+            self._leave_in(STARTUP_GRACE_S)
+
+    def on_alone(self) -> None:
+        """The last client has gone."""
+        if self._linger_s is not None and not self.closed.is_set():
+            self._leave_in(self._linger_s)
+
+    def close(self) -> None:
+        """Let nobody in any more: who comes now starts a new node, which waits for our lock."""
+        self.closed.set()
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        if self.server is not None:
+            self.server.stop_listening()
+
+    def _leave_in(self, seconds: float) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+        self._leaving = asyncio.get_running_loop().call_later(seconds, self._leave_if_alone)
+
+    def _leave_if_alone(self) -> None:
+        assert self.server is not None
+        self.server.accept()
+        if not self.server.num_clients:
+            self.close()
+
+
+async def _serve(
+    config: Config, path: Path, secret: bytes, on_demand: bool, on_ready: Callable[[], None]
+) -> None:
+    door = _Door(path, config.linger if on_demand else None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, door.close)
+    node = Node.create(config)
+    server = Server(node, secret, door.on_alone)
+    try:
+        await node.start()
+        door.open(server)
+        logger.info(
+            "node %d serves on %s: %d bytes of host memory", os.getpid(), path,
+            node.host.pool.capacity_bytes,
+        )  # fmt: skip
+        on_ready()
+        await door.closed.wait()
+    finally:
+        door.close()
+        await server.close()
+        await node.stop()
+        logger.info("node %d has ended", os.getpid())
+
+
+def _main() -> None:
+    try:
+        config = load_config(environ={}, overrides=json.load(sys.stdin))
+        logging.basicConfig(
+            level=config.log.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        told, tell = os.pipe()
+        if os.fork():
+            # The starter waits for this process only; the node itself is nobody's child.
+            os.close(tell)
+            os._exit(0 if os.read(told, 1) else 2)
+        os.close(told)
+        # What ends the starter's terminal or job must not end us. A session of our own would be a
+        # scheduling group of our own too (autogroup), and ranks that spin in sched_yield() were
+        # seen to keep such a group from running for seconds.
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+        def on_ready() -> None:
+            with contextlib.suppress(BrokenPipeError):  # the starter has lost patience
+                os.write(tell, b"1")
+            os.close(tell)
+
+        run(config, on_demand=True, on_ready=on_ready)
+    except (KVStrataError, OSError) as error:
+        print(f"kvstrata node: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,278 @@
+"""A node behind a Unix socket: who may connect, what they are told, and when they are gone.
+
+Each connection belongs to a process, watched through a pidfd. A connection's leases and
+reservations end when it says ``bye`` or when its process is dead, not when its socket closes: a
+copy may outlive its socket, and a forked child may keep a dead process's socket open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+import kvstrata
+from kvstrata.errors import Incompatible, KVStrataError
+from kvstrata.node.common.background import Tasks, report_bug
+from kvstrata.node.node import Node
+from kvstrata.node.slots.clients import Client
+from kvstrata.wire import protocol as p
+
+logger = logging.getLogger(__name__)
+
+SO_PEERPIDFD = 77  # Linux 6.5; Python has no name for it yet
+ACCEPT_AGAIN_S = 1.0
+
+
+class Connection(asyncio.Protocol):
+    """One client's socket on the node's loop, and its process.
+
+    Args:
+        server: whose client this is.
+        pid: the process, for the log.
+        pidfd: becomes readable when that process is dead; None if it cannot be watched. Owned.
+    """
+
+    def __init__(self, server: Server, pid: int, pidfd: int | None) -> None:
+        self.client = Client(f"pid {pid}")
+        self.pidfd = pidfd
+        self._server = server
+        self._frames = p.Frames()
+        self._transport: asyncio.Transport | None = None
+        self._closed = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are no subclass of asyncio's
+        self._transport = cast(asyncio.Transport, transport)
+        if self._closed:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for body in self._frames.feed(data):
+                if self._closed:
+                    return
+                self._answer(p.decode_request(body))
+        except Incompatible as error:
+            logger.error("%s is disconnected: %s", self.client.name, error)
+            self._server.counters.add("disconnects_total", why="garbage")
+            self.close()
+
+    def pause_writing(self) -> None:
+        # A client that reads no answers may ask nothing more until it does.
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._server.disconnected(self)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._closed = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _answer(self, message: p.Request) -> None:
+        if isinstance(message, p.Bye):
+            self._server.node.end(self.client)
+            self.close()
+            return
+        number: int = getattr(message, "id", 0)
+        try:
+            answer = self._server.node.handle(self.client, message)
+            if isinstance(answer, Awaitable):
+                self._server.tasks.spawn("a request", self._answer_later(number, message, answer))
+            elif answer is not None:
+                self._send(answer)
+        except Exception as error:
+            self._refuse(number, message, error)
+
+    async def _answer_later(
+        self, number: int, message: p.Request, answer: Awaitable[p.Reply]
+    ) -> None:
+        try:
+            self._send(await answer)
+        except Exception as error:
+            self._refuse(number, message, error)
+
+    def _refuse(self, number: int, message: p.Request, error: Exception) -> None:
+        what = type(message).__name__.lower()
+        if isinstance(error, KVStrataError):
+            logger.warning("%s: %s is refused: %s", self.client.name, what, error)
+            self._server.counters.add("requests_refused_total", request=what)
+        else:
+            report_bug(self._server.counters, f"a {what}", error)
+        if number:
+            self._send(p.Failed(number, type(error).__name__, str(error)))
+
+    def _send(self, reply: p.Reply) -> None:
+        if self._transport is not None:
+            self._transport.write(p.encode(reply))
+
+
+class Server:
+    """Accepts clients of a node, and ends their holdings when they are gone.
+
+    Args:
+        node: the node to serve.
+        secret: the deployment's secret, handed to clients.
+        on_alone: called whenever the last client has gone.
+    """
+
+    def __init__(
+        self, node: Node, secret: bytes, on_alone: Callable[[], None] = lambda: None
+    ) -> None:
+        self.node = node
+        self.counters = node.counters
+        self.tasks = Tasks(node.counters)
+        self._secret = secret
+        self._on_alone = on_alone
+        self._identity = os.urandom(16)
+        self._connections: set[Connection] = set()
+        self._listener: socket.socket | None = None
+
+    @property
+    def num_clients(self) -> int:
+        """Connections that stand, and those of living processes whose copies may still run."""
+        return len(self._connections)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Serve a bound, listening Unix socket."""
+        listener.setblocking(False)
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener, self.accept)
+
+    def adopt(self, connected: socket.socket) -> None:
+        """Serve a client that is connected already: one end of a socketpair."""
+        self._welcome(connected)
+
+    def accept(self) -> None:
+        """Welcome those who wait at the door."""
+        while self._listener is not None:
+            try:
+                connected, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # Out of descriptors, most likely: the socket stays readable, so wait a while.
+                logger.error("cannot accept a client: %s", error)
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(self._listener)
+                loop.call_later(ACCEPT_AGAIN_S, self._listen_again)
+                return
+            self._welcome(connected)
+
+    def stop_listening(self) -> None:
+        """Take no more clients. Repeatable."""
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+
+    async def close(self) -> None:
+        """Stop listening and hang up on everybody. Repeatable."""
+        self.stop_listening()
+        for connection in list(self._connections):
+            connection.close()
+            self._forget(connection)
+        await asyncio.sleep(0)  # a task that has not begun would not close its socket
+        await self.tasks.cancel()
+
+    def disconnected(self, connection: Connection) -> None:
+        """A socket has closed; what its process may still be copying stays held."""
+        if connection.pidfd is None or not connection.client.holds_something:
+            self._forget(connection)
+
+    def _listen_again(self) -> None:
+        if self._listener is not None:
+            self.listen(self._listener)
+
+    def _welcome(self, connected: socket.socket) -> None:
+        pid, uid, _ = struct.unpack(
+            "3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )
+        if uid not in (os.getuid(), 0):
+            logger.warning("refused a client of user %d", uid)
+            connected.close()
+            return
+        pidfd = None
+        try:
+            pidfd = _pidfd(connected, pid)
+            hello = p.Hello(
+                p.PROTOCOL_VERSION,
+                kvstrata.__version__,
+                os.getpid(),
+                self._identity,
+                self.node.host.pool.capacity_bytes,
+                self._secret,
+                [backing.name for backing in self.node.backings],
+            )
+            connected.setblocking(False)
+            socket.send_fds(connected, [p.encode(hello)], [self.node.host.pool.fd])
+        except OSError as error:
+            logger.warning("pid %d left before it was welcomed: %s", pid, error)
+            connected.close()
+            if pidfd is not None:
+                os.close(pidfd)
+            return
+        connection = Connection(self, pid, pidfd)
+        self._connections.add(connection)
+        if pidfd is not None:
+            asyncio.get_running_loop().add_reader(pidfd, self._died, connection)
+        self.tasks.spawn("a connection", self._connect(connection, connected))
+
+    async def _connect(self, connection: Connection, connected: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(lambda: connection, connected)
+        except BaseException as error:
+            connected.close()
+            self._forget(connection)
+            if not isinstance(error, OSError):
+                raise
+
+    def _died(self, connection: Connection) -> None:
+        logger.info("client %s is dead", connection.client.name)
+        connection.close()
+        self._forget(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        if connection not in self._connections:
+            return
+        self._connections.discard(connection)
+        if connection.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(connection.pidfd)
+            os.close(connection.pidfd)
+        self.node.end(connection.client)
+        if not self._connections:
+            self._on_alone()
+
+
+def _pidfd(connected: socket.socket, pid: int) -> int | None:
+    """A descriptor that becomes readable when the peer's process is dead; None if none can be had.
+
+    Raises:
+        ProcessLookupError: it is dead already.
+    """
+    try:
+        return connected.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError:
+        pass  # an older kernel
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except OSError as error:
+        logger.warning(
+            "pid %d cannot be watched (%s); its closed socket will count as its death", pid, error
+        )
+        return None

@@ -1,0 +1,1 @@
+"""Slower tiers at work: their calls, their contents, and what moves to them and back."""

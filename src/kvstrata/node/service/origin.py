@@ -1,0 +1,23 @@
+"""What is known of the objects of one commit on their way into slower tiers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Origin(NamedTuple):
+    """What the objects of one commit share.
+
+    Args:
+        prefix: keys of the prompt's chunks up to the last one of the commit.
+        part: which object of each chunk.
+        order: as readers will ask for it, see `kvstrata.parts.order_name`.
+        cost: what computing a chunk took, in seconds.
+        weights: what computed it, see `kvstrata.wire.client.NodeClient.reserve`.
+    """
+
+    prefix: list[bytes]
+    part: int
+    order: str
+    cost: float = 1.0
+    weights: str = ""

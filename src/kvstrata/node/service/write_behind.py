@@ -1,0 +1,136 @@
+"""What was committed to host memory, on its way into one slower tier.
+
+A committed slot is held until its object has been written or given up. The queue is bounded in
+bytes; what does not fit is skipped, and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+
+from kvstrata.node.common.background import Tasks, report_bug
+from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.origin import Origin
+from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.slot import Slot, SlotState
+from kvstrata.observe.counters import Counters
+
+
+class _Commit:
+    """The objects of one commit on their way into the tier."""
+
+    __slots__ = ("num_left", "origin")
+
+    def __init__(self, origin: Origin, num_left: int) -> None:
+        self.origin = origin
+        self.num_left = num_left
+
+
+class _Job:
+    """One object to be written."""
+
+    __slots__ = ("commit", "key", "slot")
+
+    def __init__(self, commit: _Commit, key: bytes, slot: Slot) -> None:
+        self.commit = commit
+        self.key = key
+        self.slot = slot
+
+
+class WriteBehind:
+    """Writes committed objects into one tier, a few at a time.
+
+    Args:
+        host: where they lie meanwhile.
+        backing: the tier.
+        counters: the node's.
+        tasks: which the writers are among.
+    """
+
+    def __init__(
+        self, host: HostMemory, backing: Backing, counters: Counters, tasks: Tasks
+    ) -> None:
+        self.backing = backing
+        self.queued_bytes = 0  # what waits to be written, or is being written
+        self._host = host
+        self._counters = counters
+        self._tasks = tasks
+        self._queue: deque[_Job] = deque()
+        self._jobs: set[_Job] = set()
+        self._num_writers = 0
+        self._flushes: list[tuple[set[_Job], asyncio.Future[None]]] = []
+
+    def add(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
+        """Queue the published objects of a commit, head first.
+
+        When the queue is full it is the tail that is skipped. Yet tails are written first, so
+        that the tier, now and after a restart, finds heads more recently used than their tails.
+        """
+        backing = self.backing
+        commit = _Commit(origin, 0)
+        jobs = []
+        for key, slot in objects:
+            if not backing.writable:
+                self._counters.add("write_behind_skipped_total", tier=backing.name, why="tier")
+            elif self.queued_bytes + slot.nbytes > backing.queue_bytes:
+                self._counters.add("write_behind_skipped_total", tier=backing.name, why="queue")
+            else:
+                self._host.hold(slot)
+                self.queued_bytes += slot.nbytes
+                jobs.append(_Job(commit, key, slot))
+        commit.num_left = len(jobs)
+        self._jobs.update(jobs)
+        self._queue.extend(reversed(jobs))
+        for _ in range(min(len(self._queue), backing.num_threads - self._num_writers)):
+            self._num_writers += 1
+            self._tasks.spawn("a writer", self._write())
+
+    def forget(self, keys: set[bytes] | None) -> None:
+        """Write nothing that has not begun of these chunks (None: of all)."""
+        for job in [job for job in self._queue if keys is None or job.key in keys]:
+            self._queue.remove(job)
+            self._finish(job)
+
+    def flush(self) -> asyncio.Future[None]:
+        """Done once what is queued now has been written, or given up."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._jobs:
+            self._flushes.append((set(self._jobs), done))
+        else:
+            done.set_result(None)
+        return done
+
+    async def _write(self) -> None:
+        try:
+            while self._queue:
+                job = self._queue.popleft()
+                try:
+                    await self._write_one(job)
+                except Exception as error:
+                    report_bug(self._counters, "a write", error)
+                finally:
+                    self._finish(job)
+        finally:
+            self._num_writers -= 1
+
+    async def _write_one(self, job: _Job) -> None:
+        slot, commit = job.slot, job.commit
+        if slot.state is SlotState.READY:
+            view = self._host.pool.view(slot.offset, slot.nbytes)
+            await self.backing.write(job.key, view, commit.origin)
+        if commit.num_left == 1:
+            # Written side by side they end in any order, and after the heads of earlier commits.
+            self.backing.index.touch(commit.origin.prefix)
+
+    def _finish(self, job: _Job) -> None:
+        job.commit.num_left -= 1
+        self.queued_bytes -= job.slot.nbytes
+        self._host.unhold(job.slot)
+        self._jobs.discard(job)
+        for jobs, done in self._flushes:
+            jobs.discard(job)
+            if not jobs and not done.done():
+                done.set_result(None)
+        self._flushes = [flush for flush in self._flushes if flush[0]]

@@ -1,0 +1,1 @@
+"""The pool's slots, and who holds which of them still."""

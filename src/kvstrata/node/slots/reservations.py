@@ -1,0 +1,250 @@
+"""Reservations: slots that a client writes into, and how they become objects, or do not.
+
+Nobody else sees a reserved slot. At its commit the header page is written, and from then on the
+object exists; until then nothing of it does.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Literal, cast
+
+from kvstrata.errors import UsageError
+from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.slot import Slot
+from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes
+from kvstrata.parts import MAX_PART, order_name
+from kvstrata.wire import protocol as p
+
+NO_PARENT = bytes(32)
+NOT_WRITTEN = bytes(16)
+MAX_WEIGHTS_CHARS = 256
+MAX_COSTS = 256
+
+
+class Reservation:
+    """Slots that a client may write into until it commits; None where it got none.
+
+    The chunks are ``prefix[first:]``; those in ``unwanted`` were cleared meanwhile.
+
+    Raises:
+        UsageError: the request describes objects that cannot exist.
+    """
+
+    __slots__ = ("client", "cost", "first", "id", "namespace", "order", "part", "prefix", "slots",
+                 "template", "unwanted", "weights")  # fmt: skip
+
+    def __init__(self, id: int, client: Client, message: p.Reserve) -> None:
+        self.id = id
+        self.client = client
+        self.namespace = message.namespace
+        self.prefix = p.split(message.prefix, 32)
+        self.first = message.first
+        self.part = message.part
+        self.template = message.template
+        self.order = order_name(message.template.kind, message.template.order)
+        self.cost = message.cost
+        self.weights = message.weights
+        self.slots: list[Slot | None] = []
+        self.unwanted: set[bytes] = set()
+        if not 0 <= self.first < len(self.prefix):
+            raise UsageError(f"chunk {self.first} of {len(self.prefix)} cannot be reserved")
+        if not 0 <= self.part <= MAX_PART:
+            raise UsageError(f"{self.part} is no part: group << 16 | rank")
+        if not 0 <= message.cost < math.inf:
+            raise UsageError(f"a cost of {message.cost} s is not a finite time")
+        if len(self.weights) > MAX_WEIGHTS_CHARS:
+            raise UsageError(f"an identity of weights of {len(self.weights)} characters")
+        if NO_PARENT in self.prefix:
+            raise UsageError("a key of zeros stands for no parent, and for no chunk")
+        if self.template.kind == "native" and self.template.order == "portable":
+            raise UsageError("no native byte order may be called portable")
+        # Keys are 32 bytes each, so what holds for the last chunk's header holds for all.
+        if problem := self.header(len(self.prefix) - 1, bytes(16), 0, 0).problem():
+            raise UsageError(f"object header: {problem}")
+
+    def header(self, number: int, checksum: bytes, epoch: int, now_ns: int) -> ObjectHeader:
+        """The header of chunk ``prefix[number]``."""
+        template = self.template
+        return ObjectHeader(
+            namespace=self.namespace,
+            key=self.prefix[number],
+            parent=self.prefix[number - 1] if number else NO_PARENT,
+            start=number * template.num_tokens,
+            num_tokens=template.num_tokens,
+            group=self.part >> 16,
+            rank=self.part & 0xFFFF,
+            kind=cast("Literal['native', 'portable']", template.kind),
+            order=template.order,
+            dtype=template.dtype,
+            shape=tuple(template.shape),
+            codec=template.codec,
+            codec_parameters=template.codec_parameters,
+            epoch=epoch,
+            created_ns=now_ns,
+            raw_length=template.raw_length,
+            stored_length=template.raw_length,
+            raw_checksum=checksum,
+            stored_checksum=checksum,
+        )
+
+
+class ReservationTable:
+    """All reservations of the node.
+
+    Args:
+        host: whose slots they fill.
+        per_client_bytes: what one client's reservations may hold.
+    """
+
+    def __init__(self, host: HostMemory, per_client_bytes: int) -> None:
+        self._host = host
+        self.per_client_bytes = per_client_bytes
+        # What computing a chunk took, as its last writer said, by the size of its objects: models
+        # differ in that.
+        self._costs: dict[int, float] = {}
+        self._reservations: dict[int, Reservation] = {}
+        self._writing: dict[tuple[bytes, int], Reservation] = {}
+        # No number means anything to another node, where a client may come with an old one.
+        self._next = int.from_bytes(os.urandom(6), "little") + 1
+
+    def __len__(self) -> int:
+        return len(self._reservations)
+
+    def grant(
+        self, client: Client, message: p.Reserve, presence: Callable[[bytes, int, str], int]
+    ) -> tuple[Reservation, array[int]]:
+        """Give out slots, head first, as far as there is room.
+
+        Args:
+            client: who writes.
+            message: what it asked for.
+            presence: key, part and byte order to `PRESENT`, or 0.
+
+        Returns:
+            The reservation, and for each chunk a slot's offset or why there is none.
+
+        Raises:
+            UsageError: the request describes objects that cannot exist.
+        """
+        reservation = Reservation(self._next, client, message)
+        nbytes = stored_bytes(reservation.template.raw_length)
+        if reservation.cost:
+            self._costs.pop(nbytes, None)
+            self._costs[nbytes] = reservation.cost
+            if len(self._costs) > MAX_COSTS:
+                del self._costs[next(iter(self._costs))]
+        else:
+            reservation.cost = self._costs.get(nbytes, 1.0)
+        self._next += 1
+        part, order = reservation.part, reservation.order
+        offsets = array("q")
+        refusal = 0
+        with self._host.sparing(set(reservation.prefix)):
+            for key in reservation.prefix[reservation.first :]:
+                slot, answer = None, presence(key, part, order)
+                if (key, part) in self._writing:
+                    answer = p.BUSY
+                if not answer and client.reserved_bytes + nbytes > self.per_client_bytes:
+                    refusal = p.REFUSED
+                answer = answer or refusal
+                if not answer:
+                    slot = self._host.allocate(nbytes)
+                    if slot is None:
+                        answer = refusal = p.FULL
+                if slot is not None:
+                    client.reserved_bytes += nbytes
+                    self._writing[key, part] = reservation
+                offsets.append(answer if slot is None else slot.offset)
+                reservation.slots.append(slot)
+        if any(slot is not None for slot in reservation.slots):
+            client.reservations.add(reservation.id)
+            self._reservations[reservation.id] = reservation
+        return reservation, offsets
+
+    def compute_s(self, nbytes: int) -> float:
+        """What computing a chunk takes whose objects need slots of this size; `inf`: unknown."""
+        return self._costs.get(nbytes, math.inf)
+
+    def __getitem__(self, id: int) -> Reservation:
+        return self._reservations[id]
+
+    def get(self, id: int) -> Reservation | None:
+        """A reservation by its number."""
+        return self._reservations.get(id)
+
+    def finish(
+        self, reservation: Reservation, checksums: list[bytes], epoch: int
+    ) -> list[tuple[bytes, Slot]]:
+        """End a reservation: publish the slots that have a checksum, give back the others.
+
+        Returns:
+            What was published, head first; the caller ends the hold on each slot.
+        """
+        client, part, first = reservation.client, reservation.part, reservation.first
+        written: list[tuple[bytes, Slot]] = []
+        now_ns = time.time_ns()
+        client.reservations.discard(reservation.id)
+        del self._reservations[reservation.id]
+        for number, (slot, checksum) in enumerate(
+            zip(reservation.slots, checksums, strict=True), first
+        ):
+            if slot is None:
+                continue
+            key = reservation.prefix[number]
+            del self._writing[key, part]
+            client.reserved_bytes -= slot.nbytes
+            if checksum == NOT_WRITTEN or key in reservation.unwanted:
+                self._host.discard(slot)
+                self._host.unhold(slot)
+            else:
+                header = reservation.header(number, checksum, epoch, now_ns)
+                view = self._host.pool.view(slot.offset, slot.nbytes)
+                view[:HEADER_BYTES] = header.encode()
+                view[HEADER_BYTES + header.stored_length :] = bytes(
+                    slot.nbytes - HEADER_BYTES - header.stored_length
+                )
+                written.append((key, slot))
+        # Tails enter the policy before heads, so that they leave it first.
+        for key, slot in reversed(written):
+            self._host.publish(key, part, slot, reservation.order, reservation.cost)
+        if written:
+            self._host.index.touch(reservation.prefix[:first])
+        return written
+
+    def abort(self, reservation: Reservation) -> None:
+        """End a reservation unwritten."""
+        self.finish(reservation, [NOT_WRITTEN] * len(reservation.slots), 0)
+
+    def forget(self, keys: set[bytes] | None) -> None:
+        """Publish nothing of what is being written of these chunks (None: of all)."""
+        for reservation in self._reservations.values():
+            chunks = reservation.prefix[reservation.first :]
+            reservation.unwanted.update(chunks if keys is None else keys & set(chunks))
+
+    def filling(self) -> Iterable[Slot]:
+        """The slots that clients are filling."""
+        for reservation in self._reservations.values():
+            yield from (slot for slot in reservation.slots if slot is not None)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every reservation is counted once."""
+        writing = set()
+        reserved: dict[Client, int] = {}
+        for reservation in self._reservations.values():
+            client = reservation.client
+            assert reservation.id in client.reservations
+            chunks = reservation.prefix[reservation.first :]
+            for key, slot in zip(chunks, reservation.slots, strict=True):
+                if slot is not None:
+                    writing.add((key, reservation.part))
+                    assert self._writing.get((key, reservation.part)) is reservation
+                    reserved[client] = reserved.get(client, 0) + slot.nbytes
+        assert writing == self._writing.keys()
+        for client, nbytes in reserved.items():
+            assert client.reserved_bytes == nbytes <= self.per_client_bytes

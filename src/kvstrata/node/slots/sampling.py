@@ -1,0 +1,67 @@
+"""Verification of a sample of host hits: memory can rot too, and so can a client's pen slip."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from kvstrata.errors import CorruptObject, Incompatible
+from kvstrata.node.common.background import Tasks, Threads
+from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.slot import Slot, SlotState
+from kvstrata.objects import verify_object
+from kvstrata.observe.counters import Counters
+from kvstrata.parts import identity
+
+logger = logging.getLogger(__name__)
+
+
+class Sampler:
+    """Verifies one host hit in ``every``, in a thread of its own, while the slot is held.
+
+    Args:
+        host: whose slots.
+        every: 1 for every hit, 0 for none; at random with that mean otherwise.
+        counters: the node's.
+    """
+
+    def __init__(self, host: HostMemory, every: int, counters: Counters) -> None:
+        self._host = host
+        self._every = every
+        self._counters = counters
+        self._tasks = Tasks(counters)
+        self._thread = Threads(1, "kvstrata-verify")
+        self._skip = 0
+
+    def note_hits(self, keys: list[bytes], parts: list[int], slots: list[Slot]) -> None:
+        """Hear of a match: ``slots`` are those of ``keys``, chunk by chunk, leased."""
+        if not self._every:
+            return
+        while self._skip < len(slots):
+            slot = slots[self._skip]
+            key, part = keys[self._skip // len(parts)], parts[self._skip % len(parts)]
+            # Not regular, or prompts of one length would always show the same chunk.
+            self._skip += random.randint(1, 2 * self._every - 1)
+            if slot.state is SlotState.READY:  # what is being promoted is verified anyway
+                self._host.hold(slot)
+                self._tasks.spawn("a verification", self._verify(key, part, slot))
+        self._skip -= len(slots)
+
+    async def close(self) -> None:
+        """Verify no more."""
+        self._thread.close()
+        await self._tasks.cancel()
+
+    async def _verify(self, key: bytes, part: int, slot: Slot) -> None:
+        view, name = self._host.pool.view(slot.offset, slot.nbytes), identity(key, part)
+        try:
+            await asyncio.wrap_future(self._thread.submit(lambda: verify_object(view, name)))
+            self._counters.add("verified_objects_total", tier="host")
+        except (CorruptObject, Incompatible) as error:
+            logger.error("host: object %s is rejected: %s", name.hex(), error)
+            self._counters.add("corrupt_objects_total", tier="host")
+            if self._host.get(key, part) is slot:
+                self._host.drop_object(key, part)
+        finally:
+            self._host.unhold(slot)

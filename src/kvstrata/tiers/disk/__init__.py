@@ -1,0 +1,1 @@
+"""The tier on local disk: its files, its folder, and the walk over it."""

@@ -1,0 +1,440 @@
+"""The client of a node: the same for a node in this process, on demand, or in service.
+
+The control plane is the socket; the data plane is `NodeClient.pool`, the node's memory mapped here.
+Every wait has a deadline, and sending never waits. What is answered after its deadline is given
+back by itself: a late lease is released, a late reservation ended unwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import threading
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from kvstrata import errors
+from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeUnavailable
+from kvstrata.memory.pool import PoolMapping
+from kvstrata.wire import protocol as p
+
+RECEIVE_BYTES = 1 << 20
+# What may wait here for a node that takes no messages, before it counts as gone for new ones.
+MAX_UNSENT_BYTES = 1 << 20
+CLOSE_S = 0.25
+TEND_S = 0.05
+# What is never refused: a lease or reservation that is not given back is held for good.
+_GIVES_BACK = (p.Release, p.Commit, p.Bye)
+
+_IN_AND_OUT = select.POLLIN | select.POLLOUT
+
+
+class Call:
+    """A request under way. Wait for it once, from any thread."""
+
+    __slots__ = ("_client", "_reply_type", "abandoned", "id", "reply")
+
+    def __init__(self, client: NodeClient, id: int, reply_type: type) -> None:
+        self._client = client
+        self._reply_type = reply_type
+        self.id = id
+        self.reply: p.Reply | None = None
+        self.abandoned = False
+
+    def ready(self) -> bool:
+        """Whether the answer is here; takes in what has arrived, and does not block.
+
+        Raises:
+            NodeUnavailable: the node has gone, and there will be no answer.
+        """
+        if self.reply is None:
+            self._client.pump(self, 0.0)
+        return self.reply is not None
+
+    def wait(self, timeout_s: float) -> Any:
+        """The answer.
+
+        Raises:
+            DeadlineExceeded: it has not come in time; the call is abandoned.
+            NodeUnavailable: the node has gone.
+            KVStrataError: what the node answered instead.
+        """
+        try:
+            self._client.pump(self, timeout_s)
+        except NodeUnavailable:
+            if self.reply is None:
+                raise
+        if self.reply is None:
+            self.abandon()
+            raise DeadlineExceeded(f"the node has not answered within {timeout_s * 1e3:.0f} ms")
+        if isinstance(self.reply, p.Failed):
+            kind = getattr(errors, self.reply.kind, None)
+            if not (isinstance(kind, type) and issubclass(kind, KVStrataError)):
+                kind = KVStrataError
+            if kind is errors.ConfigError:
+                kind = KVStrataError
+            raise kind(self.reply.message)
+        if not isinstance(self.reply, self._reply_type):
+            raise Incompatible(f"the node answered with {type(self.reply).__name__}")
+        return self.reply
+
+    def abandon(self) -> None:
+        """Wait no longer; what is granted late is given back."""
+        self._client.abandon(self)
+
+
+class NodeClient:
+    """A connection to a node. Thread-safe.
+
+    Args:
+        connected: a connected Unix socket whose other end is a node; owned from now on.
+        timeout_s: for the node's first word, and for `lookup` and `status`.
+
+    Raises:
+        NodeUnavailable: nobody answered, or the other end hung up.
+        Incompatible: the node speaks another version.
+    """
+
+    def __init__(self, connected: socket.socket, timeout_s: float) -> None:
+        self._socket = connected
+        self._timeout_s = timeout_s
+        self._frames = p.Frames()
+        self._calls: dict[int, Call] = {}
+        self._numbers = itertools.count(1)
+        self._state = threading.Condition()
+        self._sending = threading.Lock()
+        self._unsent = bytearray()
+        self._receiving = False
+        self._tending = False
+        self._pid = os.getpid()
+        self._lost: str | None = None
+        self._poll = select.poll()
+        connected.setblocking(False)
+        self._poll.register(connected, select.POLLIN)
+        try:
+            hello, fd = self._greet()
+        except BaseException:
+            connected.close()
+            raise
+        self.hello = hello
+        #: the node's memory, mapped into this process
+        try:
+            self.pool = PoolMapping.attach(fd, hello.capacity_bytes)
+        except BaseException:
+            connected.close()
+            raise
+        finally:
+            os.close(fd)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection still stands, as far as is known without asking."""
+        return self._lost is None
+
+    def begin(self, message_type: type, reply_type: type, *fields: Any) -> Call:
+        """Send a request and do not wait.
+
+        Args:
+            message_type: a request of `kvstrata.wire.protocol` whose first field is ``id``.
+            reply_type: what must answer it.
+            fields: the request's other fields, in order.
+
+        Raises:
+            NodeUnavailable: the node has gone.
+        """
+        call = Call(self, next(self._numbers), reply_type)
+        with self._state:
+            self._calls[call.id] = call
+        try:
+            self.send(message_type(call.id, *fields))
+        except NodeUnavailable:
+            with self._state:
+                self._calls.pop(call.id, None)
+            raise
+        return call
+
+    def match(
+        self,
+        keys: Sequence[bytes],
+        parts: list[int],
+        orders: list[str],
+        lengths: Sequence[int] = (),
+    ) -> Call:
+        """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
+
+        Args:
+            keys: of the prompt's chunks, head first.
+            parts: what makes up a chunk.
+            orders: the byte orders that the caller can read.
+            lengths: payload bytes of each part; without them nothing arrives that a tier keeps
+                encoded, for nobody knows how large it will be.
+        """
+        return self.begin(p.Match, p.Matched, b"".join(keys), parts, orders, list(lengths))
+
+    def await_arrival(self, lease: int, have: int) -> Call:
+        """Begin to wait for more than ``have`` chunks of a lease; answers `Arrived`."""
+        return self.begin(p.Await, p.Arrived, lease, have)
+
+    def release(self, lease: int, keep: int = 0) -> None:
+        """End a lease but for its first ``keep`` chunks; nothing happens if the node is gone."""
+        if lease:
+            with contextlib.suppress(NodeUnavailable):
+                self.send(p.Release(lease, keep))
+
+    def reserve(
+        self,
+        namespace: bytes,
+        prefix: Sequence[bytes],
+        first: int,
+        part: int,
+        template: p.Template,
+        cost: float = 0.0,
+        weights: str = "",
+    ) -> Call:
+        """Begin to reserve slots for ``prefix[first:]``; answers `Reserved`.
+
+        Args:
+            namespace: what the KV belongs to, 32 bytes.
+            prefix: keys of the prompt's chunks from the first to the last one to write.
+            first: number of the first chunk to write.
+            part: which object of each chunk, ``group << 16 | rank``.
+            template: what all headers share.
+            cost: what computing a chunk took, in seconds; 0: unknown.
+            weights: `kvstrata.identity.weights_identity` of what computed it; "": unknown.
+        """
+        return self.begin(
+            p.Reserve, p.Reserved, namespace, b"".join(prefix), first, part, template, cost, weights
+        )
+
+    def commit(self, reservation: int, checksums: Sequence[bytes]) -> Call:
+        """Begin to publish what was written; answers `Done`. 16 zero bytes give a slot back."""
+        return self.begin(p.Commit, p.Done, reservation, b"".join(checksums))
+
+    def lookup(self, keys: Sequence[bytes], parts: list[int]) -> bytes:
+        """The tier of each chunk, one byte each, 255 where absent."""
+        found: p.Found = self.begin(p.Lookup, p.Found, b"".join(keys), parts).wait(self._timeout_s)
+        return found.tiers
+
+    def clear(
+        self,
+        keys: Sequence[bytes] | None = None,
+        tiers: Sequence[str] = (),
+        timeout_s: float = 60.0,
+    ) -> int:
+        """Forget these chunks, or all; returns the number of objects that went."""
+        packed = None if keys is None else b"".join(keys)
+        done: p.Done = self.begin(p.Clear, p.Done, packed, list(tiers)).wait(timeout_s)
+        return done.count
+
+    def flush(self, timeout_s: float = 60.0) -> None:
+        """Wait until everything committed so far is written behind."""
+        self.begin(p.Flush, p.Done).wait(timeout_s)
+
+    def status(self) -> dict[str, Any]:
+        """The node's state, as ``kvstrata status --json`` prints it."""
+        state: p.State = self.begin(p.Status, p.State).wait(self._timeout_s)
+        return state.state
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Hand in one request's record; nothing happens if the node is gone."""
+        with contextlib.suppress(NodeUnavailable):
+            self.send(p.Record(record))
+
+    def close(self) -> None:
+        """Say that no copy is under way, and hang up. Repeatable; never raises."""
+        if self._lost is None and self._pid == os.getpid():
+            with contextlib.suppress(NodeUnavailable):
+                self.send(p.Bye())
+                deadline = time.monotonic() + CLOSE_S
+                # select() knows no descriptors beyond 1023, and an engine may have as many
+                writable = select.poll()
+                writable.register(self._socket, select.POLLOUT)
+                while self._unsent and (left := deadline - time.monotonic()) > 0:
+                    writable.poll(left * 1e3)
+                    self._flush()
+        self._lose("this client was closed")
+        self.pool.close()
+
+    def send(self, message: p.Request) -> None:
+        """Send one message, or queue it for a node that is slow to take it; does not wait.
+
+        Raises:
+            NodeUnavailable: the node has gone, or has taken nothing for too many messages.
+        """
+        if self._pid != os.getpid():
+            raise NodeUnavailable("a forked process must connect to the node itself")
+        with self._sending:
+            if self._lost is not None:
+                raise NodeUnavailable(self._lost)
+            if len(self._unsent) > MAX_UNSENT_BYTES:
+                self._flush_locked()
+            if len(self._unsent) > MAX_UNSENT_BYTES and not isinstance(message, _GIVES_BACK):
+                raise NodeUnavailable("the node takes no messages")
+            self._unsent += p.encode(message)
+            self._flush_locked()
+        if self._lost is not None:
+            raise NodeUnavailable(self._lost)
+        if self._unsent:
+            self._tend_later()
+
+    def pump(self, call: Call, timeout_s: float) -> None:
+        """Receive until this call is answered or the time is over. One thread receives for all."""
+        deadline = time.monotonic() + timeout_s
+        with self._state:
+            while call.reply is None:
+                if self._lost is not None:
+                    raise NodeUnavailable(self._lost)
+                left = deadline - time.monotonic()
+                if left < 0 and timeout_s > 0:
+                    return
+                if self._receiving:
+                    if timeout_s <= 0 or not self._state.wait(left):
+                        return
+                    continue
+                self._receiving = True
+                self._state.release()
+                try:
+                    replies = self._receive(max(0.0, left))
+                finally:
+                    self._state.acquire()
+                    self._receiving = False
+                    self._state.notify_all()
+                if replies is None:
+                    return
+                for reply in replies:
+                    self._settle(reply)
+
+    def abandon(self, call: Call) -> None:
+        """Wait no longer for a call; what it grants goes back."""
+        with self._state:
+            call.abandoned = True
+            if call.reply is not None:
+                self._give_back(call.reply)
+            else:
+                self._tend_later()
+
+    def _tend_later(self) -> None:
+        """See to it that late answers are taken in, and messages sent, if nobody asks again."""
+        with self._state:
+            if not self._tending and self._lost is None:
+                self._tending = True
+                threading.Thread(target=self._tend, name="kvstrata-late", daemon=True).start()
+
+    def _tend(self) -> None:
+        while True:
+            with self._state:
+                late = next((call for call in self._calls.values() if call.abandoned), None)
+                if self._lost is not None or (late is None and not self._unsent):
+                    self._tending = False
+                    return
+            # In slices: what is queued meanwhile must not wait for an answer to something else.
+            if late is None:
+                time.sleep(TEND_S)
+                self._flush()
+            else:
+                with contextlib.suppress(NodeUnavailable):
+                    self.pump(late, TEND_S)
+
+    def _settle(self, reply: p.Reply) -> None:
+        call = self._calls.pop(getattr(reply, "id", 0), None)
+        if call is not None:
+            call.reply = reply
+            if call.abandoned:
+                self._give_back(reply)
+
+    def _give_back(self, reply: p.Reply) -> None:
+        if isinstance(reply, p.Matched):
+            self.release(reply.lease)
+        elif isinstance(reply, p.Reserved):
+            with contextlib.suppress(NodeUnavailable):
+                self.send(p.Commit(0, reply.reservation, bytes(2 * len(reply.offsets))))
+
+    def _flush(self) -> None:
+        with self._sending:
+            self._flush_locked()
+
+    def _flush_locked(self) -> None:
+        """Send what the node takes now."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(f"the node is gone: {error}")
+
+    def _receive(self, timeout_s: float) -> list[p.Reply] | None:
+        """What has come, waiting for it this long; None if nothing has."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                if self._unsent:
+                    self._flush()
+                # poll() rounds up to whole milliseconds, so an answer may be that late.
+                left = max(0.0, deadline - time.monotonic())
+                self._poll.modify(self._socket, _IN_AND_OUT if self._unsent else select.POLLIN)
+                events = self._poll.poll(left * 1e3)
+                if not events:
+                    return None
+                if events[0][1] != select.POLLOUT:
+                    break
+            data = self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return []
+        except (OSError, ValueError) as error:
+            self._lose(f"the node is gone: {error}")
+            return []
+        if not data:
+            self._lose("the node hung up")
+            return []
+        try:
+            return [p.decode_reply(body) for body in self._frames.feed(data)]
+        except Incompatible as error:
+            self._lose(str(error))
+            return []
+
+    def _greet(self) -> tuple[p.Hello, int]:
+        """The node's first frame, and the pool's descriptor that comes with it."""
+        deadline = time.monotonic() + self._timeout_s
+        fds: list[int] = []
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._poll.poll(left * 1e3):
+                    raise NodeUnavailable("the node says nothing")
+                try:
+                    data, got, _, _ = socket.recv_fds(self._socket, 4096, 4)
+                except OSError as error:
+                    raise NodeUnavailable(f"the node is gone: {error}") from error
+                fds += got
+                if not data:
+                    raise NodeUnavailable("the node hung up")
+                for body in self._frames.feed(data):
+                    hello = p.decode_hello(body)
+                    if len(fds) != 1:
+                        raise Incompatible("the node sent no pool with its hello")
+                    return hello, fds.pop()
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _lose(self, why: str) -> None:
+        if self._lost is None:
+            self._lost = why
+            if self._pid == os.getpid():
+                # A thread that waits for an answer hears of it; close alone would not tell it.
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
+
+
+def offsets_of(packed: bytes) -> array[int]:
+    """Offsets as the node packs them: signed 64-bit numbers."""
+    offsets: array[int] = array("q")
+    offsets.frombytes(packed)
+    return offsets
