@@ -20,9 +20,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[3]
 KERNELS = {
-    "triton_fp8": {"_encode", "_decode"},
-    "triton_integers": {"_encode", "_decode"},
-    "triton_rotation": {"rotate_kernel", "mean_kernel", "quantise_kernel", "restore_kernel"},
+    "fp8": {"_encode", "_decode"},
+    "integers": {"_encode", "_decode"},
+    "rotation": {"rotate_kernel", "mean_kernel", "quantise_kernel", "restore_kernel"},
 }
 
 
