@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, ClassVar, TypeVar
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
@@ -31,6 +31,7 @@ from kvstrata.wire.launch import connect
 from kvstrata.wire.sockets import socket_path
 
 W = TypeVar("W", bound="Workplace")
+E = TypeVar("E", bound="Engine")
 
 CONNECTOR = {
     "kv_connector": "KVStrataConnector",
@@ -86,6 +87,9 @@ class Engine:
         options: vLLM's ``LLM`` arguments, on top of `ENGINE_OPTIONS`.
     """
 
+    #: the child's side of the pipe, run as a module
+    program: ClassVar[str] = __name__
+
     def __init__(
         self, model: Path, log: Path, environment: Mapping[str, str], options: Mapping[str, Any]
     ) -> None:
@@ -93,7 +97,7 @@ class Engine:
         ours, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-m", self.program, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -249,12 +253,18 @@ class Workplace:
         self, options: Mapping[str, Any] | None = None, with_kvstrata: bool = True
     ) -> Engine:
         """Begin to start an engine; the first one with KVStrata starts the node."""
+        return self.engine_of(Engine, options, with_kvstrata)
+
+    def engine_of(
+        self, kind: type[E], options: Mapping[str, Any] | None = None, with_kvstrata: bool = True
+    ) -> E:
+        """The same, of a kind that has its own child's side."""
         options = dict(options or {})
         if with_kvstrata:
             settings = {**CONNECTOR, "kv_connector_extra_config": self._settings}
             options["kv_transfer_config"] = settings
         log = self.folder / f"engine-{len(self._engines)}.log"
-        engine = Engine(self._model, log, {"XDG_RUNTIME_DIR": str(self.folder)}, options)
+        engine = kind(self._model, log, {"XDG_RUNTIME_DIR": str(self.folder)}, options)
         self._engines.append(engine)
         return engine
 
@@ -480,25 +490,26 @@ class _Child:
         return {}
 
 
-def _serve_pipe(fd: int) -> None:
+def serve_pipe(fd: int, start: Callable[[dict[str, Any]], Any], verbs: Sequence[str]) -> None:
+    """The child's life: start with the first line's options, then answer a verb a line.
+
+    Args:
+        start: what has a method for each verb, and ``about``, the first answer.
+    """
     with socket.socket(fileno=fd) as connected, connected.makefile("rw") as pipe:
 
         def say(message: Mapping[str, Any]) -> None:
             pipe.write(json.dumps(message) + "\n")
             pipe.flush()
 
-        child = _Child(json.loads(pipe.readline()))
-        verbs: dict[str, Callable[..., dict[str, Any]]] = {
-            "ask": child.ask,
-            "reset": child.reset,
-            "detach": child.detach,
-            "attach": child.attach,
-        }
+        child = start(json.loads(pipe.readline()))
         say(child.about())
         for line in pipe:
             request = json.loads(line)
-            say(verbs[request.pop("verb")](**request))
+            verb = request.pop("verb")
+            assert verb in verbs
+            say(getattr(child, verb)(**request))
 
 
 if __name__ == "__main__":
-    _serve_pipe(int(sys.argv[1]))
+    serve_pipe(int(sys.argv[1]), _Child, ("ask", "reset", "detach", "attach"))

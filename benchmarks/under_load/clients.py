@@ -1,0 +1,164 @@
+"""Clients of a serving engine: turns of requests, proof of where their tokens came from, and the
+ratios of times that are made of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from benchmarks.common import (
+    CHUNK_TOKENS,
+    DOCUMENT_TOKENS,
+    Ledger,
+    expect,
+    milliseconds,
+    say,
+)
+from benchmarks.under_load.serving import Serving, Turn
+
+NAME = "under_load"
+IN_FLIGHT = (2, 4, 8)
+MAX_TOKENS = 8
+MOST_DOCUMENTS = 16
+# A prompt takes 24 blocks of 128 tokens. All documents stay in vLLM's own cache until it is reset.
+ENGINE = {"num_gpu_blocks_override": 30 * MOST_DOCUMENTS}
+
+
+class Clients:
+    """Asks a serving engine, and proves of every turn what its answers were made of."""
+
+    def __init__(self, engine: Serving, ledger: Ledger | None, prompts: Sequence[Any]) -> None:
+        self.engine = engine
+        self.ledger = ledger
+        self.prompts = prompts
+        self.how: Counter[str] = Counter()
+        self._alone: list[list[int]] = []
+        self._asked: Counter[str] = Counter()
+        self._same: Counter[str] = Counter()
+
+    def store(self) -> None:
+        """Have every document computed, and stored if there is a node."""
+        before = self.ledger.stored() if self.ledger else 0
+        turn = self.engine.serve(self.prompts, 1)
+        expect({r.cached_tokens for r in turn.replies} == {0}, "a document should be cold")
+        if self.ledger:
+            self.ledger.next(len(self.prompts))
+            self.ledger.drain(before + len(self.prompts) * DOCUMENT_TOKENS // CHUNK_TOKENS)
+
+    def compare_alone(self) -> None:
+        """One at a time all work is split alike: loaded and own answers must be equal."""
+        order = range(len(self.prompts))
+        warm = [reply.tokens for reply in self.warm(order, 1).replies]
+        self._alone = [reply.tokens for reply in self.own(order, 1).replies]
+        expect(warm == self._alone, f"the answers differ: {warm} and {self._alone}")
+
+    def own(self, order: Sequence[int], in_flight: int, **more: Any) -> Turn:
+        """Every document from vLLM's own prefix cache."""
+        return self._turn("own", order, in_flight, **more)
+
+    def warm(self, order: Sequence[int], in_flight: int, **more: Any) -> Turn:
+        """Every document from KVStrata's host memory: vLLM has forgotten them."""
+        self.engine.reset_prefix_cache()
+        return self._turn("warm", order, in_flight, **more)
+
+    def agreement(self) -> str:
+        """How many answers were the same as alone; batches round differently, in plain vLLM too.
+
+        Raises:
+            Wrong: clearly fewer where the KV was loaded.
+        """
+        share = {who: self._same[who] / self._asked[who] for who in self._asked}
+        words = ", ".join(f"{who} {part:.0%}" for who, part in share.items())
+        expect(share.get("warm", 1.0) > share["own"] - 0.2, f"answers as alone: {words}")
+        return f"answers as alone: {words}"
+
+    def _turn(
+        self,
+        who: str,
+        order: Sequence[int],
+        in_flight: int,
+        max_tokens: int = MAX_TOKENS,
+        running: Sequence[Any] = (),
+    ) -> Turn:
+        loaded = DOCUMENT_TOKENS if who == "warm" else 0
+        turn = self.engine.serve([self.prompts[i] for i in order], in_flight, max_tokens, running)
+        cached = Counter(reply.cached_tokens for reply in turn.replies)
+        expect(set(cached) == {DOCUMENT_TOKENS}, f"cached tokens {cached}, not {DOCUMENT_TOKENS}")
+        if self.ledger:
+            records = self.ledger.next(len(order) + len(running))
+            # What runs all the while has a prompt of less than a chunk.
+            asked = [record for record in records if record["prompt_tokens"] > CHUNK_TOKENS]
+            found = Counter((record["loaded_tokens"], record["host_tokens"]) for record in asked)
+            expect(found == {(loaded, loaded): len(order)}, f"loaded, from host memory: {found}")
+            self.how.update(record["load"] for record in asked if record["load"])
+        if self._alone:
+            self._asked[who] += len(order)
+            self._same[who] += sum(
+                reply.tokens == self._alone[i][: len(reply.tokens)]
+                for i, reply in zip(order, turn.replies, strict=True)
+            )
+        return turn
+
+
+@dataclass
+class Times:
+    """Turns by who answered, and the rounds they were in."""
+
+    by: dict[str, list[Turn]] = field(default_factory=dict)
+
+    def add(self, who: str, turn: Turn) -> None:
+        """Enter one turn."""
+        self.by.setdefault(who, []).append(turn)
+
+    def firsts(self, who: str) -> list[float]:
+        """All times to first token."""
+        return [first for turn in self.by[who] for first in turn.firsts]
+
+    def tell(self, what: str) -> None:
+        """Print the percentiles."""
+        say(f"{what}:")
+        for who in self.by:
+            say("  " + milliseconds(who, self.firsts(who)))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A ratio, and a 95% bootstrap interval of it over rounds."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"95% CI {self.low:.3f} to {self.high:.3f}"
+
+
+def over_rounds(
+    rounds: int, ratio: Callable[[Sequence[int]], float], seed: int = 0, draws: int = 1000
+) -> Interval:
+    """A ratio of all rounds, and how it varies where rounds are drawn anew.
+
+    Args:
+        ratio: of the rounds with these numbers, some of which may come twice.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [ratio(rng.integers(rounds, size=rounds).tolist()) for _ in range(draws)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(ratio(range(rounds)), float(low), float(high))
+
+
+def percentile_ratio(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], percent: float
+) -> Interval:
+    """A percentile over another's, both of all rounds; one sequence a round."""
+
+    def ratio(numbers: Sequence[int]) -> float:
+        mine, other = (np.concatenate([each[i] for i in numbers]) for each in (ours, theirs))
+        return float(np.percentile(mine, percent) / np.percentile(other, percent))
+
+    expect(len(ours) == len(theirs), "some rounds are not in pairs")
+    return over_rounds(len(ours), ratio)
