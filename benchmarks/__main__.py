@@ -116,6 +116,7 @@ def node_rows(output: str) -> list[Row]:
 
 BENCHMARKS: Mapping[str, Runner] = {
     "long_document_qa": ours("long_document_qa"),
+    "under_load": ours("under_load"),
     "encoded_disk": ours("encoded_disk"),
     "streaming": ours("streaming"),
     "codecs": ours("codecs"),

@@ -125,6 +125,11 @@ class Times:
             say("  " + milliseconds(who, self.firsts(who)))
 
 
+def pairs(ours: Turn, theirs: Turn) -> list[float]:
+    """Times to first token, document by document."""
+    return [a / b for a, b in zip(ours.firsts, theirs.firsts, strict=True)]
+
+
 @dataclass(frozen=True)
 class Interval:
     """A ratio, and a 95% bootstrap interval of it over rounds."""

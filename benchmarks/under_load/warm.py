@@ -18,9 +18,10 @@ from benchmarks.under_load.clients import (
     Clients,
     Times,
     over_rounds,
+    pairs,
     percentile_ratio,
 )
-from benchmarks.under_load.serving import Serving, Turn
+from benchmarks.under_load.serving import Serving
 
 from kvstrata.testing.engine import Workplace
 
@@ -36,11 +37,6 @@ def round_of(
     times.add(OWN, clients.own(order, in_flight, **more))
     times.add(AGAIN, clients.own(order, in_flight, **more))
     times.add(LAST, clients.warm(order, in_flight, **more))
-
-
-def pairs(ours: Turn, theirs: Turn) -> list[float]:
-    """Times to first token, document by document."""
-    return [a / b for a, b in zip(ours.firsts, theirs.firsts, strict=True)]
 
 
 def rows_of(in_flight: int, times: Times, how: str) -> list[Row]:
