@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 
 from kvstrata.errors import UsageError
 
@@ -65,7 +66,7 @@ class SlotAllocator:
         """
         if nbytes <= 0:
             raise UsageError(f"cannot allocate {nbytes} bytes")
-        need = -(-nbytes // self.alignment) * self.alignment
+        need = self.rounded(nbytes)
         # Slots mostly come in one size: sharing its number saves a quarter of the memory.
         need = self._last_size = self._last_size if need == self._last_size else need
         place = bisect_left(self._sizes, need)
@@ -83,6 +84,10 @@ class SlotAllocator:
         self._live[offset] = need
         self._allocated_bytes += need
         return offset
+
+    def rounded(self, nbytes: int) -> int:
+        """What an allocation of ``nbytes`` takes."""
+        return -(-nbytes // self.alignment) * self.alignment
 
     def free(self, offset: int) -> None:
         """Give a range back.
@@ -105,16 +110,9 @@ class SlotAllocator:
             offset = before
         self._add_free(offset, end - offset)
 
-    def size(self, offset: int) -> int:
-        """The bytes that a live allocation occupies (rounded up).
-
-        Raises:
-            UsageError: no live allocation begins at `offset`.
-        """
-        size = self._live.get(offset)
-        if size is None:
-            raise UsageError(f"no allocation begins at offset {offset}")
-        return size
+    def trial(self) -> Trial:
+        """What would be free if some allocations were given back."""
+        return Trial(self._live, self._free_size, self._free_at_end)
 
     def check_integrity(self) -> None:
         """Assert that live and free ranges tile the capacity, with no two free neighbours."""
@@ -155,3 +153,44 @@ class SlotAllocator:
         if not offsets:
             del self._bins[size]
             del self._sizes[bisect_left(self._sizes, size)]
+
+
+class Trial:
+    """What would be free if some allocations were given back; changes nothing.
+
+    Good until something is allocated or freed.
+    """
+
+    def __init__(
+        self, live: dict[int, int], free_size: dict[int, int], free_at_end: dict[int, int]
+    ) -> None:
+        self._live = live
+        self._free_size = free_size
+        self._free_at_end = free_at_end
+        self._end: dict[int, int] = {}  # begin -> end of what would be free, neighbours joined
+        self._begin: dict[int, int] = {}  # end -> begin
+
+    def free(self, offset: int, nbytes: int) -> int:
+        """Suppose that an allocation were given back.
+
+        Returns:
+            How many allocations of ``nbytes`` that adds, ``nbytes`` being aligned.
+        """
+        begin, end = offset, offset + self._live[offset]
+        after = self._end.pop(end, 0) or end + self._free_size.get(end, 0)
+        before = self._begin.pop(begin, None)
+        if before is None:
+            before = self._free_at_end.get(begin, begin)
+        self._end[before], self._begin[after] = after, before
+        return (after - before) // nbytes - (after - end) // nbytes - (begin - before) // nbytes
+
+    def allocations(self, nbytes: int) -> Iterator[int]:
+        """The offsets of what is to be given back for all ranges of ``nbytes`` or more."""
+        for at, end in self._end.items():
+            if end - at >= nbytes:
+                while at < end:
+                    size = self._free_size.get(at)
+                    if size is None:
+                        yield at
+                        size = self._live[at]
+                    at += size

@@ -113,6 +113,13 @@ class Policy(ABC):
         self._evicted(key, nbytes)
         return key
 
+    def take(self, key: bytes) -> None:
+        """Evict a key out of its turn, one that `evict` has passed over."""
+        nbytes = self.parking.discard(key)
+        assert nbytes is not None, "only what was passed over can be taken"
+        self._total_bytes -= nbytes
+        self._evicted(key, nbytes)
+
     def unpark(self, key: bytes) -> None:
         """Note that a key which `evict` passed over may go now; of other keys this is no news."""
         self.parking.release(key)

@@ -156,6 +156,10 @@ class Index(Generic[E]):
         """The chunk to evict next among those that may go; it leaves the policy, not the index."""
         return self._policy.evict(evictable)
 
+    def take(self, key: bytes) -> None:
+        """Let a chunk that `victim` passed over leave the policy, as if it had been the victim."""
+        self._policy.take(key)
+
     def unpark(self, key: bytes) -> None:
         """Note that a chunk which might not go, when `victim` asked, may go now."""
         self._policy.unpark(key)

@@ -13,8 +13,13 @@ from contextlib import contextmanager
 from kvstrata.memory.allocator import SlotAllocator
 from kvstrata.memory.pool import Pool
 from kvstrata.node.common.index import Index
+from kvstrata.node.slots.room import chunks_to_drop
 from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.policies.base import Policy
+
+ASKED_PER_CHANGE = 64
+"""A search in vain is not repeated before something has changed for every so many chunks that it
+looked at: a pool in which nothing fits must not be searched for each request."""
 
 
 class HostMemory:
@@ -34,6 +39,11 @@ class HostMemory:
         self._loose: set[Slot] = set()
         self._spared: set[bytes] = set()
         self._spared_once: list[bytes] = []
+        # The size that nothing could make room for, how many chunks were looked at for it, and how
+        # much has to change before that many are looked at again.
+        self._no_room_for = pool.capacity_bytes + 1
+        self._num_asked = 0
+        self._patience = 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -69,23 +79,34 @@ class HostMemory:
             self._spared, self._spared_once = set(), []
 
     def allocate(self, nbytes: int) -> Slot | None:
-        """A slot to fill, held once by the caller; evicts what it must, None if it may not.
+        """A slot to fill, see `allocate_many`; None if there is no room."""
+        slots = self.allocate_many(nbytes, 1)
+        return slots[0] if slots else None
+
+    def allocate_many(self, nbytes: int, count: int) -> list[Slot]:
+        """Slots to fill, each held once by the caller, as many as there is room for.
+
+        Evicts what it must; nothing for a slot that will not fit even so.
 
         Args:
-            nbytes: of the whole object.
+            nbytes: of each whole object.
+            count: how many at most.
         """
-        if nbytes > self.pool.capacity_bytes:
-            return None
-        while (offset := self._allocator.allocate(nbytes)) is None:
-            victim = self.index.victim(self._evictable)
-            if victim is None:
-                return None
-            self.num_evicted += 1
-            self.drop(victim)
-        slot = Slot(offset, nbytes)
-        slot.holds = 1
-        self._loose.add(slot)
-        return slot
+        slots: list[Slot] = []
+        searched = nbytes >= self._no_room_for
+        while len(slots) < count:
+            offset = self._allocator.allocate(nbytes)
+            if offset is not None:
+                slot = Slot(offset, nbytes)
+                slot.holds = 1
+                slots.append(slot)
+            elif searched:
+                break
+            else:
+                searched = True
+                self._make_room(nbytes, count - len(slots))
+        self._loose.update(slots)
+        return slots
 
     def publish(self, key: bytes, part: int, slot: Slot, order: str, cost: float = 1.0) -> None:
         """Make a filled slot readable; the caller's hold stays."""
@@ -93,6 +114,7 @@ class HostMemory:
         slot.order = order
         slot.state = SlotState.READY
         self._loose.discard(slot)
+        self._note_change()
         fits = self.index.claim(slot.nbytes)
         assert fits, "the allocator gave more than the pool has"
         replaced = self.index.put(key, part, slot, cost)
@@ -129,6 +151,7 @@ class HostMemory:
             if slot.passed_over is not None:
                 self.index.unpark(slot.passed_over)
                 slot.passed_over = None
+                self._note_change()
             if slot.state is SlotState.GONE:
                 self._free(slot)
 
@@ -167,7 +190,25 @@ class HostMemory:
         """Let go of the pool."""
         self.pool.close()
 
+    def _make_room(self, nbytes: int, count: int) -> None:
+        need = self._allocator.rounded(nbytes)
+        self._num_asked = 0
+        chosen = chunks_to_drop(self.index, self._allocator, self._evictable, need, count)
+        for key in chosen:
+            self.num_evicted += 1
+            self.drop(key)
+        patience = self._num_asked // ASKED_PER_CHANGE - len(self._spared_once)
+        if not chosen and patience > 0:
+            self._no_room_for, self._patience = nbytes, patience
+
+    def _note_change(self) -> None:
+        """Something may be free, or evictable, that was not."""
+        self._patience -= 1
+        if self._patience <= 0:
+            self._no_room_for = self.pool.capacity_bytes + 1
+
     def _evictable(self, key: bytes) -> bool:
+        self._num_asked += 1
         if key in self._spared:
             self._spared_once.append(key)
             return False
@@ -186,3 +227,4 @@ class HostMemory:
     def _free(self, slot: Slot) -> None:
         self._loose.discard(slot)
         self._allocator.free(slot.offset)
+        self._note_change()

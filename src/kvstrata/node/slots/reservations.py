@@ -60,8 +60,12 @@ class Reservation:
             raise UsageError(f"a cost of {message.cost} s is not a finite time")
         if len(self.weights) > MAX_WEIGHTS_CHARS:
             raise UsageError(f"an identity of weights of {len(self.weights)} characters")
+        if len(set(self.prefix)) != len(self.prefix):
+            raise UsageError("no two chunks of a prompt have one key")
         if NO_PARENT in self.prefix:
             raise UsageError("a key of zeros stands for no parent, and for no chunk")
+        if (self.template.codec, self.template.codec_parameters) != ("raw", b""):
+            raise UsageError("clients write raw objects; a tier encodes them, by its own codec")
         if self.template.kind == "native" and self.template.order == "portable":
             raise UsageError("no native byte order may be called portable")
         # Keys are 32 bytes each, so what holds for the last chunk's header holds for all.
@@ -143,29 +147,28 @@ class ReservationTable:
             reservation.cost = self._costs.get(nbytes, 1.0)
         self._next += 1
         part, order = reservation.part, reservation.order
-        offsets = array("q")
-        refusal = 0
+        chunks = reservation.prefix[reservation.first :]
+        answers = [
+            p.BUSY if (key, part) in self._writing else presence(key, part, order) for key in chunks
+        ]
+        allowed = (self.per_client_bytes - client.reserved_bytes) // nbytes
         with self._host.sparing(set(reservation.prefix)):
-            for key in reservation.prefix[reservation.first :]:
-                slot, answer = None, presence(key, part, order)
-                if (key, part) in self._writing:
-                    answer = p.BUSY
-                if not answer and client.reserved_bytes + nbytes > self.per_client_bytes:
-                    refusal = p.REFUSED
-                answer = answer or refusal
-                if not answer:
-                    slot = self._host.allocate(nbytes)
-                    if slot is None:
-                        answer = refusal = p.FULL
-                if slot is not None:
-                    client.reserved_bytes += nbytes
-                    self._writing[key, part] = reservation
-                offsets.append(answer if slot is None else slot.offset)
-                reservation.slots.append(slot)
-        if any(slot is not None for slot in reservation.slots):
+            slots = self._host.allocate_many(nbytes, min(allowed, answers.count(0)))
+        refusal = p.REFUSED if len(slots) == allowed else p.FULL
+        client.reserved_bytes += len(slots) * nbytes
+        rest = iter(slots)
+        for number, key in enumerate(chunks):
+            slot = None if answers[number] else next(rest, None)
+            reservation.slots.append(slot)
+            if slot is not None:
+                answers[number] = slot.offset
+                self._writing[key, part] = reservation
+            elif not answers[number]:
+                answers[number] = refusal
+        if slots:
             client.reservations.add(reservation.id)
             self._reservations[reservation.id] = reservation
-        return reservation, offsets
+        return reservation, array("q", answers)
 
     def compute_s(self, nbytes: int) -> float:
         """What computing a chunk takes whose objects need slots of this size; `inf`: unknown."""
