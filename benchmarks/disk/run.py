@@ -21,12 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from kvstrata.memory.pool import Pool
-from kvstrata.tiers.base import Outcome
+from kvstrata.tiers.base import Outcome, Put
 from kvstrata.tiers.disk.folder import file_system_of
 from kvstrata.tiers.disk.tier import DiskTier
 
@@ -99,15 +100,16 @@ def raw_side(folder: Path, ids: list[bytes], views: list[memoryview]) -> Side:
 def tier_side(tier: DiskTier, ids: list[bytes], views: list[memoryview]) -> Side:
     """As the node uses the tier: one object a call."""
 
-    def expect_hit(outcomes: list[Outcome]) -> None:
-        if outcomes != [Outcome.HIT]:
+    def expect(outcomes: list[Any], wanted: int | Outcome) -> None:
+        if outcomes != [wanted]:
             raise SystemExit(f"the tier answered {outcomes}: {tier.last_error}")
 
+    puts = [Put(i, v[:HEADER_BYTES], v[HEADER_BYTES:]) for i, v in zip(ids, views, strict=True)]
     return Side(
         "tier",
-        lambda i: expect_hit(tier.write([(ids[i], views[i])])),
-        lambda i: expect_hit(tier.read([ids[i]], [views[i]])),
-        lambda i: expect_hit(tier.delete([ids[i]])),
+        lambda i: expect(tier.write([puts[i]]), Outcome.HIT),
+        lambda i: expect(tier.read([ids[i]], [views[i]]), len(views[i])),
+        lambda i: expect(tier.delete([ids[i]]), Outcome.HIT),
     )
 
 

@@ -16,7 +16,7 @@ from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.service.backing import Backing
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
-from kvstrata.tiers.base import Outcome, Tier
+from kvstrata.tiers.base import Outcome, OwnedTier
 from kvstrata.tiers.memory import MemoryTier
 
 TIMEOUT_S = 30.0
@@ -60,13 +60,13 @@ class GatedTier(MemoryTier):
         self.opened.set()
         self.num_reads = 0
 
-    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
+    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[int | Outcome]:
         self.num_reads += len(ids)
         self.opened.wait(TIMEOUT_S)
         return super().read(ids, into)
 
 
-def tiered(tier: Tier, deadline_s: float = TIMEOUT_S) -> Callable[[Config], Node]:
+def tiered(tier: OwnedTier, deadline_s: float = TIMEOUT_S) -> Callable[[Config], Node]:
     """Makes nodes that keep everything in this tier too."""
 
     def make(config: Config) -> Node:

@@ -20,7 +20,7 @@ from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
-from kvstrata.tiers.base import Tier
+from kvstrata.tiers.base import OwnedTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
@@ -50,7 +50,7 @@ def template(order: str = ORDER, nbytes: int = RAW) -> p.Template:
 
 
 def make_backing(
-    tier: Tier,
+    tier: OwnedTier,
     slots: int = 100,
     *,
     counters: Counters | None = None,
@@ -76,7 +76,7 @@ def make_backing(
 
 def make_node(
     slots: int = 10,
-    tier: Tier | None = None,
+    tier: OwnedTier | None = None,
     *,
     tier_slots: int = 100,
     per_client: float = 1,
@@ -255,21 +255,21 @@ class GatedTier(MemoryTier):
 
     @property
     def held(self) -> int:
-        return sum(len(data) for data, _ in self._objects.values())
+        return sum(len(one.data) for one in self._objects.values())
 
     def read(self, ids: Any, into: Any) -> Any:
         self._pass("read")
         return super().read(ids, into)
 
-    def write(self, objects: Any) -> Any:
+    def write(self, puts: Any) -> Any:
         self._pass("write")
-        outcomes = super().write(objects)
+        outcomes = super().write(puts)
         self.most = max(self.most, self.held)
         return outcomes
 
-    def delete(self, ids: Any) -> Any:
+    def delete(self, ids: Any, versions: Any = None) -> Any:
         self._pass("delete")
-        return super().delete(ids)
+        return super().delete(ids, versions)
 
     def clear(self) -> None:
         self._pass("clear")

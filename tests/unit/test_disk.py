@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,54 +29,67 @@ from kvstrata.testing.tiers import (
     HIT,
     MISS,
     PAGE,
-    TierContract,
+    OwnedTierContract,
     empty,
     filled,
+    has,
     object_id,
+    outcomes,
     read_one,
     scan_all,
+    write,
 )
-from kvstrata.tiers.base import Outcome, Tier
+from kvstrata.tiers.base import OwnedTier, Put
 from kvstrata.tiers.disk import folder as disk_folder
 from kvstrata.tiers.disk import tier as disk_module
 from kvstrata.tiers.disk.folder import file_system_of
+from kvstrata.tiers.disk.quarantine import MAX_QUARANTINED
 from kvstrata.tiers.disk.scan import file_name, parse_name
-from kvstrata.tiers.disk.tier import MAX_QUARANTINED, MAX_SIZES, DiskTier
+from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.faulty import FaultyTier
 
 SOURCES = str(Path(disk_module.__file__).parents[3])
 NOBODY = 65534
 
 
-class TestDiskTier(TierContract):
+class TestDiskTier(OwnedTierContract):
     persistent = True
 
-    def make_tier(self, folder: Path) -> Tier:
+    def make_tier(self, folder: Path) -> OwnedTier:
         return DiskTier(folder)
 
 
-class TestDiskTierThroughPageCache(TierContract):
+class TestDiskTierThroughPageCache(OwnedTierContract):
     persistent = True
 
-    def make_tier(self, folder: Path) -> Tier:
+    def make_tier(self, folder: Path) -> OwnedTier:
         return DiskTier(folder, direct=False)
 
 
-class TestDiskTierOfManySizes(TierContract):
-    """Shards are listed, since the names an id can have are too many to try."""
+class TestDiskTierBeforeItsScan(OwnedTierContract):
+    """Shards are listed, since nobody has looked yet what is there."""
 
     persistent = True
 
-    def make_tier(self, folder: Path) -> Tier:
-        tier = DiskTier(folder)
-        tier._sizes = frozenset(PAGE * n for n in range(100, 101 + MAX_SIZES))
-        return tier
+    def make_tier(self, folder: Path) -> OwnedTier:
+        class Unscanned(DiskTier):
+            _sizes_complete = property(lambda self: False, lambda self, complete: None)
+
+            @property
+            def _sizes(self) -> dict[bytes, int]:
+                return {}
+
+            @_sizes.setter
+            def _sizes(self, sizes: dict[bytes, int]) -> None:
+                pass
+
+        return Unscanned(folder)
 
 
-class TestFaultyDiskTierWithoutRules(TierContract):
+class TestFaultyDiskTierWithoutRules(OwnedTierContract):
     persistent = True
 
-    def make_tier(self, folder: Path) -> Tier:
+    def make_tier(self, folder: Path) -> OwnedTier:
         return FaultyTier(DiskTier(folder))
 
 
@@ -157,7 +172,7 @@ def test_malformed_names(name: str) -> None:
 
 
 def test_the_folder_is_as_the_format_page_says(tier: DiskTier, folder: Path) -> None:
-    tier.write([(object_id(0x123), filled(2 * PAGE, 1))])
+    write(tier, [(object_id(0x123), filled(2 * PAGE, 1))])
     assert (folder / "FORMAT").read_text() == "kvstrata-disk 1\n"
     assert (folder / "epoch").read_text() == "0\n"
     assert (folder / "lock").read_text() == f"{os.getpid()}\n"
@@ -178,7 +193,7 @@ def test_the_folder_is_as_the_format_page_says(tier: DiskTier, folder: Path) -> 
 def test_a_second_opener_is_told_who_holds_it(tier: DiskTier, folder: Path) -> None:
     with pytest.raises(TierUnavailable, match=f"held by process {os.getpid()}"):
         DiskTier(folder)
-    tier.write([(object_id(1), filled(PAGE, 1))])
+    write(tier, [(object_id(1), filled(PAGE, 1))])
     tier.close()
     other = DiskTier(folder)
     assert read_one(other, object_id(1), PAGE)[0] is HIT
@@ -240,7 +255,7 @@ def test_an_empty_file_system_or_a_killed_first_start(folder: Path, left: list[s
     for name in left:
         (folder / name).touch()
     tier = DiskTier(folder)
-    assert tier.write([(object_id(1), filled(PAGE, 1))]) == [HIT]
+    assert write(tier, [(object_id(1), filled(PAGE, 1))]) == [HIT]
     tier.close()
 
 
@@ -307,7 +322,7 @@ def shared() -> Iterator[Path]:
 
 def one_object(folder: Path) -> None:
     tier = DiskTier(folder)
-    tier.write([(object_id(1), filled(PAGE, 1))])
+    write(tier, [(object_id(1), filled(PAGE, 1))])
     tier.close()
 
 
@@ -325,17 +340,17 @@ READ_ONLY_CHECKS = """
 tier = DiskTier(folder)
 assert tier.read_only
 assert REASON in tier.read_only_reason, tier.read_only_reason
-assert tier.contains([object_id(1), object_id(2)]) == [HIT, MISS]
+assert has(tier, [object_id(1), object_id(2)]) == [HIT, MISS]
 assert read_one(tier, object_id(1), PAGE) == (HIT, bytes(filled(PAGE, 1)))
 if os.access(sys.executable, os.X_OK):  # root's own interpreter is not for everybody
     assert [found.object_id for found in scan_all(tier)] == [object_id(1)]
-assert REASON in raises(TierFull, lambda: tier.write([(object_id(2), filled(PAGE, 2))]))
+assert REASON in raises(TierFull, lambda: write(tier, [(object_id(2), filled(PAGE, 2))]))
 assert tier.delete([object_id(1)]) == tier.reject([object_id(1)]) == [FAILED]
 tier.touch([object_id(1)])
 second = DiskTier(folder)
 second.close()
 assert "for this process only" in raises(TierUnavailable, tier.clear)
-assert tier.contains([object_id(1)]) == [MISS]
+assert has(tier, [object_id(1)]) == [MISS]
 tier.close()
 """
 
@@ -382,10 +397,10 @@ def test_permission_lost_while_open(shared: Path) -> None:
     code = AS_NOBODY + (
         "tier = DiskTier(folder)\n"
         "os.chmod(folder + '/objects/01', 0o500)\n"
-        "print(raises(TierUnavailable, lambda: tier.write([(object_id(257), filled(PAGE, 2))])))\n"
+        "print(raises(TierUnavailable, lambda: write(tier, [(object_id(257), filled(PAGE, 2))])))\n"
         "assert read_one(tier, object_id(1), PAGE)[0] is HIT\n"
         "raises(TierUnavailable, lambda: tier.delete([object_id(1)]))\n"
-        "assert tier.contains([object_id(1)]) == [HIT]\n"
+        "assert has(tier, [object_id(1)]) == [HIT]\n"
         "tier.close()\n"
     )
     status, out, err = run_python(code, str(shared / "tier"))
@@ -426,7 +441,7 @@ assert tier.file_system == "tmpfs"
 nbytes = 16 * PAGE
 objects = [(object_id(i), filled(nbytes, i)) for i in range(100)]
 try:
-    tier.write(objects)
+    write(tier, objects)
 except TierFull as error:
     assert "No space left" in str(error)
     assert tier.last_error == str(error)
@@ -440,9 +455,9 @@ for i in range(len(stored)):
 left = [name for _, _, names in os.walk(sys.argv[1]) for name in names if name.endswith(".tmp")]
 assert left == []
 assert tier.delete(stored[:2]) == [HIT, HIT]
-assert tier.write([(object_id(200), filled(nbytes, 200))]) == [HIT]
+assert write(tier, [(object_id(200), filled(nbytes, 200))]) == [HIT]
 try:
-    tier.write(objects)
+    write(tier, objects)
 except TierFull:
     pass
 with open(sys.argv[1] + "/ballast", "wb", buffering=0) as file:
@@ -454,7 +469,7 @@ with open(sys.argv[1] + "/ballast", "wb", buffering=0) as file:
 tier.clear()  # needs room for the epoch, and makes it
 assert tier.epoch == 1
 assert scan_all(tier) == []
-assert tier.write([(object_id(1), filled(nbytes, 1))]) == [HIT]
+assert write(tier, [(object_id(1), filled(nbytes, 1))]) == [HIT]
 tier.close()
 tier = DiskTier(sys.argv[1])
 assert tier.epoch == 1
@@ -479,7 +494,7 @@ def raises(kind, call):
         return str(error)
     raise AssertionError("nothing raised")
 tier = DiskTier(folder)
-tier.write([(object_id(1), filled(PAGE, 1))])
+write(tier, [(object_id(1), filled(PAGE, 1))])
 tier.close()
 subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
 {READ_ONLY_CHECKS}
@@ -488,12 +503,12 @@ subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
 
 
 def test_a_vanished_folder(tier: DiskTier, folder: Path) -> None:
-    tier.write([(object_id(1), filled(PAGE, 1))])
+    write(tier, [(object_id(1), filled(PAGE, 1))])
     shutil.rmtree(folder)
     calls: list[Callable[[], object]] = [
-        lambda: tier.contains([object_id(1)]),
+        lambda: has(tier, [object_id(1)]),
         lambda: tier.read([object_id(1)], [empty(PAGE)]),
-        lambda: tier.write([(object_id(1), filled(PAGE, 1))]),
+        lambda: write(tier, [(object_id(1), filled(PAGE, 1))]),
         lambda: tier.delete([object_id(1)]),
         lambda: tier.reject([object_id(1)]),
         lambda: tier.touch([object_id(1)]),
@@ -506,19 +521,19 @@ def test_a_vanished_folder(tier: DiskTier, folder: Path) -> None:
     assert not folder.exists()
     other = DiskTier(folder)  # somebody else makes a folder of the same name
     with pytest.raises(TierUnavailable, match="not the folder that was opened"):
-        tier.write([(object_id(1), filled(PAGE, 1))])
+        write(tier, [(object_id(1), filled(PAGE, 1))])
     tier.close()
     assert files(folder) == []
     other.close()
 
 
 def test_shards_that_vanish_are_made_again(tier: DiskTier, folder: Path) -> None:
-    tier.write([(object_id(1), filled(PAGE, 1))])
+    write(tier, [(object_id(1), filled(PAGE, 1))])
     shutil.rmtree(folder / "objects")
     assert read_one(tier, object_id(1), PAGE)[0] is MISS
-    assert tier.contains([object_id(1)]) == tier.delete([object_id(1)]) == [MISS]
+    assert has(tier, [object_id(1)]) == tier.delete([object_id(1)]) == [MISS]
     assert scan_all(tier) == []
-    assert tier.write([(object_id(1), filled(PAGE, 1))]) == [HIT]
+    assert write(tier, [(object_id(1), filled(PAGE, 1))]) == [HIT]
     assert read_one(tier, object_id(1), PAGE)[0] is HIT
 
 
@@ -539,16 +554,16 @@ def test_every_errno_is_an_outcome_or_an_error_of_ours(
     tier: DiskTier, folder: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     one, other = object_id(1), object_id(2)
-    calls: list[Callable[[], list[Outcome]]] = [
-        lambda: tier.write([(one, filled(PAGE, 3))]),
+    calls: list[Callable[[], list[Any]]] = [
+        lambda: write(tier, [(one, filled(PAGE, 3))]),
         lambda: tier.read([one], [empty(PAGE)]),
-        lambda: tier.contains([one]),
+        lambda: has(tier, [one]),
         lambda: tier.delete([other]),
         lambda: tier.reject([other]),
     ]
     for number in sorted(errno.errorcode):
         tier._direct = True  # which the last round may have ended
-        tier.write([(one, filled(PAGE, 1)), (other, filled(PAGE, 2))])
+        write(tier, [(one, filled(PAGE, 1)), (other, filled(PAGE, 2))])
 
         def fail(*arguments: object, number: int = number, **options: object) -> int:
             raise OSError(number, os.strerror(number))
@@ -578,7 +593,7 @@ def test_every_errno_is_an_outcome_or_an_error_of_ours(
 def test_a_bad_sector_costs_one_object(
     tier: DiskTier, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tier.write([(object_id(1), filled(PAGE, 1))])
+    write(tier, [(object_id(1), filled(PAGE, 1))])
 
     def fail(*arguments: object) -> int:
         raise OSError(errno.EIO, "bad sector")
@@ -592,9 +607,11 @@ def test_a_bad_sector_costs_one_object(
 
 
 def test_no_file_for_a_directory(tier: DiskTier, folder: Path) -> None:
-    file_of(folder, object_id(1)).mkdir(parents=True)
+    write(tier, [(object_id(1), filled(PAGE, 1))])
+    file_of(folder, object_id(1)).unlink()
+    file_of(folder, object_id(1)).mkdir()
     assert read_one(tier, object_id(1), PAGE)[0] is FAILED
-    assert tier.write([(object_id(1), filled(PAGE, 1)), (object_id(2), filled(PAGE, 2))]) == [
+    assert write(tier, [(object_id(1), filled(PAGE, 1)), (object_id(2), filled(PAGE, 2))]) == [
         FAILED,
         HIT,
     ]
@@ -606,14 +623,15 @@ def test_no_file_for_a_directory(tier: DiskTier, folder: Path) -> None:
 
 @pytest.mark.parametrize("change", [-PAGE, -1, 1, PAGE])
 def test_a_file_of_the_wrong_length_fails(tier: DiskTier, folder: Path, change: int) -> None:
-    tier.write([(object_id(1), filled(2 * PAGE, 1)), (object_id(2), filled(2 * PAGE, 2))])
+    write(tier, [(object_id(1), filled(2 * PAGE, 1)), (object_id(2), filled(2 * PAGE, 2))])
     os.truncate(file_of(folder, object_id(1), 2 * PAGE), 2 * PAGE + change)
     buffers = [empty(2 * PAGE), empty(2 * PAGE)]
-    assert tier.read([object_id(1), object_id(2)], buffers) == [FAILED, HIT]
+    assert tier.read([object_id(1), object_id(2)], buffers) == [FAILED, 2 * PAGE]
+    assert outcomes(tier.stat([object_id(1), object_id(2)])) == [FAILED, HIT]
     # A scan needs to read no file to know.
     assert [found.object_id for found in scan_all(tier)] == [object_id(2)]
     assert tier.num_stale_removed == 1
-    assert tier.write([(object_id(1), filled(2 * PAGE, 1))]) == [HIT]
+    assert write(tier, [(object_id(1), filled(2 * PAGE, 1))]) == [HIT]
 
 
 @pytest.mark.parametrize("piece", [PAGE, 3 * PAGE, 5000, 8191])
@@ -634,7 +652,7 @@ def test_short_transfers_are_continued(
     data = filled(10 * PAGE, 1)
     monkeypatch.setattr(os, "pwritev", short_write)
     monkeypatch.setattr(os, "preadv", short_read)
-    assert tier.write([(object_id(1), data)]) == [HIT]
+    assert write(tier, [(object_id(1), data)]) == [HIT]
     assert read_one(tier, object_id(1), 10 * PAGE) == (HIT, bytes(data))
     assert len(calls) >= 8
     assert all(offset % PAGE == 0 for offset in calls)
@@ -644,7 +662,7 @@ def test_a_transfer_without_progress_fails(
     tier: DiskTier, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pwritev", lambda fd, views, offset: 100)
-    assert tier.write([(object_id(1), filled(PAGE * 2, 1))]) == [FAILED]
+    assert write(tier, [(object_id(1), filled(PAGE * 2, 1))]) == [FAILED]
     assert files(folder) == []
 
 
@@ -664,7 +682,7 @@ def test_falls_back_to_the_page_cache_and_says_so_once(
     monkeypatch.setattr(os, "open", refuse)
     with caplog.at_level(logging.WARNING):
         for i in range(3):
-            assert tier.write([(object_id(i), filled(PAGE, i))]) == [HIT]
+            assert write(tier, [(object_id(i), filled(PAGE, i))]) == [HIT]
             assert read_one(tier, object_id(i), PAGE) == (HIT, bytes(filled(PAGE, i)))
     assert not tier.direct
     assert sum("O_DIRECT" in record.message for record in caplog.records) == 1
@@ -677,10 +695,52 @@ def test_falls_back_to_the_page_cache_and_says_so_once(
     tier.close()
 
 
+def test_header_and_payload_go_out_in_one_call_past_the_page_cache(
+    tier: DiskTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not tier.direct:
+        pytest.skip("no O_DIRECT here")
+    pwritev, calls = os.pwritev, []
+
+    def watch(fd: int, views: list[memoryview], offset: int) -> int:
+        calls.append((len(views), fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT > 0))
+        return pwritev(fd, views, offset)
+
+    monkeypatch.setattr(os, "pwritev", watch)
+    page, payload = filled(PAGE, 1), filled(9 * PAGE, 2)
+    assert tier.write([Put(object_id(1), page, payload)]) == [HIT]
+    assert calls == [(2, True)]
+    assert read_one(tier, object_id(1), 10 * PAGE) == (HIT, bytes(page) + bytes(payload))
+
+
+def test_no_folder_is_listed_however_many_sizes_there_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = DiskTier(folder)
+    ids = [object_id(i) for i in range(100)]
+    write(tier, [(one, filled((1 + i) * PAGE, i)) for i, one in enumerate(ids)])
+    tier.close()
+    tier = DiskTier(folder)
+    assert len(scan_all(tier)) == 100
+
+    def refuse(path: str) -> list[str]:
+        raise AssertionError(f"{path} is listed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        tier.touch(ids)
+        assert has(tier, ids) == [HIT] * 100
+        assert read_one(tier, ids[50], 100 * PAGE) == (HIT, bytes(filled(51 * PAGE, 50)))
+        write(tier, [(ids[3], filled(7 * PAGE, 3)), (object_id(200), filled(333 * PAGE, 3))])
+        assert tier.delete([*ids[1:], object_id(999)]) == [HIT] * 99 + [MISS]
+    assert [found.object_id for found in scan_all(tier)] == [ids[0], object_id(200)]
+    tier.close()
+
+
 def test_an_unaligned_buffer_still_works(tier: DiskTier) -> None:
     data = memoryview(mmap.mmap(-1, 3 * PAGE))[100 : 100 + 2 * PAGE]
     data[:] = filled(2 * PAGE, 1)
-    assert tier.write([(object_id(1), data)]) == [HIT]
+    assert write(tier, [(object_id(1), data)]) == [HIT]
     assert read_one(tier, object_id(1), 2 * PAGE) == (HIT, bytes(filled(2 * PAGE, 1)))
 
 
@@ -689,7 +749,7 @@ def test_an_unaligned_buffer_still_works(tier: DiskTier) -> None:
 
 def test_quarantine_keeps_the_last_few(tier: DiskTier, folder: Path) -> None:
     ids = [object_id(i) for i in range(MAX_QUARANTINED + 5)]
-    tier.write([(one, filled(PAGE, i)) for i, one in enumerate(ids)])
+    write(tier, [(one, filled(PAGE, i)) for i, one in enumerate(ids)])
     for one in ids:
         assert tier.reject([one]) == [HIT]
     kept = {path.name for path in (folder / "quarantine").iterdir()}
@@ -703,7 +763,7 @@ def test_scan_passes_over_strangers_and_removes_leftovers(folder: Path) -> None:
     tier = DiskTier(folder)
     tier.clear()
     tier.clear()
-    tier.write([(object_id(1), filled(PAGE, 1))])
+    write(tier, [(object_id(1), filled(PAGE, 1))])
     tier.close()
     shard = folder / "objects" / "01"
     strangers = [
@@ -725,8 +785,8 @@ def test_scan_passes_over_strangers_and_removes_leftovers(folder: Path) -> None:
         path.write_bytes(bytes(PAGE))
     link.symlink_to(strangers[0])
     tier = DiskTier(folder)
-    assert tier.contains([object_id(257)]) == [HIT]  # the name alone; its length shows below
-    assert read_one(tier, object_id(257), PAGE)[0] is MISS
+    assert has(tier, [object_id(257)]) == [FAILED]
+    assert read_one(tier, object_id(257), 2 * PAGE)[0] is FAILED
     assert read_one(tier, object_id(513), PAGE)[0] is FAILED
     assert [found.object_id for found in scan_all(tier)] == [object_id(1)]
     assert tier.num_malformed == 5 - 1 + 1  # the folder abc counts once
@@ -747,14 +807,14 @@ def test_scan_spares_what_is_being_written(
         return pwritev(fd, views, offset)
 
     monkeypatch.setattr(os, "pwritev", write_and_scan)
-    assert tier.write([(object_id(1), filled(PAGE, 1))]) == [HIT]
+    assert write(tier, [(object_id(1), filled(PAGE, 1))]) == [HIT]
     assert during == [[]]
     assert read_one(tier, object_id(1), PAGE)[0] is HIT
 
 
 def test_scan_ends_when_cleared(tier: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_module, "SCAN_BATCH", 2)
-    tier.write([(object_id(i), filled(PAGE, i)) for i in range(6)])
+    write(tier, [(object_id(i), filled(PAGE, i)) for i in range(6)])
     scan = tier.scan()
     assert len(next(scan)) == 2
     tier.clear()
@@ -775,12 +835,12 @@ def test_scan_that_dies(tier: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_interpreter_to_scan_with(tier: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    tier.write([(object_id(1), filled(PAGE, 1))])
+    write(tier, [(object_id(1), filled(PAGE, 1))])
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(TierUnavailable, match="cannot start /nowhere/python"):
         scan_all(tier)
     tier.clear()  # removes its trash without
-    assert tier.write([(object_id(2), filled(PAGE, 2))]) == [HIT]
+    assert write(tier, [(object_id(2), filled(PAGE, 2))]) == [HIT]
 
 
 def test_a_walk_imports_nothing_of_ours(tier: DiskTier) -> None:
@@ -794,9 +854,9 @@ def test_a_walk_imports_nothing_of_ours(tier: DiskTier) -> None:
 
 
 def test_clear_frees_the_room_before_the_next_write(tier: DiskTier, folder: Path) -> None:
-    tier.write([(object_id(i), filled(PAGE, i)) for i in range(50)])
+    write(tier, [(object_id(i), filled(PAGE, i)) for i in range(50)])
     tier.clear()
-    tier.write([(object_id(1), filled(PAGE, 1))])
+    write(tier, [(object_id(1), filled(PAGE, 1))])
     assert files(folder) == [file_name(object_id(1), PAGE, 1)]
     assert [path for path in folder.iterdir() if path.name.startswith("trash")] == []
 
@@ -804,7 +864,7 @@ def test_clear_frees_the_room_before_the_next_write(tier: DiskTier, folder: Path
 def test_no_write_while_what_was_cleared_takes_room(
     tier: DiskTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tier.write([(object_id(1), filled(PAGE, 1))])
+    write(tier, [(object_id(1), filled(PAGE, 1))])
     waits, let_go = os.pipe()
 
     def slow(*arguments: str) -> subprocess.Popen[bytes]:
@@ -813,23 +873,25 @@ def test_no_write_while_what_was_cleared_takes_room(
     monkeypatch.setattr(disk_folder, "run_walk", slow)
     monkeypatch.setattr(disk_module, "TRASH_WAIT_S", 0.0)
     tier.clear()
-    assert tier.contains([object_id(1)]) == [MISS]
+    assert has(tier, [object_id(1)]) == [MISS]
     with pytest.raises(TierFull, match="still removes"):
-        tier.write([(object_id(1), filled(PAGE, 1))])
+        write(tier, [(object_id(1), filled(PAGE, 1))])
     assert tier._folder.wait_for_trash(0) is False
     monkeypatch.setattr(disk_module, "TRASH_WAIT_S", 30.0)
     os.write(let_go, b"\n")
-    assert tier.write([(object_id(1), filled(PAGE, 1))]) == [HIT]
+    assert write(tier, [(object_id(1), filled(PAGE, 1))]) == [HIT]
     os.close(waits)
     os.close(let_go)
 
 
 KILLED_CLEAR = """
 import mmap, os, signal, sys
+from kvstrata.tiers.base import Put
 from kvstrata.tiers.disk.tier import DiskTier
 tier = DiskTier(sys.argv[1])
 ids = [bytes.fromhex(one) for one in sys.argv[3:]]
-tier.write([(one, memoryview(mmap.mmap(-1, 4096))) for one in ids])
+empty = memoryview(mmap.mmap(-1, 4096))
+tier.write([Put(one, empty, empty[:0]) for one in ids])
 left = int(sys.argv[2])
 def kill_before(name):
     real = getattr(os, name)
@@ -856,10 +918,10 @@ def test_killed_between_any_two_steps_of_a_clear(tmp_path: Path) -> None:
         status, out, _ = run_python(KILLED_CLEAR, str(folder), str(step), *names)
         tier = DiskTier(folder)
         num_found = len(scan_all(tier))
-        assert tier.contains(ids).count(HIT) == num_found
+        assert has(tier, ids).count(HIT) == num_found
         # All or nothing, and nothing once the epoch is written.
         assert num_found == (8 if tier.epoch == 0 else 0)
-        tier.write([(ids[0], filled(PAGE, 9))])
+        write(tier, [(ids[0], filled(PAGE, 9))])
         assert read_one(tier, ids[0], PAGE) == (HIT, bytes(filled(PAGE, 9)))
         expected = [file_name(ids[0], PAGE, tier.epoch)]
         assert tier.epoch == 0 or files(folder) == expected
@@ -876,6 +938,7 @@ def test_killed_between_any_two_steps_of_a_clear(tmp_path: Path) -> None:
 
 WRITER = """
 import mmap, os, sys, xxhash
+from kvstrata.tiers.base import Put
 from kvstrata.tiers.disk.tier import DiskTier
 tier = DiskTier(sys.argv[1])
 data = memoryview(mmap.mmap(-1, 256 * 4096))
@@ -886,7 +949,7 @@ number = 0
 while True:
     data[:8] = number.to_bytes(8, "little")
     data[-16:] = xxhash.xxh3_128_digest(data[:-16])
-    tier.write([(ids[number % len(ids)], data)])
+    tier.write([Put(ids[number % len(ids)], data[:4096], data[4096:])])
     number += 1
 """
 

@@ -29,6 +29,7 @@ from kvstrata.node.service import backing
 from kvstrata.objects import stored_bytes
 from kvstrata.parts import identity
 from kvstrata.quality.choice import Candidate, Place
+from kvstrata.testing.tiers import put
 from kvstrata.tiers.base import Outcome
 from kvstrata.tiers.disk import tier as disk
 from kvstrata.tiers.throttled import ThrottledTier
@@ -157,10 +158,10 @@ def test_what_a_killed_node_measured_on_is_deleted(options: dict[str, Any]) -> N
     async def test(node: Node) -> None:
         await timed(node)
         assert used(node)["disk"] == 0
-        assert node.backings[0].tier.contains([name]) == [Outcome.MISS]
+        assert node.backings[0].tier.stat([name]) == [Outcome.MISS]
 
     left = disk.DiskTier(options["disk.path"])
-    left.write([(name, memoryview(bytes(4096)))])
+    left.write([put(name, memoryview(bytes(4096)))])
     left.close()
     on_real_node(test, options)
 
@@ -171,7 +172,7 @@ def test_a_disk_that_hangs_while_it_is_timed_is_off(
     hanging = threading.Event()
 
     class Hanging(disk.DiskTier):
-        def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
+        def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[int | Outcome]:
             hanging.wait(20)
             return super().read(ids, into)
 

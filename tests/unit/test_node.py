@@ -408,9 +408,9 @@ class TestEviction:
         order: list[bytes] = []
 
         class Recorder(MemoryTier):
-            def write(self, objects: Any) -> Any:
-                order.extend(object_id for object_id, _ in objects)
-                return super().write(objects)
+            def write(self, puts: Any) -> Any:
+                order.extend(put.object_id for put in puts)
+                return super().write(puts)
 
         async def test(node: Node) -> None:
             store(node, Client(ME), chunk_keys(4))
@@ -706,11 +706,10 @@ class TestSlowerTiers:
 
     def test_writes_wait_for_the_scan(self) -> None:
         async def test(node: Node) -> None:
-            backing = make_backing(MemoryTier())
-            view = node.host.pool.view(0, SLOT)
-            writing = asyncio.ensure_future(
-                backing.write(chunk_keys(1)[0], view, Origin([], 0, ORDER))
-            )
+            backing, keys = make_backing(MemoryTier()), chunk_keys(1)
+            store(node, Client(ME), keys)
+            view = node.host.pool.view(node.host.get(keys[0], 0).offset, SLOT)  # type: ignore[union-attr]
+            writing = asyncio.ensure_future(backing.write(keys[0], view, Origin([], 0, ORDER)))
             for _ in range(20):
                 await asyncio.sleep(0)
             assert not writing.done()
@@ -1076,9 +1075,9 @@ class TestWriteBehind:
         turns = threading.Semaphore(0)
 
         class OneByOne(MemoryTier):
-            def write(self, objects: Any) -> Any:
+            def write(self, puts: Any) -> Any:
                 assert turns.acquire(timeout=30)
-                return super().write(objects)
+                return super().write(puts)
 
         async def test(node: Node) -> None:
             me = Client(ME)
@@ -1119,9 +1118,9 @@ class TestWriteBehind:
         written: list[bytes] = []
 
         class Recorder(MemoryTier):
-            def write(self, objects: Any) -> Any:
-                written.extend(object_id for object_id, _ in objects)
-                return super().write(objects)
+            def write(self, puts: Any) -> Any:
+                written.extend(put.object_id for put in puts)
+                return super().write(puts)
 
         async def main() -> None:
             node = make_node(tier=Recorder())

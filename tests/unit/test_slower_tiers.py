@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from tests.support.nodes import clear, flush, until
 from tests.support.real_nodes import KEYS, ME, NBYTES, chunk, load, on_real_node, store, used
 
 from kvstrata.node.node import Node
-from kvstrata.objects import HEADER_BYTES, decode, stored_bytes
+from kvstrata.objects import HEADER_BYTES, decode, stored_bytes, verify_object
+from kvstrata.parts import identity
 
 
 def test_encoded_objects_in_host_memory() -> None:
@@ -54,16 +56,25 @@ def test_memory_before_disk(tmp_path: Path) -> None:
     )
 
 
-def test_headers_carry_the_epoch_of_the_tier_that_lasts(tmp_path: Path) -> None:
+def test_headers_carry_the_epoch_of_the_tier_they_lie_in(tmp_path: Path) -> None:
     async def test(node: Node) -> None:
         await clear(node, ME, tiers=["memory"])
-        assert (node.backings[0].tier.epoch, node.backings[1].tier.epoch) == (1, 0)
+        await clear(node, ME, tiers=["disk"])
+        await clear(node, ME, tiers=["disk"])
         store(node)
+        await flush(node, ME)
         slot = node.host.get(KEYS[0], 0)
         assert slot is not None
-        assert decode(node.host.pool.view(slot.offset, HEADER_BYTES)).epoch == 0
+        whole = memoryview(mmap.mmap(-1, slot.nbytes))
+        epochs = [decode(node.host.pool.view(slot.offset, HEADER_BYTES)).epoch]
+        for backing in node.backings:
+            name = identity(KEYS[0], 0)
+            (nbytes,) = backing.tier.read([name], [whole])
+            assert isinstance(nbytes, int)
+            epochs.append(verify_object(whole[:nbytes], name).epoch)
+        assert epochs == [0, 1, 2]
 
-    disk = {"disk.path": tmp_path / "disk", "disk.capacity": "8MiB"}
+    disk = {"disk.path": tmp_path / "disk", "disk.capacity": "8MiB", "disk.codec": "raw"}
     on_real_node(test, {"memory.capacity": "8MiB", **disk})
 
 

@@ -14,33 +14,36 @@ from kvstrata.testing.tiers import (
     HIT,
     MISS,
     PAGE,
-    TierContract,
+    OwnedTierContract,
     empty,
     filled,
+    has,
     object_id,
+    outcomes,
     read_one,
     scan_all,
+    write,
 )
-from kvstrata.tiers.base import Outcome, Tier
+from kvstrata.tiers.base import Outcome, OwnedTier
 from kvstrata.tiers.faulty import Answer, Delay, Effect, FaultyTier, FlipBit, Raise, ShortRead
 from kvstrata.tiers.faulty import Verb as FaultyVerb
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.throttled import ThrottledTier
 
 
-class TestMemoryTier(TierContract):
-    def make_tier(self, folder: Path) -> Tier:
+class TestMemoryTier(OwnedTierContract):
+    def make_tier(self, folder: Path) -> OwnedTier:
         return MemoryTier()
 
 
-class TestThrottledTier(TierContract):
-    def make_tier(self, folder: Path) -> Tier:
+class TestThrottledTier(OwnedTierContract):
+    def make_tier(self, folder: Path) -> OwnedTier:
         return ThrottledTier(MemoryTier(), 1e12)
 
 
 def test_a_throttled_tier_shares_one_link(clock: ManualClock) -> None:
     tier = ThrottledTier(MemoryTier(), 2 * PAGE, clock=clock, sleep=clock.advance)
-    tier.write([(one, empty(4 * PAGE)) for one in IDS])
+    write(tier, [(one, empty(4 * PAGE)) for one in IDS])
     began = clock()
     tier.read(IDS[:1], [empty(4 * PAGE)])
     assert clock() - began == 2.0
@@ -51,13 +54,13 @@ def test_a_throttled_tier_shares_one_link(clock: ManualClock) -> None:
     assert clock() - began == 1.0
 
 
-class TestFaultyTierWithoutRules(TierContract):
-    def make_tier(self, folder: Path) -> Tier:
+class TestFaultyTierWithoutRules(OwnedTierContract):
+    def make_tier(self, folder: Path) -> OwnedTier:
         return FaultyTier(MemoryTier())
 
 
-class TestFaultyTierHealed(TierContract):
-    def make_tier(self, folder: Path) -> Tier:
+class TestFaultyTierHealed(OwnedTierContract):
+    def make_tier(self, folder: Path) -> OwnedTier:
         tier = FaultyTier(MemoryTier())
         tier.inject("read", FlipBit())
         tier.inject("write", Raise(TierFull("full")))
@@ -78,7 +81,7 @@ def clock() -> ManualClock:
 @pytest.fixture
 def tier(clock: ManualClock) -> FaultyTier:
     tier = FaultyTier(MemoryTier(), sleep=clock.advance)
-    tier.write([(one, filled(2 * PAGE, i)) for i, one in enumerate(IDS)])
+    write(tier, [(one, filled(2 * PAGE, i)) for i, one in enumerate(IDS)])
     return tier
 
 
@@ -94,13 +97,13 @@ def test_raise_once(tier: FaultyTier) -> None:
     assert tier.num_faults == 1
 
 
-@pytest.mark.parametrize("verb", ["contains", "read", "write", "delete", "reject", "touch"])
+@pytest.mark.parametrize("verb", ["stat", "read", "write", "delete", "reject", "touch"])
 def test_raise_in_every_verb_with_ids(tier: FaultyTier, verb: FaultyVerb) -> None:
     tier.inject(verb, Raise(TierUnavailable(verb)))
     calls: dict[str, Callable[[], object]] = {
-        "contains": lambda: tier.contains(IDS),
+        "stat": lambda: has(tier, IDS),
         "read": lambda: tier.read(IDS, [empty(2 * PAGE) for _ in IDS]),
-        "write": lambda: tier.write([(IDS[0], filled(PAGE, 9))]),
+        "write": lambda: write(tier, [(IDS[0], filled(PAGE, 9))]),
         "delete": lambda: tier.delete(IDS),
         "reject": lambda: tier.reject(IDS),
         "touch": lambda: tier.touch(IDS),
@@ -117,9 +120,9 @@ def test_raise_in_clear_leaves_all(tier: FaultyTier) -> None:
     tier.inject("clear", Raise(TierUnavailable("boom")), times=1)
     with pytest.raises(TierUnavailable):
         tier.clear()
-    assert tier.contains(IDS) == [HIT] * 4
+    assert has(tier, IDS) == [HIT] * 4
     tier.clear()
-    assert tier.contains(IDS) == [MISS] * 4
+    assert has(tier, IDS) == [MISS] * 4
 
 
 def test_scan_that_breaks_off(tier: FaultyTier) -> None:
@@ -129,22 +132,22 @@ def test_scan_that_breaks_off(tier: FaultyTier) -> None:
 
 
 def test_skip_and_times(tier: FaultyTier) -> None:
-    tier.inject("contains", Answer(), skip=2, times=3)
-    assert tier.contains([IDS[0]] * 7) == [HIT, HIT, FAILED, FAILED, FAILED, HIT, HIT]
+    tier.inject("stat", Answer(), skip=2, times=3)
+    assert has(tier, [IDS[0]] * 7) == [HIT, HIT, FAILED, FAILED, FAILED, HIT, HIT]
 
 
 def test_only_some_objects(tier: FaultyTier) -> None:
     tier.inject("read", Answer(Outcome.MISS), when=lambda one: one == IDS[2])
     buffers = [empty(2 * PAGE) for _ in IDS]
-    assert tier.read(IDS, buffers) == [HIT, HIT, MISS, HIT]
+    assert outcomes(tier.read(IDS, buffers)) == [HIT, HIT, MISS, HIT]
     assert [bytes(one) for one in buffers] == [DATA[0], DATA[1], bytes(2 * PAGE), DATA[3]]
 
 
 def test_failed_write_stores_nothing(tier: FaultyTier) -> None:
     tier.inject("write", Answer(), when=lambda one: one == object_id(8))
     objects = [(object_id(i), filled(PAGE, i)) for i in (7, 8, 9)]
-    assert tier.write(objects) == [HIT, FAILED, HIT]
-    assert tier.inner.contains([one for one, _ in objects]) == [HIT, MISS, HIT]
+    assert write(tier, objects) == [HIT, FAILED, HIT]
+    assert has(tier.inner, [one for one, _ in objects]) == [HIT, MISS, HIT]
 
 
 def test_delay_uses_the_given_sleep(tier: FaultyTier, clock: ManualClock) -> None:
@@ -172,7 +175,7 @@ def test_flipped_bit_in_a_read(tier: FaultyTier) -> None:
 def test_flipped_bit_in_a_write_spares_the_callers_buffer(tier: FaultyTier) -> None:
     tier.inject("write", FlipBit(bit=8 * PAGE + 3), times=1)
     data = filled(2 * PAGE, 5)
-    assert tier.write([(object_id(5), data)]) == [HIT]
+    assert write(tier, [(object_id(5), data)]) == [HIT]
     assert data == filled(2 * PAGE, 5)
     stored = read_one(tier, object_id(5), 2 * PAGE)[1]
     assert stored[PAGE] ^ data[PAGE] == 1 << 3
@@ -182,8 +185,8 @@ def test_flipped_bit_in_a_write_spares_the_callers_buffer(tier: FaultyTier) -> N
 def test_chances_repeat_with_the_seed() -> None:
     def run(seed: int) -> list[Outcome]:
         tier = FaultyTier(MemoryTier(), seed=seed)
-        tier.inject("contains", Answer(), probability=0.5)
-        return tier.contains([object_id(i) for i in range(64)])
+        tier.inject("stat", Answer(), probability=0.5)
+        return has(tier, [object_id(i) for i in range(64)])
 
     assert run(1) == run(1)
     assert run(1) != run(2)
@@ -195,7 +198,7 @@ def test_chances_repeat_with_the_seed() -> None:
     [
         ("write", ShortRead()),
         ("scan", Answer()),
-        ("contains", FlipBit()),
+        ("stat", FlipBit()),
         ("close", Raise(TierUnavailable("close never raises"))),
     ],
 )

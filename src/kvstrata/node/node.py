@@ -276,9 +276,7 @@ class Node:
         checksums = p.split(message.checksums, 16)
         if len(checksums) != len(reservation.slots):
             raise UsageError(f"{len(reservation.slots)} checksums expected, not {len(checksums)}")
-        # Of the slowest tier, the one that outlives the process: what memory counts means nothing.
-        epoch = self.backings[-1].tier.epoch if self.backings else 0
-        written = self.reservations.finish(reservation, checksums, epoch)
+        written = self.reservations.finish(reservation, checksums)
         if written:
             last = reservation.prefix.index(written[-1][0])
             origin = Origin(

@@ -16,7 +16,7 @@ from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.table import cache_folder
-from kvstrata.tiers.base import Tier
+from kvstrata.tiers.base import OwnedTier
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
@@ -65,7 +65,7 @@ def open_backings(
     return backings, left_out
 
 
-def _tier(part: MemoryConfig | DiskConfig) -> Tier:
+def _tier(part: MemoryConfig | DiskConfig) -> OwnedTier:
     if isinstance(part, DiskConfig):
         from kvstrata.tiers.disk.tier import DiskTier
 

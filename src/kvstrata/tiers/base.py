@@ -1,13 +1,16 @@
 """What a tier is: a place for whole objects, with a few batched verbs and three outcomes.
 
-A tier stores bytes and says what became of each request. It decides nothing: promotion,
-demotion, eviction, byte budgets, verification and deadlines are the node's, once for all tiers.
+A store keeps bytes and says what became of each request. It decides nothing: promotion, eviction,
+byte budgets, verification and deadlines are the node's, once for all. A `Store` may be shared: what
+it holds is known by asking. An `OwnedTier` belongs to one node, which therefore knows.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -15,13 +18,27 @@ from typing import NamedTuple
 class Outcome(Enum):
     """What became of one object of a batch.
 
-    ``HIT``: done; it was there (read, contains, delete) or it is there now (write).
-    ``MISS``: it was not there. ``FAILED``: the tier could not tell or could not do it.
+    ``HIT``: done. ``MISS``: there was nothing to do it to; of a write with ``if_absent``: there is
+    one already, and it stays. ``FAILED``: the store could not tell or could not do it.
     """
 
     HIT = "hit"
     MISS = "miss"
     FAILED = "failed"
+
+
+class Stat(NamedTuple):
+    """What a store knows of an object without reading it.
+
+    Args:
+        nbytes: its whole size, header page and padding included.
+        order: the name of its byte order; empty where the store does not know.
+        version: differs from that of every other object that had this id; empty likewise.
+    """
+
+    nbytes: int
+    order: str = ""
+    version: str = ""
 
 
 class Found(NamedTuple):
@@ -32,17 +49,87 @@ class Found(NamedTuple):
     last_used: float
 
 
-class Tier(ABC):
-    """A store of objects, each ``nbytes`` long: a 4096-byte header page, then the padded payload.
+class Put(NamedTuple):
+    """One object to be written: ``header_page`` is 4096 bytes, ``payload`` is padded to pages.
+
+    The two are apart, so that each store can have its own header on a payload that it shares with
+    others. With ``if_absent`` an object that is there already stays.
+    """
+
+    object_id: bytes
+    header_page: memoryview
+    payload: memoryview
+    if_absent: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """The object's whole size."""
+        return len(self.header_page) + len(self.payload)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a store can bear; the node keeps to it.
+
+    Args:
+        batch_objects: objects of one call, at most.
+        batch_bytes: bytes of one call, at most; an object that is larger cannot be stored.
+        concurrency: calls at once, at most.
+        timeout_s: every call returns within it, by failing if it must; `inf`: no such promise.
+    """
+
+    batch_objects: int = 256
+    batch_bytes: int = 1 << 40
+    concurrency: int = 64
+    timeout_s: float = math.inf
+
+
+class Store(ABC):
+    """A place for whole objects: a 4096-byte header page each, then the padded payload.
 
     Verbs are batched, answer one outcome per id in order, and block; the node calls them in
     threads, several at once, so an implementation is thread-safe. The caller owns every buffer
     and keeps it still until the call returns; buffers are aligned to 4096 bytes. A batch raises
-    `TierUnavailable` (or `TierFull`, from ``write``) only when the tier as a whole cannot be
+    `TierUnavailable` (or `TierFull`, from ``write``) only when the store as a whole cannot be
     used; what concerns one object is that object's outcome.
     """
 
     name: str
+    limits = Limits()
+
+    @abstractmethod
+    def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
+        """What is known of each object, or MISS or FAILED."""
+
+    @abstractmethod
+    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[int | Outcome]:
+        """Read each whole object into its buffer; the object's size, or MISS or FAILED.
+
+        A buffer may be larger than the object; one that is smaller is FAILED. The bytes are not
+        verified here. After MISS or FAILED the buffer holds anything.
+        """
+
+    @abstractmethod
+    def write(self, puts: Sequence[Put]) -> list[Outcome]:
+        """Store each object whole or not at all, replacing an older one of the same id."""
+
+    @abstractmethod
+    def delete(self, ids: Sequence[bytes], versions: Sequence[str] | None = None) -> list[Outcome]:
+        """Remove each object; HIT where there was one.
+
+        Args:
+            ids: of the objects.
+            versions: as `stat` said; an object of another version stays, and is a MISS. An empty
+                one means whatever is there.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything; repeatable, and never raises."""
+
+
+class OwnedTier(Store):
+    """A store that one node alone writes to: what is there, how long, and in what order of use."""
 
     @property
     def epoch(self) -> int:
@@ -53,25 +140,6 @@ class Tier(ABC):
     def read_only_reason(self) -> str:
         """Why this tier takes no writes at all, ever; empty where it does."""
         return ""
-
-    @abstractmethod
-    def contains(self, ids: Sequence[bytes]) -> list[Outcome]:
-        """Whether each object is stored, without reading it."""
-
-    @abstractmethod
-    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
-        """Read each whole object into its buffer, whose length is the object's ``nbytes``.
-
-        The bytes are not verified here. After MISS or FAILED the buffer holds anything.
-        """
-
-    @abstractmethod
-    def write(self, objects: Sequence[tuple[bytes, memoryview]]) -> list[Outcome]:
-        """Store each object whole or not at all, replacing an older one of the same id."""
-
-    @abstractmethod
-    def delete(self, ids: Sequence[bytes]) -> list[Outcome]:
-        """Remove each object; HIT where there was one."""
 
     @abstractmethod
     def scan(self) -> Iterator[list[Found]]:
@@ -85,9 +153,5 @@ class Tier(ABC):
         """Take corrupt objects out of service, so that they can be stored again."""
         return self.delete(ids)
 
-    def touch(self, ids: Sequence[bytes]) -> None:  # noqa: B027 - optional for a tier
+    def touch(self, ids: Sequence[bytes]) -> None:
         """Note that these were used, for the order of a later scan. Best effort."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release everything; repeatable, and never raises."""

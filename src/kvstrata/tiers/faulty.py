@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from kvstrata.errors import UsageError
-from kvstrata.tiers.base import Found, Outcome, Tier
+from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
 
-Verb = Literal["contains", "read", "write", "delete", "reject", "touch", "scan", "clear"]
+A = TypeVar("A")
+
+Verb = Literal["stat", "read", "write", "delete", "reject", "touch", "scan", "clear"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ Effect: TypeAlias = Raise | Delay | Answer | ShortRead | FlipBit
 
 _ANYWHERE = (Raise, Delay)
 _ALLOWED: dict[str, tuple[type[Effect], ...]] = {
-    "contains": (*_ANYWHERE, Answer),
+    "stat": (*_ANYWHERE, Answer),
     "read": (*_ANYWHERE, Answer, ShortRead, FlipBit),
     "write": (*_ANYWHERE, Answer, FlipBit),
     "delete": (*_ANYWHERE, Answer),
@@ -87,7 +89,7 @@ class _Rule:
     probability: float
 
 
-class FaultyTier(Tier):
+class FaultyTier(OwnedTier):
     """A tier that does what the inner one does, except where a rule says otherwise.
 
     Args:
@@ -97,10 +99,11 @@ class FaultyTier(Tier):
     """
 
     def __init__(
-        self, inner: Tier, *, seed: int = 0, sleep: Callable[[float], None] = time.sleep
+        self, inner: OwnedTier, *, seed: int = 0, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self.inner = inner
         self.name = inner.name
+        self.limits = inner.limits
         self.num_faults = 0
         self._sleep = sleep
         self._random = random.Random(seed)
@@ -149,39 +152,40 @@ class FaultyTier(Tier):
     def read_only_reason(self) -> str:
         return self.inner.read_only_reason
 
-    def contains(self, ids: Sequence[bytes]) -> list[Outcome]:
-        return self._ask("contains", ids, lambda rows: self.inner.contains([ids[i] for i in rows]))
+    def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
+        return self._ask("stat", ids, lambda rows: self.inner.stat([ids[i] for i in rows]))
 
-    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
+    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[int | Outcome]:
         hurt = self._begin("read", ids)
-        outcomes = self._fill(
+        answers = self._fill(
             hurt, lambda rows: self.inner.read([ids[i] for i in rows], [into[i] for i in rows])
         )
         for i, effects in enumerate(hurt):
             for effect in effects:
-                if outcomes[i] is not Outcome.HIT:
+                nbytes = answers[i]
+                if not isinstance(nbytes, int):
                     break
                 if isinstance(effect, FlipBit):
-                    self._flip(into[i], effect)
+                    self._flip(into[i][:nbytes], effect)
                 elif isinstance(effect, ShortRead):
-                    into[i][effect.keep :] = bytes(max(0, len(into[i]) - effect.keep))
-        return outcomes
+                    into[i][effect.keep : nbytes] = bytes(max(0, nbytes - effect.keep))
+        return answers
 
-    def write(self, objects: Sequence[tuple[bytes, memoryview]]) -> list[Outcome]:
-        hurt = self._begin("write", [object_id for object_id, _ in objects])
-        stored = list(objects)
+    def write(self, puts: Sequence[Put]) -> list[Outcome]:
+        hurt = self._begin("write", [put.object_id for put in puts])
+        stored = list(puts)
         for i, effects in enumerate(hurt):
             for effect in effects:
                 if isinstance(effect, FlipBit):
-                    object_id, data = stored[i]
-                    damaged = memoryview(mmap.mmap(-1, len(data)))  # aligned, like the caller's
-                    damaged[:] = data
-                    self._flip(damaged, effect)
-                    stored[i] = (object_id, damaged)
+                    stored[i] = self._damaged(stored[i], effect)
         return self._fill(hurt, lambda rows: self.inner.write([stored[i] for i in rows]))
 
-    def delete(self, ids: Sequence[bytes]) -> list[Outcome]:
-        return self._ask("delete", ids, lambda rows: self.inner.delete([ids[i] for i in rows]))
+    def delete(self, ids: Sequence[bytes], versions: Sequence[str] | None = None) -> list[Outcome]:
+        def ask(rows: list[int]) -> list[Outcome]:
+            some = None if versions is None else [versions[i] for i in rows]
+            return self.inner.delete([ids[i] for i in rows], some)
+
+        return self._ask("delete", ids, ask)
 
     def reject(self, ids: Sequence[bytes]) -> list[Outcome]:
         return self._ask("reject", ids, lambda rows: self.inner.reject([ids[i] for i in rows]))
@@ -203,8 +207,8 @@ class FaultyTier(Tier):
         self.inner.close()
 
     def _ask(
-        self, verb: Verb, ids: Sequence[bytes], ask: Callable[[list[int]], list[Outcome]]
-    ) -> list[Outcome]:
+        self, verb: Verb, ids: Sequence[bytes], ask: Callable[[list[int]], list[A]]
+    ) -> list[A | Outcome]:
         return self._fill(self._begin(verb, ids), ask)
 
     def _begin(self, verb: Verb, ids: Sequence[bytes] | None) -> list[list[Effect]]:
@@ -238,8 +242,8 @@ class FaultyTier(Tier):
         return True
 
     def _fill(
-        self, hurt: list[list[Effect]], ask: Callable[[list[int]], list[Outcome]]
-    ) -> list[Outcome]:
+        self, hurt: list[list[Effect]], ask: Callable[[list[int]], list[A]]
+    ) -> list[A | Outcome]:
         """Ask the inner tier about the objects that have no answer yet; answers in order."""
         answers = [
             next((effect.outcome for effect in effects if isinstance(effect, Answer)), None)
@@ -248,6 +252,13 @@ class FaultyTier(Tier):
         asked = [i for i, answer in enumerate(answers) if answer is None]
         outcomes = iter(ask(asked) if asked else [])
         return [next(outcomes) if answer is None else answer for answer in answers]
+
+    def _damaged(self, put: Put, effect: FlipBit) -> Put:
+        page = len(put.header_page)
+        whole = memoryview(mmap.mmap(-1, put.nbytes))  # aligned, like the caller's
+        whole[:page], whole[page:] = put.header_page, put.payload
+        self._flip(whole, effect)
+        return put._replace(header_page=whole[:page], payload=whole[page:])
 
     def _flip(self, data: memoryview, effect: FlipBit) -> None:
         with self._lock:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.layout import Bytes
-from kvstrata.tiers.base import Found, Outcome, Tier
+from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
 
 
-class MemoryTier(Tier):
+class _Object(NamedTuple):
+    """What is kept of an object."""
+
+    data: Bytes
+    version: str
+    last_used: float
+
+
+class MemoryTier(OwnedTier):
     """Copies of objects in this process's memory, unbounded.
 
     Args:
@@ -25,7 +34,8 @@ class MemoryTier(Tier):
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._objects: dict[bytes, tuple[Bytes, float]] = {}  # least recently used first
+        self._objects: dict[bytes, _Object] = {}  # least recently used first
+        self._num_writes = 0
         self._epoch = 0
         self._closed = False
 
@@ -33,49 +43,60 @@ class MemoryTier(Tier):
     def epoch(self) -> int:
         return self._epoch
 
-    def contains(self, ids: Sequence[bytes]) -> list[Outcome]:
-        with self._open():
-            return [self._outcome(object_id in self._objects) for object_id in ids]
-
-    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
+    def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
         with self._open():
             found = [self._objects.get(object_id) for object_id in ids]
-        outcomes = []
-        for entry, buffer in zip(found, into, strict=True):
-            if entry is None:
-                outcomes.append(Outcome.MISS)
-            elif len(entry[0]) != len(buffer):
-                outcomes.append(Outcome.FAILED)
+        return [Stat(len(one.data), "", one.version) if one else Outcome.MISS for one in found]
+
+    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[int | Outcome]:
+        with self._open():
+            found = [self._objects.get(object_id) for object_id in ids]
+        answers: list[int | Outcome] = []
+        for one, buffer in zip(found, into, strict=True):
+            if one is None:
+                answers.append(Outcome.MISS)
+            elif len(one.data) > len(buffer):
+                answers.append(Outcome.FAILED)
             else:
-                np.copyto(np.frombuffer(buffer, np.uint8), entry[0])
+                np.copyto(np.frombuffer(buffer, np.uint8, len(one.data)), one.data)
+                answers.append(len(one.data))
+        return answers
+
+    def write(self, puts: Sequence[Put]) -> list[Outcome]:
+        copies = [_copy(put) for put in puts]
+        outcomes = []
+        with self._open():
+            for put, data in zip(puts, copies, strict=True):
+                if put.if_absent and put.object_id in self._objects:
+                    outcomes.append(Outcome.MISS)
+                    continue
+                self._num_writes += 1
+                self._objects.pop(put.object_id, None)
+                self._objects[put.object_id] = _Object(data, str(self._num_writes), self._clock())
                 outcomes.append(Outcome.HIT)
         return outcomes
 
-    def write(self, objects: Sequence[tuple[bytes, memoryview]]) -> list[Outcome]:
-        # numpy copies without holding the interpreter's lock.
-        copies = [(object_id, np.frombuffer(data, np.uint8).copy()) for object_id, data in objects]
+    def delete(self, ids: Sequence[bytes], versions: Sequence[str] | None = None) -> list[Outcome]:
+        outcomes = []
         with self._open():
-            for object_id, data in copies:
-                self._objects.pop(object_id, None)
-                self._objects[object_id] = (data, self._clock())
-        return [Outcome.HIT] * len(copies)
-
-    def delete(self, ids: Sequence[bytes]) -> list[Outcome]:
-        with self._open():
-            return [
-                self._outcome(self._objects.pop(object_id, None) is not None) for object_id in ids
-            ]
+            for object_id, version in zip(ids, versions or [""] * len(ids), strict=True):
+                one = self._objects.get(object_id)
+                gone = one is not None and version in ("", one.version)
+                if gone:
+                    del self._objects[object_id]
+                outcomes.append(Outcome.HIT if gone else Outcome.MISS)
+        return outcomes
 
     def touch(self, ids: Sequence[bytes]) -> None:
         with self._open():
             for object_id in ids:
-                entry = self._objects.pop(object_id, None)
-                if entry is not None:
-                    self._objects[object_id] = (entry[0], self._clock())
+                one = self._objects.pop(object_id, None)
+                if one is not None:
+                    self._objects[object_id] = one._replace(last_used=self._clock())
 
     def scan(self) -> Iterator[list[Found]]:
         with self._open():
-            found = [Found(i, len(data), used) for i, (data, used) in self._objects.items()]
+            found = [Found(i, len(one.data), one.last_used) for i, one in self._objects.items()]
         if found:
             yield found
 
@@ -94,6 +115,12 @@ class MemoryTier(Tier):
             raise TierUnavailable("memory: the tier is closed")
         return self._lock
 
-    @staticmethod
-    def _outcome(done: bool) -> Outcome:
-        return Outcome.HIT if done else Outcome.MISS
+
+def _copy(put: Put) -> Bytes:
+    """The whole object; numpy copies without holding the interpreter's lock."""
+    data = np.empty(put.nbytes, np.uint8)
+    start = len(put.header_page)
+    np.copyto(data[:start], np.frombuffer(put.header_page, np.uint8))
+    if put.payload:
+        np.copyto(data[start:], np.frombuffer(put.payload, np.uint8))
+    return data

@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from kvstrata.tiers.base import Found, Outcome, Tier
+from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
 
 
-class ThrottledTier(Tier):
+class ThrottledTier(OwnedTier):
     """The inner tier, with reads that share one link; writes and the other verbs go by.
 
     Args:
@@ -21,7 +21,7 @@ class ThrottledTier(Tier):
 
     def __init__(
         self,
-        inner: Tier,
+        inner: OwnedTier,
         bytes_per_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -29,6 +29,7 @@ class ThrottledTier(Tier):
     ) -> None:
         self.inner = inner
         self.name = inner.name
+        self.limits = inner.limits
         self._rate = bytes_per_s
         self._clock = clock
         self._sleep = sleep
@@ -47,24 +48,25 @@ class ThrottledTier(Tier):
     def read_only_reason(self) -> str:
         return self.inner.read_only_reason
 
-    def contains(self, ids: Sequence[bytes]) -> list[Outcome]:
-        return self.inner.contains(ids)
+    def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
+        return self.inner.stat(ids)
 
-    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
-        nbytes = sum(len(buffer) for buffer in into)
+    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[int | Outcome]:
+        asked = self._clock()
+        answers = self.inner.read(ids, into)
+        nbytes = sum(answer for answer in answers if isinstance(answer, int))
         with self._lock:
-            begins = max(self._clock(), self._free_at)
+            begins = max(asked, self._free_at)
             self._free_at = ends = begins + nbytes / self._rate
-        outcomes = self.inner.read(ids, into)
         if (left := ends - self._clock()) > 0:
             self._sleep(left)
-        return outcomes
+        return answers
 
-    def write(self, objects: Sequence[tuple[bytes, memoryview]]) -> list[Outcome]:
-        return self.inner.write(objects)
+    def write(self, puts: Sequence[Put]) -> list[Outcome]:
+        return self.inner.write(puts)
 
-    def delete(self, ids: Sequence[bytes]) -> list[Outcome]:
-        return self.inner.delete(ids)
+    def delete(self, ids: Sequence[bytes], versions: Sequence[str] | None = None) -> list[Outcome]:
+        return self.inner.delete(ids, versions)
 
     def reject(self, ids: Sequence[bytes]) -> list[Outcome]:
         return self.inner.reject(ids)

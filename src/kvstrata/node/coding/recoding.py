@@ -50,6 +50,11 @@ def warm_up(codec: Codec) -> None:
                 decode(codec, payload, encoded[:size], raw)
 
 
+def stamped(page: memoryview, epoch: int) -> bytes:
+    """A header page, as a tier of this epoch has it."""
+    return msgspec.structs.replace(decode_header(page), epoch=epoch).encode()
+
+
 class Encoded(NamedTuple):
     """An object as a tier keeps it; ``buffer`` holds its bytes, for `Scratch.give` afterwards."""
 

@@ -25,7 +25,7 @@ from kvstrata.errors import (
     UsageError,
 )
 from kvstrata.node.coding.choosing import Choice
-from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object
+from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object, stamped
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.common.background import report_bug
 from kvstrata.node.common.backoff import Backoff
@@ -35,6 +35,7 @@ from kvstrata.node.service.calls import TierCalls
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.removals import ORDER_MASK, Removals
 from kvstrata.objects import (
+    HEADER_BYTES,
     ObjectHeader,
     split_object_id,
     verify_object,
@@ -43,7 +44,7 @@ from kvstrata.observe.counters import Counters
 from kvstrata.parts import at_level, identity, order_name
 from kvstrata.policies.base import Policy
 from kvstrata.quality.choice import Place
-from kvstrata.tiers.base import Found, Outcome, Tier
+from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Backing:
 
     def __init__(
         self,
-        tier: Tier,
+        tier: OwnedTier,
         capacity_bytes: int,
         policy: Policy,
         *,
@@ -112,6 +113,7 @@ class Backing:
         self._counters = counters
         self._clock = clock
         self._scratch = Scratch(2 * num_threads)
+        self._pages = Scratch(num_threads)
         self._calls = TierCalls(
             self.name, num_threads, deadline_s, counters=counters, clock=clock, trip=self.trip
         )
@@ -215,7 +217,7 @@ class Backing:
         name = identity(key, part)
 
         def work() -> tuple[Outcome, ObjectHeader | None]:
-            (outcome,) = self.tier.read([name], [into])  # alone, so it says nothing of the link
+            outcome = self._asked(name, into)  # alone, so it says nothing of the link
             return outcome, verify_object(into, name) if outcome is HIT else None
 
         await self._read(key, part, nbytes, work, lambda: None)
@@ -307,7 +309,7 @@ class Backing:
             try:
                 if writing.wanted:
                     name = identity(key, part)
-                    (outcome,) = await self._calls.call(lambda: self.tier.write([(name, data)]))
+                    outcome = await self._calls.call(lambda: self._put(name, data))
             except TierUnavailable as error:
                 self.trip(error)
             if outcome is not Outcome.HIT:
@@ -438,10 +440,23 @@ class Backing:
         brought = 0
         self.bandwidth.begin()
         try:
-            (outcome,) = self.tier.read([name], [into])
+            outcome = self._asked(name, into)
             brought = len(into) if outcome is HIT else 0
         finally:
             self.bandwidth.end(brought)
+        return outcome
+
+    def _asked(self, name: bytes, into: memoryview) -> Outcome:
+        (answer,) = self.tier.read([name], [into])
+        if isinstance(answer, Outcome):
+            return answer
+        return HIT if answer == len(into) else Outcome.FAILED  # replaced by a shorter one
+
+    def _put(self, name: bytes, data: memoryview) -> Outcome:
+        """Write one object, under this tier's own epoch."""
+        with self._pages.buffer(HEADER_BYTES) as page:
+            page[:] = stamped(data[:HEADER_BYTES], self.tier.epoch)
+            (outcome,) = self.tier.write([Put(name, page, data[HEADER_BYTES:])])
         return outcome
 
     async def _probe(self) -> None:
@@ -462,7 +477,8 @@ class Backing:
                 try:
                     with self._scratch.buffer(PROBE_BYTES) as data:
                         data[:] = os.urandom(PROBE_BYTES)
-                        await self._calls.call(lambda: self.tier.write([(name, data)]))
+                        put = Put(name, data[:HEADER_BYTES], data[HEADER_BYTES:])
+                        await self._calls.call(lambda: self.tier.write([put]))
                     await self._read_aside([(name, PROBE_BYTES)] * PROBE_READS)
                 finally:
                     # It counts until it is gone.

@@ -69,11 +69,11 @@ class Reservation:
         if self.template.kind == "native" and self.template.order == "portable":
             raise UsageError("no native byte order may be called portable")
         # Keys are 32 bytes each, so what holds for the last chunk's header holds for all.
-        if problem := self.header(len(self.prefix) - 1, bytes(16), 0, 0).problem():
+        if problem := self.header(len(self.prefix) - 1, bytes(16), 0).problem():
             raise UsageError(f"object header: {problem}")
 
-    def header(self, number: int, checksum: bytes, epoch: int, now_ns: int) -> ObjectHeader:
-        """The header of chunk ``prefix[number]``."""
+    def header(self, number: int, checksum: bytes, now_ns: int) -> ObjectHeader:
+        """The header of chunk ``prefix[number]``; each tier puts its own epoch into it."""
         template = self.template
         return ObjectHeader(
             namespace=self.namespace,
@@ -89,7 +89,7 @@ class Reservation:
             shape=tuple(template.shape),
             codec=template.codec,
             codec_parameters=template.codec_parameters,
-            epoch=epoch,
+            epoch=0,
             created_ns=now_ns,
             raw_length=template.raw_length,
             stored_length=template.raw_length,
@@ -181,9 +181,7 @@ class ReservationTable:
         """A reservation by its number."""
         return self._reservations.get(id)
 
-    def finish(
-        self, reservation: Reservation, checksums: list[bytes], epoch: int
-    ) -> list[tuple[bytes, Slot]]:
+    def finish(self, reservation: Reservation, checksums: list[bytes]) -> list[tuple[bytes, Slot]]:
         """End a reservation: publish the slots that have a checksum, give back the others.
 
         Returns:
@@ -206,7 +204,7 @@ class ReservationTable:
                 self._host.discard(slot)
                 self._host.unhold(slot)
             else:
-                header = reservation.header(number, checksum, epoch, now_ns)
+                header = reservation.header(number, checksum, now_ns)
                 view = self._host.pool.view(slot.offset, slot.nbytes)
                 view[:HEADER_BYTES] = header.encode()
                 view[HEADER_BYTES + header.stored_length :] = bytes(
@@ -222,7 +220,7 @@ class ReservationTable:
 
     def abort(self, reservation: Reservation) -> None:
         """End a reservation unwritten."""
-        self.finish(reservation, [NOT_WRITTEN] * len(reservation.slots), 0)
+        self.finish(reservation, [NOT_WRITTEN] * len(reservation.slots))
 
     def forget(self, keys: set[bytes] | None) -> None:
         """Publish nothing of what is being written of these chunks (None: of all)."""

@@ -1,7 +1,7 @@
 """The tier on local disk: one file an object, written aside and renamed; the names are the index.
 
-The tier keeps nothing about single objects in memory. Where an object lies follows from its id, its
-size and the epoch; what is there, the file system knows. `docs/format.md` is the page.
+Where an object lies follows from its id, its size and the epoch, so its size is all that is kept
+of it in memory. `docs/format.md` is the page.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from kvstrata.errors import TierFull, TierUnavailable
-from kvstrata.tiers.base import Found, Outcome, Tier
+from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
 from kvstrata.tiers.disk.folder import DiskFolder, run_walk, unavailable
-from kvstrata.tiers.disk.scan import HEADER, PAGE, RECORD, file_name
+from kvstrata.tiers.disk.quarantine import Quarantine
+from kvstrata.tiers.disk.scan import HEADER, RECORD, file_name, parse_name
+from kvstrata.tiers.disk.transfer import transfer
 
 logger = logging.getLogger(__name__)
 
-MAX_QUARANTINED = 16
 SCAN_BATCH = 4096
 TRASH_WAIT_S = 5.0
 NUM_LOCKS = 16
-
-# With few sizes (one per layer group, while no codec compresses) the names an id can have are
-# tried one by one; a list of a shard costs more than so many failed look-ups.
-MAX_SIZES = 32
 
 # These concern the one object whose file was asked for; all others concern the tier.
 _OF_ONE_OBJECT = frozenset(
@@ -48,10 +46,10 @@ _OF_ONE_OBJECT = frozenset(
     }
 )
 
-_Transfer = Callable[[int, Sequence[memoryview], int], int]
+A = TypeVar("A")
 
 
-class DiskTier(Tier):
+class DiskTier(OwnedTier):
     """Objects in a folder on a local disk.
 
     Reads and writes go past the page cache (O_DIRECT) where the file system allows it; a buffer
@@ -60,7 +58,8 @@ class DiskTier(Tier):
     ``write`` raises TierFull at the first object that finds no room; those before it are stored.
     ``delete`` and ``reject`` raise only if they changed nothing. On a read-only folder ``write``
     raises TierFull, ``delete`` and ``reject`` answer FAILED, ``clear`` raises TierUnavailable.
-    ``reject`` keeps the last 16 files in ``quarantine/``, beside what the tier stores.
+    ``reject`` keeps the last 16 files in ``quarantine/``, beside what the tier stores. Objects have
+    no version: ``delete`` with one is a miss.
 
     Args:
         path: the folder; made if missing. One process at a time can write to it.
@@ -79,12 +78,12 @@ class DiskTier(Tier):
         self.num_stale_removed = 0
         self._token = f"{os.getpid():x}-{secrets.token_hex(4)}"
         self._count = itertools.count()
-        # Renames into the shards of one stripe, so that an id has one file; a clear takes all.
+        # Changes in the shards of one stripe, so that an id has one file; a clear takes all.
         self._locks = [threading.Lock() for _ in range(NUM_LOCKS)]
-        self._sizes: frozenset[int] = frozenset()
+        # Of all objects once a scan has ended; until then the shard of the others is listed.
+        self._sizes: dict[bytes, int] = {}
         self._sizes_complete = False
-        self._size_lock = threading.Lock()
-        self._quarantining = threading.Lock()
+        self._quarantine = Quarantine(self._folder.quarantine)
         try:
             if not self.read_only:
                 self._sizes_complete = not os.listdir(self._folder.objects)
@@ -125,32 +124,28 @@ class DiskTier(Tier):
     @property
     def quarantine_bytes(self) -> int:
         """Size of what was rejected and kept, in bytes; it is not part of what the tier stores."""
-        try:
-            with os.scandir(self._folder.quarantine) as entries:
-                return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
-        except OSError:
-            return 0
+        return self._quarantine.nbytes
 
-    def contains(self, ids: Sequence[bytes]) -> list[Outcome]:
-        return self._for_each("look for", self._contains_one, ids)
+    def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
+        return self._for_each("look for", self._stat_one, ids)
 
-    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[Outcome]:
+    def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[int | Outcome]:
         return self._for_each("read", self._read_one, ids, into)
 
-    def write(self, objects: Sequence[tuple[bytes, memoryview]]) -> list[Outcome]:
+    def write(self, puts: Sequence[Put]) -> list[Outcome]:
         if self.read_only:
             raise TierFull(f"disk: {self.path} is read only: {self.read_only_reason}")
         if not self._folder.wait_for_trash(TRASH_WAIT_S):
             raise TierFull(f"disk: {self.path} still removes what was cleared")
-        ids, buffers = [object_id for object_id, _ in objects], [data for _, data in objects]
-        return self._for_each("write", self._write_one, ids, buffers)
+        return self._for_each("write", self._write_one, [put.object_id for put in puts], puts)
 
-    def delete(self, ids: Sequence[bytes]) -> list[Outcome]:
-        return self._take_out(ids, "delete", os.unlink)
+    def delete(self, ids: Sequence[bytes], versions: Sequence[str] | None = None) -> list[Outcome]:
+        wanted = [not version for version in versions or [""] * len(ids)]
+        return self._take_out(ids, "delete", os.unlink, wanted)
 
     def reject(self, ids: Sequence[bytes]) -> list[Outcome]:
-        outcomes = self._take_out(ids, "reject", self._quarantine)
-        self._prune_quarantine()
+        outcomes = self._take_out(ids, "reject", self._quarantine.take, [True] * len(ids))
+        self._quarantine.prune()
         return outcomes
 
     def touch(self, ids: Sequence[bytes]) -> None:
@@ -160,9 +155,8 @@ class DiskTier(Tier):
         for object_id in ids:
             now = time.time_ns()  # finer than the kernel's own clock for files
             with contextlib.suppress(OSError):
-                for path in self._paths(object_id):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.utime(path, ns=(now, now))
+                for nbytes in self._sizes_of(object_id):
+                    os.utime(self._path(object_id, nbytes), ns=(now, now))
 
     def scan(self) -> Iterator[list[Found]]:
         """See `Tier.scan`. Also removes what earlier processes left unfinished or cleared.
@@ -173,7 +167,7 @@ class DiskTier(Tier):
             TierUnavailable: while iterating, if the walk fails.
         """
         self._folder.check()
-        epoch, sizes = self.epoch, set[int]()
+        epoch, sizes = self.epoch, self._sizes
         owner = 0 if self.read_only else os.getpid()
         process = run_walk("scan", self._folder.objects, str(epoch), self._token, str(owner))
         try:
@@ -194,27 +188,26 @@ class DiskTier(Tier):
                     raise TierUnavailable(f"disk: the scan of {self.path} broke off: {why}")
                 num_left -= num
                 batch = [Found(i, n, ns / 1e9) for ns, i, n in RECORD.iter_unpack(data)]
-                sizes.update(found.nbytes for found in batch)
+                for found in batch:  # unless it has been replaced since the walk
+                    sizes.setdefault(found.object_id, found.nbytes)
                 if self.epoch != epoch:
                     return
                 yield batch
         finally:
             process.kill()
             process.communicate()
-        with self._size_lock:
-            if self.epoch == epoch:
-                self._sizes |= sizes
-                self._sizes_complete = True
+        # Whoever owns a folder that is read only here may go on writing to it.
+        self._sizes_complete = self._sizes_complete or not self.read_only
 
     def clear(self) -> None:
         self._folder.check()
         with contextlib.ExitStack() as stack:
-            for lock in (*self._locks, self._size_lock):
+            for lock in self._locks:
                 stack.enter_context(lock)
             try:
                 self._advance_epoch()
                 # From here on nothing stored before can be found, whatever becomes of the files.
-                self._sizes, self._sizes_complete = frozenset(), True
+                self._sizes, self._sizes_complete = {}, True
                 self._folder.empty()
             except OSError as error:
                 raise unavailable(error, f"clear {self.path}") from error
@@ -223,24 +216,20 @@ class DiskTier(Tier):
         self._folder.close()
 
     def _for_each(
-        self,
-        verb: str,
-        work: Callable[..., Outcome],
-        ids: Sequence[bytes],
-        *buffers: Sequence[memoryview],
-    ) -> list[Outcome]:
-        """``work`` on each id, with its buffer if there are any."""
+        self, verb: str, work: Callable[..., A], ids: Sequence[bytes], *with_each: Sequence[object]
+    ) -> list[A | Outcome]:
+        """``work`` on each id, with what belongs to it if there is anything."""
         self._folder.check()
-        outcomes = []
-        for object_id, *buffer in zip(ids, *buffers, strict=True):
+        answers: list[A | Outcome] = []
+        for object_id, *rest in zip(ids, *with_each, strict=True):
             try:
-                outcomes.append(work(object_id, *buffer))
+                answers.append(work(object_id, *rest))
             except FileNotFoundError:
                 self._folder.check()
-                outcomes.append(Outcome.FAILED if verb == "write" else Outcome.MISS)
+                answers.append(Outcome.FAILED if verb == "write" else Outcome.MISS)
             except OSError as error:
-                outcomes.append(self._failed(error, f"{verb} {object_id.hex()} in {self.path}"))
-        return outcomes
+                answers.append(self._failed(error, f"{verb} {object_id.hex()} in {self.path}"))
+        return answers
 
     def _failed(self, error: OSError, doing: str) -> Outcome:
         problem = unavailable(error, doing)
@@ -249,22 +238,26 @@ class DiskTier(Tier):
             return Outcome.FAILED
         raise problem from error
 
-    def _contains_one(self, object_id: bytes) -> Outcome:
-        for path in self._paths(object_id):
-            with contextlib.suppress(FileNotFoundError):
-                os.stat(path, follow_symlinks=False)
-                return Outcome.HIT
+    def _stat_one(self, object_id: bytes) -> Stat | Outcome:
+        for nbytes in self._sizes_of(object_id):
+            status = os.stat(self._path(object_id, nbytes), follow_symlinks=False)
+            return Stat(nbytes) if status.st_size == nbytes else Outcome.FAILED
         return Outcome.MISS
 
-    def _read_one(self, object_id: bytes, into: memoryview) -> Outcome:
-        path = self._path(object_id, len(into))
+    def _read_one(self, object_id: bytes, into: memoryview) -> int | Outcome:
+        for nbytes in self._sizes_of(object_id):
+            if nbytes > len(into):
+                return Outcome.FAILED
+            return self._read_file(self._path(object_id, nbytes), into[:nbytes])
+        return Outcome.MISS
 
-        def work(flags: int) -> Outcome:
+    def _read_file(self, path: str, into: memoryview) -> int | Outcome:
+        def work(flags: int) -> int | Outcome:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | flags)
             try:
                 whole = os.fstat(fd).st_size == len(into)
-                whole = whole and _transfer(os.preadv, fd, into) == len(into)
-                return Outcome.HIT if whole else Outcome.FAILED
+                whole = whole and transfer(os.preadv, fd, [into]) == len(into)
+                return len(into) if whole else Outcome.FAILED
             finally:
                 os.close(fd)
 
@@ -274,13 +267,13 @@ class DiskTier(Tier):
             if error.errno == errno.EIO and not self.read_only:
                 # A bad sector must not take the tier down each time its object is asked for.
                 with contextlib.suppress(OSError):
-                    self._quarantine(path)
-                self._prune_quarantine()
+                    self._quarantine.take(path)
+                self._quarantine.prune()
             raise
 
-    def _write_one(self, object_id: bytes, data: memoryview) -> Outcome:
+    def _write_one(self, object_id: bytes, put: Put) -> Outcome:
         epoch = self.epoch
-        path = self._path(object_id, len(data))
+        path = self._path(object_id, put.nbytes)
         shard = os.path.dirname(path)
         unfinished = f"{shard}/{object_id.hex()}-{next(self._count):x}.{self._token}.tmp"
 
@@ -294,56 +287,60 @@ class DiskTier(Tier):
                         os.mkdir(folder, 0o700)
                 fd = os.open(unfinished, flags, 0o600)
             try:
-                if _transfer(os.pwritev, fd, data) != len(data):
+                if transfer(os.pwritev, fd, [put.header_page, put.payload]) != put.nbytes:
                     return Outcome.FAILED
                 now = time.time_ns()  # finer than the kernel's own clock for files
                 os.utime(fd, ns=(now, now))
             finally:
                 os.close(fd)
-            return self._publish(object_id, unfinished, path, len(data), epoch)
+            return self._publish(put, unfinished, path, epoch)
 
+        outcome = Outcome.FAILED
         try:
+            if put.if_absent and self._is_there(object_id):
+                return Outcome.MISS
             outcome = self._in_mode(work)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(unfinished)
-            raise
-        if outcome is not Outcome.HIT:
-            with contextlib.suppress(OSError):
-                os.unlink(unfinished)
+        finally:
+            if outcome is not Outcome.HIT:
+                with contextlib.suppress(OSError):
+                    os.unlink(unfinished)
         return outcome
 
-    def _publish(
-        self, object_id: bytes, unfinished: str, path: str, nbytes: int, epoch: int
-    ) -> Outcome:
+    def _publish(self, put: Put, unfinished: str, path: str, epoch: int) -> Outcome:
+        object_id = put.object_id
         with self._locks[object_id[0] % NUM_LOCKS]:
             if self._folder.closed or self.epoch != epoch:
                 return Outcome.FAILED
-            for other in self._paths(object_id):
-                if other != path:
+            if put.if_absent and self._is_there(object_id):
+                return Outcome.MISS
+            for nbytes in self._sizes_of(object_id):
+                if nbytes != put.nbytes:
                     with contextlib.suppress(FileNotFoundError):
-                        os.unlink(other)
-            if nbytes not in self._sizes:
-                with self._size_lock:
-                    self._sizes |= {nbytes}
+                        os.unlink(self._path(object_id, nbytes))
             os.rename(unfinished, path)
+            self._sizes[object_id] = put.nbytes
         return Outcome.HIT
 
+    def _is_there(self, object_id: bytes) -> bool:
+        return any(os.path.lexists(self._path(object_id, n)) for n in self._sizes_of(object_id))
+
     def _take_out(
-        self, ids: Sequence[bytes], verb: str, remove: Callable[[str], None]
+        self,
+        ids: Sequence[bytes],
+        verb: str,
+        remove: Callable[[str], None],
+        wanted: Sequence[bool],
     ) -> list[Outcome]:
         """MISS, HIT or FAILED each; raises only if all that could be tried failed."""
         self._folder.check()
         if self.read_only:
             return [Outcome.FAILED] * len(ids)
         outcomes, problem = [], None
-        for object_id in ids:
+        for object_id, want in zip(ids, wanted, strict=True):
             outcome = Outcome.MISS
             try:
-                for path in self._paths(object_id):
-                    with contextlib.suppress(FileNotFoundError):
-                        remove(path)
-                        outcome = Outcome.HIT
+                if want:
+                    outcome = self._take_out_one(object_id, remove)
             except OSError as error:
                 outcome = Outcome.FAILED
                 try:
@@ -355,39 +352,31 @@ class DiskTier(Tier):
             raise problem
         return outcomes
 
+    def _take_out_one(self, object_id: bytes, remove: Callable[[str], None]) -> Outcome:
+        outcome = Outcome.MISS
+        with self._locks[object_id[0] % NUM_LOCKS]:
+            for nbytes in self._sizes_of(object_id):
+                with contextlib.suppress(FileNotFoundError):
+                    remove(self._path(object_id, nbytes))
+                    outcome = Outcome.HIT
+            self._sizes.pop(object_id, None)
+        return outcome
+
     def _path(self, object_id: bytes, nbytes: int) -> str:
         shard = f"{self._folder.objects}/{object_id[:1].hex()}"
         return f"{shard}/{file_name(object_id, nbytes, self.epoch)}"
 
-    def _paths(self, object_id: bytes) -> list[str]:
-        """Where an object may lie, whatever its size; not all of it need exist."""
-        if self._sizes_complete and len(self._sizes) <= MAX_SIZES:
-            return [self._path(object_id, nbytes) for nbytes in self._sizes]
-        shard = f"{self._folder.objects}/{object_id[:1].hex()}"
-        start, end = f"{object_id.hex()}-", f"-{self.epoch:x}.kvo"
+    def _sizes_of(self, object_id: bytes) -> list[int]:
+        """Under which sizes there is, or was, an object: one at most, as long as all is well."""
+        nbytes = self._sizes.get(object_id)
+        if nbytes is not None or self._sizes_complete:
+            return [] if nbytes is None else [nbytes]
         try:
-            names = os.listdir(shard)
+            names = os.listdir(f"{self._folder.objects}/{object_id[:1].hex()}")
         except FileNotFoundError:
             return []
-        return [
-            f"{shard}/{name}" for name in names if name.startswith(start) and name.endswith(end)
-        ]
-
-    def _quarantine(self, path: str) -> None:
-        try:
-            os.rename(path, os.path.join(self._folder.quarantine, os.path.basename(path)))
-        except FileNotFoundError:
-            raise
-        except OSError:
-            os.unlink(path)  # out of service, at least
-
-    def _prune_quarantine(self) -> None:
-        with self._quarantining, contextlib.suppress(OSError):
-            with os.scandir(self._folder.quarantine) as entries:
-                # A rename sets the change time; the other times are the object's.
-                kept = sorted((entry.stat().st_ctime_ns, entry.path) for entry in entries)
-            for _, path in kept[:-MAX_QUARANTINED]:
-                os.unlink(path)
+        stored = [parse_name(name) for name in names if name.startswith(object_id.hex())]
+        return [one.nbytes for one in stored if one is not None and one.epoch == self.epoch]
 
     def _advance_epoch(self) -> None:
         try:
@@ -398,7 +387,7 @@ class DiskTier(Tier):
             self._folder.wait_for_trash(TRASH_WAIT_S)
             self._folder.advance_epoch()
 
-    def _in_mode(self, work: Callable[[int], Outcome]) -> Outcome:
+    def _in_mode(self, work: Callable[[int], A]) -> A:
         """Do it with O_DIRECT; where that is refused, from then on without."""
         if self._direct:
             try:
@@ -425,19 +414,6 @@ class DiskTier(Tier):
                 self.path,
                 self.file_system,
             )
-
-
-def _transfer(call: _Transfer, fd: int, buffer: memoryview) -> int:
-    """Move a whole buffer from or to the start of a file; returns the bytes moved."""
-    done = 0
-    while done < len(buffer):
-        num = call(fd, [buffer[done:]], done)
-        # O_DIRECT goes on at a page only; a part of a page is done again.
-        ahead = done + num if done + num == len(buffer) else (done + num) // PAGE * PAGE
-        if ahead <= done:
-            break
-        done = ahead
-    return done
 
 
 def _last_words(process: subprocess.Popen[bytes]) -> str:
