@@ -25,11 +25,13 @@ from kvstrata.errors import ConfigError, UsageError
 
 KEY_BYTES = 32
 SECRET_BYTES = 32
+OWNER_BYTES = 16
 
 Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 _NAMESPACE_VERSION = "kvstrata namespace 1"
 _CHAIN_CONTEXT = "KVStrata 1 chunk keys"
+_OWNER_CONTEXT = "KVStrata 1 owners"
 _MAX_TOKEN = 2**31 - 1
 
 
@@ -179,6 +181,20 @@ class KeyChain:
             key = hasher.digest()
             keys.append(key)
         return keys
+
+
+def owner_digest(secret: bytes, tenant: str, salt: str) -> bytes:
+    """Whose objects a request's are, without saying who: 16 bytes for the header.
+
+    Args:
+        secret: the deployment's, 32 bytes.
+        tenant: as in the namespace.
+        salt: the request's, empty if it has none.
+    Raises:
+        UsageError: a text that UTF-8 cannot encode.
+    """
+    key = blake3(secret, derive_key_context=_OWNER_CONTEXT).digest()
+    return blake3(length_prefixed(tenant) + length_prefixed(salt), key=key).digest(OWNER_BYTES)
 
 
 def length_prefixed(text: str) -> bytes:

@@ -7,7 +7,7 @@ there are no bytes on it that are not checked.
 from __future__ import annotations
 
 import struct
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 import xxhash
@@ -16,23 +16,34 @@ from kvstrata.errors import CorruptObject, Incompatible, UsageError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_BYTES = 4096
 OBJECT_ID_BYTES = 36
 CHECKSUM_BYTES = 16
 NO_PARENT = bytes(32)
+NOBODY = bytes(16)
+NOT_ENCRYPTED = bytes(16)
+MAX_CHUNK_TOKENS = 4096
+MARK_TOKENS, MARK_BYTES = 16, 12
+SEALED_BYTES = 28
+"""By which encryption makes a payload longer: nonce and tag."""
 MAX_DIMS = 8
 GROUP_BITS = 12
 """Of a header's group: the layer group; the four bits above say which coarser copy it is."""
 
 _MAGIC = b"KVSTRATA"
-_KINDS = {"native": 1, "portable": 2}
-_KIND_NAMES: dict[int, Literal["native", "portable"]] = {1: "native", 2: "portable"}
+Kind: TypeAlias = Literal["native", "portable", "kept"]
+GroupKind: TypeAlias = Literal["full", "sliding", "chunked", "recurrent"]
+
+_KINDS: dict[Kind, int] = {"native": 1, "portable": 2, "kept": 3}
+_KIND_NAMES: dict[int, Kind] = {code: name for name, code in _KINDS.items()}
+_GROUP_KINDS: dict[GroupKind, int] = {"full": 1, "sliding": 2, "chunked": 3, "recurrent": 4}
+_GROUP_KIND_NAMES: dict[int, GroupKind] = {code: name for name, code in _GROUP_KINDS.items()}
 
 _ID = struct.Struct("<32sHH")
 _PREFIX = struct.Struct("<8sH")
 _PAGE = struct.Struct("<8sHBBHH 16s 32s32s32s QII QQ16s16s QQ 8Q 64s32s32s 256s")
-_RESERVED = bytes(HEADER_BYTES - _PAGE.size)
+_SINCE_2 = struct.Struct("<16s IB3x Q16s16s I300x 3072s")
 _CHECKSUM = slice(16, 32)
 
 
@@ -40,8 +51,9 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of one object; ``docs/format.md`` gives each field's meaning.
 
     Lengths in bytes: ``namespace``, ``key`` and ``parent`` 32, checksums 16, ``order`` at most
-    64, ``dtype`` and ``codec`` at most 32, ``codec_parameters`` at most 256. Building a header
-    checks nothing; `encode` and `decode` do.
+    64, ``dtype`` and ``codec`` at most 32, ``codec_parameters`` at most 256; ``owner``,
+    ``encryption_key`` and ``positions`` 16; ``marks`` 12 for every 16 tokens, or none. Building a
+    header checks nothing; `encode` and `decode` do.
     """
 
     namespace: bytes
@@ -51,7 +63,7 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     group: int
     rank: int
-    kind: Literal["native", "portable"]
+    kind: Kind
     order: str
     dtype: str
     shape: tuple[int, ...]
@@ -63,11 +75,23 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
     stored_length: int
     raw_checksum: bytes
     stored_checksum: bytes
+    chunk_tokens: int
+    owner: bytes = NOBODY
+    group_kind: GroupKind = "full"
+    boundary: int = 0
+    encryption_key: bytes = NOT_ENCRYPTED
+    positions: bytes = bytes(CHECKSUM_BYTES)
+    marks: bytes = b""
 
     @property
     def object_id(self) -> bytes:
         """36 bytes: key, group, rank."""
         return object_id(self.key, self.group, self.rank)
+
+    @property
+    def end(self) -> int:
+        """Position behind the last token."""
+        return self.start + self.num_tokens
 
     def problem(self) -> str:
         """The first rule of the format that these values break, in words; empty if none."""
@@ -77,6 +101,9 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
             ("parent", self.parent, 32),
             ("raw_checksum", self.raw_checksum, CHECKSUM_BYTES),
             ("stored_checksum", self.stored_checksum, CHECKSUM_BYTES),
+            ("owner", self.owner, 16),
+            ("encryption_key", self.encryption_key, 16),
+            ("positions", self.positions, CHECKSUM_BYTES),
         ):
             if len(value) != nbytes:
                 return f"{name} has {len(value)} bytes, not {nbytes}"
@@ -89,6 +116,7 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
             ("created_ns", self.created_ns, 0, 64),
             ("raw_length", self.raw_length, 1, 64),
             ("stored_length", self.stored_length, 1, 64),
+            ("boundary", self.boundary, 0, 64),
         ):
             if not low <= number < 1 << bits:
                 return f"{name} is {number}, not {low} to 2^{bits} - 1"
@@ -108,16 +136,40 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
         if len(self.codec_parameters) > 256:
             return f"codec_parameters has {len(self.codec_parameters)} bytes, more than 256"
         if self.kind not in _KINDS:
-            return f"kind {self.kind!r} is not native or portable"
+            return f"kind {self.kind!r} is none of {', '.join(_KINDS)}"
         if (self.kind == "native") != bool(self.order):
             return f"a {self.kind} payload with the order {self.order!r}"
-        if (self.start == 0) != (self.parent == NO_PARENT):
-            return f"start {self.start} does not go with parent {self.parent.hex()}"
-        if self.codec == "raw":
-            if self.raw_length != self.stored_length:
-                return f"raw, but {self.raw_length} bytes became {self.stored_length}"
-            if self.raw_checksum != self.stored_checksum:
-                return "raw, but the two payload checksums differ"
+        if self.start == 0 and self.parent != NO_PARENT:
+            return f"start 0 does not go with parent {self.parent.hex()}"
+        return self._problem_of_chunk() or self._problem_of_lengths()
+
+    def _problem_of_chunk(self) -> str:
+        if not self.num_tokens <= self.chunk_tokens <= MAX_CHUNK_TOKENS:
+            return (
+                f"{self.num_tokens} tokens of a chunk of {self.chunk_tokens}; a chunk has at most "
+                f"{MAX_CHUNK_TOKENS}"
+            )
+        if len(self.marks) not in (0, self.num_tokens // MARK_TOKENS * MARK_BYTES):
+            return f"marks of {len(self.marks)} bytes do not go with {self.num_tokens} tokens"
+        if self.group_kind not in _GROUP_KINDS:
+            return f"group_kind {self.group_kind!r} is none of {', '.join(_GROUP_KINDS)}"
+        looks_back = {"full": self.boundary == 0, "recurrent": self.boundary == self.end}
+        if not looks_back.get(self.group_kind, self.boundary > 0):
+            return f"a {self.group_kind} group with the boundary {self.boundary}"
+        if self.kind != "kept" and self.positions != bytes(CHECKSUM_BYTES):
+            return f"a {self.kind} payload with positions"
+        if self.kind == "kept" and len(self.shape) != 5:
+            return f"a kept payload of shape {self.shape}, not [L, S, H, R, D]"
+        return ""
+
+    def _problem_of_lengths(self) -> str:
+        sealed = self.encryption_key != NOT_ENCRYPTED
+        if self.codec == "raw" and self.stored_length != self.raw_length + SEALED_BYTES * sealed:
+            return f"raw, but {self.raw_length} bytes became {self.stored_length}"
+        if self.codec == "raw" and not sealed and self.raw_checksum != self.stored_checksum:
+            return "raw, but the two payload checksums differ"
+        if sealed and self.stored_length <= SEALED_BYTES:
+            return f"encrypted, in {self.stored_length} bytes"
         return ""
 
     def encode(self) -> bytes:
@@ -128,10 +180,23 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
         """
         if problem := self.problem():
             raise UsageError(f"object header: {problem}")
+        since_2 = _SINCE_2.pack(
+            self.owner,
+            self.chunk_tokens,
+            _GROUP_KINDS[self.group_kind],
+            self.boundary,
+            self.encryption_key,
+            self.positions,
+            len(self.marks) // MARK_BYTES,
+            self.marks,
+        )
+        return self._page(FORMAT_VERSION, since_2)
+
+    def _page(self, version: int, since_2: bytes) -> bytes:
         num_dims = len(self.shape)
         body = _PAGE.pack(
             _MAGIC,
-            FORMAT_VERSION,
+            version,
             _KINDS[self.kind],
             num_dims,
             self.group,
@@ -156,15 +221,16 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
             self.codec.encode(),
             self.codec_parameters,
         )
-        digest = checksum(body + _RESERVED)
-        return body[: _CHECKSUM.start] + digest + body[_CHECKSUM.stop :] + _RESERVED
+        digest = checksum(body + since_2)
+        return body[: _CHECKSUM.start] + digest + body[_CHECKSUM.stop :] + since_2
 
 
 def decode(buffer: Buffer) -> ObjectHeader:
     """The header on the first 4096 bytes of ``buffer``, checked; its payload is not looked at.
 
     Raises:
-        Incompatible: another format version, or a payload kind this build does not know.
+        Incompatible: an unknown format version, or a kind of payload or group that this build does
+            not know.
         CorruptObject: anything else that is not exactly what `ObjectHeader.encode` writes.
     """
     page = bytes(memoryview(buffer)[:HEADER_BYTES])
@@ -173,10 +239,8 @@ def decode(buffer: Buffer) -> ObjectHeader:
     magic, version = _PREFIX.unpack_from(page)
     if magic != _MAGIC:
         raise CorruptObject(f"header begins with {magic!r}, not {_MAGIC!r}")
-    if version != FORMAT_VERSION:
-        raise Incompatible(
-            f"object format version {version}; this build reads version {FORMAT_VERSION}"
-        )
+    if version not in (1, FORMAT_VERSION):
+        raise Incompatible(f"object format version {version}; this build reads 1 and 2")
     fields = _PAGE.unpack_from(page)
     zeroed = page[: _CHECKSUM.start] + bytes(CHECKSUM_BYTES) + page[_CHECKSUM.stop :]
     if checksum(zeroed) != fields[6]:
@@ -189,6 +253,7 @@ def decode(buffer: Buffer) -> ObjectHeader:
         order, dtype, codec = (text.rstrip(b"\0").decode("ascii") for text in fields[27:30])
     except UnicodeDecodeError as error:
         raise CorruptObject("header holds a text that is not ASCII") from error
+    since_2 = _fields_since_2(page) if version > 1 else {"chunk_tokens": fields[11]}
     header = ObjectHeader(
         namespace=fields[7],
         key=fields[8],
@@ -209,12 +274,36 @@ def decode(buffer: Buffer) -> ObjectHeader:
         stored_length=fields[14],
         raw_checksum=fields[15],
         stored_checksum=fields[16],
+        **since_2,
     )
     if problem := header.problem():
         raise CorruptObject(f"header: {problem}")
-    if header.encode() != page:
+    again = header.encode() if version > 1 else header._page(1, bytes(_SINCE_2.size))
+    if again != page:
         raise CorruptObject("header holds more than its fields: padding or a count is wrong")
+    if version == 1 and (
+        header.kind == "kept" or bool(header.start) == (header.parent == NO_PARENT)
+    ):
+        raise CorruptObject("header of version 1 with what version 2 brought")
     return header
+
+
+def _fields_since_2(page: bytes) -> dict[str, Any]:
+    owner, chunk_tokens, group_kind, boundary, key, positions, num_marks, marks = (
+        _SINCE_2.unpack_from(page, _PAGE.size)
+    )
+    if group_kind not in _GROUP_KIND_NAMES:
+        known = ", ".join(f"{code} {name}" for name, code in _GROUP_KINDS.items())
+        raise Incompatible(f"group kind {group_kind}; this build knows {known}")
+    return {
+        "owner": owner,
+        "chunk_tokens": chunk_tokens,
+        "group_kind": _GROUP_KIND_NAMES[group_kind],
+        "boundary": boundary,
+        "encryption_key": key,
+        "positions": positions,
+        "marks": marks[: num_marks * MARK_BYTES],
+    }
 
 
 def verify_object(buffer: Buffer, object_id: bytes) -> ObjectHeader:

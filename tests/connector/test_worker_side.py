@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +24,10 @@ from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store
 from kvstrata.connectors.vllm.transfers import StoreJob, Transfers
 from kvstrata.connectors.vllm.worker import WorkerSide, chunk_cost
 from kvstrata.errors import CorruptObject, NodeUnavailable
-from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.keys import owner_digest
+from kvstrata.objects import HEADER_BYTES, checksum, decode
 from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 
 Make = Callable[..., Rig]
 
@@ -367,6 +371,46 @@ def test_a_slot_with_another_object_is_refused(make_rig: Make) -> None:
         transfers.plan(replace(load, node=b"x" * 16), client, load.offsets, 0, 1)
     rig.side._end_load(load.request_id, failed=False)
     rig.settle()
+
+
+def test_a_torn_copy_does_not_get_a_checksum_that_fits(make_rig: Make) -> None:
+    """The checksum is of the blocks, so what a copy loses on its way shows in the slot."""
+
+    class Torn(CpuCopier):
+        def store(self, plan: Plan, after: Any) -> None:
+            super().store(plan, after)
+            ctypes.memset(int(plan.slots[0, 0]) + 5, 0xA5, 7)
+
+    rig = make_rig()
+    for worker in rig.workers:
+        worker._copier = worker._transfers._copier = Torn()
+    worker, load = stored(rig, 128)
+    assert worker._client is not None
+    (torn,), (whole,) = load.offsets[0], load.offsets[1]
+    for offset, fits in ((torn, False), (whole, True)):
+        header = decode(worker._client.pool.view(offset, HEADER_BYTES))
+        payload = worker._client.pool.view(offset + HEADER_BYTES, header.raw_length)
+        assert (checksum(payload) == header.raw_checksum) is fits
+    rig.side._end_load(load.request_id, failed=False)
+    rig.settle()
+
+
+def test_objects_say_whose_they_are_without_saying_who(make_rig: Make) -> None:
+    rig = make_rig()
+    owners: list[bytes] = []
+    for salt in ("", "alice", "bob"):
+        name = rig.add(prompt(128, seed=len(owners)), cache_salt=salt or None)
+        state = rig.side._states[name]
+        rig.run()
+        rig.settle()
+        assert rig.node is not None
+        with contextlib.closing(rig.node.connect()) as client:
+            matched = client.match(state.keys[:1], [0], rig.side._orders).wait(TIMEOUT_S)
+            (offset,) = offsets_of(matched.offsets)
+            header = decode(client.pool.view(offset, HEADER_BYTES))
+            assert header.owner == owner_digest(client.hello.secret, "default", salt)
+        owners.append(header.owner)
+    assert len(set(owners)) == 3
 
 
 def test_a_portable_payload_is_packed_for_the_engine(make_rig: Make) -> None:

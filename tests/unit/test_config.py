@@ -29,6 +29,7 @@ from kvstrata.config import (
 from kvstrata.config.files import read_file
 from kvstrata.errors import ConfigError
 from kvstrata.policies import POLICIES
+from kvstrata.wire.protocol import PROTOCOL_VERSION
 from kvstrata.wire.sockets import socket_path
 
 GIB = 1 << 30
@@ -384,7 +385,7 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
 def test_socket_path(tmp_path: Path) -> None:
     assert socket_path(load({"node": "unix:/run/n.sock"})) == Path("/run/n.sock")
     config, uid = load(), os.getuid()
-    name = f"{config.node_identity()}.sock"
+    name = f"{config.node_identity()}-{PROTOCOL_VERSION}.sock"
     environ = {"XDG_RUNTIME_DIR": str(tmp_path)}
     assert socket_path(config, environ) == tmp_path / "kvstrata" / name
     fallback = tmp_path / f"kvstrata-{uid}" / name

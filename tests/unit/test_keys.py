@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.errors import ConfigError, UsageError
-from kvstrata.keys import KeyChain, MediaItem, Namespace, load_secret
+from kvstrata.keys import KeyChain, MediaItem, Namespace, load_secret, owner_digest
 
 SECRET = bytes(range(32))
 NAMESPACE = Namespace(model="5f3a", layout="full/30x3x64x2/bfloat16", chunk_tokens=4)
@@ -64,6 +64,14 @@ def by_the_page(tokens: list[int], media: list[MediaItem], salt: str = "") -> li
         key = blake3(message, key=hash_key).digest()
         keys.append(key)
     return keys
+
+
+def test_an_owner_is_a_tenant_and_a_salt_and_tells_neither() -> None:
+    secrets = [bytes(32), b"s" * 32]
+    names = [("a", "b"), ("b", "a"), ("ab", ""), ("", "ab"), ("a", "")]
+    digests = {owner_digest(secret, *name) for secret in secrets for name in names}
+    assert len(digests) == len(secrets) * len(names)
+    assert {len(digest) for digest in digests} == {16}
 
 
 def test_examples_of_the_keys_page_are_true() -> None:

@@ -227,8 +227,8 @@ class TestBadRequests:
             {"template": p.Template("portable", ORDER, "bfloat16", [1], 128, RAW)},
             {"template": p.Template("strange", "", "bfloat16", [1], 128, RAW)},
             {"template": p.Template("native", "a b", "bfloat16", [1], 128, RAW)},
-            {"template": p.Template("native", ORDER, "bfloat16", [1, RAW], 128, RAW, "fp8")},
-            {"template": p.Template("native", ORDER, "bfloat16", [1, RAW], 128, RAW, "raw", b"x")},
+            {"template": p.Template("native", ORDER, "bfloat16", [1, RAW], 4097, RAW)},
+            {"owner": b"somebody"},
             {"prefix": b"".join(chunk_keys(1) * 2)},
         ],
     )

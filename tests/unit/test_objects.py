@@ -17,6 +17,9 @@ from kvstrata.objects import (
     CHECKSUM_BYTES,
     HEADER_BYTES,
     NO_PARENT,
+    NOBODY,
+    NOT_ENCRYPTED,
+    SEALED_BYTES,
     ObjectHeader,
     checksum,
     decode,
@@ -27,9 +30,15 @@ from kvstrata.objects import (
 )
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = bytes.fromhex((ROOT / "tests/golden/object_header_1.hex").read_text()).ljust(
-    HEADER_BYTES, b"\0"
-)
+
+
+def golden(version: int) -> bytes:
+    """A page as a file of it has it: without the zeros at its end."""
+    text = (ROOT / f"tests/golden/object_header_{version}.hex").read_text()
+    return bytes.fromhex(text).ljust(HEADER_BYTES, b"\0")
+
+
+GOLDEN_1, GOLDEN = golden(1), golden(2)
 
 NATIVE = ObjectHeader(
     namespace=bytes(range(32)),
@@ -51,6 +60,12 @@ NATIVE = ObjectHeader(
     stored_length=1_992_649,
     raw_checksum=bytes(range(96, 112)),
     stored_checksum=bytes(range(112, 128)),
+    chunk_tokens=256,
+    owner=bytes(range(128, 144)),
+    group_kind="sliding",
+    boundary=512,
+    encryption_key=bytes(range(144, 160)),
+    marks=bytes(range(160, 256)),
 )
 PAYLOAD = bytes(range(256)) * 20 + b"tail"
 
@@ -77,6 +92,7 @@ def portable(payload: bytes = PAYLOAD, **changes: Any) -> ObjectHeader:
         "stored_length": len(payload),
         "raw_checksum": checksum(payload),
         "stored_checksum": checksum(payload),
+        "chunk_tokens": 128,
     }
     return ObjectHeader(**{**values, **changes})
 
@@ -97,6 +113,38 @@ def test_golden() -> None:
     assert decode(GOLDEN) == NATIVE
 
 
+def test_version_1_is_still_read() -> None:
+    header = decode(GOLDEN_1)
+    since_2 = {
+        "chunk_tokens": 128,
+        "owner": NOBODY,
+        "group_kind": "full",
+        "boundary": 0,
+        "encryption_key": NOT_ENCRYPTED,
+        "marks": b"",
+    }
+    assert header == msgspec.structs.replace(NATIVE, **since_2)
+    assert decode(header.encode()) == header, "written again it is of version 2"
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        pytest.param(656, 1, id="an owner"),
+        pytest.param(672, 128, id="tokens of a chunk"),
+        pytest.param(676, 1, id="a kind of group"),
+        pytest.param(4095, 1, id="a mark"),
+        pytest.param(133, 0, id="a start without a parent"),
+        pytest.param(10, 3, id="kept"),
+    ],
+)
+def test_version_1_has_nothing_that_came_later(at: int, value: int) -> None:
+    page = bytearray(GOLDEN_1)
+    page[at] = value
+    with pytest.raises(CorruptObject):
+        decode(sealed(page))
+
+
 def test_table_of_the_format_page_is_true() -> None:
     """Every row's offset, size and type, read against the golden page."""
     table = (ROOT / "docs/format.md").read_text().split("## Header page")[1]
@@ -104,13 +152,17 @@ def test_table_of_the_format_page_is_true() -> None:
     expected = {
         **{name: getattr(NATIVE, name) for name in ObjectHeader.__struct_fields__},
         "magic": b"KVSTRATA",
-        "version": 1,
+        "version": 2,
         "kind": 1,
         "num_dims": 3,
+        "group_kind": 2,
+        "padding": bytes(3),
+        "num_marks": 8,
+        "marks": NATIVE.marks.ljust(3072, b"\0"),
         "codec_parameters_length": 4,
         "shape": (30, 1, 98304, 0, 0, 0, 0, 0),
         "codec_parameters": NATIVE.codec_parameters.ljust(256, b"\0"),
-        "reserved": bytes(3440),
+        "reserved": bytes(300),
         "header_checksum": xxhash.xxh3_128(GOLDEN[:16] + bytes(16) + GOLDEN[32:]).digest(),
     }
     end = 0
@@ -163,7 +215,7 @@ def test_a_sealed_page_decodes_to_what_encodes_to_it_or_is_refused(changes: dict
     assert header.encode() == whole
 
 
-@pytest.mark.parametrize("at", [299, 346, 399, 404, 655, 656, 4095, 232])
+@pytest.mark.parametrize("at", [299, 346, 399, 404, 655, 677, 724, 1023, 1120, 4095, 232])
 def test_padding_must_be_zero(at: int) -> None:
     page = bytearray(GOLDEN)
     assert page[at] == 0
@@ -183,6 +235,12 @@ def test_padding_must_be_zero(at: int) -> None:
         pytest.param(273, 0, id="order with a hole"),
         pytest.param(273, 0x20, id="order with a space"),
         pytest.param(336, 0, id="dtype begins with zero"),
+        pytest.param(673, 0, id="more tokens than the chunk"),
+        pytest.param(673, 17, id="a chunk of more than 4096 tokens"),
+        pytest.param(681, 0, id="a window of nothing"),
+        pytest.param(704, 1, id="positions of a payload that has none"),
+        pytest.param(720, 7, id="a mark too few"),
+        pytest.param(721, 1, id="marks beyond the page"),
     ],
 )
 def test_sealed_nonsense(at: int, value: int) -> None:
@@ -200,12 +258,18 @@ def test_short_pages() -> None:
 
 def test_unknown_version_and_kind_are_named() -> None:
     page = bytearray(GOLDEN)
-    page[8] = 2
-    with pytest.raises(Incompatible, match=r"version 2; this build reads version 1"):
+    page[8] = 3
+    with pytest.raises(Incompatible, match=r"version 3; this build reads 1 and 2"):
         decode(page)
     page = bytearray(GOLDEN)
+    page[676] = 5
+    with pytest.raises(Incompatible, match=r"group kind 5; this build knows 1 full, 2 sliding"):
+        decode(sealed(page))
+    page = bytearray(GOLDEN)
     page[10] = 9
-    with pytest.raises(Incompatible, match=r"kind 9; this build knows 1 native, 2 portable"):
+    with pytest.raises(
+        Incompatible, match=r"kind 9; this build knows 1 native, 2 portable, 3 kept"
+    ):
         decode(sealed(page))
 
 
@@ -217,31 +281,46 @@ u64 = st.integers(0, 2**64 - 1)
 
 @st.composite
 def headers(draw: st.DrawFn) -> ObjectHeader:
-    start = draw(st.one_of(st.just(0), u64))
-    native = draw(st.booleans())
+    start = draw(st.one_of(st.just(0), st.integers(0, 2**63)))
+    kind = draw(st.sampled_from(["native", "portable", "kept"]))
     codec = draw(st.one_of(st.just("raw"), names))
-    raw_length, raw_checksum = draw(st.integers(1, 2**64 - 1)), draw(sums)
+    key = draw(st.one_of(st.just(NOT_ENCRYPTED), sums))
+    sealed = SEALED_BYTES * (key != NOT_ENCRYPTED)
+    raw_length, raw_checksum = draw(st.integers(1, 2**63)), draw(sums)
     raw = codec == "raw"
+    chunk_tokens = draw(st.integers(1, 4096))
+    num_tokens = draw(st.integers(1, chunk_tokens))
+    group_kind = draw(st.sampled_from(["full", "sliding", "chunked", "recurrent"]))
+    boundary = {"full": 0, "recurrent": start + num_tokens}
+    num_marks = draw(st.sampled_from([0, num_tokens // 16]))
+    dims = 5 if kind == "kept" else draw(st.integers(1, 8))
     return ObjectHeader(
         namespace=draw(digests),
         key=draw(digests),
-        parent=draw(digests.filter(lambda key: key != NO_PARENT)) if start else NO_PARENT,
+        parent=draw(st.one_of(st.just(NO_PARENT), digests)) if start else NO_PARENT,
         start=start,
-        num_tokens=draw(st.integers(1, 2**32 - 1)),
+        num_tokens=num_tokens,
         group=draw(st.integers(0, 65535)),
         rank=draw(st.integers(0, 65535)),
-        kind="native" if native else "portable",
-        order=draw(names) + "x" * 32 if native else "",
+        kind=kind,  # type: ignore[arg-type]
+        order=draw(names) + "x" * 32 if kind == "native" else "",
         dtype=draw(names),
-        shape=tuple(draw(st.lists(st.integers(1, 2**64 - 1), min_size=1, max_size=8))),
+        shape=tuple(draw(st.lists(st.integers(1, 2**64 - 1), min_size=dims, max_size=dims))),
         codec=codec,
         codec_parameters=draw(st.binary(max_size=256)),
         epoch=draw(u64),
         created_ns=draw(u64),
         raw_length=raw_length,
-        stored_length=raw_length if raw else draw(st.integers(1, 2**64 - 1)),
+        stored_length=raw_length + sealed if raw else draw(st.integers(1 + sealed, 2**64 - 1)),
         raw_checksum=raw_checksum,
-        stored_checksum=raw_checksum if raw else draw(sums),
+        stored_checksum=raw_checksum if raw and not sealed else draw(sums),
+        chunk_tokens=chunk_tokens,
+        owner=draw(sums),
+        group_kind=group_kind,  # type: ignore[arg-type]
+        boundary=boundary.get(group_kind, draw(st.integers(1, 2**64 - 1))),
+        encryption_key=key,
+        positions=draw(sums) if kind == "kept" else bytes(CHECKSUM_BYTES),
+        marks=draw(st.binary(min_size=12, max_size=12)) * num_marks,
     )
 
 
@@ -258,10 +337,24 @@ def test_round_trip(header: ObjectHeader) -> None:
         ({"key": b"short"}, "key has 5 bytes"),
         ({"namespace": b""}, "namespace has 0 bytes"),
         ({"parent": b"p" * 32}, "start 0 does not go with parent"),
-        ({"start": 128}, "start 128 does not go with parent"),
         ({"start": -1}, "start is -1"),
         ({"num_tokens": 0}, "num_tokens is 0"),
         ({"num_tokens": 2**32}, "num_tokens is"),
+        ({"num_tokens": 129}, "129 tokens of a chunk of 128"),
+        ({"chunk_tokens": 4097}, "a chunk has at most 4096"),
+        ({"owner": b"me"}, "owner has 2 bytes"),
+        ({"group_kind": "half"}, "group_kind 'half' is none of full"),
+        ({"boundary": 1}, "a full group with the boundary 1"),
+        ({"group_kind": "chunked"}, "a chunked group with the boundary 0"),
+        ({"group_kind": "recurrent", "boundary": 2}, "a recurrent group with the boundary 2"),
+        ({"num_tokens": 16, "marks": bytes(24)}, "marks of 24 bytes do not go with 16 tokens"),
+        ({"positions": b"p" * 16}, "a portable payload with positions"),
+        ({"kind": "kept", "shape": (1, 2)}, "a kept payload of shape (1, 2)"),
+        ({"encryption_key": b"k" * 16}, "raw, but 5124 bytes became 5124"),
+        (
+            {"encryption_key": b"k" * 16, "codec": "lossless", "stored_length": 28},
+            "encrypted, in 28 bytes",
+        ),
         ({"group": 65536}, "group is 65536"),
         ({"rank": -1}, "rank is -1"),
         ({"epoch": 2**64}, "epoch is"),

@@ -14,21 +14,22 @@ TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096)
 
 GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     (
-        p.Hello(1, "0.1.0", 7, b"n", 8192, b"s", ["disk"]),
-        "1e00000098a568656c6c6f01a5302e312e3007c4016ecd2000c4017391a46469736b",
+        p.Hello(2, "0.1.0", 7, b"n", 8192, b"s", ["disk"]),
+        "1e00000098a568656c6c6f02a5302e312e3007c4016ecd2000c4017391a46469736b",
     ),
     (
-        p.Match(1, b"k", [0, 65537], ["a/b"], [4096, 5]),
-        "1c00000096a56d6174636801c4016b9200ce0001000191a3612f6292cd100005",
+        p.Match(1, b"k", [0, 65537], ["a/b"], [4096, 5], bytes(range(16))),
+        "2e00000097a56d6174636801c4016b9200ce0001000191a3612f6292cd100005c410000102030405"
+        "060708090a0b0c0d0e0f",
     ),
     (p.Matched(1, 2, b"\x00\x01", b"o"), "1200000095a76d6174636865640102c4020001c4016f"),
     (p.Await(1, 2, 3), "0a00000094a56177616974010203"),
     (p.Arrived(1, 2, True, b"o"), "0f00000095a7617272697665640102c3c4016f"),
     (p.Release(1, 2), "0b00000093a772656c656173650102"),
     (
-        p.Reserve(1, b"n", b"k", 0, 65537, TEMPLATE, 0.5, "w"),
-        "4400000099a77265736572766501c4016ec4016b00ce0001000198a66e6174697665a3612f62a862666c"
-        "6f61743136920203cc80cd1000a3726177c400cb3fe0000000000000a177",
+        p.Reserve(1, b"n", b"k", 0, 65537, TEMPLATE, 0.5, "w", bytes(range(16))),
+        "500000009aa77265736572766501c4016ec4016b00ce0001000196a66e6174697665a3612f62a862666c"
+        "6f61743136920203cc80cd1000cb3fe0000000000000a177c410000102030405060708090a0b0c0d0e0f",
     ),
     (p.Reserved(1, 2, b"o"), "0f00000094a872657365727665640102c4016f"),
     (p.Commit(1, 2, b"c"), "0d00000094a6636f6d6d69740102c40163"),
@@ -71,7 +72,7 @@ def test_more_or_fewer_fields_are_refused(message: p.Request | p.Reply) -> None:
     for wrong in ([*words, 0], [words[0] + "?", *words[1:]], [0, *words[1:]], words[:1], []):
         if wrong == words:
             continue  # `bye` has no fields
-        with pytest.raises(Incompatible, match="protocol 1"):
+        with pytest.raises(Incompatible, match="protocol 2"):
             decode(msgspec.msgpack.encode(wrong))
 
 

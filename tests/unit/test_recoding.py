@@ -73,6 +73,7 @@ def an_object(raw: bytes, **changes: object) -> memoryview:
         "stored_length": len(raw),
         "raw_checksum": checksum(raw),
         "stored_checksum": checksum(raw),
+        "chunk_tokens": 128,
     }
     header = ObjectHeader(**{**fields, **changes})  # type: ignore[arg-type]
     buffer = memoryview(mmap.mmap(-1, stored_bytes(len(raw))))
@@ -152,6 +153,8 @@ def test_what_is_refused() -> None:
         restored_object(encoded.data, name, slot(len(whole) + 4096))
     with pytest.raises(Incompatible, match="unknown codec 'zip'"):
         restored_object(_changed(encoded, codec="zip"), name, into)
+    with pytest.raises(Incompatible, match="encrypted with the key 6b6b"):
+        restored_object(_changed(encoded, encryption_key=b"k" * 16), name, into)
     with pytest.raises(Incompatible, match="not version"):
         restored_object(_changed(encoded, codec_parameters=b"\xff"), name, into)
     with pytest.raises(Incompatible, match="of complex64"):

@@ -21,6 +21,7 @@ import msgspec
 import kvstrata
 from kvstrata.config import Config, host_capacity_bytes
 from kvstrata.errors import UsageError
+from kvstrata.keys import OWNER_BYTES
 from kvstrata.memory.machine import available_bytes
 from kvstrata.memory.pool import Pool
 from kvstrata.node.common.background import Tasks
@@ -156,6 +157,8 @@ class Node:
     def match(self, client: Client, message: p.Match) -> p.Matched:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
         keys, parts = p.split(message.keys, 32), _checked(message.parts)
+        if len(message.owner) != OWNER_BYTES:
+            raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
         sizes = _sizes(message.lengths, parts)
         orders = frozenset(message.orders)
         if len(set(keys)) != len(keys):

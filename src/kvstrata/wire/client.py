@@ -21,6 +21,7 @@ from typing import Any
 from kvstrata import errors
 from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeUnavailable
 from kvstrata.memory.pool import PoolMapping
+from kvstrata.objects import NOBODY
 from kvstrata.wire import protocol as p
 
 RECEIVE_BYTES = 1 << 20
@@ -164,6 +165,7 @@ class NodeClient:
         parts: list[int],
         orders: list[str],
         lengths: Sequence[int] = (),
+        owner: bytes = NOBODY,
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -173,8 +175,9 @@ class NodeClient:
             orders: the byte orders that the caller can read.
             lengths: payload bytes of each part; without them nothing arrives that a tier keeps
                 encoded, for nobody knows how large it will be.
+            owner: `kvstrata.keys.owner_digest` of who asks.
         """
-        return self.begin(p.Match, p.Matched, b"".join(keys), parts, orders, list(lengths))
+        return self.begin(p.Match, p.Matched, b"".join(keys), parts, orders, list(lengths), owner)
 
     def await_arrival(self, lease: int, have: int) -> Call:
         """Begin to wait for more than ``have`` chunks of a lease; answers `Arrived`."""
@@ -195,6 +198,7 @@ class NodeClient:
         template: p.Template,
         cost: float = 0.0,
         weights: str = "",
+        owner: bytes = NOBODY,
     ) -> Call:
         """Begin to reserve slots for ``prefix[first:]``; answers `Reserved`.
 
@@ -206,10 +210,11 @@ class NodeClient:
             template: what all headers share.
             cost: what computing a chunk took, in seconds; 0: unknown.
             weights: `kvstrata.identity.weights_identity` of what computed it; "": unknown.
+            owner: `kvstrata.keys.owner_digest` of who it was computed for.
         """
-        return self.begin(
-            p.Reserve, p.Reserved, namespace, b"".join(prefix), first, part, template, cost, weights
-        )
+        keys = b"".join(prefix)
+        fields = (namespace, keys, first, part, template, cost, weights, owner)
+        return self.begin(p.Reserve, p.Reserved, *fields)
 
     def commit(self, reservation: int, checksums: Sequence[bytes]) -> Call:
         """Begin to publish what was written; answers `Done`. 16 zero bytes give a slot back."""

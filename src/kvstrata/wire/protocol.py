@@ -14,8 +14,9 @@ import msgspec
 
 import kvstrata
 from kvstrata.errors import Incompatible
+from kvstrata.objects import NOBODY
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 << 20
 
 #: offsets that `Reserved` answers instead of a slot
@@ -46,6 +47,7 @@ class Match(_Message, tag="match", frozen=True):
     parts: list[int]
     orders: list[str]
     lengths: list[int] = msgspec.field(default_factory=list)
+    owner: bytes = NOBODY
 
 
 class Matched(_Message, tag="matched", frozen=True):
@@ -82,8 +84,6 @@ class Template(_Message, frozen=True):
     shape: list[int]
     num_tokens: int
     raw_length: int
-    codec: str = "raw"
-    codec_parameters: bytes = b""
 
 
 class Reserve(_Message, tag="reserve", frozen=True):
@@ -95,6 +95,7 @@ class Reserve(_Message, tag="reserve", frozen=True):
     template: Template
     cost: float = 0.0
     weights: str = ""
+    owner: bytes = NOBODY
 
 
 class Reserved(_Message, tag="reserved", frozen=True):

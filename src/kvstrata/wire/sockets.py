@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvstrata.config import Config, kinds
 from kvstrata.errors import ConfigError
+from kvstrata.wire.protocol import PROTOCOL_VERSION
 
 
 def socket_path(
@@ -29,7 +30,8 @@ def socket_path(
     if config.node != "auto":
         return Path(config.node.removeprefix("unix:"))
     uid = os.getuid() if uid is None else uid
-    name = f"{config.node_identity(uid)}.sock"
+    # Nodes and clients of two releases do not meet by chance where they could not talk.
+    name = f"{config.node_identity(uid)}-{PROTOCOL_VERSION}.sock"
     runtime = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(runtime) and _owner(Path(runtime)) == uid:
         path = Path(runtime) / "kvstrata" / name

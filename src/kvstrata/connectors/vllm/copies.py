@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.memory.pool import PoolMapping
@@ -62,7 +63,12 @@ class Plan:
 
 
 class Copier(ABC):
-    """Copies plans one way or the other; blocks until the bytes are there."""
+    """Copies plans one way or the other; blocks until the bytes are there.
+
+    ``reads_blocks`` says whether this processor can read the engine's blocks itself.
+    """
+
+    reads_blocks = False
 
     @abstractmethod
     def load(self, plan: Plan, after: Any) -> None:
@@ -85,6 +91,8 @@ class Copier(ABC):
 
 class CpuCopier(Copier):
     """The engine's blocks are in this process's own memory."""
+
+    reads_blocks = True
 
     def load(self, plan: Plan, after: Any) -> None:
         slots, blocks, lengths = plan.runs()
@@ -189,6 +197,20 @@ def copy_runs(to: Sequence[int], source: Sequence[int], lengths: Sequence[int]) 
     """Copy runs of this process's memory, on this thread, without holding the GIL meanwhile."""
     for to_address, from_address, length in zip(to, source, lengths, strict=True):
         ctypes.memmove(to_address, from_address, length)
+
+
+def payload_checksums(pages: Addresses, page_bytes: int, count: int) -> list[bytes]:
+    """XXH3-128 of each of ``count`` payloads, of which ``pages`` has the pages, a row per layer.
+
+    Reads this process's memory, at ``Plan.blocks`` or ``Plan.slots``.
+    """
+    sums = []
+    for columns in np.split(pages, count, axis=1):
+        digest = xxhash.xxh3_128()
+        for address in columns.ravel().tolist():
+            digest.update((ctypes.c_char * page_bytes).from_address(address))
+        sums.append(digest.digest())
+    return sums
 
 
 def split_runs(

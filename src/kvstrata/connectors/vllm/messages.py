@@ -10,6 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvstrata.objects import NOBODY
+
 
 @dataclass(frozen=True)
 class WorkerHello(KVConnectorHandshakeMetadata):
@@ -64,6 +66,7 @@ class Store:
         first: number of the first chunk to store.
         blocks: the source blocks of the chunks ``first`` and later.
         weights: identity of what computed it; "": unknown, or not the model alone.
+        owner: `kvstrata.keys.owner_digest` of who it was computed for.
     """
 
     namespace: bytes
@@ -71,6 +74,7 @@ class Store:
     first: int
     blocks: list[int]
     weights: str = ""
+    owner: bytes = NOBODY
 
 
 @dataclass

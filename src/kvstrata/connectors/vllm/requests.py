@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from kvstrata.keys import KeyChain, MediaItem
+from kvstrata.objects import NOBODY
 from kvstrata.wire.client import Call
 
 
@@ -23,6 +24,7 @@ class RequestState:
         self.request = request
         self.bypass = bypass
         self.namespace = b""
+        self.owner = NOBODY
         self.chain: KeyChain | None = None
         self.keys: list[bytes] = []
         self._hashed: tuple[int, int] = (0, 0)

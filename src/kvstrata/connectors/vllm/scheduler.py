@@ -19,7 +19,7 @@ from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError, NodeUnavailable
-from kvstrata.keys import KeyChain
+from kvstrata.keys import KeyChain, owner_digest
 from kvstrata.parts import PORTABLE
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.choice import trouble
@@ -331,9 +331,9 @@ class SchedulerSide:
                 if namespace is None:
                     return False
                 state.namespace = namespace
-                state.chain = KeyChain(
-                    client.hello.secret, namespace, self._chunk, state.request.cache_salt or ""
-                )
+                salt = state.request.cache_salt or ""
+                state.owner = owner_digest(client.hello.secret, self._config.tenant, salt)
+                state.chain = KeyChain(client.hello.secret, namespace, self._chunk, salt)
             except (KVStrataError, OSError) as error:
                 state.bypass = f"an identity is missing: {error}"
                 state.matched = True
@@ -343,7 +343,9 @@ class SchedulerSide:
             state.matched, state.miss = True, "shorter than a chunk"
             return True
         try:
-            state.call = client.match(state.keys, self._parts, self._orders, self._lengths)
+            state.call = client.match(
+                state.keys, self._parts, self._orders, self._lengths, state.owner
+            )
             self._looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
         except NodeUnavailable:
@@ -424,6 +426,7 @@ class SchedulerSide:
             first=first,
             blocks=list(block_ids[first * per_chunk : done * per_chunk]),
             weights=self._namespaces.weights_of(state.request),
+            owner=state.owner,
         )
 
     def _explain_auto(self, weights: str) -> None:

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kvstrata.config import DeadlineConfig
-from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
+from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address, payload_checksums
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.errors import CorruptObject, DeadlineExceeded, KVStrataError, NodeUnavailable
-from kvstrata.objects import HEADER_BYTES, checksum, decode
+from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 
@@ -300,6 +300,7 @@ class Transfers:
             self._template,
             job.cost,
             store.weights,
+            store.owner,
         ).wait(patience)
         offsets = offsets_of(reserved.offsets)
         given = [i for i, offset in enumerate(offsets) if offset >= 0]
@@ -309,15 +310,25 @@ class Transfers:
             if given and job.begin_copy():
                 blocks = [b for i in given for b in store.blocks[i * per_chunk :][:per_chunk]]
                 payloads = [payload_address(client.pool, offsets[i]) for i in given]
-                self._copier.store(Plan(self._pages, payloads, blocks), job.after)
+                plan = Plan(self._pages, payloads, blocks)
+                sums = self._checksums(plan, len(given), before=True)
+                self._copier.store(plan, job.after)
                 # The blocks may go now; what remains reads the slots.
                 job.ended.set()
-                for i in given:
-                    payload = client.pool.view(offsets[i] + HEADER_BYTES, self._template.raw_length)
-                    checksums[i] = checksum(payload)
+                sums = sums or self._checksums(plan, len(given), before=False)
+                for i, checksum in zip(given, sums, strict=True):
+                    checksums[i] = checksum
         finally:
             if given:
                 client.commit(reserved.reservation, checksums).wait(patience)
+
+    def _checksums(self, plan: Plan, count: int, *, before: bool) -> list[bytes]:
+        """Of what is meant to be stored, so before the copy; where only a GPU reads the blocks, of
+        what came, so after it."""
+        if before is not self._copier.reads_blocks:
+            return []
+        pages = plan.blocks if before else plan.slots
+        return payload_checksums(pages, plan.page_bytes, count)
 
 
 def _of_node(client: NodeClient | None, load: Load) -> NodeClient:

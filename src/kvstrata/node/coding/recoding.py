@@ -22,6 +22,7 @@ from kvstrata.node.coding.scratch import Scratch
 from kvstrata.objects import (
     GROUP_BITS,
     HEADER_BYTES,
+    NOT_ENCRYPTED,
     ObjectHeader,
     checksum,
     stored_bytes,
@@ -128,6 +129,8 @@ def restored_object(data: memoryview, object_id: bytes, into: memoryview) -> Obj
         UsageError: a good object, but too long or too short for the slot.
     """
     header = verify_object(data, object_id)
+    if header.encryption_key != NOT_ENCRYPTED:
+        raise Incompatible(f"encrypted with the key {header.encryption_key.hex()}, not known here")
     if stored_bytes(header.raw_length) != len(into):
         raise UsageError(f"an object of {header.raw_length} bytes, for a slot of {len(into)}")
     if header.codec == "raw":

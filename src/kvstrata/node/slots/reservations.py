@@ -36,8 +36,8 @@ class Reservation:
         UsageError: the request describes objects that cannot exist.
     """
 
-    __slots__ = ("client", "cost", "first", "id", "namespace", "order", "part", "prefix", "slots",
-                 "template", "unwanted", "weights")  # fmt: skip
+    __slots__ = ("client", "cost", "first", "id", "namespace", "order", "owner", "part", "prefix",
+                 "slots", "template", "unwanted", "weights")  # fmt: skip
 
     def __init__(self, id: int, client: Client, message: p.Reserve) -> None:
         self.id = id
@@ -50,6 +50,7 @@ class Reservation:
         self.order = order_name(message.template.kind, message.template.order)
         self.cost = message.cost
         self.weights = message.weights
+        self.owner = message.owner
         self.slots: list[Slot | None] = []
         self.unwanted: set[bytes] = set()
         if not 0 <= self.first < len(self.prefix):
@@ -64,8 +65,6 @@ class Reservation:
             raise UsageError("no two chunks of a prompt have one key")
         if NO_PARENT in self.prefix:
             raise UsageError("a key of zeros stands for no parent, and for no chunk")
-        if (self.template.codec, self.template.codec_parameters) != ("raw", b""):
-            raise UsageError("clients write raw objects; a tier encodes them, by its own codec")
         if self.template.kind == "native" and self.template.order == "portable":
             raise UsageError("no native byte order may be called portable")
         # Keys are 32 bytes each, so what holds for the last chunk's header holds for all.
@@ -87,14 +86,16 @@ class Reservation:
             order=template.order,
             dtype=template.dtype,
             shape=tuple(template.shape),
-            codec=template.codec,
-            codec_parameters=template.codec_parameters,
+            codec="raw",
+            codec_parameters=b"",
             epoch=0,
             created_ns=now_ns,
             raw_length=template.raw_length,
             stored_length=template.raw_length,
             raw_checksum=checksum,
             stored_checksum=checksum,
+            chunk_tokens=template.num_tokens,
+            owner=self.owner,
         )
 
 
