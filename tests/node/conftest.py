@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvstrata.config import Config, load_config
-from kvstrata.wire.sockets import socket_path
+from kvstrata.wire.sockets import beside, socket_path
 
 Start = Callable[[str], "subprocess.Popen[str]"]
 
@@ -97,7 +97,7 @@ def start(config: Config) -> Iterator[Start]:
 
 def nodes_of(config: Config) -> list[int]:
     """Processes that have this configuration's log open: its nodes."""
-    log = str(socket_path(config).with_suffix(".log"))
+    log = str(beside(socket_path(config), ".log"))
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():

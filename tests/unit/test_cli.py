@@ -30,7 +30,7 @@ from kvstrata.errors import ConfigError, TierUnavailable
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
 from kvstrata.wire import protocol as p
-from kvstrata.wire.sockets import socket_path
+from kvstrata.wire.sockets import beside, socket_path
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -330,7 +330,7 @@ def test_serve_refuses_a_socket_in_use(
     serving: Serving, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     # As `run` does, the lock is held for as long as the node lives.
-    with open(socket_path(serving.config).with_suffix(".lock"), "w") as lock:
+    with open(beside(socket_path(serving.config), ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, _, err = command("serve", *serving.arguments)
     assert code == 2

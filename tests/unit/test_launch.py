@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import socket
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from kvstrata.config import Config, load_config
 from kvstrata.errors import ConfigError, NodeUnavailable
 from kvstrata.node.process.run import bind
 from kvstrata.wire import launch
-from kvstrata.wire.sockets import prepare_folder, socket_path
+from kvstrata.wire.sockets import beside, prepare_folder, socket_path
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def start_with(
 ) -> None:
     def run(*_: object, **__: object) -> None:
         if words is not None:
-            socket_path(config).with_suffix(".log").write_text(words)
+            beside(socket_path(config), ".log").write_text(words)
         raise error
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -57,7 +59,7 @@ def test_somebody_else_is_starting_it_for_too_long(config: Config) -> None:
 
     path = socket_path(config)
     prepare_folder(path.parent)
-    with open(path.with_suffix(".start"), "w") as lock:
+    with open(beside(path, ".start"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(NodeUnavailable, match="somebody else is starting the node"):
             launch.connect(config, 0.05)
@@ -83,6 +85,64 @@ def test_a_bound_socket_is_private_and_replaces_a_dead_one(tmp_path: Path) -> No
         os.umask(mask)
     with pytest.raises(OSError, match="too long"):
         bind(tmp_path / ("x" * 120))
+
+
+def test_nothing_but_a_dead_socket_of_ours_is_removed(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.pdf"
+    thesis.write_text("years of work")
+    with pytest.raises(ConfigError, match="is no socket: it is left alone"):
+        bind(thesis)
+    assert thesis.read_text() == "years of work"
+    link = tmp_path / "link.sock"
+    link.symlink_to(thesis)
+    with pytest.raises(ConfigError, match="is no socket"):
+        bind(link)
+    assert link.is_symlink()
+    alive = tmp_path / "alive.sock"
+    with bind(alive), socket.socket(socket.AF_UNIX) as client:
+        with pytest.raises(ConfigError, match="somebody listens"):
+            bind(alive)
+        client.connect(str(alive))
+
+
+def test_somebody_elses_socket_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.sock"
+    bind(path).close()
+    monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 7)
+    with pytest.raises(ConfigError, match="is a socket of user"):
+        bind(path)
+    assert path.is_socket()
+
+
+def test_sockets_of_like_names_have_files_of_their_own(tmp_path: Path) -> None:
+    first, second = tmp_path / "kv.gpu0", tmp_path / "kv.gpu1"
+    assert beside(first, ".lock") != beside(second, ".lock")
+    assert beside(first, ".lock") == tmp_path / "kv.gpu0.lock"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize("operator_binds", [False, True])
+def test_a_node_has_the_cores_of_its_engine_and_not_of_one_thread(operator_binds: bool) -> None:
+    """An engine's thread that bound itself starts the node: it may use what the operator gave."""
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    given = {first} if operator_binds else {first, second}
+    code = (
+        "import os, subprocess, sys; "
+        f"child = 'import os; os.sched_setaffinity(0, {{{first}}}); "
+        'import subprocess, sys; subprocess.run([sys.executable, "-c", sys.argv[1]])\'; '
+        "node = 'from kvstrata.node.process.cores import given_cores; print(given_cores())'; "
+        "subprocess.run([sys.executable, '-c', child, node])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        start_new_session=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, given),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert ast.literal_eval(said) == given
 
 
 def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

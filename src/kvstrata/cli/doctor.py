@@ -127,7 +127,7 @@ def attach(config: Config) -> tuple[NodeClient, str]:
     """
     from kvstrata.errors import NodeUnavailable
     from kvstrata.wire.launch import connect
-    from kvstrata.wire.sockets import socket_path
+    from kvstrata.wire.sockets import beside, socket_path
 
     try:
         client = join(config)
@@ -138,7 +138,7 @@ def attach(config: Config) -> tuple[NodeClient, str]:
         return client, (
             f"none ran with this configuration: started one on demand, pid {client.hello.pid}; it "
             f"ends {config.linger:g} s after its last client, log in "
-            f"{socket_path(config).with_suffix('.log')}"
+            f"{beside(socket_path(config), '.log')}"
         )
     return client, f"joined pid {client.hello.pid}"
 

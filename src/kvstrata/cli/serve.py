@@ -88,8 +88,9 @@ def wait_for_turn(config: Config, path: Path) -> None:
         ConfigError: a node listens there and means to stay.
     """
     from kvstrata.cli.join import join
+    from kvstrata.wire.sockets import beside
 
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with open(beside(path, ".lock"), "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return

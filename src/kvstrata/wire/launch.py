@@ -19,7 +19,7 @@ from pathlib import Path
 from kvstrata.config import Config
 from kvstrata.errors import NodeUnavailable
 from kvstrata.wire.client import NodeClient
-from kvstrata.wire.sockets import prepare_folder, socket_path
+from kvstrata.wire.sockets import beside, prepare_folder, socket_path
 
 RETRY_S = 0.02
 
@@ -43,7 +43,7 @@ def connect(config: Config, timeout_s: float | None = None) -> NodeClient:
     with contextlib.suppress(NodeUnavailable):
         return _join(path, deadline)
     prepare_folder(path.parent)
-    with open(path.with_suffix(".start"), "w") as lock:
+    with open(beside(path, ".start"), "a") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +72,7 @@ def _join(path: Path, deadline: float) -> NodeClient:
 
 def _start(config: Config, path: Path, deadline: float) -> None:
     """Start a node and return when it listens."""
-    log = path.with_suffix(".log")
+    log = beside(path, ".log")
     with open(log, "ab") as output:
         try:
             subprocess.run(
@@ -94,7 +94,7 @@ def _start(config: Config, path: Path, deadline: float) -> None:
 
 def _wait(deadline: float, path: Path, why: str) -> None:
     if time.monotonic() > deadline:
-        raise NodeUnavailable(f"{why} ({path.with_suffix('.log')} may say why)")
+        raise NodeUnavailable(f"{why} ({beside(path, '.log')} may say why)")
     time.sleep(RETRY_S)
 
 

@@ -1,8 +1,13 @@
-"""Where a node's socket is: where the configuration says, or at a path that follows from it."""
+"""Where a node's socket is, and what may be done there.
+
+It is where the configuration says, or at a path that follows from it. Nothing is ever removed from
+there but a dead socket of our own.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +61,39 @@ def prepare_folder(folder: Path) -> None:
         raise ConfigError("node", f"cannot make the folder {folder}: {error}") from error
     if owner not in (os.getuid(), 0):
         raise ConfigError("node", f"{folder} belongs to user {owner}; name another socket")
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A file that goes with a socket: of its whole name, so that no two sockets share one."""
+    return path.with_name(path.name + ending)
+
+
+def remove_dead(path: Path) -> None:
+    """Remove the socket of a node that has died; nothing else.
+
+    Raises:
+        ConfigError: what is there is no socket, somebody else's, or listened on; it stays.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise ConfigError(
+            "node", f"{path} is there and is no socket: it is left alone; name another"
+        )
+    if found.st_uid != os.getuid():
+        raise ConfigError("node", f"{path} is a socket of user {found.st_uid}; name another")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:
+            pass  # its queue is full, so it lives
+    raise ConfigError("node", f"somebody listens on {path}; stop that, or name another socket")
 
 
 def _owner(folder: Path) -> int | None:

@@ -25,8 +25,9 @@ from kvstrata.config import Config, load_config
 from kvstrata.errors import KVStrataError
 from kvstrata.keys import load_secret
 from kvstrata.node.node import Node
+from kvstrata.node.process.cores import given_cores
 from kvstrata.node.process.server import Server
-from kvstrata.wire.sockets import prepare_folder, socket_path
+from kvstrata.wire.sockets import beside, prepare_folder, remove_dead, socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -52,24 +53,24 @@ def run(
     """
     path = socket_path(config)
     secret = load_secret(config.secret_file)
-    # The engine that started us may have bound itself to a single core.
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     # A thread that computes gives the loop its turn within this time, not within 5 ms.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     # A walk over a million indexed objects would stall every client; cycles are few and young.
     gc.set_threshold(*COLLECT_EVERY)
     prepare_folder(path.parent)
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with open(beside(path, ".lock"), "a") as lock:
         # An earlier node that is still writing behind holds this, and the disk tier's folder.
         fcntl.flock(lock, fcntl.LOCK_EX)
         uvloop.run(_serve(config, path, secret, on_demand, on_ready))
 
 
 def bind(path: Path) -> socket.socket:
-    """A listening Unix socket of mode 0600, in the place of a dead one."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    """A listening Unix socket of mode 0600, in the place of a dead one.
+
+    Raises:
+        ConfigError: something else is there, which is left as it is.
+    """
+    remove_dead(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
@@ -96,12 +97,14 @@ class _Door:
         self.server: Server | None = None
         self._path = path
         self._linger_s = linger_s
+        self._ours: os.stat_result | None = None
         self._leaving: asyncio.TimerHandle | None = None
 
     def open(self, server: Server) -> None:
         """Let clients in."""
         self.server = server
         server.listen(bind(self._path))
+        self._ours = self._path.lstat()
         if self._linger_s is not None:
             self._leave_in(STARTUP_GRACE_S)
 
@@ -114,7 +117,9 @@ class _Door:
         """Let nobody in any more: who comes now starts a new node, which waits for our lock."""
         self.closed.set()
         with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+            # Whoever put something else in its place meanwhile keeps that.
+            if self._ours is not None and os.path.samestat(self._ours, self._path.lstat()):
+                self._path.unlink()
         if self.server is not None:
             self.server.stop_listening()
 
@@ -157,6 +162,8 @@ async def _serve(
 def _main() -> None:
     try:
         config = load_config(environ={}, overrides=json.load(sys.stdin))
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, given_cores())
         logging.basicConfig(
             level=config.log.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
