@@ -282,3 +282,24 @@ main()
     assert "FAIL  node:" in other
     assert "Permission denied" in other
     assert "belongs to user 0, you are 65534" in other
+
+
+def test_a_service_keeps_the_cores_it_was_given(commands: Commands) -> None:
+    given = {min(os.sched_getaffinity(0))}
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, given)
+    try:
+        service = commands.serve()
+    finally:
+        os.sched_setaffinity(0, mine)
+    read_until(service, "serving on")
+    assert os.sched_getaffinity(service.pid) == given
+
+
+def test_a_service_leaves_a_file_alone_that_is_no_socket(commands: Commands, folder: Path) -> None:
+    thesis = folder / "thesis.pdf"
+    thesis.write_text("years of work")
+    said = commands.run("serve", "--socket", f"unix:{thesis}")
+    assert said.returncode == 2
+    assert "thesis.pdf is there and is no socket: it is left alone" in said.stderr
+    assert thesis.read_text() == "years of work"
