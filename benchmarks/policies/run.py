@@ -33,7 +33,7 @@ def replay(requests: list[tuple[int, list[int]]], policy: Policy) -> float:
                 continue
             while policy.total_bytes + BLOCK_TOKENS > policy.capacity_bytes:
                 policy.evict(always)
-            policy.insert(key, BLOCK_TOKENS)
+            policy.insert(key, BLOCK_TOKENS, 1.0)
     policy.check_integrity()
     return hit_tokens / num_tokens
 

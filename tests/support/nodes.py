@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -172,7 +172,15 @@ def match(
     orders: Sequence[str] = (ORDER,),
 ) -> p.Matched:
     lengths = [RAW] * len(parts)
-    return node.match(client, p.Match(1, b"".join(keys), list(parts), list(orders), lengths))
+    return at_once(
+        node.match(client, p.Match(1, b"".join(keys), list(parts), list(orders), lengths))
+    )
+
+
+def at_once(answer: p.Matched | Awaitable[p.Matched]) -> p.Matched:
+    """What a match answers at once."""
+    assert isinstance(answer, p.Matched)
+    return answer
 
 
 def release(node: Node, client: Client, lease: int, keep: int = 0) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import numpy as np
-from tests.support.nodes import NAMESPACE, arrive, chunk_keys, until
+from tests.support.nodes import NAMESPACE, arrive, at_once, chunk_keys, until
 
 from kvstrata.codecs.base import Payload
 from kvstrata.config import load_config
@@ -71,7 +71,7 @@ def store(node: Node, weights: str = "") -> int:
 async def load(node: Node, count: int = 3) -> tuple[list[int], list[bytes]]:
     """Tiers and payloads of the leading chunks; all of them must come."""
     request = p.Match(1, b"".join(KEYS[:count]), [0], [VEC, "portable"], [NBYTES])
-    matched = node.match(ME, request)
+    matched = at_once(node.match(ME, request))
     ready, offsets = 0, list(offsets_of(matched.offsets))
     while ready < len(matched.tiers):
         arrived = await arrive(node, ME, matched.lease, ready)

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from kvstrata.memory.pool import Pool
-from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.host import MAX_SHAPES, HostMemory
 from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.parts import order_name
 from kvstrata.policies import create_policy
+from kvstrata.wire.client import offsets_of
 
 PAGE = 4096
 KEYS = [bytes([number]) * 32 for number in range(8)]
@@ -52,14 +53,14 @@ def test_a_discarded_slot_goes_back_with_its_last_hold(host: HostMemory) -> None
     host.discard(slot)
     host.unhold(slot)
     assert host.allocated_bytes == PAGE
-    host.unhold_all([slot])
+    host.unhold(slot)
     assert host.allocated_bytes == 0
 
 
 @pytest.mark.parametrize("how", ["drop", "drop_object", "replace"])
 def test_what_is_held_keeps_its_bytes(host: HostMemory, how: str) -> None:
     slot = ready(host, KEYS[0])
-    host.hold_all([slot])
+    host.hold(slot)
     if how == "drop":
         assert host.drop(KEYS[0]) == 1
     elif how == "drop_object":
@@ -102,15 +103,45 @@ def test_eviction_passes_over_what_is_held_and_what_is_spared(host: HostMemory) 
         host.unhold(slot)
 
 
-def test_leading_chunks_are_whole_and_readable(host: HostMemory) -> None:
+def test_a_row_is_known_as_long_as_its_chunk_stays_as_it_is(host: HostMemory) -> None:
     a, b = ready(host, KEYS[0], 0), ready(host, KEYS[0], 1)
-    c = ready(host, KEYS[1], 0)
-    d = ready(host, KEYS[2], 0, order="c/d")
-    orders = frozenset(["a/b"])
-    assert host.leading(KEYS, [0, 1], orders) == [a, b]
-    assert host.leading(KEYS, [0], orders) == [a, c]
-    assert host.leading(KEYS, [0], frozenset(["a/b", "c/d"])) == [a, c, d]
-    assert host.leading(KEYS[3:], [0], orders) == []
+    row = host.ready_row(KEYS[0], (0, 1))
+    assert row is not None
+    assert (row.slots, row.order, row.nbytes) == ((a, b), "a/b", 2 * PAGE)
+    assert offsets_of(row.packed_offsets()).tolist() == [a.offset, b.offset]
+    assert host.rows_of((0, 1)) == {KEYS[0]: row}
+    assert host.ready_row(KEYS[0], (0, 1)) is row
+    turned = host.ready_row(KEYS[0], (1, 0))
+    assert turned is not None
+    assert turned.slots == (b, a)
+    assert host.ready_row(KEYS[0], (0, 2)) is None
+    assert host.ready_row(KEYS[1], (0,)) is None
+    ready(host, KEYS[0], 2)
+    assert host.rows_of((0, 1)) == {}
+    fresh = host.ready_row(KEYS[0], (2, 0, 1))
+    assert fresh is not None
+    assert fresh.in_orders(frozenset(["a/b"]))
+    ready(host, KEYS[0], 1, order="c/d")
+    mixed = host.ready_row(KEYS[0], (0, 1))
+    assert mixed is not None
+    assert mixed.order is None
+    assert not mixed.in_orders(frozenset(["a/b"]))
+    assert mixed.in_orders(frozenset(["a/b", "c/d"]))
+    host.check_integrity()
+    host.drop(KEYS[0])
+    assert host.rows_of((0, 1)) == {}
+
+
+def test_of_too_many_sets_of_parts_the_rows_are_not_kept(host: HostMemory) -> None:
+    a = ready(host, KEYS[0])
+    rows = [host.row(KEYS[0], (0, part), [a, a]) for part in range(1, MAX_SHAPES + 2)]
+    assert [row.kept for row in rows] == [True] * MAX_SHAPES + [False]
+    host.drop(KEYS[0])
+    ready(host, KEYS[1])
+    last = host.ready_row(KEYS[1], (0,))
+    assert last is not None
+    assert last.kept
+    host.check_integrity()
 
 
 def test_a_byte_orders_name() -> None:

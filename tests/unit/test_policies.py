@@ -237,7 +237,7 @@ class TestCostAware:
     def test_large_goes_first_at_equal_cost(self) -> None:
         policy = CostAware(100 * NBYTES)
         for i, nbytes in enumerate([10, 30, 20]):
-            policy.insert(key(i), nbytes)
+            policy.insert(key(i), nbytes, 1.0)
         assert [policy.evict(anything) for _ in range(3)] == [key(1), key(2), key(0)]
 
     def test_each_use_adds(self) -> None:
@@ -263,6 +263,38 @@ class TestCostAware:
         policy.insert(key(0), NBYTES, 2.0)  # third use: 6 in all
         policy.insert(key(1), NBYTES, 5.0)
         assert policy.evict(anything) == key(1)
+
+    @pytest.mark.parametrize("first", ["known", "unknown"])
+    def test_an_unknown_cost_is_taken_for_the_typical_one(self, first: str) -> None:
+        """Whatever a scan enters, before or after costs are known: dearer than the cheap ones."""
+        policy = CostAware(100 * NBYTES)
+        keys = [key(0), key(1)] if first == "unknown" else [key(2), key(3)]
+        for one in keys:
+            policy.insert(one, NBYTES, *([] if first == "unknown" else [0.002]))
+        for number, cost in enumerate([0.001, 0.2]):
+            policy.insert(key(10 + number), NBYTES, cost)
+        if first == "known":
+            policy.insert(key(0), NBYTES)
+            policy.insert(key(1), NBYTES)
+        order = [policy.evict(anything) for _ in range(len(policy))]
+        assert order == [key(10), *([key(2), key(3)] if first == "known" else []),
+                         key(0), key(1), key(11)]  # fmt: skip
+
+    def test_where_none_is_known_the_oldest_goes(self) -> None:
+        policy = CostAware(100 * NBYTES)
+        for number in range(5):
+            policy.insert(key(number), NBYTES + 100 * number)
+        policy.touch(key(0))
+        assert [policy.evict(anything) for _ in range(5)] == [key(n) for n in (1, 2, 3, 4, 0)]
+
+    def test_a_cost_that_is_known_stays_known(self) -> None:
+        policy = CostAware(100 * NBYTES)
+        policy.insert(key(0), NBYTES, 3.0)
+        policy.insert(key(0), NBYTES)
+        assert (policy.cost_of(key(0)), policy.cost_of(key(1))) == (3.0, 0.0)
+        policy.insert(key(0), NBYTES, 2.0)
+        assert policy.cost_of(key(0)) == 2.0
+        policy.check_integrity()
 
     def test_the_dear_go_too_if_nobody_uses_them(self) -> None:
         policy = CostAware(10 * NBYTES)

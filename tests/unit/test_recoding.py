@@ -14,6 +14,7 @@ from tests.support.nodes import (
     ORDER,
     RAW,
     arrive,
+    at_once,
     chunk_keys,
     flush,
     match,
@@ -255,7 +256,7 @@ def test_a_reader_that_names_no_length_gets_only_what_is_stored_raw() -> None:
         await flush(node, Client("pid 1"))
         for key in keys:
             node.host.drop(key)
-        matched = node.match(client, p.Match(1, b"".join(keys), [0], [ORDER]))
+        matched = at_once(node.match(client, p.Match(1, b"".join(keys), [0], [ORDER])))
         arrived = await arrive(node, client, matched.lease, 0)
         assert (arrived.ready, arrived.failed) == (0, True)
         release(node, client, matched.lease)

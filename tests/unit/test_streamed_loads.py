@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.nodes import arrive, clear, flush, until
+from tests.support.nodes import arrive, at_once, clear, flush, until
 from tests.support.real_nodes import (
     KEYS,
     ME,
@@ -140,7 +140,7 @@ def test_a_reader_of_one_order_gets_the_object_itself(options: dict[str, Any]) -
         await prepare(node)
         slow_down(node, clock, 1e6)
         node.reservations._costs[stored_bytes(NBYTES)] = 1e9
-        matched = node.match(ME, p.Match(1, b"".join(KEYS), [0], [VEC], [NBYTES]))
+        matched = at_once(node.match(ME, p.Match(1, b"".join(KEYS), [0], [VEC], [NBYTES])))
         assert (await arrive(node, ME, matched.lease, 2)).ready == 3
         assert levels(node) == {"0": 3}
         node.release(ME, p.Release(matched.lease))
@@ -182,7 +182,7 @@ def test_a_tier_that_hangs_strands_nobody(options: dict[str, Any]) -> None:
 
         tier.read = hang  # type: ignore[method-assign]
         request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES])
-        matched = node.match(ME, request)
+        matched = at_once(node.match(ME, request))
         await asyncio.sleep(0.05)
         clock.advance(1.0)
         assert (await arrive(node, ME, matched.lease, 0)).failed
@@ -207,7 +207,7 @@ def test_a_link_that_dies_ends_the_load_early(options: dict[str, Any]) -> None:
 
         link._sleep = sleep
         request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES])
-        matched = node.match(ME, request)
+        matched = at_once(node.match(ME, request))
         arrived = await arrive(node, ME, matched.lease, 0)
         while not arrived.failed and arrived.ready < 3:
             arrived = await arrive(node, ME, matched.lease, arrived.ready)
@@ -263,7 +263,7 @@ def test_a_restored_copy_is_the_object_that_was_asked_for(options: dict[str, Any
         slow_down(node, clock, 1e6)
         node.reservations._costs[stored_bytes(NBYTES)] = 1e9
         request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES])
-        matched = node.match(ME, request)
+        matched = at_once(node.match(ME, request))
         arrived = await arrive(node, ME, matched.lease, 2)
         assert levels(node) == {"2": 3}
         (last,) = offsets_of(arrived.offsets)

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import time
-from array import array
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,12 @@ import msgspec
 import kvstrata
 from kvstrata.config import Config, host_capacity_bytes
 from kvstrata.errors import UsageError
-from kvstrata.keys import OWNER_BYTES
 from kvstrata.memory.machine import available_bytes
 from kvstrata.memory.pool import Pool
 from kvstrata.node.common.background import Tasks
+from kvstrata.node.matching import Matcher, checked_parts
 from kvstrata.node.opening import open_backings
-from kvstrata.node.service.movement import Movement, Wanted
+from kvstrata.node.service.movement import Movement
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.scrub import scrub
 from kvstrata.node.slots.clients import Client
@@ -34,10 +33,9 @@ from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import LeaseTable
 from kvstrata.node.slots.reservations import ReservationTable
 from kvstrata.node.slots.sampling import Sampler
-from kvstrata.node.slots.slot import Slot, SlotState
-from kvstrata.objects import stored_bytes
+from kvstrata.node.slots.slot import offsets_of_rows
 from kvstrata.observe.counters import Counters
-from kvstrata.parts import MAX_PART, PORTABLE
+from kvstrata.parts import PORTABLE
 from kvstrata.policies import create_policy
 from kvstrata.wire import protocol as p
 
@@ -88,9 +86,11 @@ class Node:
         self.host = HostMemory(pool, create_policy(config.host.policy, capacity, clock))
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
         self.reservations = ReservationTable(self.host, per_client)
-        self.movement = Movement(self.host, backings, counters, clock)
+        self.movement = Movement(self.host, self.leases, backings, counters, clock)
         self.records: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
+        self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
+                                self._sampler, backings, counters)  # fmt: skip
         self._outcomes: set[str] = set()
         self._clock = clock
         self._started = clock()
@@ -147,77 +147,17 @@ class Node:
 
     def end(self, client: Client) -> None:
         """Let go of all that a client holds: it is dead, or said that no copy is under way."""
+        client.ended = True
         for number in list(client.leases):
-            self.leases.release(self.leases[number])
+            self._matcher.release(self.leases[number])
         for number in list(client.reservations):
             self.reservations.abort(self.reservations[number])
 
     # reading
 
-    def match(self, client: Client, message: p.Match) -> p.Matched:
+    def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
-        keys, parts = p.split(message.keys, 32), _checked(message.parts)
-        if len(message.owner) != OWNER_BYTES:
-            raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
-        sizes = _sizes(message.lengths, parts)
-        orders = frozenset(message.orders)
-        if len(set(keys)) != len(keys):
-            raise UsageError("no two chunks of a prompt have one key")
-        num_parts, room = len(parts), self.leases.room_for(client)
-        # The common case, and the one in a hurry: the head of the prompt lies in host memory.
-        held = self.host.leading(keys, parts, orders)
-        room -= sum([slot.nbytes for slot in held if not slot.num_leases])
-        rest = keys[len(held) // num_parts :]
-        if room < 0:
-            rest = []
-            self.counters.add("matches_cut_total", why="leases")
-        while room < 0:
-            room += sum([slot.nbytes for slot in held[-num_parts:] if not slot.num_leases])
-            del held[-num_parts:]
-        self.host.hold_all(held)
-        tiers = bytearray(len(held) // num_parts)
-        slots: list[Slot | None] = [*held]
-        pending: list[tuple[int, Wanted]] = []
-        for key in rest:
-            located = self._locate(key, parts, orders)
-            if located is None:
-                break
-            for part, (where, _) in zip(parts, located, strict=True):
-                if not isinstance(where, Slot):
-                    room -= sizes.get(part, where[1])
-                elif not where.num_leases:
-                    room -= where.nbytes
-            if room < 0:
-                self.counters.add("matches_cut_total", why="leases")
-                break
-            for part, (where, _) in zip(parts, located, strict=True):
-                if isinstance(where, Slot):
-                    where.holds += 1
-                    slots.append(where)
-                else:
-                    backing, stored = where
-                    nbytes = sizes.get(part, stored)
-                    pending.append((len(slots), Wanted(key, part, nbytes, backing, stored)))
-                    slots.append(None)
-            tiers.append(max(number for _, number in located))
-        num_chunks = len(tiers)
-        wanted = [one for _, one in pending]
-        compute_s = self.reservations.compute_s(wanted[0].nbytes) / num_parts if wanted else 0.0
-        arriving = self.movement.promote(wanted, compute_s, PORTABLE in orders)
-        for (position, _), slot in zip(pending, arriving, strict=False):
-            slots[position] = slot
-        if len(arriving) < len(pending):
-            num_chunks = pending[len(arriving)][0] // num_parts
-            self.counters.add("matches_cut_total", why="room")
-        self.host.unhold_all([s for s in slots[num_chunks * num_parts :] if s is not None])
-        held = [slot for slot in slots[: num_chunks * num_parts] if slot is not None]
-        del tiers[num_chunks:]
-        self._count_match(keys, tiers)
-        if not held:
-            return p.Matched(message.id, 0, b"", b"")
-        lease = self.leases.grant(client, held, num_parts, orders)
-        self._sampler.note_hits(keys, parts, held)
-        return p.Matched(message.id, lease.id, bytes(tiers), _offsets(held))
+        return self._matcher.match(client, message)
 
     def await_arrival(self, client: Client, message: p.Await) -> Answer:
         """Answer when more chunks of a lease are in host memory, or one will not come.
@@ -231,8 +171,8 @@ class Node:
             raise UsageError(f"nobody has {have} chunks")
 
         def arrived() -> p.Arrived:
-            slots = lease.slots[have * lease.num_parts : lease.ready * lease.num_parts]
-            return p.Arrived(message.id, lease.ready, lease.failed, _offsets(slots))
+            offsets = offsets_of_rows(lease.rows[have : lease.ready])
+            return p.Arrived(message.id, lease.ready, lease.failed, offsets)
 
         if lease.settled(have):
             return arrived()
@@ -251,15 +191,15 @@ class Node:
         if lease is not None:
             if lease.client is not client:
                 raise UsageError("a lease is released on the connection that was granted it")
-            self.leases.release(lease, message.keep)
+            self._matcher.release(lease, message.keep)
 
     def lookup(self, client: Client, message: p.Lookup) -> p.Found:
         """Say where each chunk is; changes nothing."""
-        parts = _checked(message.parts)
+        parts = tuple(checked_parts(message.parts))
         tiers = bytearray()
         for key in p.split(message.keys, 32):
-            located = self._locate(key, parts, None)
-            tiers.append(p.ABSENT if located is None else max(number for _, number in located))
+            located = self._matcher.locate(key, parts)
+            tiers.append(p.ABSENT if located is None else located.tier)
         return p.Found(message.id, bytes(tiers))
 
     # writing
@@ -397,34 +337,13 @@ class Node:
     def check_integrity(self) -> None:
         """Raise AssertionError unless the conservation laws hold: every byte has one owner."""
         self.host.check_integrity([*self.reservations.filling(), *self.movement.filling()])
-        self.leases.check_integrity()
+        self.leases.check_integrity(self.movement.under_way())
+        self.movement.check_integrity()
         self.reservations.check_integrity()
         for backing in self.backings:
             backing.index.check_integrity()
 
     # how
-
-    def _locate(
-        self, key: bytes, parts: list[int], orders: frozenset[str] | None
-    ) -> list[tuple[Slot | tuple[Backing, int], int]] | None:
-        """Where each part of a chunk is, with its tier's number; None unless all are somewhere."""
-        located: list[tuple[Slot | tuple[Backing, int], int]] = []
-        for part in parts:
-            slot = self.host.get(key, part)
-            if slot is not None:
-                if orders is not None and slot.order not in orders:
-                    return None
-                located.append((slot, 0))
-                continue
-            for number, backing in enumerate(self.backings, 1):
-                nbytes = backing.find(key, part, orders)
-                if nbytes is not None:
-                    slot = self.movement.arriving.get((key, part))
-                    located.append(((backing, nbytes) if slot is None else slot, number))
-                    break
-            else:
-                return None
-        return located
 
     def _presence(self, key: bytes, part: int, order: str) -> int:
         """`PRESENT` if an object need not be written, else 0.
@@ -441,19 +360,6 @@ class Node:
             return p.PRESENT
         return 0
 
-    def _count_match(self, keys: list[bytes], tiers: bytearray) -> None:
-        self.counters.add("matches_total")
-        for number in range(1 + len(self.backings)):
-            name = self.backings[number - 1].name if number else "host"
-            if hits := tiers.count(number):
-                self.counters.add("hit_chunks_total", hits, tier=name)
-        if missed := len(keys) - len(tiers):
-            self.counters.add("missed_chunks_total", missed)
-        found = keys[: len(tiers)]
-        self.host.index.touch(found)
-        for backing in self.backings:
-            backing.use(found)
-
     async def _scan(self, backing: Backing) -> None:
         await backing.scan()
         rate = self.config.disk.scrub_rate if self.config.disk else 0
@@ -464,29 +370,3 @@ class Node:
         while True:
             await asyncio.sleep(NOTE_USE_S)
             await backing.note_use()
-
-
-def _checked(parts: list[int]) -> list[int]:
-    """Raises `UsageError` unless these can make up a chunk."""
-    if not parts or len(set(parts)) != len(parts):
-        raise UsageError("name the parts that make up a chunk, each once")
-    if not all(0 <= part <= MAX_PART for part in parts):
-        raise UsageError(f"not all of {parts} are parts: group << 16 | rank")
-    return parts
-
-
-def _sizes(lengths: list[int], parts: list[int]) -> dict[int, int]:
-    """Bytes of each part's object when it is raw, as far as the reader says."""
-    if lengths and len(lengths) != len(parts):
-        raise UsageError(f"{len(parts)} parts, but the lengths of {len(lengths)}")
-    if not all(0 < length < 1 << 48 for length in lengths):
-        raise UsageError("a payload has at least one byte, and less than 2^48")
-    return dict(zip(parts, map(stored_bytes, lengths), strict=False))
-
-
-def _offsets(slots: list[Slot]) -> bytes:
-    """Offsets of ready slots, `ARRIVING` for the others, as packed 64-bit numbers."""
-    return array(
-        "q",
-        [slot.offset if slot.state is not SlotState.FILLING else p.ARRIVING for slot in slots],
-    ).tobytes()

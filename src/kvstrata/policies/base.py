@@ -42,13 +42,13 @@ class Policy(ABC):
         self._total_bytes = 0
 
     @abstractmethod
-    def insert(self, key: bytes, nbytes: int, cost: float = 1.0) -> None:
+    def insert(self, key: bytes, nbytes: int, cost: float = 0.0) -> None:
         """Add a key. If it is present this is a touch, and the new size and cost hold.
 
         Args:
             nbytes: what the key weighs, at least 1.
-            cost: seconds that recomputing it would take, finite and not negative; most
-                policies ignore it.
+            cost: seconds that recomputing it would take, finite and not negative, 0: unknown,
+                so that one that is known still holds; most policies ignore it.
         Raises:
             UsageError: `nbytes` or `cost` is out of range; nothing has changed.
         """
@@ -71,6 +71,10 @@ class Policy(ABC):
     @abstractmethod
     def remove(self, key: bytes) -> None:
         """Forget a key; one that is absent is fine."""
+
+    def cost_of(self, key: bytes) -> float:
+        """The cost of a key; 0 where it is unknown, or of no interest."""
+        return 0.0
 
     @abstractmethod
     def __len__(self) -> int: ...

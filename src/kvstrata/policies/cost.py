@@ -13,16 +13,19 @@ from heapq import heapify, heappop, heappush
 from kvstrata.policies.base import Policy, check_arguments, unknown_key
 
 LOOKS_PER_POP = 256
+REMEMBERED = 4
+"""The typical cost is that of what was told lately: this many times the capacity, at the most."""
 
 
 class _Entry:
-    __slots__ = ("cost", "key", "live", "nbytes", "order", "priority", "uses")
+    __slots__ = ("base", "cost", "key", "live", "nbytes", "order", "priority", "uses")
 
     def __init__(self, key: bytes, nbytes: int, cost: float, uses: int) -> None:
         self.key = key
         self.nbytes = nbytes
         self.cost = cost
         self.uses = uses
+        self.base = 0.0  # the inflation at its last use
         self.priority = 0.0
         self.order = 0
         self.live = True
@@ -35,7 +38,8 @@ class CostAware(Policy):
     """Evict by `inflation + uses * cost / nbytes`, lowest first, oldest use first among equals.
 
     Inflation is the priority of the dearest victim so far, so whatever is not used any more is
-    overtaken in the end, however dear it was. Cost is seconds to recompute the key.
+    overtaken in the end, however dear it was. Cost is seconds to recompute the key. One whose cost
+    is unknown (a startup scan reads no file) counts as what a byte has cost lately.
 
     No eviction stalls: it puts at most `LOOKS_PER_POP` used keys into their new places, and if
     the lowest key is not known by then, it takes the lowest that has been put into its place.
@@ -54,10 +58,13 @@ class CostAware(Policy):
         self._dead_items = 0
         self._inflation = 0.0
         self._order = 0
+        self._known_s = 0.0  # the sum of the costs that were told, and of the sizes they are for
+        self._known_bytes = 0.0
 
-    def insert(self, key: bytes, nbytes: int, cost: float = 1.0) -> None:
+    def insert(self, key: bytes, nbytes: int, cost: float = 0.0) -> None:
         check_arguments(nbytes, cost)
         known = self._entries.get(key)
+        cost = cost or self.cost_of(key)
         if known is not None and (known.nbytes, known.cost) == (nbytes, cost):
             self.touch(key)
             return
@@ -65,6 +72,8 @@ class CostAware(Policy):
         self.remove(key)  # its priority may fall, which an item in the heap cannot follow
         entry = self._entries[key] = _Entry(key, nbytes, cost, uses)
         self._total_bytes += nbytes
+        if cost:
+            self._learn(cost, nbytes, known)
         self._use(entry)
         heappush(self._new, (entry.priority, entry.order, entry))
 
@@ -86,6 +95,10 @@ class CostAware(Policy):
             self._dead_items += 1
             self._bound_dead_items()
 
+    def cost_of(self, key: bytes) -> float:
+        entry = self._entries.get(key)
+        return 0.0 if entry is None else entry.cost
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -103,7 +116,22 @@ class CostAware(Policy):
         self._order += 1
         entry.order = self._order
         entry.uses += 1
-        entry.priority = self._inflation + entry.uses * entry.cost / entry.nbytes
+        entry.base = self._inflation
+        entry.priority = max(entry.priority, self._priority(entry))
+
+    def _priority(self, entry: _Entry) -> float:
+        if entry.cost:
+            return entry.base + entry.uses * entry.cost / entry.nbytes
+        return entry.base + entry.uses * self._known_s / max(1.0, self._known_bytes)
+
+    def _learn(self, cost: float, nbytes: int, before: _Entry | None) -> None:
+        """A cost was told, of a key that was known as it was ``before``: a chunk grows by parts."""
+        if before is not None and before.cost:
+            cost, nbytes = cost - before.cost, nbytes - before.nbytes
+        self._known_s = max(0.0, self._known_s + cost)
+        self._known_bytes = max(0.0, self._known_bytes + nbytes)
+        if self._known_bytes > REMEMBERED * self.capacity_bytes:
+            self._known_s, self._known_bytes = self._known_s / 2, self._known_bytes / 2
 
     def _items(self) -> Iterator[_Item]:
         yield from self._corrected
@@ -118,13 +146,19 @@ class CostAware(Policy):
             _, order, entry = heappop(heap)
             if not entry.live:
                 self._dead_items -= 1
-            elif entry.order == order or looks_left <= 0:
+            elif looks_left <= 0 or (entry.order == order and not self._has_risen(entry)):
                 self._bound_dead_items()
                 return entry.key, entry.nbytes
             else:
                 looks_left -= 1
                 heappush(self._corrected, (entry.priority, entry.order, entry))
         return None
+
+    def _has_risen(self, entry: _Entry) -> bool:
+        """Whether an unknown cost means more now than at the last use; notes that."""
+        before, now = entry.priority, self._priority(entry)
+        entry.priority = max(before, now)
+        return now > before
 
     def _bound_dead_items(self) -> None:
         if self._dead_items > (len(self._new) + len(self._corrected)) // 2:

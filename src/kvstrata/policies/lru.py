@@ -17,7 +17,7 @@ class LRU(Policy):
         # Not a plain dictionary: that one gets slow at its front as keys are taken from there.
         self._sizes: OrderedDict[bytes, int] = OrderedDict()
 
-    def insert(self, key: bytes, nbytes: int, cost: float = 1.0) -> None:
+    def insert(self, key: bytes, nbytes: int, cost: float = 0.0) -> None:
         check_arguments(nbytes, cost)
         if key in self:
             self.remove(key)

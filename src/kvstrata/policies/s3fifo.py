@@ -38,7 +38,7 @@ class S3FIFO(Policy):
         self._small_bytes = 0
         self._ghost_bytes = 0
 
-    def insert(self, key: bytes, nbytes: int, cost: float = 1.0) -> None:
+    def insert(self, key: bytes, nbytes: int, cost: float = 0.0) -> None:
         check_arguments(nbytes, cost)
         queue = self._queue_of(key)
         if queue is not None:

@@ -164,6 +164,13 @@ class PolicyContract(ABC):
             policy.insert(key(1), nbytes)
         assert len(policy) == 0
 
+    def test_a_cost_is_the_last_that_was_known_or_of_no_interest(self, policy: Policy) -> None:
+        policy.insert(key(1), NBYTES, 2.5)
+        policy.insert(key(1), NBYTES)
+        policy.insert(key(2), NBYTES)
+        assert policy.cost_of(key(1)) in (0.0, 2.5)
+        assert policy.cost_of(key(2)) == policy.cost_of(key(3)) == 0.0
+
     @pytest.mark.parametrize("cost", [-1.0, math.inf, math.nan])
     def test_cost_must_be_a_time(self, policy: Policy, cost: float) -> None:
         with pytest.raises(UsageError):

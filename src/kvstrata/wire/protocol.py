@@ -241,8 +241,13 @@ class Frames:
             del self._buffer[:start]
 
 
-def split(packed: bytes, size: int) -> list[bytes]:
-    """Cut a packed column into its items. Raises `Incompatible` when it does not divide."""
+def count(packed: bytes, size: int) -> int:
+    """How many items a packed column has. Raises `Incompatible` when it does not divide."""
     if len(packed) % size:
         raise Incompatible(f"a column of {len(packed)} bytes is no multiple of {size}")
-    return [packed[i : i + size] for i in range(0, len(packed), size)]
+    return len(packed) // size
+
+
+def split(packed: bytes, size: int) -> list[bytes]:
+    """Cut a packed column into its items. Raises `Incompatible` when it does not divide."""
+    return [packed[i * size : (i + 1) * size] for i in range(count(packed, size))]

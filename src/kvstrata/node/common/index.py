@@ -81,8 +81,15 @@ class Index(Generic[E]):
         self.used_bytes -= nbytes
         self.claimed_bytes -= nbytes
 
-    def put(self, key: bytes, part: int, entry: E, cost: float = 1.0) -> E | None:
-        """Enter an object whose bytes were claimed; returns the entry it replaces, if any."""
+    def put(self, key: bytes, part: int, entry: E, cost: float = 0.0) -> E | None:
+        """Enter an object whose bytes were claimed; returns the entry it replaces, if any.
+
+        Args:
+            key: of its chunk.
+            part: which object of the chunk.
+            entry: what is to be known of it.
+            cost: what computing the chunk takes, in seconds; 0: unknown.
+        """
         nbytes = self._nbytes_of(entry)
         assert nbytes <= self.claimed_bytes
         self.claimed_bytes -= nbytes
@@ -144,6 +151,10 @@ class Index(Generic[E]):
         self.claimed_bytes = self.used_bytes
         self.num_objects = 0
         return chunks
+
+    def cost_of(self, key: bytes) -> float:
+        """What computing a chunk takes, as far as the policy minds it; 0: unknown."""
+        return self._policy.cost_of(key)
 
     def touch(self, keys: list[bytes]) -> None:
         """Note the use of a prefix, given head first.

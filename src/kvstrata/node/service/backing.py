@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 HIT = Outcome.HIT
 
 SCAN_SLICE = 256
+UNKNOWN_S = 1.0
+"""What computing a chunk is taken to cost, for the choice of a codec, where nobody has said."""
 PROBE_BYTES, PROBE_READS = 1 << 20, 16
 PROBE_KEY = blake3(b"kvstrata probe").digest()
 """Of an object of no chunk; one that a node left which ended meanwhile goes at the next scan."""
@@ -419,7 +421,7 @@ class Backing:
         place = self.place()
 
         def work() -> Encoded | None:
-            codec = choice.of(origin.weights, origin.cost / len(data), place)
+            codec = choice.of(origin.weights, (origin.cost or UNKNOWN_S) / len(data), place)
             if codec is None:
                 return None
             return encoded_object(codec, data, self._scratch, level)

@@ -1,14 +1,16 @@
 """Bytes between the tiers: promotion into leased slots, and writing behind from committed ones.
 
-Both run as tasks on the node's loop, with the work itself in the tiers' threads. A slot is held
-from before its copy starts until after it has ended, whatever deadline passes in between.
+All of it runs on the node's loop, with the work itself in the tiers' threads. A slot is held from
+before its copy starts until after it has ended, whatever deadline passes in between.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from kvstrata.node.common.background import Tasks
@@ -17,6 +19,7 @@ from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.streaming import Stream
 from kvstrata.node.service.write_behind import WriteBehind
 from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.leases import LeaseTable
 from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
@@ -44,11 +47,65 @@ class Wanted(NamedTuple):
     stored: int
 
 
+class Promotion:
+    """An object on its way into a slot.
+
+    Until it is ``begun`` it can be called off at once. Its slot is being filled until it is
+    ``settled``, and held until nothing writes there any more.
+    """
+
+    __slots__ = ("begun", "cost", "level", "number", "settled", "slot", "stream", "wanted")
+
+    def __init__(self, wanted: Wanted, slot: Slot, cost: float) -> None:
+        self.wanted = wanted
+        self.slot = slot
+        self.cost = cost
+        self.level = 0
+        self.stream: Stream | None = None
+        self.number = 0  # in the stream
+        self.begun = self.settled = False
+
+
+class Load:
+    """What one match has promoted; what comes from a tier with a target is one stream.
+
+    Args:
+        chunk_s: what computing the KV of one chunk takes; `inf`: unknown.
+        portable: whether the reader reads the portable order, which coarser copies are in.
+    """
+
+    def __init__(self, chunk_s: float, portable: bool) -> None:
+        self.chunk_s = chunk_s
+        self.portable = portable
+        self.streams: dict[str, Stream] = {}
+
+
+class Lane:
+    """The promotions out of one tier: as many are under way as the tier has threads to read.
+
+    One whose deadline has passed is not among the ``busy`` any more.
+    """
+
+    def __init__(self, backing: Backing) -> None:
+        self.backing = backing
+        self.waiting: deque[Promotion] = deque()
+        self.busy: set[Promotion] = set()
+        self.streams: list[Stream] = []
+
+    def share(self) -> float | None:
+        """What the tier brings to one of the streams that are under way."""
+        if not self.backing.readable:
+            return 0.0
+        rate = self.backing.bandwidth.bytes_per_s
+        return rate and rate / max(1, sum(not stream.ended for stream in self.streams))
+
+
 class Movement:
     """Moves objects between host memory and the slower tiers.
 
     Args:
         host: where promoted objects go and committed ones come from.
+        leases: whose rows the promotions are for.
         backings: the slower tiers, fastest first.
         counters: the node's.
         clock: monotonic seconds.
@@ -57,69 +114,92 @@ class Movement:
     def __init__(
         self,
         host: HostMemory,
+        leases: LeaseTable,
         backings: list[Backing],
         counters: Counters,
         clock: Callable[[], float],
     ) -> None:
         self.arriving: dict[tuple[bytes, int], Slot] = {}
-        self._filling: set[Slot] = set()
+        self._promotions: dict[Slot, Promotion] = {}
         self._host = host
+        self._leases = leases
         self._counters = counters
         self._clock = clock
-        self._streams: dict[str, list[Stream]] = {}
+        self._lanes = {backing.name: Lane(backing) for backing in backings}
         self._tasks = Tasks(counters)
         self.behind = [WriteBehind(host, backing, counters, self._tasks) for backing in backings]
 
-    def promote(self, wanted: Sequence[Wanted], compute_s: float, portable: bool) -> list[Slot]:
-        """Start to bring objects into host memory.
+    def promote(self, load: Load, chunks: Sequence[Sequence[Wanted]]) -> list[list[Slot]]:
+        """Make slots for objects to be brought into host memory; `start` brings them.
 
         Args:
-            wanted: the objects, head of the prompt first.
-            compute_s: what computing the KV of one of them takes; `inf`: unknown.
-            portable: whether the reader reads the portable order, which coarser copies are in.
+            load: what it is for.
+            chunks: what is wanted of each chunk, head of the prompt first.
         Returns:
-            The slots that the leading ones will fill, as many as there is room for; each is held
-            once for the caller.
+            The slots that the leading chunks will fill, as many chunks as there is room for.
         """
-        slots = []
-        for one in wanted:
-            slot = self._host.allocate(one.nbytes)
-            if slot is None:
+        sizes = Counter(one.nbytes for chunk in chunks for one in chunk)
+        free = {size: self._host.allocate_many(size, count) for size, count in sizes.items()}
+        for slots in free.values():
+            slots.reverse()
+        given: list[list[Slot]] = []
+        for chunk in chunks:
+            needs = Counter(one.nbytes for one in chunk)
+            if any(len(free[size]) < count for size, count in needs.items()):
                 break
-            self.arriving[one.key, one.part] = slot
-            self._filling.add(slot)
-            self._host.hold(slot)
-            slots.append(slot)
-        streams = self._open_streams(wanted[: len(slots)], compute_s, portable)
-        for one, slot in zip(wanted, slots, strict=False):
-            self._tasks.spawn(
-                "a promotion",
-                self._promote(one, slot, *streams.get((one.key, one.part), (None, 0))),
-            )
-        return slots
+            given.append([free[one.nbytes].pop() for one in chunk])
+            for one, slot in zip(chunk, given[-1], strict=True):
+                slot.rows = []
+                self.arriving[one.key, one.part] = slot
+                cost = one.backing.index.cost_of(one.key)
+                if not cost and load.chunk_s < math.inf:
+                    cost = load.chunk_s
+                self._promotions[slot] = Promotion(one, slot, cost)
+        for slots in free.values():
+            for slot in slots:
+                self._host.discard(slot)
+                self._host.unhold(slot)
+        return given
 
-    def _open_streams(
-        self, wanted: Sequence[Wanted], compute_s: float, portable: bool
-    ) -> dict[tuple[bytes, int], tuple[Stream, int]]:
-        """Of what comes from a tier with a target: the stream it is in, and its number there."""
-        opened: dict[tuple[bytes, int], tuple[Stream, int]] = {}
-        for backing in {one.backing for one in wanted if one.backing.load_target_s}:
-            mine = [one for one in wanted if one.backing is backing]
-            streams = self._streams.setdefault(backing.name, [])
-            stream = Stream(
-                [backing.sizes(one.key, one.part)[: None if portable else 1] for one in mine],
-                self._clock() + SPENDABLE * backing.load_target_s,
-                compute_s,
-                functools.partial(_share, backing, streams),
-                backing.num_threads,
-                self._clock,
-            )
-            streams[:] = [one for one in streams if not one.ended] + [stream]
-            stream.start()
-            opened.update(
-                ((one.key, one.part), (stream, number)) for number, one in enumerate(mine)
-            )
-        return opened
+    def start(self, load: Load, slots: Iterable[Slot], num_parts: int) -> None:
+        """Bring what `promote` made these slots for, of chunks with so many parts."""
+        lanes, streams = set(), set()
+        for slot in slots:
+            promotion = self._promotions[slot]
+            one = promotion.wanted
+            lane = self._lanes[one.backing.name]
+            if not one.backing.load_target_s:
+                lane.waiting.append(promotion)
+                lanes.add(lane)
+                continue
+            stream = load.streams.get(lane.backing.name)
+            if stream is None:
+                stream = load.streams[lane.backing.name] = Stream(
+                    self._clock() + SPENDABLE * one.backing.load_target_s,
+                    load.chunk_s / num_parts,
+                    lane.share,
+                    one.backing.num_threads,
+                    self._clock,
+                )
+            levels = None if load.portable else 1
+            turn = functools.partial(self._have_turn, lane, promotion)
+            promotion.stream = stream
+            promotion.number = stream.add(one.backing.sizes(one.key, one.part)[:levels], turn)
+            streams.add((lane, stream))
+        for lane, stream in streams:
+            lane.streams[:] = [s for s in lane.streams if not s.ended and s is not stream]
+            lane.streams.append(stream)
+            stream.begin()
+        for lane in lanes:
+            self._pump(lane)
+
+    def unwanted(self, slots: Iterable[Slot]) -> None:
+        """Nobody waits for these promotions any more: those that have not begun are called off."""
+        # The last first: what gives up its turn lets one before it have it, which is unwanted too.
+        for slot in reversed(list(slots)):
+            promotion = self._promotions.get(slot)
+            if promotion is not None and not promotion.begun:
+                self._call_off(promotion, "unwanted")
 
     def write_behind(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
         """Queue the published objects of a commit, head first, for every slower tier."""
@@ -129,13 +209,20 @@ class Movement:
     def forget(self, keys: set[bytes] | None) -> None:
         """Publish and write nothing that is on its way of these chunks (None: of all)."""
         for name in [name for name in self.arriving if keys is None or name[0] in keys]:
-            del self.arriving[name]
+            slot = self.arriving.pop(name)
+            self._host.forget_rows(name[0])
+            if not (promotion := self._promotions[slot]).begun:
+                self._call_off(promotion, "failed")
         for behind in self.behind:
             behind.forget(keys)
 
     def filling(self) -> list[Slot]:
         """The slots that promotions are filling."""
-        return list(self._filling)
+        return [slot for slot, promotion in self._promotions.items() if not promotion.settled]
+
+    def under_way(self) -> Iterable[Slot]:
+        """The slots that promotions are filling, or that something may still write into."""
+        return self._promotions.keys()
 
     @property
     def queued_bytes(self) -> int:
@@ -152,78 +239,126 @@ class Movement:
         await self._tasks.wait(grace_s)
         await self._tasks.cancel()
 
-    async def _promote(
-        self, wanted: Wanted, slot: Slot, stream: Stream | None, number: int
-    ) -> None:
-        key, part, backing, stored = wanted.key, wanted.part, wanted.backing, wanted.stored
-        view = self._host.pool.view(slot.offset, slot.nbytes)
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every promotion has a place, and is wanted."""
+        waiting: set[Promotion] = set()
+        for lane in self._lanes.values():
+            waiting.update(one for one in lane.waiting if not one.settled)
+            assert len(lane.busy) <= lane.backing.num_threads
+            assert all(one.begun for one in lane.busy)
+            assert lane.backing.readable is False or not waiting or len(lane.busy) > 0
+        for slot, one in self._promotions.items():
+            assert slot.holds > 0
+            assert one.slot is slot
+            assert slot.rows is not None
+            assert one.settled == (slot.state is not SlotState.FILLING)
+            if not one.begun:
+                assert any(row.num_leases for row in slot.rows), "a promotion for nobody"
+                assert one in waiting or one.stream is not None
+        for name, slot in self.arriving.items():
+            one = self._promotions[slot]
+            assert (one.wanted.key, one.wanted.part) == name
+            assert not one.settled
 
-        def settle(header: ObjectHeader | None = None) -> None:
-            self._settle(key, part, slot, header)
+    def _have_turn(self, lane: Lane, promotion: Promotion, level: int | None) -> None:
+        """The stream lets an object be read at this level; None: not at all."""
+        label = "given up" if level is None else str(level)
+        self._counters.add("streamed_objects_total", tier=lane.backing.name, level=label)
+        if level is None:
+            self._call_off(promotion, "failed")
+            return
+        promotion.level = level
+        lane.waiting.append(promotion)
+        self._pump(lane)
+
+    def _pump(self, lane: Lane) -> None:
+        """Begin as many promotions as may be under way; none while the tier is left alone."""
+        while lane.waiting and len(lane.busy) < lane.backing.num_threads:
+            promotion = lane.waiting.popleft()
+            if promotion.settled:
+                continue
+            if not lane.backing.readable:
+                self._call_off(promotion, "failed")
+                continue
+            promotion.begun = True
+            lane.busy.add(promotion)
+            self._tasks.spawn("a promotion", self._promote(lane, promotion))
+
+    def _call_off(self, promotion: Promotion, outcome: str) -> None:
+        """End a promotion that has not begun."""
+        self._settle(promotion, None, outcome)
+        if promotion.stream is not None:
+            promotion.stream.done(promotion.number)
+        self._end(promotion)
+
+    async def _promote(self, lane: Lane, promotion: Promotion) -> None:
+        key, part, nbytes, backing, stored = promotion.wanted
+        slot, level = promotion.slot, promotion.level
+        view = self._host.pool.view(slot.offset, nbytes)
 
         def give_up() -> None:
-            settle()
-            if stream is not None:
-                stream.done(number)
+            self._settle(promotion, None)
+            if promotion in lane.busy:
+                lane.busy.discard(promotion)
+                if promotion.stream is not None:
+                    promotion.stream.done(promotion.number)
+                self._pump(lane)
 
-        level: int | None = 0
         try:
-            if stream is not None:
-                level = await stream.turn(number)
-                label = "given up" if level is None else str(level)
-                self._counters.add("streamed_objects_total", tier=backing.name, level=label)
-            if level is None:
-                return
             coarser = backing.find(key, at_level(part, level), None) if level else None
             # Gone meanwhile? The object itself need not be.
             level, stored = (level, coarser) if coarser else (0, stored)
             # Past its deadline a thread may still write into the slot, so it stays withheld.
             header = await backing.read(key, at_level(part, level), stored, view, give_up)
-            settle(header)
+            self._settle(promotion, header)
             if slot.state is SlotState.READY and header is not None and level:
                 # It serves the loads that wait for it; the next one may be in time for a finer one.
                 self._host.drop_object(key, part)
             elif slot.state is SlotState.READY and header is not None:
-                self._copy_up(key, part, slot, backing, order_name(header.kind, header.order))
+                self._copy_up(promotion, order_name(header.kind, header.order))
         finally:
             give_up()
-            self._host.unhold(slot)
+            self._end(promotion)
 
-    def _copy_up(self, key: bytes, part: int, slot: Slot, source: Backing, order: str) -> None:
+    def _copy_up(self, promotion: Promotion, order: str) -> None:
         """Let the tiers between host memory and the one it came from have it too.
 
         Not those with a lossy codec: what comes back may have been through one already.
         """
+        key, part = promotion.wanted.key, promotion.wanted.part
         for behind in self.behind:
             backing = behind.backing
-            if backing is source:
+            if backing is promotion.wanted.backing:
                 break
             lossless = backing.choice is None or backing.choice.lossless
             if lossless and backing.find(key, part, None) is None:
-                behind.add(Origin([key], part, order), [(key, slot)])
+                origin = Origin([key], part, order, promotion.cost)
+                behind.add(origin, [(key, promotion.slot)])
 
-    def _settle(self, key: bytes, part: int, slot: Slot, header: ObjectHeader | None) -> None:
+    def _settle(
+        self, promotion: Promotion, header: ObjectHeader | None, outcome: str = "failed"
+    ) -> None:
         """A promotion has come to its end, or to its deadline; only the first word counts."""
-        if slot not in self._filling:
+        if promotion.settled:
             return
-        self._filling.discard(slot)
+        promotion.settled = True
+        slot, key, part = promotion.slot, promotion.wanted.key, promotion.wanted.part
         wanted = self.arriving.get((key, part)) is slot
         if wanted:
             del self.arriving[key, part]
         if header is not None and wanted:
-            self._host.publish(key, part, slot, order_name(header.kind, header.order))
+            order = order_name(header.kind, header.order)
+            self._host.publish(key, part, slot, order, promotion.cost)
+            outcome = "done"
         else:
+            self._host.forget_rows(key)
             self._host.discard(slot)
-        outcome = "done" if header is not None and wanted else "failed"
         self._counters.add("promotions_total", outcome=outcome)
-        waiters, slot.waiters = slot.waiters or (), None
-        for tell in waiters:
-            tell()
+        for row in slot.rows or ():
+            row.filled(slot)
 
-
-def _share(backing: Backing, streams: list[Stream]) -> float | None:
-    """What a tier brings to one of the streams that are under way."""
-    if not backing.readable:
-        return 0.0
-    rate = backing.bandwidth.bytes_per_s
-    return rate and rate / max(1, sum(not stream.ended for stream in streams))
+    def _end(self, promotion: Promotion) -> None:
+        """Nothing writes into its slot any more."""
+        del self._promotions[promotion.slot]
+        self._leases.promotion_ended(promotion.slot)
+        self._host.unhold(promotion.slot)

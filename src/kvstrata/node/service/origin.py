@@ -12,12 +12,12 @@ class Origin(NamedTuple):
         prefix: keys of the prompt's chunks up to the last one of the commit.
         part: which object of each chunk.
         order: as readers will ask for it, see `kvstrata.parts.order_name`.
-        cost: what computing a chunk took, in seconds.
+        cost: what computing a chunk took, in seconds; 0: unknown.
         weights: what computed it, see `kvstrata.wire.client.NodeClient.reserve`.
     """
 
     prefix: list[bytes]
     part: int
     order: str
-    cost: float = 1.0
+    cost: float = 0.0
     weights: str = ""

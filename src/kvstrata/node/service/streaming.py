@@ -11,7 +11,6 @@ Source: CacheGen, arXiv:2310.07240, section 5.3.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable, Sequence
 
@@ -25,7 +24,6 @@ class Stream:
     """The load of one prompt's objects from one tier, head first; lives on the node's loop.
 
     Args:
-        sizes: of each object: encoded bytes at each level, finest first; `inf`: it has none.
         ends_at: when the last byte should be here.
         compute_s: what the engine takes to compute the KV of an object; `inf` while unknown.
         bytes_per_s: asks what the tier brings to this load; None while unknown, 0 if it is off.
@@ -35,15 +33,19 @@ class Stream:
 
     def __init__(
         self,
-        sizes: Sequence[Sequence[float]],
         ends_at: float,
         compute_s: float,
         bytes_per_s: Callable[[], float | None],
         width: int,
         clock: Callable[[], float],
     ) -> None:
-        self.levels: list[int | None] = []  # of the chunks that were begun, None: given up
-        self._sizes = sizes
+        self.levels: list[int | None] = []  # of the objects that had their turn, None: given up
+        self._sizes: list[Sequence[float] | None] = []  # None: no longer wanted
+        self._turns: list[Callable[[int | None], None]] = []
+        self._num_left = 0
+        # Of those that had no turn yet and are wanted, by level: bytes, and how many lack it.
+        self._left_bytes: list[float] = []
+        self._lacking: list[int] = []
         self._ends_at = ends_at
         self._compute_s = compute_s
         self._bytes_per_s = bytes_per_s
@@ -51,42 +53,71 @@ class Stream:
         self._width = width
         self._under_way: dict[int, tuple[float, float]] = {}  # its bytes, and when it was begun
         self._shortest_s = 0.0  # of the reads so far
-        self._turns = [asyncio.Event() for _ in sizes]
 
-    def start(self) -> None:
-        """Let the first objects begin."""
-        self._begin()
+    def add(self, sizes: Sequence[float], turn: Callable[[int | None], None]) -> int:
+        """A further object, behind the others; its number. `begin` when all are added.
 
-    async def turn(self, number: int) -> int | None:
-        """Wait until a chunk may be read; its level, or None if it is not to be read at all."""
-        await self._turns[number].wait()
-        return self.levels[number]
+        Args:
+            sizes: encoded bytes at each level, finest first; `inf`: it has none.
+            turn: is called when it may be read, with the level, or None: it is not to be read.
+        """
+        self._left_bytes = self._left_bytes or [0.0] * len(sizes)
+        self._lacking = self._lacking or [0] * len(sizes)
+        self._sizes.append(sizes)
+        self._turns.append(turn)
+        self._count(sizes, 1)
+        return len(self._sizes) - 1
 
     @property
     def ended(self) -> bool:
         """Whether nothing of it is under way or still to come."""
-        return len(self.levels) == len(self._sizes) and not self._under_way
+        return not self._num_left and not self._under_way
+
+    def begin(self) -> None:
+        """Give their turn to the next objects, as many as may be under way."""
+        while self._num_left and self._may_begin():
+            number = len(self.levels)
+            sizes = self._sizes[number]
+            if sizes is None:
+                self.levels.append(None)
+                continue
+            level = self._pick(number)
+            if level is None:
+                self._give_up(number)
+            else:
+                self.levels.append(level)
+                self._count(sizes, -1)
+                self._under_way[number] = sizes[level], self._clock()
+                self._turns[number](level)
 
     def done(self, number: int) -> None:
-        """A chunk has come, or will not."""
+        """An object has come, or will not, or is no longer wanted."""
         begun = self._under_way.pop(number, None)
         if begun is not None:
             took = self._clock() - begun[1]
             self._shortest_s = min(took, self._shortest_s or took)
-            self._begin()
+            self.begin()
+        elif number >= len(self.levels) and (sizes := self._sizes[number]) is not None:
+            self._sizes[number] = None
+            self._count(sizes, -1)
 
-    def _begin(self) -> None:
-        """Begin the next chunks, as many as may be under way."""
-        while len(self.levels) < len(self._sizes) and self._may_begin():
-            number = len(self.levels)
-            level = self._pick(number)
-            if level is None:
-                self.levels += [None] * (len(self._sizes) - number)
+    def _count(self, sizes: Sequence[float], sign: int) -> None:
+        """An object is left to be begun (1), or not any more (-1)."""
+        self._num_left += sign
+        for level, nbytes in enumerate(sizes):
+            if math.isinf(nbytes):
+                self._lacking[level] += sign
             else:
-                self.levels.append(level)
-                self._under_way[number] = self._sizes[number][level], self._clock()
-            for turn in self._turns[number : len(self.levels)]:
-                turn.set()
+                self._left_bytes[level] += sign * nbytes
+
+    def _give_up(self, number: int) -> None:
+        """Read no more from this object on."""
+        rest = [at for at in range(number, len(self._sizes)) if self._sizes[at] is not None]
+        self.levels += [None] * (len(self._sizes) - number)
+        self._num_left = 0
+        self._left_bytes, self._lacking = [0.0] * len(self._lacking), [0] * len(self._lacking)
+        for at in rest:
+            self._turns[at](None)
 
     def _may_begin(self) -> bool:
         count, rate = len(self._under_way), self._bytes_per_s()
@@ -103,14 +134,16 @@ class Stream:
             return None
         left = self._ends_at - self._clock()
         waiting = self._waiting_bytes()
-        rest = self._sizes[number:]
-        # How long until all is here, if this chunk and those behind it came at each level.
-        times = [(waiting + sum(level)) / rate for level in zip(*rest, strict=True)]
+        # How long until all is here, if this object and those behind it came at each level.
+        times = [
+            math.inf if lacking else (waiting + nbytes) / rate
+            for nbytes, lacking in zip(self._left_bytes, self._lacking, strict=True)
+        ]
         for level, seconds in enumerate(times):
             if seconds <= left:
                 return level
         fastest = min(range(len(times)), key=times.__getitem__)
-        computed = waiting / rate + self._compute_s * len(rest)
+        computed = waiting / rate + self._compute_s * self._num_left
         # The first one is read in any case: nothing else would ever notice that a link has come
         # to its senses.
         give_up = number > 0 and computed < times[fastest]

@@ -3,19 +3,26 @@
 A slot is allocated, filled (by a client that reserved it, or by a promotion), and published; from
 then on it can be leased and evicted. Whatever happens, its bytes go back to the allocator only
 when nobody holds the slot any more: an eviction, a clear or a failure only marks it gone.
+
+Readers lease rows. The row of a chunk is kept as long as the chunk stays as it is, and leasing it
+keeps the chunk from being evicted. Once the chunk changes, the row is forgotten; one that is leased
+is pinned first, so that it keeps its slots while others take their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kvstrata.memory.allocator import SlotAllocator
 from kvstrata.memory.pool import Pool
 from kvstrata.node.common.index import Index
 from kvstrata.node.slots.room import chunks_to_drop
-from kvstrata.node.slots.slot import Slot, SlotState
+from kvstrata.node.slots.slot import Row, Slot, SlotState
 from kvstrata.policies.base import Policy
+
+MAX_SHAPES = 16
+"""Sets of parts whose rows are kept; those of further ones are made for each lease."""
 
 ASKED_PER_CHANGE = 64
 """A search in vain is not repeated before something has changed for every so many chunks that it
@@ -37,6 +44,7 @@ class HostMemory:
         self._allocator = SlotAllocator(pool.capacity_bytes)
         # Allocated but not in the index: being filled, or gone and still held.
         self._loose: set[Slot] = set()
+        self._rows: dict[tuple[int, ...], dict[bytes, Row]] = {}
         self._spared: set[bytes] = set()
         self._spared_once: list[bytes] = []
         # The size that nothing could make room for, how many chunks were looked at for it, and how
@@ -54,18 +62,63 @@ class HostMemory:
         """The ready slot of an object."""
         return self.index.get(key, part)
 
-    def leading(self, keys: list[bytes], parts: list[int], orders: frozenset[str]) -> list[Slot]:
-        """The slots of the leading chunks that are here whole, in orders that can be read."""
-        slots: list[Slot] = []
-        get = self.index.get
-        for key in keys:
-            for part in parts:
-                slot = get(key, part)
-                if slot is None or slot.order not in orders:
-                    del slots[len(slots) // len(parts) * len(parts) :]
-                    return slots
-                slots.append(slot)
-        return slots
+    def rows_of(self, parts: tuple[int, ...]) -> dict[bytes, Row]:
+        """The rows of these parts that are known, by chunk; to be read only."""
+        return self._rows.get(parts, {})
+
+    def row(self, key: bytes, parts: tuple[int, ...], slots: Sequence[Slot]) -> Row:
+        """The row of a chunk's parts, whose slots are those that are ready or being promoted."""
+        rows = self._rows.get(parts)
+        if rows is None:
+            if len(self._rows) >= MAX_SHAPES:
+                self._rows = {shape: rows for shape, rows in self._rows.items() if rows}
+            if len(self._rows) >= MAX_SHAPES:
+                return Row(slots)
+            rows = self._rows[parts] = {}
+        row = rows.get(key)
+        if row is None:
+            row = rows[key] = Row(slots)
+            row.kept = True
+        return row
+
+    def ready_row(self, key: bytes, parts: tuple[int, ...]) -> Row | None:
+        """The row of a chunk's parts if all of them are ready."""
+        ready = dict(self.index.objects(key))
+        slots = [ready[part] for part in parts if part in ready]
+        return self.row(key, parts, slots) if len(slots) == len(parts) else None
+
+    def forget_rows(self, key: bytes, but_of: Slot | None = None) -> None:
+        """A chunk has changed, or will: pin what is leased of it, and lease nothing as it was.
+
+        Args:
+            key: of the chunk.
+            but_of: rows with this slot in them stay.
+        """
+        for rows in self._rows.values():
+            row = rows.get(key)
+            if row is not None and (but_of is None or but_of not in row.slots):
+                del rows[key]
+                row.kept = False
+                if row.num_leases:
+                    self.pin(row)
+
+    def pin(self, row: Row) -> None:
+        """Hold each slot of a row until `let_go`."""
+        if not row.pinned:
+            row.pinned = True
+            for slot in row.slots:
+                slot.holds += 1
+
+    def let_go(self, row: Row) -> None:
+        """The last lease of a row has ended."""
+        if row.passed_over is not None:
+            self.index.unpark(row.passed_over)
+            row.passed_over = None
+            self._note_change()
+        if row.pinned:
+            row.pinned = False
+            for slot in row.slots:
+                self.unhold(slot)
 
     @contextmanager
     def sparing(self, keys: set[bytes]) -> Iterator[None]:
@@ -108,8 +161,8 @@ class HostMemory:
         self._loose.update(slots)
         return slots
 
-    def publish(self, key: bytes, part: int, slot: Slot, order: str, cost: float = 1.0) -> None:
-        """Make a filled slot readable; the caller's hold stays."""
+    def publish(self, key: bytes, part: int, slot: Slot, order: str, cost: float = 0.0) -> None:
+        """Make a filled slot readable; the caller's hold stays. `Index.put` tells of the cost."""
         assert slot.state is SlotState.FILLING
         slot.order = order
         slot.state = SlotState.READY
@@ -117,6 +170,7 @@ class HostMemory:
         self._note_change()
         fits = self.index.claim(slot.nbytes)
         assert fits, "the allocator gave more than the pool has"
+        self.forget_rows(key, but_of=slot)
         replaced = self.index.put(key, part, slot, cost)
         if replaced is not None:
             self._retire(replaced)
@@ -129,19 +183,6 @@ class HostMemory:
     def hold(self, slot: Slot) -> None:
         """Keep the slot's bytes where they are."""
         slot.holds += 1
-
-    def hold_all(self, slots: Iterable[Slot]) -> None:
-        """`hold` each of them."""
-        for slot in slots:
-            slot.holds += 1
-
-    def unhold_all(self, slots: Iterable[Slot]) -> None:
-        """`unhold` each of them."""
-        for slot in slots:
-            if slot.holds > 1 or (slot.state is SlotState.READY and slot.passed_over is None):
-                slot.holds -= 1
-            else:
-                self.unhold(slot)
 
     def unhold(self, slot: Slot) -> None:
         """End one hold; the last one frees a slot that is gone, and lets the others be evicted."""
@@ -157,6 +198,7 @@ class HostMemory:
 
     def drop(self, key: bytes) -> int:
         """Forget a chunk; returns the number of its objects."""
+        self.forget_rows(key)
         objects = self.index.pop_chunk(key)
         for _, slot in objects:
             self._retire(slot)
@@ -164,6 +206,7 @@ class HostMemory:
 
     def drop_object(self, key: bytes, part: int) -> None:
         """Forget one object."""
+        self.forget_rows(key)
         slot = self.index.pop(key, part)
         if slot is not None:
             self._retire(slot)
@@ -183,6 +226,18 @@ class HostMemory:
         for slot in self._loose:
             assert slot.state is not SlotState.READY
             assert slot.holds > 0, "a slot that nobody holds was not freed"
+        for parts, rows in self._rows.items():
+            for key, row in rows.items():
+                assert row.kept
+                assert not row.failed
+                for part, slot in zip(parts, row.slots, strict=True):
+                    if slot.state is SlotState.FILLING:
+                        assert slot.rows is not None
+                        assert row in slot.rows
+                    else:
+                        assert self.index.get(key, part) is slot, (
+                            "a row of slots that are not there"
+                        )
         filling = {slot for slot in self._loose if slot.state is SlotState.FILLING}
         assert filling == set(fillers), "a slot is being filled by nobody, or twice"
 
@@ -212,6 +267,11 @@ class HostMemory:
         if key in self._spared:
             self._spared_once.append(key)
             return False
+        for rows in self._rows.values():
+            row = rows.get(key)
+            if row is not None and row.num_leases:
+                row.passed_over = key
+                return False
         for _, slot in self.index.objects(key):
             if slot.holds:
                 slot.passed_over = key

@@ -1,68 +1,68 @@
-"""Leases: slots held still for a reader, and what has become of those still being filled."""
+"""Leases: rows of slots held still for a reader, and what has become of those being filled."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
-from kvstrata.node.slots.slot import Slot, SlotState
+from kvstrata.node.slots.slot import Row, Slot
 
 
 class Lease:
     """Leading chunks of one prompt, held still; some may still be arriving.
 
-    ``slots`` is flat: the objects of chunk 0, then those of chunk 1, ``num_parts`` each.
-    ``ready`` counts the leading chunks whose objects all lie in host memory, in an order the
-    client reads; ``failed`` says that the chunk behind them will not come.
+    ``rows`` are those of its chunks, in order. ``ready`` counts the leading ones whose objects all
+    lie in host memory, in an order the client reads; ``failed`` says that the next will not come.
     """
 
-    __slots__ = ("client", "failed", "id", "listeners", "num_parts", "orders", "ready", "slots")
+    __slots__ = ("client", "failed", "id", "listeners", "orders", "ready", "rows")
 
-    def __init__(
-        self, id: int, client: Client, slots: list[Slot], num_parts: int, orders: frozenset[str]
-    ) -> None:
+    def __init__(self, id: int, client: Client, orders: frozenset[str]) -> None:
         self.id = id
         self.client = client
-        self.slots = slots
-        self.num_parts = num_parts
         self.orders = orders
+        self.rows: list[Row] = []
         self.ready = 0
         self.failed = False
         self.listeners: list[tuple[int, Callable[[], None]]] = []
-        for slot in slots:
-            if slot.state is SlotState.FILLING:
-                if slot.waiters is None:
-                    slot.waiters = []
-                slot.waiters.append(self.advance)
-        self.advance()
 
     @property
     def num_chunks(self) -> int:
         """Number of chunks still leased."""
-        return len(self.slots) // self.num_parts
+        return len(self.rows)
+
+    def extend(self, rows: Sequence[Row]) -> None:
+        """Let further chunks belong to it."""
+        self.rows += rows
+        for row in rows:
+            if row.num_filling:
+                row.watchers.append(self.advance)
+        self.advance()
 
     def advance(self) -> None:
-        """Count on after a slot was filled or failed, and tell who listens."""
-        place = self.ready * self.num_parts
-        while place < len(self.slots) and not self.failed:
-            # An object that goes away while it is leased (a clear) still has its bytes, and its
-            # order; one that never came has none.
-            slot = self.slots[place]
-            if slot.state is SlotState.FILLING:
-                break
-            if slot.order not in self.orders:
+        """Count on after a row was filled or failed, and tell who listens."""
+        orders, rows, place = self.orders, self.rows, self.ready
+        while place < len(rows) and not self.failed:
+            row = rows[place]
+            # An object that goes away while it is leased (a clear) still has its bytes.
+            if row.failed:
                 self.failed = True
-            else:
+            elif row.num_filling:
+                break
+            elif row.order in orders or row.in_orders(orders):
                 place += 1
-        self.ready = place // self.num_parts
-        waiting, self.listeners = self.listeners, []
-        for have, tell in waiting:
-            if self.settled(have):
-                tell()
             else:
-                self.listeners.append((have, tell))
+                self.failed = True
+        self.ready = place
+        if self.listeners:
+            waiting, self.listeners = self.listeners, []
+            for have, tell in waiting:
+                if self.settled(have):
+                    tell()
+                else:
+                    self.listeners.append((have, tell))
 
     def settled(self, have: int) -> bool:
         """Whether a client that has ``have`` chunks can be told something new, or the end."""
@@ -72,8 +72,9 @@ class Lease:
 class LeaseTable:
     """All leases of the node, with the caps on what they may hold.
 
-    However many leases hold a slot, its bytes count once, for the client that leased it first:
-    a crowd of requests for one document holds no more than one of them.
+    However many leases hold a row, its bytes count once, for the client that leased it first:
+    a crowd of requests for one document holds no more than one of them. What is being promoted
+    goes on to count when nobody wants it any more, until it has been stopped or has come.
 
     Args:
         host: whose slots they hold.
@@ -106,58 +107,101 @@ class LeaseTable:
         """A lease by its number."""
         return self._leases.get(id)
 
-    def grant(
-        self, client: Client, slots: list[Slot], num_parts: int, orders: frozenset[str]
-    ) -> Lease:
-        """Lease slots that the caller already holds; the holds become the lease's."""
-        lease = Lease(self._next, client, slots, num_parts, orders)
+    def grant(self, client: Client, orders: frozenset[str]) -> Lease:
+        """A new lease for a reader of these byte orders; of nothing, until it is extended."""
+        lease = Lease(self._next, client, orders)
         self._next += 1
         self._leases[lease.id] = lease
         client.leases.add(lease.id)
-        charged = 0
-        for slot in slots:
-            if slot.num_leases == 0:
-                slot.payer = client
-                charged += slot.nbytes
-            slot.num_leases += 1
-        client.leased_bytes += charged
-        self.leased_bytes += charged
         return lease
 
-    def release(self, lease: Lease, keep: int = 0) -> None:
-        """End a lease but for its first ``keep`` chunks; repeatable."""
+    def extend(self, lease: Lease, rows: Sequence[Row]) -> None:
+        """Hold these rows still, too."""
+        charged = 0
+        for row in rows:
+            if row.num_leases == 0:
+                if row.payer is None:
+                    row.payer = lease.client
+                    charged += row.nbytes
+                if row.num_filling or not row.kept:
+                    self._host.pin(row)
+            row.num_leases += 1
+        lease.client.leased_bytes += charged
+        self.leased_bytes += charged
+        lease.extend(rows)
+
+    def release(self, lease: Lease, keep: int = 0) -> list[Slot]:
+        """End a lease but for its first ``keep`` chunks; repeatable.
+
+        Returns:
+            The slots whose promotion nobody waits for any more.
+        """
+        unwanted: list[Slot] = []
         if self._leases.get(lease.id) is not lease:
-            return
-        cut = max(0, min(keep, lease.num_chunks)) * lease.num_parts
-        dropped, lease.slots = lease.slots[cut:], lease.slots[:cut]
-        for slot in dropped:
-            slot.num_leases -= 1
-            if slot.num_leases == 0:
-                assert slot.payer is not None
-                slot.payer.leased_bytes -= slot.nbytes
-                self.leased_bytes -= slot.nbytes
-                slot.payer = None
-        self._host.unhold_all(dropped)
-        if not lease.slots:
+            return unwanted
+        keep = max(0, keep)
+        dropped, lease.rows = lease.rows[keep:], lease.rows[:keep]
+        for row in dropped:
+            row.num_leases -= 1
+            if row.num_leases == 0:
+                if row.num_under_way:
+                    unwanted += [slot for slot in row.slots if _is_unwanted(slot)]
+                else:
+                    self._discharge(row)
+                if row.pinned or row.passed_over is not None:
+                    self._host.let_go(row)
+        if not lease.rows:
             del self._leases[lease.id]
             lease.client.leases.discard(lease.id)
         lease.ready = min(lease.ready, lease.num_chunks)
         lease.failed = lease.failed and lease.ready < lease.num_chunks
         lease.advance()
+        return unwanted
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless every lease is counted once, within its caps."""
-        counts: dict[Slot, int] = {}
+    def promotion_ended(self, slot: Slot) -> None:
+        """Nothing writes into a slot any more that was being promoted."""
+        rows, slot.rows = slot.rows or (), None
+        for row in rows:
+            row.num_under_way -= 1
+            if not row.num_under_way and not row.num_leases and row.payer is not None:
+                self._discharge(row)
+
+    def check_integrity(self, promoting: Iterable[Slot] = ()) -> None:
+        """Raise AssertionError unless every lease is counted once, within its caps.
+
+        Args:
+            promoting: the slots whose promotion has not ended.
+        """
+        counts: dict[Row, int] = {}
         for lease in self._leases.values():
+            assert lease.rows
             assert lease.id in lease.client.leases
-            for slot in lease.slots:
-                assert slot.holds > 0
-                counts[slot] = counts.get(slot, 0) + 1
+            for row in lease.rows:
+                counts[row] = counts.get(row, 0) + 1
+        for slot in promoting:
+            assert slot.rows is not None
+            for row in slot.rows:
+                assert slot in row.slots
+                assert row.num_under_way > 0
+                counts.setdefault(row, 0)
         charged: dict[Client, int] = {}
-        for slot, count in counts.items():
-            assert slot.num_leases == count
-            assert slot.payer is not None
-            charged[slot.payer] = charged.get(slot.payer, 0) + slot.nbytes
+        for row, count in counts.items():
+            assert row.num_leases == count
+            assert row.num_under_way == sum(slot.rows is not None for slot in row.slots)
+            assert row.pinned or (row.kept and not row.num_filling) or not count
+            assert not row.pinned or all(slot.holds > 0 for slot in row.slots)
+            assert row.payer is not None
+            charged[row.payer] = charged.get(row.payer, 0) + row.nbytes
         for client, nbytes in charged.items():
             assert client.leased_bytes == nbytes <= self.per_client_bytes
         assert sum(charged.values()) == self.leased_bytes <= self.total_bytes
+
+    def _discharge(self, row: Row) -> None:
+        assert row.payer is not None
+        row.payer.leased_bytes -= row.nbytes
+        self.leased_bytes -= row.nbytes
+        row.payer = None
+
+
+def _is_unwanted(slot: Slot) -> bool:
+    return slot.rows is not None and not any(row.num_leases for row in slot.rows)

@@ -145,7 +145,7 @@ class ReservationTable:
             if len(self._costs) > MAX_COSTS:
                 del self._costs[next(iter(self._costs))]
         else:
-            reservation.cost = self._costs.get(nbytes, 1.0)
+            reservation.cost = self._costs.get(nbytes, 0.0)
         self._next += 1
         part, order = reservation.part, reservation.order
         chunks = reservation.prefix[reservation.first :]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 
 from kvstrata.errors import CorruptObject, Incompatible
 from kvstrata.node.common.background import Tasks, Threads
 from kvstrata.node.slots.host import HostMemory
-from kvstrata.node.slots.slot import Slot, SlotState
+from kvstrata.node.slots.slot import Row, Slot, SlotState
 from kvstrata.objects import verify_object
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import identity
@@ -34,19 +35,20 @@ class Sampler:
         self._thread = Threads(1, "kvstrata-verify")
         self._skip = 0
 
-    def note_hits(self, keys: list[bytes], parts: list[int], slots: list[Slot]) -> None:
-        """Hear of a match: ``slots`` are those of ``keys``, chunk by chunk, leased."""
+    def note_hits(self, keys: Sequence[bytes], parts: Sequence[int], rows: Sequence[Row]) -> None:
+        """Hear of a match: ``rows`` are those of these parts of ``keys``, leased."""
         if not self._every:
             return
-        while self._skip < len(slots):
-            slot = slots[self._skip]
-            key, part = keys[self._skip // len(parts)], parts[self._skip % len(parts)]
+        num_slots = len(rows) * len(parts)
+        while self._skip < num_slots:
+            chunk, place = divmod(self._skip, len(parts))
+            slot = rows[chunk].slots[place]
             # Not regular, or prompts of one length would always show the same chunk.
             self._skip += random.randint(1, 2 * self._every - 1)
             if slot.state is SlotState.READY:  # what is being promoted is verified anyway
                 self._host.hold(slot)
-                self._tasks.spawn("a verification", self._verify(key, part, slot))
-        self._skip -= len(slots)
+                self._tasks.spawn("a verification", self._verify(keys[chunk], parts[place], slot))
+        self._skip -= num_slots
 
     async def close(self) -> None:
         """Verify no more."""

@@ -1,11 +1,17 @@
-"""A slot: a region of the pool with one object in it, and who needs it still."""
+"""A slot, a region of the pool with one object in it; and a row, the slots of one chunk's parts.
+
+Who reads a chunk reads all of its parts, so what concerns readers is counted once for the row: a
+match of a thousand chunks of eight ranks touches a thousand rows, and no slot.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
 from kvstrata.node.slots.clients import Client
+from kvstrata.wire import protocol as p
 
 
 class SlotState(IntEnum):
@@ -19,14 +25,13 @@ class SlotState(IntEnum):
 class Slot:
     """A region of the pool with one object in it.
 
-    ``holds`` counts those who need its bytes to stay: the one who fills it, leases, writes to
-    slower tiers. ``waiters`` are called when it is filled or has failed.
-    Of its ``num_leases`` the first is charged to its client, the ``payer``, until the last ends.
-    ``passed_over`` is the chunk that could not be evicted because this slot of it was held.
+    ``holds`` counts those who need its bytes to stay: the one who fills it, rows that are pinned,
+    writes to slower tiers. ``passed_over`` is the chunk that could not be evicted because this slot
+    of it was held. ``rows`` are those it is promoted for, until that has ended; None where no
+    promotion is under way.
     """
 
-    __slots__ = ("holds", "nbytes", "num_leases", "offset", "order", "passed_over", "payer",
-                 "state", "waiters")  # fmt: skip
+    __slots__ = ("holds", "nbytes", "offset", "order", "passed_over", "rows", "state")
 
     def __init__(self, offset: int, nbytes: int) -> None:
         self.offset = offset
@@ -34,7 +39,83 @@ class Slot:
         self.order: str | None = None
         self.state = SlotState.FILLING
         self.holds = 0
+        self.passed_over: bytes | None = None
+        self.rows: list[Row] | None = None
+
+
+class Row:
+    """The slots of one chunk's parts, as a reader asks for them.
+
+    Args:
+        slots: one for each part, ready or being promoted.
+
+    ``num_filling`` counts the slots still to be filled, ``num_under_way`` those whose promotion has
+    not ended: past its deadline a promotion fills nothing any more, but a thread may still write.
+    A row that has ``failed`` will never be whole. ``order`` is the byte order of its objects, None
+    as long as there is not one for all.
+
+    The first of its ``num_leases`` is charged to its client, the ``payer``, until the last has
+    ended and no promotion for it is under way. Host memory may have it ``kept``: while it is leased
+    its chunk is not evicted then, and ``passed_over`` is the chunk that was not for that reason.
+    One that is ``pinned`` holds each of its slots once.
+    """
+
+    __slots__ = ("failed", "kept", "nbytes", "num_filling", "num_leases", "num_under_way",
+                 "offsets", "order", "passed_over", "payer", "pinned", "slots",
+                 "watchers")  # fmt: skip
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = tuple(slots)
+        self.nbytes = sum([slot.nbytes for slot in slots])
+        self.order: str | None = None
+        self.failed = False
         self.num_leases = 0
         self.payer: Client | None = None
+        self.kept = self.pinned = False
         self.passed_over: bytes | None = None
-        self.waiters: list[Callable[[], None]] | None = None
+        self.watchers: list[Callable[[], None]] = []
+        self.offsets = b""
+        self.num_filling = self.num_under_way = 0
+        for slot in slots:
+            if slot.rows is not None:
+                slot.rows.append(self)
+                self.num_under_way += 1
+                self.num_filling += slot.state is SlotState.FILLING
+        if not self.num_filling:
+            self._complete()
+
+    def filled(self, slot: Slot) -> None:
+        """One of its slots has been filled, or will not be."""
+        self.num_filling -= 1
+        self.failed = self.failed or slot.state is SlotState.GONE
+        if not self.num_filling and not self.failed:
+            self._complete()
+        if self.failed or not self.num_filling:
+            watchers, self.watchers = self.watchers, []
+            for tell in watchers:
+                tell()
+
+    def in_orders(self, orders: frozenset[str]) -> bool:
+        """Whether a reader of these byte orders can read what is here of it."""
+        return self.order in orders or all(
+            slot.order in orders for slot in self.slots if slot.state is not SlotState.FILLING
+        )
+
+    def packed_offsets(self) -> bytes:
+        """Offsets of its slots as signed 64-bit numbers, `ARRIVING` for those to be filled."""
+        if not self.num_filling:
+            return self.offsets
+        filling = SlotState.FILLING
+        numbers = [p.ARRIVING if slot.state is filling else slot.offset for slot in self.slots]
+        return array("q", numbers).tobytes()
+
+    def _complete(self) -> None:
+        self.offsets = array("q", [slot.offset for slot in self.slots]).tobytes()
+        first = self.slots[0].order
+        if all([slot.order == first for slot in self.slots]):
+            self.order = first
+
+
+def offsets_of_rows(rows: Iterable[Row]) -> bytes:
+    """The offsets of all their slots, row by row."""
+    return b"".join([row.packed_offsets() for row in rows])

@@ -1,0 +1,331 @@
+"""What a match is: the leading chunks of a prompt that exist, leased, and on their way if need be.
+
+The local head, whose rows host memory knows already, costs next to nothing a chunk. Behind it each
+chunk is looked for part by part, and what lies in slower tiers is promoted. A long prompt is
+matched in slices, between which others are served: every slice leases what it found before it
+ends, so nothing that was found can go, and no cap is passed, while others are served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from kvstrata.errors import UsageError
+from kvstrata.keys import OWNER_BYTES
+from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.movement import Load, Movement, Wanted
+from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.leases import Lease, LeaseTable
+from kvstrata.node.slots.reservations import ReservationTable
+from kvstrata.node.slots.sampling import Sampler
+from kvstrata.node.slots.slot import Row, Slot, offsets_of_rows
+from kvstrata.objects import stored_bytes
+from kvstrata.observe.counters import Counters
+from kvstrata.parts import MAX_PART, PORTABLE
+from kvstrata.wire import protocol as p
+
+SLICE = 1024
+"""Rows that host memory knows which one slice takes, and chunks whose use it notes."""
+SLICE_OBJECTS = 128
+"""Objects behind them that one slice looks for and promotes: that costs more."""
+SLICE_KEYS = 4096
+"""Keys that one slice takes out of the message."""
+
+
+class Located(NamedTuple):
+    """Where the parts of a chunk are.
+
+    Args:
+        key: of the chunk.
+        places: for each part its slot, or what is to be promoted.
+        tier: number of the slowest tier that has one of them, 0: host memory.
+        row: its row, where host memory knows one.
+    """
+
+    key: bytes
+    places: list[Slot | Wanted]
+    tier: int
+    row: Row | None
+
+    @property
+    def wanted(self) -> list[Wanted]:
+        """What is to be promoted."""
+        return [place for place in self.places if isinstance(place, Wanted)]
+
+    @property
+    def new_bytes(self) -> int:
+        """What leasing it adds to what is leased."""
+        if self.row is not None:
+            return 0 if self.row.payer is not None else self.row.nbytes
+        return sum(place.nbytes for place in self.places)
+
+
+class Search:
+    """One match under way.
+
+    Raises:
+        UsageError, Incompatible: the request makes no sense.
+    """
+
+    def __init__(self, client: Client, message: p.Match) -> None:
+        self.client = client
+        self.id = message.id
+        self.parts = tuple(checked_parts(message.parts))
+        self.sizes = _sizes(message.lengths, message.parts)
+        self.orders = frozenset(message.orders)
+        if len(message.owner) != OWNER_BYTES:
+            raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
+        self.keys: list[bytes] = []
+        self.distinct: set[bytes] = set()
+        self.tiers = bytearray()  # of the chunks that were found and leased so far
+        self.lease: Lease | None = None
+        self.load: Load | None = None
+        self.ended = False
+        self._packed = message.keys
+        self._num_keys = p.count(message.keys, 32)
+
+    def take_in(self) -> bool:
+        """Take further keys out of the message; whether all of them are."""
+        start = len(self.keys)
+        self.keys += p.split(self._packed[32 * start : 32 * (start + SLICE_KEYS)], 32)
+        self.distinct.update(self.keys[start:])
+        if len(self.distinct) != len(self.keys):
+            raise UsageError("no two chunks of a prompt have one key")
+        return len(self.keys) == self._num_keys
+
+
+class Matcher:
+    """Answers matches and lookups.
+
+    Args:
+        host: host memory.
+        leases: of its rows.
+        movement: promotes.
+        reservations: know what computing a chunk takes.
+        sampler: verifies some of what is found.
+        backings: the slower tiers, fastest first.
+        counters: the node's.
+    """
+
+    def __init__(
+        self,
+        host: HostMemory,
+        leases: LeaseTable,
+        movement: Movement,
+        reservations: ReservationTable,
+        sampler: Sampler,
+        backings: list[Backing],
+        counters: Counters,
+    ) -> None:
+        self._host = host
+        self._leases = leases
+        self._movement = movement
+        self._reservations = reservations
+        self._sampler = sampler
+        self._backings = backings
+        self._counters = counters
+
+    def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
+        """Lease the leading chunks that exist, and start to promote those in slower tiers.
+
+        Answers at once where one slice will do.
+        """
+        search = Search(client, message)
+        if not search.take_in() or not self._step(search) or len(search.tiers) > SLICE:
+            return self._match_on(search)
+        self._note_use(search.keys[: len(search.tiers)])
+        return self._answer(search)
+
+    async def _match_on(self, search: Search) -> p.Matched:
+        """The same in slices."""
+        try:
+            while not search.take_in():
+                await asyncio.sleep(0)
+            while not self._step(search):
+                await asyncio.sleep(0)
+            # Tails before heads: what is used last is evicted last.
+            for stop in range(len(search.tiers), 0, -SLICE):
+                self._note_use(search.keys[max(0, stop - SLICE) : stop])
+                await asyncio.sleep(0)
+        except BaseException:
+            self.release(search.lease)
+            raise
+        return self._answer(search)
+
+    def release(self, lease: Lease | None, keep: int = 0) -> None:
+        """End a lease but for its first ``keep`` chunks, and what is promoted for nobody else."""
+        if lease is not None:
+            self._movement.unwanted(self._leases.release(lease, keep))
+
+    def locate(
+        self,
+        key: bytes,
+        parts: tuple[int, ...],
+        orders: frozenset[str] | None = None,
+        sizes: Mapping[int, int] = MappingProxyType({}),
+    ) -> Located | None:
+        """Where each part of a chunk is, in an order that can be read; None unless all are.
+
+        Args:
+            key: of the chunk.
+            parts: of the chunk.
+            orders: that the reader reads; None: any will do.
+            sizes: of the parts' objects when they are raw, as far as it is known.
+        """
+        places: list[Slot | Wanted] = []
+        slowest = 0
+        for part in parts:
+            slot = self._host.get(key, part)
+            if slot is not None:
+                if orders is not None and slot.order not in orders:
+                    return None
+                places.append(slot)
+                continue
+            for number, backing in enumerate(self._backings, 1):
+                stored = backing.find(key, part, orders)
+                if stored is not None:
+                    slot = self._movement.arriving.get((key, part))
+                    nbytes = sizes.get(part, stored)
+                    places.append(slot or Wanted(key, part, nbytes, backing, stored))
+                    slowest = max(slowest, number)
+                    break
+            else:
+                return None
+        return Located(key, places, slowest, self._host.rows_of(parts).get(key))
+
+    def _step(self, search: Search) -> bool:
+        """One slice of a search that has taken all keys in; whether it was the last."""
+        if search.client.ended:
+            return True
+        room_in_slice = self._take_head(search)
+        if room_in_slice and not search.ended:
+            self._take_more(search)
+        search.ended = search.ended or len(search.tiers) == len(search.keys)
+        return search.ended
+
+    def _take_head(self, search: Search) -> bool:
+        """Lease the next chunks that lie in host memory, whole; whether others ended it."""
+        parts, orders, place = search.parts, search.orders, len(search.tiers)
+        known, room = self._host.rows_of(parts), self._leases.room_for(search.client)
+        rows: list[Row] = []
+        left = SLICE
+        for key in search.keys[place : place + SLICE]:
+            row = known.get(key)
+            if row is None:
+                row = self._host.ready_row(key, parts)
+                left -= len(parts)
+            if row is None or row.num_filling:
+                break
+            if row.order not in orders and not row.in_orders(orders):
+                break
+            if row.payer is None:
+                room -= row.nbytes
+                if room < 0:
+                    self._cut(search, "leases")
+                    break
+            rows.append(row)
+            left -= 1
+            if left <= 0:
+                break
+        self._lease(search, rows, bytes(len(rows)))
+        return left > 0
+
+    def _take_more(self, search: Search) -> None:
+        """Look for the next chunks in all tiers, promote what they lack, and lease them."""
+        found = self._look(search)
+        lacking = [one.wanted for one in found if one.wanted]
+        given: Iterator[list[Slot]] = iter(())
+        if lacking:
+            if search.load is None:
+                chunk_s = self._reservations.compute_s(lacking[0][0].nbytes)
+                search.load = Load(chunk_s, PORTABLE in search.orders)
+            with self._host.sparing(search.distinct):
+                given = iter(self._movement.promote(search.load, lacking))
+        rows: list[Row] = []
+        arriving: list[Slot] = []
+        for one in found:
+            new = next(given, None) if one.wanted else []
+            if new is None:
+                self._cut(search, "room")
+                break
+            arriving += new
+            rows.append(self._host.row(one.key, search.parts, _with_slots(one.places, new)))
+        self._lease(search, rows, bytes([one.tier for one in found[: len(rows)]]))
+        if search.load is not None:
+            self._movement.start(search.load, arriving, len(search.parts))
+
+    def _look(self, search: Search) -> list[Located]:
+        """The next chunks that are somewhere, as many as a slice and the caps on leases allow."""
+        room, place = self._leases.room_for(search.client), len(search.tiers)
+        most = max(1, SLICE_OBJECTS // len(search.parts))
+        found: list[Located] = []
+        for key in search.keys[place : place + most]:
+            one = self.locate(key, search.parts, search.orders, search.sizes)
+            if one is None:
+                search.ended = True
+                break
+            room -= one.new_bytes
+            if room < 0:
+                self._cut(search, "leases")
+                break
+            found.append(one)
+        return found
+
+    def _lease(self, search: Search, rows: Sequence[Row], tiers: bytes) -> None:
+        if not rows:
+            return
+        if search.lease is None:
+            search.lease = self._leases.grant(search.client, search.orders)
+        self._leases.extend(search.lease, rows)
+        self._sampler.note_hits(search.keys[len(search.tiers) :], search.parts, rows)
+        search.tiers += tiers
+
+    def _cut(self, search: Search, why: str) -> None:
+        self._counters.add("matches_cut_total", why=why)
+        search.ended = True
+
+    def _note_use(self, keys: list[bytes]) -> None:
+        self._host.index.touch(keys)
+        for backing in self._backings:
+            backing.use(keys)
+
+    def _answer(self, search: Search) -> p.Matched:
+        self._counters.add("matches_total")
+        for number in range(1 + len(self._backings)):
+            name = self._backings[number - 1].name if number else "host"
+            if hits := search.tiers.count(number):
+                self._counters.add("hit_chunks_total", hits, tier=name)
+        if missed := len(search.keys) - len(search.tiers):
+            self._counters.add("missed_chunks_total", missed)
+        if search.lease is None or search.client.ended:
+            return p.Matched(search.id, 0, b"", b"")
+        offsets = offsets_of_rows(search.lease.rows)
+        return p.Matched(search.id, search.lease.id, bytes(search.tiers), offsets)
+
+
+def checked_parts(parts: list[int]) -> list[int]:
+    """Raises `UsageError` unless these can make up a chunk."""
+    if not parts or len(set(parts)) != len(parts):
+        raise UsageError("name the parts that make up a chunk, each once")
+    if not all(0 <= part <= MAX_PART for part in parts):
+        raise UsageError(f"not all of {parts} are parts: group << 16 | rank")
+    return parts
+
+
+def _sizes(lengths: list[int], parts: list[int]) -> dict[int, int]:
+    """Bytes of each part's object when it is raw, as far as the reader says."""
+    if lengths and len(lengths) != len(parts):
+        raise UsageError(f"{len(parts)} parts, but the lengths of {len(lengths)}")
+    if not all(0 < length < 1 << 48 for length in lengths):
+        raise UsageError("a payload has at least one byte, and less than 2^48")
+    return dict(zip(parts, map(stored_bytes, lengths), strict=False))
+
+
+def _with_slots(places: Iterable[Slot | Wanted], new: Iterable[Slot]) -> list[Slot]:
+    """The slots of a chunk: those it has, and for what is wanted the new ones, in order."""
+    following = iter(new)
+    return [next(following) if isinstance(place, Wanted) else place for place in places]

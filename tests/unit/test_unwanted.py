@@ -1,0 +1,170 @@
+"""Promotions that nobody waits for: those not begun stop, the others count until they have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.support.nodes import (
+    SLOT,
+    GatedTier,
+    arrive,
+    chunk_keys,
+    clear,
+    flush,
+    load,
+    match,
+    on_node,
+    release,
+    reserve,
+    store,
+    until,
+)
+
+from kvstrata.node.node import Node
+from kvstrata.node.slots.clients import Client
+
+THREADS = 2
+
+
+async def stored_below(node: Node, client: Client, count: int) -> list[list[bytes]]:
+    """Prompts of one chunk each that only the tier has, and whose reads hang."""
+    prompts = [chunk_keys(1, prompt) for prompt in range(count)]
+    for prompt in prompts:
+        store(node, client, prompt)
+    await flush(node, client)
+    await clear(node, client, tiers=["host"])
+    assert node.host.allocated_bytes == 0
+    tier = node.backings[0].tier
+    assert isinstance(tier, GatedTier)
+    tier.shut("read")
+    return prompts
+
+
+async def ended(node: Node) -> None:
+    """Let what hangs come to its end."""
+    tier = node.backings[0].tier
+    assert isinstance(tier, GatedTier)
+    tier.open()
+    await until(lambda: not list(node.movement.under_way()))
+
+
+@pytest.mark.parametrize("how", ["release", "end"])
+@pytest.mark.parametrize("target_s", [0.0, 100.0])
+def test_ten_matches_released_at_once_fill_nothing_for_nobody(how: str, target_s: float) -> None:
+    async def test(node: Node) -> None:
+        me, you = Client("pid 1"), Client("pid 2")
+        node.backings[0].load_target_s = target_s
+        prompts = await stored_below(node, me, 10)
+        leases = [match(node, you, prompt).lease for prompt in prompts]
+        assert node.host.allocated_bytes == you.leased_bytes == 10 * SLOT
+        node.check_integrity()
+        if how == "end":
+            node.end(you)
+        else:
+            for lease in leases:
+                release(node, you, lease)
+        # Two reads had begun, and go on to count.
+        assert node.host.allocated_bytes == THREADS * SLOT
+        assert you.leased_bytes == node.leases.leased_bytes == THREADS * SLOT
+        assert node.counters.get("promotions_total", outcome="unwanted") == 8
+        node.check_integrity()
+        await ended(node)
+        assert you.leased_bytes == node.leases.leased_bytes == 0
+        assert node.counters.get("promotions_total", outcome="done") == THREADS
+        node.check_integrity()
+        # What came is there for whoever asks next, and so is all the rest.
+        for prompt in prompts:
+            assert await load(node, me, prompt) == 1
+
+    on_node(test, slots=10, tier=GatedTier(), num_threads=THREADS)
+
+
+def test_what_cannot_stop_counts_against_the_caps() -> None:
+    """For the client that had it, and in total."""
+
+    async def test(node: Node) -> None:
+        me, you = Client("pid 1"), Client("pid 2")
+        prompts = await stored_below(node, me, 6)
+        for prompt in prompts[:2]:
+            release(node, me, match(node, me, prompt).lease)
+        assert [node.leases.room_for(client) // SLOT for client in (me, you)] == [1, 2]
+        assert [bool(match(node, me, prompt).lease) for prompt in prompts[2:4]] == [True, False]
+        assert [bool(match(node, you, prompt).lease) for prompt in prompts[3:5]] == [True, False]
+        # What counts already may be had again.
+        assert match(node, you, prompts[0]).lease
+        node.check_integrity()
+        await ended(node)
+        assert (me.leased_bytes, you.leased_bytes) == (2 * SLOT, 1 * SLOT)
+
+    on_node(test, slots=10, tier=GatedTier(), per_client=0.35, total=0.45, num_threads=THREADS)
+
+
+@pytest.mark.parametrize("target_s", [0.0, 100.0])
+def test_what_somebody_else_waits_for_goes_on(target_s: float) -> None:
+    async def test(node: Node) -> None:
+        me, you = Client("pid 1"), Client("pid 2")
+        node.backings[0].load_target_s = target_s
+        keys = chunk_keys(6)
+        store(node, me, keys)
+        await flush(node, me)
+        await clear(node, me, tiers=["host"])
+        tier = node.backings[0].tier
+        assert isinstance(tier, GatedTier)
+        tier.shut("read")
+        first, second = match(node, me, keys).lease, match(node, you, keys[:4]).lease
+        release(node, me, first)
+        assert node.counters.get("promotions_total", outcome="unwanted") == 2
+        assert node.host.allocated_bytes == 4 * SLOT
+        node.check_integrity()
+        release(node, you, second, keep=3)
+        assert node.counters.get("promotions_total", outcome="unwanted") == 3
+        tier.open()
+        ready = 0
+        while ready < 3:
+            arrived = await arrive(node, you, second, ready)
+            assert not arrived.failed
+            ready = arrived.ready
+        release(node, you, second)
+
+    on_node(test, tier=GatedTier(), num_threads=THREADS)
+
+
+def test_the_turn_of_what_is_unwanted_goes_to_others() -> None:
+    """A thread that comes back reads for those who still wait."""
+    read: list[bytes] = []
+
+    class Noting(GatedTier):
+        def read(self, ids: Any, into: Any) -> Any:
+            read.extend(name[:32] for name in ids)
+            return super().read(ids, into)
+
+    async def test(node: Node) -> None:
+        me = Client("pid 1")
+        prompts = await stored_below(node, me, 8)
+        leases = [match(node, me, prompt).lease for prompt in prompts]
+        await until(lambda: len(read) == THREADS)
+        for lease in leases[:7]:
+            release(node, me, lease)
+        await ended(node)
+        assert sorted(read) == sorted(key for (key,) in (*prompts[:2], prompts[7]))
+
+    on_node(test, tier=Noting(), num_threads=THREADS)
+
+
+def test_a_chunk_without_room_for_all_its_parts_takes_none() -> None:
+    async def test(node: Node) -> None:
+        me, keys = Client("pid 1"), chunk_keys(2)
+        for part in range(2):
+            store(node, me, keys, part=part)
+        await flush(node, me)
+        await clear(node, me, tiers=["host"])
+        number, _ = reserve(node, me, chunk_keys(2, 1))
+        assert len(match(node, me, keys, parts=(0, 1)).tiers) == 1
+        assert node.counters.get("matches_cut_total", why="room") == 1
+        assert node.host.allocated_bytes == 4 * SLOT
+        node.check_integrity()
+        await ended(node)
+        node.reservations.abort(node.reservations[number])
+
+    on_node(test, slots=5, tier=GatedTier())
