@@ -277,8 +277,8 @@ class TestHello:
 
     @pytest.mark.parametrize("more", [(), ("a field of the future", {"x": 1})])
     def test_another_version_is_refused_naming_both(self, more: tuple[object, ...]) -> None:
-        with pytest.raises(Incompatible, match=r"7\.7\.7.*protocol 2, this client .* 1;"):
-            self.greet(self.hello(2, *more), fds=1)
+        with pytest.raises(Incompatible, match=r"7\.7\.7.*protocol 99, this client .* 2;"):
+            self.greet(self.hello(99, *more), fds=1)
 
     def test_no_node(self) -> None:
         for words in (b"\x00", p.encode(p.Bye())[4:], b"\xff" * 9, b"\x91\xa5hello"):
