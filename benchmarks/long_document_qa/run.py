@@ -270,7 +270,7 @@ def from_disk(options: Options, prompts: Prompts) -> list[Row]:
             asker = start(place, prompts, 2)
             asker.answers = answers
             asker.ledger.drain()
-            disk = place.config.disk
+            disk = place.config.tier("disk")
             assert disk is not None
             reader = RawReader(disk.io_threads)
             least, most, time_s = limits(options)

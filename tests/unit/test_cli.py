@@ -25,7 +25,7 @@ from kvstrata import cli
 from kvstrata.cli import checks, doctor, join, serve
 from kvstrata.cli.canary import Canary
 from kvstrata.cli.counting import label_values, labelled, total
-from kvstrata.config import Config, load_config
+from kvstrata.config import Config, DiskConfig, load_config
 from kvstrata.errors import ConfigError, TierUnavailable
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
@@ -132,8 +132,9 @@ def objects(serving: Serving) -> list[int]:
 
 
 def stored_files(serving: Serving) -> list[Path]:
-    assert serving.config.disk is not None
-    return sorted(serving.config.disk.path.glob("objects/*/*.kvo"))
+    disk = serving.config.tier("disk")
+    assert isinstance(disk, DiskConfig)
+    return sorted(disk.path.glob("objects/*/*.kvo"))
 
 
 # joining
@@ -343,7 +344,7 @@ def test_serve_waits_for_a_node_that_is_ending(
 ) -> None:
     config = load_config(environ={}, overrides=settings(folder))
     said: list[str] = []
-    with open(folder / "node.lock", "w") as lock:
+    with open(folder / "node.sock.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
         def hear(message: str) -> None:
@@ -474,8 +475,9 @@ def test_doctor_finds_the_whole_folder_gone(serving: Serving) -> None:
     client = serving.inprocess.connect()
     steps = doctor.round_trip(client, serving.config)
     advance(steps, "disk write")
-    assert serving.config.disk is not None
-    shutil.rmtree(serving.config.disk.path)
+    disk = serving.config.tier("disk")
+    assert isinstance(disk, DiskConfig)
+    shutil.rmtree(disk.path)
     check = next(steps)
     assert (check.name, check.result) == ("disk read", "FAIL")
     assert "vanished" in check.message
@@ -483,7 +485,7 @@ def test_doctor_finds_the_whole_folder_gone(serving: Serving) -> None:
     assert (check.name, check.result) == ("clean up", "warn")
     assert "stay until they are evicted" in check.message
     client.close()
-    assert checks.check_folder(serving.config.disk, 0).result == "FAIL"
+    assert checks.check_folder(disk, 0).result == "FAIL"
 
 
 def test_doctor_finds_other_bytes_in_host_memory(serving: Serving) -> None:
@@ -731,8 +733,8 @@ def test_tier(how: str, result: str) -> None:
 def test_disk_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, result: str, words: str
 ) -> None:
-    disk = load_config(environ={}, overrides=settings(folder)).disk
-    assert disk is not None
+    disk = load_config(environ={}, overrides=settings(folder)).tier("disk")
+    assert isinstance(disk, DiskConfig)
     assert "does not exist" in checks.check_folder(disk, 0).message
     disk.path.mkdir()
     monkeypatch.setattr("kvstrata.tiers.disk.folder.file_system_of", lambda path: kind)
@@ -742,8 +744,8 @@ def test_disk_folder(
 
 
 def test_disk_folder_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = load_config(environ={}, overrides=settings(folder)).disk
-    assert disk is not None
+    disk = load_config(environ={}, overrides=settings(folder)).tier("disk")
+    assert isinstance(disk, DiskConfig)
     disk.path.mkdir()
     monkeypatch.setattr("kvstrata.tiers.disk.folder.file_system_of", lambda path: "ext4")
     free = os.statvfs_result((4096, 4096, 100, 100, 100, 0, 0, 0, 0, 255))

@@ -22,11 +22,11 @@ from kvstrata.config import (
     OTHER_VARIABLES,
     Config,
     effective,
-    file_system_bytes,
     host_capacity_bytes,
     load_config,
 )
 from kvstrata.config.files import read_file
+from kvstrata.config.tiers import DiskConfig, file_system_bytes
 from kvstrata.errors import ConfigError
 from kvstrata.policies import POLICIES
 from kvstrata.wire.protocol import PROTOCOL_VERSION
@@ -96,7 +96,7 @@ def variables(flat: Mapping[str, Any]) -> dict[str, str]:
 def test_defaults() -> None:
     config = load()
     assert config == Config(secret_file=config.secret_file)
-    assert (config.node, config.chunk_tokens, config.disk) == ("auto", 128, None)
+    assert (config.node, config.chunk_tokens, config.tiers) == ("auto", 128, ())
     assert (config.linger, config.deadlines.match, config.deadlines.load) == (5.0, 0.002, 10.0)
     assert config.host.capacity == Fraction(1, 5)
     assert (config.leases.per_client, config.leases.total) == (Fraction(1, 2), Fraction(4, 5))
@@ -123,10 +123,9 @@ def test_every_source_gives_the_same_configuration(tmp_path: Path) -> None:
 
 
 def _value(config: Config, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
+    part, _, name = path.rpartition(".")
+    owner = config if not part else config.tier(part) or getattr(config, part)
+    return getattr(owner, name)
 
 
 def test_precedence_and_sources(tmp_path: Path) -> None:
@@ -156,8 +155,9 @@ def test_a_file_named_by_argument_comes_before_the_variable(tmp_path: Path) -> N
 
 def test_parts_of_the_disk_may_come_from_different_sources() -> None:
     config = load({"disk.path": "/d"}, {"KVSTRATA_DISK_CAPACITY": "1GiB"})
-    assert config.disk is not None
-    assert (config.disk.path, config.disk.capacity) == (Path("/d"), GIB)
+    (disk,) = config.tiers
+    assert isinstance(disk, DiskConfig)
+    assert (disk.path, disk.capacity) == (Path("/d"), GIB)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_machine_is_measured(tmp_path: Path) -> None:
 
 def test_an_unknown_file_system_size_is_not_held_against_it() -> None:
     overrides = {"disk.path": "/d", "disk.capacity": "900TiB"}
-    assert load_config(environ={}, overrides=overrides, disk_bytes=lambda path: 0).disk is not None
+    assert load_config(environ={}, overrides=overrides, disk_bytes=lambda path: 0).tier("disk")
 
 
 def test_the_page_is_what_the_code_says() -> None:

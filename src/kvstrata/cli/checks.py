@@ -154,11 +154,11 @@ def check_tier(tier: Mapping[str, Any]) -> Check:
     return Check(name, "FAIL", f"{how}; it is tried again within a minute")
 
 
-def check_left_out(why: str) -> Check:
-    """The node could not open its disk tier."""
+def check_left_out(name: str, why: str) -> Check:
+    """The node could not open a tier."""
     if "held by" in why:
         why += "; a folder belongs to one node: join that one, stop it, or name another folder"
-    return Check("disk", "FAIL", f"the tier is off since the node started: {why}")
+    return Check(name, "FAIL", f"the tier is off since the node started: {why}")
 
 
 def check_folder(disk: DiskConfig, used_bytes: int) -> Check:

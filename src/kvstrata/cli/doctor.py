@@ -74,6 +74,7 @@ def run(
 def examine(config: Config) -> Iterator[Check]:
     """All checks of the node that this configuration names, in order."""
     from kvstrata.cli import checks
+    from kvstrata.config import DiskConfig
     from kvstrata.errors import KVStrataError
     from kvstrata.memory.machine import available_bytes
     from kvstrata.wire.sockets import socket_path
@@ -103,17 +104,19 @@ def examine(config: Config) -> Iterator[Check]:
             yield checks.check_host(state, available_bytes())
             tiers = {tier["name"]: tier for tier in state["tiers"]}
             yield from map(checks.check_tier, tiers.values())
-            if why := state["tiers_left_out"].get("disk"):
-                yield checks.check_left_out(why)
-            elif config.disk is not None and "disk" not in tiers:
-                yield checks.Check(
-                    "disk",
-                    "warn",
-                    "this configuration names a disk tier, but the node was started without one; "
-                    "start it with this configuration, or give doctor the node's own --config",
-                )
-            elif config.disk is not None:
-                yield checks.check_folder(config.disk, tiers["disk"]["used_bytes"])
+            for name, why in state["tiers_left_out"].items():
+                yield checks.check_left_out(name, why)
+            for part in config.tiers:
+                if part.name in tiers and isinstance(part, DiskConfig):
+                    yield checks.check_folder(part, tiers[part.name]["used_bytes"])
+                elif part.name not in {*tiers, *state["tiers_left_out"]}:
+                    yield checks.Check(
+                        part.name,
+                        "warn",
+                        f"this configuration names a {part.name} tier, but the node was started "
+                        "without one; start it with this configuration, or give doctor the node's "
+                        "own --config",
+                    )
             yield from round_trip(client, config)
         except KVStrataError as error:
             yield checks.Check("round trip", "FAIL", f"{error} ({type(error).__name__})")
@@ -193,9 +196,8 @@ def canary_size(state: Mapping[str, Any], config: Config) -> tuple[int, int]:
     room = min(capacity // 4, int(config.leases.per_client * capacity))
     for tier in state["tiers"]:
         room = min(room, tier["capacity_bytes"] // 4)
-    for part in (config.memory, config.disk):
-        if part is not None:
-            room = min(room, part.write_queue // 2)
+    for part in config.tiers:
+        room = min(room, part.write_queue // 2)
     each = min(MAX_PAYLOAD_BYTES, room // NUM_CHUNKS) // HEADER_BYTES * HEADER_BYTES
     return NUM_CHUNKS, max(HEADER_BYTES, each - HEADER_BYTES)
 

@@ -6,24 +6,21 @@ from kvstrata.config.options import (
     OTHER_VARIABLES,
     PARTS,
     Config,
-    DeadlineConfig,
-    DiskConfig,
-    HostConfig,
-    LeaseConfig,
-    MemoryConfig,
     Option,
     default_secret_file,
     effective,
-    file_system_bytes,
     host_capacity_bytes,
     load_config,
 )
+from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig
+from kvstrata.config.tiers import TIERS, DiskConfig, MemoryConfig, TierPart
 
 __all__ = [
     "MAY_BE_MISSING",
     "OPTIONS",
     "OTHER_VARIABLES",
     "PARTS",
+    "TIERS",
     "Config",
     "DeadlineConfig",
     "DiskConfig",
@@ -31,9 +28,9 @@ __all__ = [
     "LeaseConfig",
     "MemoryConfig",
     "Option",
+    "TierPart",
     "default_secret_file",
     "effective",
-    "file_system_bytes",
     "host_capacity_bytes",
     "load_config",
 ]

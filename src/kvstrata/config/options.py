@@ -7,24 +7,22 @@ capacity larger than the machine is a `ConfigError` with the key's path and what
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from kvstrata import units
 from kvstrata.config import kinds
 from kvstrata.config.files import read_file
+from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig, about, option
+from kvstrata.config.tiers import TIERS, Room, TierPart, check_fits, file_system_bytes
 from kvstrata.errors import ConfigError, did_you_mean
 from kvstrata.memory.machine import total_bytes
-from kvstrata.policies import POLICIES
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -49,141 +47,25 @@ def default_secret_file(environ: Mapping[str, str]) -> Path:
     return Path(os.path.normpath(home)) / "kvstrata" / "secret"
 
 
-def _about(kind: kinds.Kind, default: str | None, about: str, shared: bool) -> Mapping[str, Any]:
-    return {"kind": kind, "default": default, "about": about, "shared": shared}
-
-
-def _option(kind: kinds.Kind, default: str, about: str, *, shared: bool = False) -> Any:
-    """A field with a default, written as in a file; ``shared``: the node's, not a client's."""
-    return field(default=kind.parse(default), metadata=_about(kind, default, about, shared))
-
-
-@dataclass(frozen=True)
-class HostConfig:
-    """The pool in host memory."""
-
-    capacity: int | Fraction = _option(  # noqa: RUF009 - it calls field()
-        kinds.SIZE_OR_SHARE,
-        "20%",
-        "Size of the pool, or its share of the memory available when the node starts, less "
-        "`memory.capacity`.",
-        shared=True,
-    )
-    policy: str = _option(kinds.one_of(tuple(POLICIES)), "lru", "Whom to evict.", shared=True)
-    verify_every: int = _option(
-        kinds.whole(0, 10**6),
-        "64",
-        "One hit in this many is checked against its checksum again; 1: every hit, 0: none.",
-        shared=True,
-    )
-
-
-_CAPACITY = "Bytes of objects, as they are stored, that the tier may hold."
-_CODEC = (
-    "How new objects are stored: `raw`, `lossless`, `exact`: the one of these two that this tier "
-    "gives back sooner, a lossy one of docs/codecs.md, or `auto`: the one that saves the most load "
-    "time within `quality`."
-)
-_QUEUE = "Bytes that may wait to be written; beyond it stores skip."
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """Encoded objects in host memory, below the pool: more of them fit; off without `capacity`."""
-
-    name: ClassVar[str] = "memory"
-    capacity: int = field(metadata=_about(kinds.SIZE, None, _CAPACITY, True))
-    policy: str = _option(kinds.one_of(tuple(POLICIES)), "lru", "Whom to evict.", shared=True)
-    codec: str = _option(kinds.CODEC, "lossless", _CODEC, shared=True)
-    io_threads: int = _option(
-        kinds.whole(1, 64), "4", "Threads that encode, and as many that decode.", shared=True
-    )
-    write_queue: int = _option(kinds.SIZE, "256MiB", _QUEUE, shared=True)
-
-
-@dataclass(frozen=True)
-class DiskConfig:
-    """The tier on local disk; off unless `path` and `capacity` are given, both of them."""
-
-    name: ClassVar[str] = "disk"
-    path: Path = field(
-        metadata=_about(
-            kinds.PATH, None, "Folder of the tier; made if missing, for one node.", True
-        )
-    )
-    capacity: int = field(metadata=_about(kinds.SIZE, None, _CAPACITY, True))
-    policy: str = _option(kinds.one_of(tuple(POLICIES)), "lru", "Whom to evict.", shared=True)
-    codec: str = _option(kinds.CODEC, "exact", _CODEC, shared=True)
-    coarser: tuple[str, ...] = _option(
-        kinds.CODECS,
-        "none",
-        "Lossy codecs of coarser copies to keep besides, finest first, for loads that would miss "
-        "`load_target` otherwise.",
-        shared=True,
-    )
-    load_target: float = _option(
-        kinds.DURATION,
-        "0s",
-        "Within it a request's load should end: chunk by chunk the finest copy that is in time is "
-        "read, or the rest is computed where that is faster; 0: loads take what they take.",
-        shared=True,
-    )
-    io_threads: int = _option(
-        kinds.whole(1, 64),
-        "8",
-        "Threads that read and write; a hung disk costs no more.",
-        shared=True,
-    )
-    write_queue: int = _option(kinds.SIZE, "256MiB", _QUEUE, shared=True)
-    scrub_rate: int = _option(
-        kinds.RATE,
-        "32MiB/s",
-        "How fast stored objects are re-read and verified; 0: never.",
-        shared=True,
-    )
-
-
-@dataclass(frozen=True)
-class DeadlineConfig:
-    """How long a client waits before it counts a miss and computes; in Python in seconds."""
-
-    match: float = _option(kinds.WAIT, "2ms", "A match, while the engine has nothing else to run.")
-    request: float = _option(kinds.WAIT, "250ms", "The answer to any other message.")
-    load: float = _option(kinds.WAIT, "10s", "All of one request's load.")
-    attach: float = _option(kinds.WAIT, "30s", "Starting or joining the node.")
-
-
-@dataclass(frozen=True)
-class LeaseConfig:
-    """How much of the pool may be held still by loads that wait or run."""
-
-    per_client: Fraction = _option(  # noqa: RUF009 - it calls field()
-        kinds.SHARE, "50%", "By one client.", shared=True
-    )
-    total: Fraction = _option(  # noqa: RUF009 - it calls field()
-        kinds.SHARE, "80%", "By all clients together.", shared=True
-    )
-
-
 @dataclass(frozen=True)
 class Config:
     """Everything an operator may set. Made by `load_config`; durations are in seconds."""
 
-    node: str = _option(
+    node: str = option(
         kinds.NODE,
         "auto",
         "`auto`: start a node on demand, or join the one that this user already has with these "
         "options. `unix:/path`: join the service on that socket; `kvstrata serve` listens there.",
     )
-    chunk_tokens: int = _option(
+    chunk_tokens: int = option(
         kinds.whole(16, 4096, multiple=16),
         "128",
         "Tokens of a chunk, the unit of storing and hitting; a multiple of the engine's block.",
     )
-    tenant: str = _option(kinds.TEXT, "default", "Whose keys these are; tenants never share a hit.")
+    tenant: str = option(kinds.TEXT, "default", "Whose keys these are; tenants never share a hit.")
     secret_file: Path = field(
         default_factory=lambda: default_secret_file(os.environ),
-        metadata=_about(
+        metadata=about(
             kinds.PATH,
             "~/.config/kvstrata/secret",
             "The deployment's secret, which keys derive from; made at first start. The default "
@@ -191,11 +73,11 @@ class Config:
             True,
         ),
     )
-    linger: float = _option(
+    linger: float = option(
         kinds.DURATION, "5s", "How long an on-demand node outlives its last client.", shared=True
     )
-    log: str = _option(kinds.one_of(LOG_LEVELS), "info", "The least severe message that is logged.")
-    quality: str = _option(
+    log: str = option(kinds.one_of(LOG_LEVELS), "info", "The least severe message that is logged.")
+    quality: str = option(
         kinds.BOUND,
         "none",
         "What `codec = auto` may do to answers, by the model's own table, see docs/quality.md; "
@@ -203,12 +85,16 @@ class Config:
         shared=True,
     )
     host: HostConfig = field(default_factory=HostConfig)
-    memory: MemoryConfig | None = None
-    disk: DiskConfig | None = None
+    tiers: tuple[TierPart, ...] = ()
+    """Below the pool, fastest first."""
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
     leases: LeaseConfig = field(default_factory=LeaseConfig)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each value that is no default came from: file, environment or override."""
+
+    def tier(self, name: str) -> TierPart | None:
+        """The part of this name; None if the tier is not configured."""
+        return next((part for part in self.tiers if part.name == name), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested text and integers, as in a file; ``load_config(None, {}, it)`` is equal."""
@@ -246,14 +132,13 @@ class Option(NamedTuple):
 PARTS: Mapping[str, type] = {
     "": Config,
     "host": HostConfig,
-    "memory": MemoryConfig,
-    "disk": DiskConfig,
+    **{part.name: part for part in TIERS},
     "deadlines": DeadlineConfig,
     "leases": LeaseConfig,
 }
 """The dataclass of each part, by its path."""
 
-MAY_BE_MISSING = ("memory", "disk")
+MAY_BE_MISSING = tuple(part.name for part in TIERS)
 """Parts that are only there if something of them is given."""
 
 OPTIONS: Mapping[str, Option] = {
@@ -270,25 +155,6 @@ class _Given(NamedTuple):
     value: Any
     source: str  # file, environment or override
     where: str  # the same, exactly enough to find it
-
-
-def file_system_bytes(path: Path) -> int:
-    """Size of the file system that ``path`` is on, or will be on; 0 if it does not say in 2 s."""
-    found: list[int] = []
-
-    def measure() -> None:
-        folder = path
-        while not os.path.exists(folder) and folder != folder.parent:
-            folder = folder.parent
-        with contextlib.suppress(OSError):
-            answer = os.statvfs(folder)
-            found.append(answer.f_blocks * answer.f_frsize)
-
-    # A dead network file system never answers; it must not keep an engine from starting.
-    thread = threading.Thread(target=measure, daemon=True)
-    thread.start()
-    thread.join(timeout=2.0)
-    return found[0] if found else 0
 
 
 def load_config(
@@ -349,7 +215,8 @@ def load_config(
                 )
         parts[part] = arguments if part == "" else cls(**arguments)
     sources = {path: item.source for path, item in given.items() if path in OPTIONS}
-    config = Config(**parts.pop(""), **parts, sources=sources)
+    tiers = tuple(parts.pop(name) for name in MAY_BE_MISSING if name in parts)
+    config = Config(**parts.pop(""), **parts, tiers=tiers, sources=sources)
     _check_sums(config, memory_bytes, disk_bytes)
     return config
 
@@ -362,40 +229,27 @@ def _mandatory(cls: type) -> list[str]:
 def _check_sums(
     config: Config, memory_bytes: int | None, disk_bytes: Callable[[Path], int]
 ) -> None:
-    for part in (config.memory, config.disk):
-        if part is not None and part.codec == "auto" and config.quality == "none":
+    for part in config.tiers:
+        if part.codec == "auto" and config.quality == "none":
             raise ConfigError(
                 "quality",
                 f"missing, but {part.name}.codec is auto; expected {kinds.BOUND.expected}",
             )
-    if config.disk is not None and config.disk.coarser and not config.disk.load_target:
-        raise ConfigError(
-            "disk.load_target",
-            f"missing, but disk.coarser is given, which is only read to meet it; expected "
-            f"{kinds.DURATION.expected}",
-        )
     leases = config.leases
     if leases.per_client > leases.total:
         total = units.format_fraction(leases.total)
         share = units.format_fraction(leases.per_client)
         raise ConfigError("leases.per_client", f"{share} is more than leases.total, {total}")
     pool = config.host.capacity if isinstance(config.host.capacity, int) else 0
-    encoded = config.memory.capacity if config.memory is not None else 0
-    if pool or encoded:
-        if memory_bytes is None:
-            memory_bytes = total_bytes()
-        _check_fits("host.capacity", pool, memory_bytes, "memory this machine has")
-        where = "memory this machine has beside host.capacity"
-        _check_fits("memory.capacity", encoded, max(0, memory_bytes - pool), where)
-    if config.disk is not None and (size := disk_bytes(config.disk.path)):
-        where = f"file system of {config.disk.path}"
-        _check_fits("disk.capacity", config.disk.capacity, size, where)
 
+    def in_all() -> int:
+        return total_bytes() if memory_bytes is None else memory_bytes
 
-def _check_fits(path: str, capacity: int, limit: int, what: str) -> None:
-    if capacity > limit:
-        size, bound = units.format_size(capacity), units.approximate_size(limit)
-        raise ConfigError(path, f"{size} is more than the {what}; expected at most {bound}")
+    if pool:
+        check_fits("host.capacity", pool, in_all(), "memory this machine has")
+    room = Room(lambda: max(0, in_all() - pool), disk_bytes)
+    for part in config.tiers:
+        part.check(room)
 
 
 def _flatten(
@@ -421,7 +275,7 @@ def _flatten(
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, _Given]]:
-    variables = {option.variable: option.path for option in OPTIONS.values()}
+    variables = {known.variable: known.path for known in OPTIONS.values()}
     for name, value in environ.items():
         if name in variables:
             where = f"environment variable {name}"
@@ -446,13 +300,20 @@ def _hint(path: str) -> str:
     return did_you_mean(path, [*OPTIONS, *PARTS]) or f"; expected one of {', '.join(OPTIONS)}"
 
 
+def _part(config: Config, name: str) -> Any:
+    """The part of this name; None if it is not there."""
+    if name in MAY_BE_MISSING:
+        return config.tier(name)
+    return getattr(config, name) if name else config
+
+
 def _values(config: Config) -> Iterator[tuple[str, str | int]]:
     """Each option that is set, by its path, as a file writes it."""
-    for path, option in OPTIONS.items():
+    for path, known in OPTIONS.items():
         part, _, name = path.rpartition(".")
-        owner = getattr(config, part) if part else config
+        owner = _part(config, part)
         if owner is not None:
-            yield path, option.kind.format(getattr(owner, name))
+            yield path, known.kind.format(getattr(owner, name))
 
 
 def effective(config: Config) -> str:
@@ -468,7 +329,7 @@ def effective(config: Config) -> str:
         text = json.dumps(value, ensure_ascii=False)
         lines.append(f"{name} = {text}  # {config.sources.get(path, 'default')}")
     for part in MAY_BE_MISSING:
-        if getattr(config, part) is None:
+        if config.tier(part) is None:
             needed = " and ".join(_mandatory(PARTS[part]))
             lines += ["", f"# no {part} tier: [{part}] {needed} not given"]
     return "\n".join(lines) + "\n"
@@ -484,7 +345,7 @@ def host_capacity_bytes(config: Config, available_bytes: int) -> int:
         ConfigError: that leaves nothing.
     """
     capacity = config.host.capacity
-    encoded = config.memory.capacity if config.memory is not None else 0
+    encoded = sum(part.host_bytes for part in config.tiers)
     left = max(available_bytes - encoded, 0)
     wanted = capacity if isinstance(capacity, int) else int(capacity * left)
     if wanted < kinds.MIN_CAPACITY and encoded:

@@ -116,7 +116,11 @@ class Node:
         """
         counters = Counters()
         pool = Pool.create(host_capacity_bytes(config, available_bytes()))
-        backings, left_out = open_backings(config, counters, clock)
+        try:
+            backings, left_out = open_backings(config, counters, clock)
+        except BaseException:
+            pool.close()
+            raise
         return cls(config, pool, backings, counters, left_out, clock)
 
     async def start(self) -> None:
@@ -362,9 +366,9 @@ class Node:
 
     async def _scan(self, backing: Backing) -> None:
         await backing.scan()
-        rate = self.config.disk.scrub_rate if self.config.disk else 0
-        if rate:
-            await scrub(backing, rate)
+        part = self.config.tier(backing.name)
+        if part is not None and part.scrub_rate:
+            await scrub(backing, part.scrub_rate)
 
     async def _maintain(self, backing: Backing) -> None:
         while True:

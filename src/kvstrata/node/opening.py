@@ -6,17 +6,17 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvstrata.config import Config, DiskConfig, MemoryConfig
-from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
+from kvstrata.config import Config
+from kvstrata.errors import KVStrataError, TierUnavailable
 from kvstrata.node.coding.auto import Auto, Tables
-from kvstrata.node.coding.choosing import Always, Choice, Exact
+from kvstrata.node.coding.choosing import NO_CODEC, Always, Choice, Exact
 from kvstrata.node.coding.recoding import warm_up
+from kvstrata.node.common.background import report_bug
 from kvstrata.node.service.backing import Backing
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.table import cache_folder
-from kvstrata.tiers.base import OwnedTier
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
@@ -32,15 +32,15 @@ def open_backings(
     left_out: dict[str, str] = {}
     bound = Bound.parse(config.quality) if config.quality != "none" else Bound(())
     tables = Tables(bound, cache_folder() / "quality", clock)
-    for part in (config.memory, config.disk):
-        if part is None:
-            continue
-        coarser, target_s = (
-            (part.coarser, part.load_target) if isinstance(part, DiskConfig) else ((), 0.0)
-        )
+    for part in config.tiers:
         try:
-            tier = _tier(part)
-        except (ConfigError, Incompatible, TierUnavailable) as error:
+            # First what takes nothing that would have to be given back.
+            choice = _choice(part.codec, part.name, tables)
+            coarser = [Always(_ready(name)) for name in part.coarser]
+            tier = part.open()
+        except Exception as error:
+            if not isinstance(error, KVStrataError):
+                report_bug(counters, f"opening {part.name}", error)
             logger.error("the %s tier is off: %s", part.name, error)
             left_out[part.name] = str(error)
             counters.add("tiers_left_out_total", tier=part.name)
@@ -55,24 +55,14 @@ def open_backings(
                 deadline_s=config.deadlines.load,
                 counters=counters,
                 clock=clock,
-                choice=_choice(part.codec, part.name, tables),
-                coarser=[Always(_ready(name)) for name in coarser],
-                load_target_s=target_s,
+                choice=choice,
+                coarser=coarser,
+                load_target_s=part.load_target,
             )
         )
         if part.codec == "auto":
             tables.backings.append(backings[-1])
     return backings, left_out
-
-
-def _tier(part: MemoryConfig | DiskConfig) -> OwnedTier:
-    if isinstance(part, DiskConfig):
-        from kvstrata.tiers.disk.tier import DiskTier
-
-        return DiskTier(part.path)
-    from kvstrata.tiers.memory import MemoryTier
-
-    return MemoryTier()
 
 
 def _choice(codec: str, tier: str, tables: Tables) -> Choice | None:
@@ -85,9 +75,16 @@ def _choice(codec: str, tier: str, tables: Tables) -> Choice | None:
 
 
 def _ready(name: str) -> Codec:
-    """The codec, compiled."""
-    from kvstrata.codecs import codec_named
+    """The codec, compiled.
 
-    codec = codec_named(name)
-    warm_up(codec)
+    Raises:
+        TierUnavailable: it does not work on this machine.
+    """
+    try:
+        from kvstrata.codecs import codec_named
+
+        codec = codec_named(name)
+        warm_up(codec)
+    except NO_CODEC as error:
+        raise TierUnavailable(f"the codec {name} does not work here: {error}") from error
     return codec

@@ -431,8 +431,7 @@ class SchedulerSide:
 
     def _explain_auto(self, weights: str) -> None:
         """Say at the start, and where the operator looks, why ``codec = auto`` stays lossless."""
-        tiers = (self._config.memory, self._config.disk)
-        names = [part.name for part in tiers if part is not None and part.codec == "auto"]
+        names = [part.name for part in self._config.tiers if part.codec == "auto"]
         if names and (why := trouble(weights, Bound.parse(self._config.quality), self._model)):
             logger.error("KVStrata: %s.codec is auto, but stores losslessly: %s", names[0], why)
 

@@ -27,6 +27,10 @@ BEYOND_DECODING = 1e9
 """A tier that brings more bytes a second for each core is faster than any decoder; so that nobody
 need import one to see."""
 
+NO_CODEC = (ImportError, OSError, RuntimeError)
+"""What a machine raises on which codecs do not work: numba is broken, or finds no folder to keep
+what it compiled in."""
+
 
 class Choice(ABC):
     """How one tier stores new objects.
@@ -104,8 +108,7 @@ def _sooner_than_raw(place: Place) -> Codec | None:
         codec = codec_named("lossless")
         warm_up(codec)
         lossless = _timed(codec)
-    except (ImportError, OSError, RuntimeError) as error:
-        # The machine's, not ours: numba may find no folder to keep what it compiled.
+    except NO_CODEC as error:
         logger.warning("%s stores raw, since lossless does not work here: %s", place.name, error)
         return None
     return codec if MARGIN * lossless.load_s(place) < RAW.load_s(place) else None
