@@ -20,7 +20,7 @@ import numpy as np
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import KVStrataError
-from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import identity
@@ -183,7 +183,7 @@ def resident_bytes() -> int:
 def bench_index(policy: str, count: int) -> None:
     gc.collect()
     before = resident_bytes()
-    backing = Backing(
+    backing = OwnedBacking(
         MemoryTier(),
         count * SLOT,
         create_policy(policy, count * SLOT),

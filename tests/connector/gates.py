@@ -13,7 +13,7 @@ from kvstrata.config import Config
 from kvstrata.memory.pool import Pool
 from kvstrata.node.node import Node
 from kvstrata.node.process.inprocess import InProcessNode
-from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.tiers.base import Outcome, OwnedTier
@@ -71,7 +71,7 @@ def tiered(tier: OwnedTier, deadline_s: float = TIMEOUT_S) -> Callable[[Config],
 
     def make(config: Config) -> Node:
         counters = Counters()
-        backing = Backing(
+        backing = OwnedBacking(
             tier,
             1 << 30,
             create_policy("lru", 1 << 30, time.monotonic),

@@ -15,7 +15,7 @@ from kvstrata.config import Config, HostConfig, LeaseConfig
 from kvstrata.memory.pool import Pool
 from kvstrata.node.coding.choosing import Always
 from kvstrata.node.node import Node
-from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
 from kvstrata.observe.counters import Counters
@@ -60,8 +60,9 @@ def make_backing(
     queue_slots: int = 1000,
     policy: str = "lru",
     codec: str = "raw",
-) -> Backing:
-    return Backing(
+    scrub_bytes_per_s: float = 0.0,
+) -> OwnedBacking:
+    return OwnedBacking(
         tier,
         slots * SLOT,
         create_policy(policy, slots * SLOT, clock),
@@ -71,6 +72,7 @@ def make_backing(
         counters=counters or Counters(),
         clock=clock,
         choice=None if codec == "raw" else Always(codec_named(codec)),
+        scrub_bytes_per_s=scrub_bytes_per_s,
     )
 
 
@@ -108,7 +110,7 @@ def on_node(test: Callable[[Node], Coroutine[Any, Any, None]], **options: Any) -
         await node.start()
         try:
             await asyncio.wait_for(test(node), 30)
-            node.check_integrity()
+            node.check_integrity(contents=True)
         finally:
             await node.stop(drain_s=1.0)
 
@@ -248,7 +250,8 @@ class GatedTier(MemoryTier):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gates = {verb: threading.Event() for verb in ("read", "write", "delete", "clear")}
+        verbs = ("read", "write", "delete", "clear", "touch", "scan")
+        self.gates = {verb: threading.Event() for verb in verbs}
         self.open()
         self.waiting = 0
         self.most = 0
@@ -284,7 +287,12 @@ class GatedTier(MemoryTier):
         super().clear()
 
     def touch(self, ids: Any) -> None:
+        self._pass("touch")
         self.touched += ids
+
+    def scan(self) -> Any:
+        self._pass("scan")
+        yield from super().scan()
 
     def _pass(self, verb: str) -> None:
         self.waiting += 1

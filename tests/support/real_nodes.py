@@ -48,7 +48,7 @@ def on_real_node(
         await node.start()
         try:
             await asyncio.wait_for(test(node), 60)
-            node.check_integrity()
+            node.check_integrity(contents=True)
         finally:
             await node.stop(drain_s=1.0)
 

@@ -52,6 +52,7 @@ SAMPLES: Mapping[str, Any] = {
     "memory.codec": "raw",
     "memory.io_threads": 3,
     "memory.write_queue": "2MiB",
+    "memory.scrub_rate": "1MiB/s",
     "disk.path": "/var/cache/kv",
     "disk.capacity": "200GB",
     "disk.policy": "cost",

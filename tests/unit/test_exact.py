@@ -25,7 +25,7 @@ from tests.support.real_nodes import (
 
 from kvstrata.node.coding import choosing
 from kvstrata.node.node import Node
-from kvstrata.node.service import backing
+from kvstrata.node.service.probe import PROBE_KEY
 from kvstrata.objects import stored_bytes
 from kvstrata.parts import identity
 from kvstrata.quality.choice import Candidate, Place
@@ -153,7 +153,7 @@ def test_what_is_there_is_read_and_nothing_is_evicted(options: dict[str, Any]) -
 
 
 def test_what_a_killed_node_measured_on_is_deleted(options: dict[str, Any]) -> None:
-    name = identity(backing.PROBE_KEY, 0)
+    name = identity(PROBE_KEY, 0)
 
     async def test(node: Node) -> None:
         await timed(node)

@@ -428,7 +428,7 @@ class TestEviction:
             store(node, me, keys)
             await flush(node, me)
             await load(node, me, keys)
-            await node.backings[0].note_use()
+            await node.backings[0].upkeep()
             assert tier.touched == [identity(key, 0) for key in reversed(keys)]
 
         on_node(test, tier=tier)
@@ -572,7 +572,7 @@ class TestSlowerTiers:
             assert await load(node, me, keys[:1]) == 0
             assert node.counters.get("corrupt_objects_total", tier="disk") == 1
             assert node.lookup(me, p.Lookup(1, keys[0], [0])).tiers == b"\xff"
-            assert node.backings[0].index.used_bytes == 0
+            await until(lambda: node.backings[0].index.used_bytes == 0)
             assert store(node, me, keys[:1]) == 1
             await flush(node, me)
             await clear(node, me, tiers=["host"])
@@ -646,7 +646,7 @@ class TestSlowerTiers:
                 assert chunk_keys(2, 1)[1] not in node.backings[0].index
             elif verb == "touch":
                 await load(node, me, keys)
-                await node.backings[0].note_use()
+                await node.backings[0].upkeep()
             else:
                 with pytest.raises(TierUnavailable):
                     await clear(node, me, None if verb == "clear" else keys)
@@ -731,9 +731,9 @@ class TestSlowerTiers:
             await small.scan()
             assert tier.held == small.index.used_bytes == 3 * SLOT
             assert [key in small.index for key in keys] == [True] * 3 + [False] * 5
-            small.index.check_integrity()
-            node.backings[0].index.clear()
-            node.backings[0].index.unclaim(node.backings[0].index.claimed_bytes)
+            small.check_integrity()
+            small.check_contents()
+            await clear(node, me)
 
         on_node(test, tier=tier, num_threads=1)
 
@@ -943,7 +943,7 @@ class TestClear:
             tier.inject("clear", Raise(TierUnavailable("no epoch")), times=1)
             with pytest.raises(TierUnavailable):
                 await clear(node, me)
-            await backing._scanned.wait()
+            await until(lambda: backing.state != "scanning" and backing._scan.done)
             assert backing.index.num_objects == 0
             assert backing.index.used_bytes == gated.held
 
@@ -1030,8 +1030,8 @@ class TestClear:
             await later.scan()
             assert [key in later.index for key in keys] == [False, False, True, True]
             assert tier.held == 2 * SLOT
-            later.index.check_integrity()
-            later.close()
+            later.check_integrity()
+            later.check_contents()
 
         on_node(test, tier=tier)
 

@@ -29,6 +29,7 @@ _CODEC = (
     "gives back sooner, a lossy one of docs/codecs.md, or `auto`: the one that saves the most load "
     "time within `quality`."
 )
+_SCRUB = "How fast stored objects are re-read and verified; 0: never."
 _QUEUE = "Bytes that may wait to be written; beyond it stores skip."
 
 
@@ -94,6 +95,7 @@ class MemoryConfig(TierPart):
         kinds.whole(1, 64), "4", "Threads that encode, and as many that decode.", shared=True
     )
     write_queue: int = option(kinds.SIZE, "256MiB", _QUEUE, shared=True)
+    scrub_rate: int = option(kinds.RATE, "32MiB/s", _SCRUB, shared=True)
 
     @property
     def host_bytes(self) -> int:
@@ -141,12 +143,7 @@ class DiskConfig(TierPart):
         shared=True,
     )
     write_queue: int = option(kinds.SIZE, "256MiB", _QUEUE, shared=True)
-    scrub_rate: int = option(
-        kinds.RATE,
-        "32MiB/s",
-        "How fast stored objects are re-read and verified; 0: never.",
-        shared=True,
-    )
+    scrub_rate: int = option(kinds.RATE, "32MiB/s", _SCRUB, shared=True)
 
     def check(self, room: Room) -> None:
         if self.coarser and not self.load_target:

@@ -118,7 +118,7 @@ class Matcher:
         movement: Movement,
         reservations: ReservationTable,
         sampler: Sampler,
-        backings: list[Backing],
+        backings: Sequence[Backing],
         counters: Counters,
     ) -> None:
         self._host = host

@@ -40,14 +40,14 @@ from kvstrata.policies import create_policy
 from kvstrata.wire import protocol as p
 
 if TYPE_CHECKING:
-    from kvstrata.node.service.backing import Backing
+    from kvstrata.node.service.owned import OwnedBacking
 
 logger = logging.getLogger(__name__)
 
 NUM_RECORDS = 1024
 MAX_RECORD_BYTES = 8192
 MAX_OUTCOMES = 32
-NOTE_USE_S = 10.0
+UPKEEP_S = 10.0
 
 _LABEL = re.compile(r"[a-z0-9_ -]{1,32}")
 
@@ -72,7 +72,7 @@ class Node:
         self,
         config: Config,
         pool: Pool,
-        backings: list[Backing],
+        backings: list[OwnedBacking],
         counters: Counters,
         left_out: dict[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -135,13 +135,14 @@ class Node:
         try:
             await asyncio.wait_for(self.movement.flush(), drain_s)
             for backing in self.backings:
-                await asyncio.wait_for(backing.note_use(), drain_s)
+                await asyncio.wait_for(backing.upkeep(), drain_s)
         except asyncio.TimeoutError:
             logger.warning("stopped with %d bytes not yet written", self.movement.queued_bytes)
         await self._tasks.cancel()
         await self._sampler.close()
         await self.movement.close(min(2.0, drain_s))
         for backing in self.backings:
+            await backing.stop()
             backing.close()
         self.host.close()
 
@@ -329,6 +330,7 @@ class Node:
                         "num_chunks": len(backing.index),
                         "num_objects": backing.index.num_objects,
                         "queued_bytes": behind.queued_bytes,
+                        "scratch_bytes": backing.scratch_bytes,
                     }
                     for backing, behind in zip(self.backings, self.movement.behind, strict=True)
                 ],
@@ -338,14 +340,20 @@ class Node:
             },
         )
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless the conservation laws hold: every byte has one owner."""
+    def check_integrity(self, contents: bool = False) -> None:
+        """Raise AssertionError unless the conservation laws hold: every byte has one owner.
+
+        Args:
+            contents: scan the tiers too; blocks.
+        """
         self.host.check_integrity([*self.reservations.filling(), *self.movement.filling()])
         self.leases.check_integrity(self.movement.under_way())
         self.movement.check_integrity()
         self.reservations.check_integrity()
         for backing in self.backings:
-            backing.index.check_integrity()
+            backing.check_integrity()
+            if contents:
+                backing.check_contents()
 
     # how
 
@@ -364,13 +372,11 @@ class Node:
             return p.PRESENT
         return 0
 
-    async def _scan(self, backing: Backing) -> None:
+    async def _scan(self, backing: OwnedBacking) -> None:
         await backing.scan()
-        part = self.config.tier(backing.name)
-        if part is not None and part.scrub_rate:
-            await scrub(backing, part.scrub_rate)
+        await scrub(backing)
 
-    async def _maintain(self, backing: Backing) -> None:
+    async def _maintain(self, backing: OwnedBacking) -> None:
         while True:
-            await asyncio.sleep(NOTE_USE_S)
-            await backing.note_use()
+            await asyncio.sleep(UPKEEP_S)
+            await backing.upkeep()

@@ -12,7 +12,7 @@ from kvstrata.node.coding.auto import Auto, Tables
 from kvstrata.node.coding.choosing import NO_CODEC, Always, Choice, Exact
 from kvstrata.node.coding.recoding import warm_up
 from kvstrata.node.common.background import report_bug
-from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.quality.bound import Bound
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 def open_backings(
     config: Config, counters: Counters, clock: Callable[[], float]
-) -> tuple[list[Backing], dict[str, str]]:
+) -> tuple[list[OwnedBacking], dict[str, str]]:
     """The slower tiers, fastest first, and why those that cannot be opened are left out."""
-    backings: list[Backing] = []
+    backings: list[OwnedBacking] = []
     left_out: dict[str, str] = {}
     bound = Bound.parse(config.quality) if config.quality != "none" else Bound(())
     tables = Tables(bound, cache_folder() / "quality", clock)
@@ -46,13 +46,14 @@ def open_backings(
             counters.add("tiers_left_out_total", tier=part.name)
             continue
         backings.append(
-            Backing(
+            OwnedBacking(
                 tier,
                 part.capacity,
                 create_policy(part.policy, part.capacity, clock),
                 num_threads=part.io_threads,
                 queue_bytes=part.write_queue,
                 deadline_s=config.deadlines.load,
+                scrub_bytes_per_s=part.scrub_rate,
                 counters=counters,
                 clock=clock,
                 choice=choice,

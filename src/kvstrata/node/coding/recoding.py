@@ -52,8 +52,12 @@ def warm_up(codec: Codec) -> None:
 
 
 def stamped(page: memoryview, epoch: int) -> bytes:
-    """A header page, as a tier of this epoch has it."""
-    return msgspec.structs.replace(decode_header(page), epoch=epoch).encode()
+    """A header page out of a slot, as a tier of this epoch has it.
+
+    Raises:
+        CorruptObject: it is damaged.
+    """
+    return msgspec.structs.replace(_own_header(page), epoch=epoch).encode()
 
 
 class Encoded(NamedTuple):
@@ -76,13 +80,18 @@ def encoded_object(
         level: 0, or which of the tier's coarser copies this is.
     Returns:
         None where the object should be kept as it is: encoding cannot make it smaller.
+    Raises:
+        CorruptObject: ``data`` is not what its writer made a checksum of. What is encoded gets a
+            checksum of its own, so nobody could tell afterwards.
     """
     from kvstrata.codecs.framing import encode, encoded_bound
 
-    header = decode_header(data[:HEADER_BYTES])
+    header = _own_header(data[:HEADER_BYTES])
     if codec.family == "raw" or header.codec != "raw" or header.dtype not in ITEM_BYTES:
         return None
     raw = np.frombuffer(data, np.uint8, header.raw_length, HEADER_BYTES)
+    if checksum(raw.data) != header.raw_checksum:
+        raise CorruptObject("payload checksum does not match")
     try:
         if not codec.lossless:
             header, raw = _portable(header, raw)
@@ -164,6 +173,14 @@ def restored_object(data: memoryview, object_id: bytes, into: memoryview) -> Obj
     into[:HEADER_BYTES] = header.encode()
     into[end:] = bytes(len(into) - end)
     return header
+
+
+def _own_header(page: memoryview) -> ObjectHeader:
+    """The header of a slot, which this very node wrote: a strange version is damage too."""
+    try:
+        return decode_header(page)
+    except Incompatible as error:
+        raise CorruptObject(f"header: {error}") from error
 
 
 def _payload(header: ObjectHeader, codec: Codec) -> Payload:

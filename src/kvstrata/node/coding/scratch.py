@@ -11,13 +11,17 @@ from contextlib import contextmanager
 class Scratch:
     """Buffers aligned for direct I/O, used again: faulting fresh memory in costs more than a copy.
 
+    There are never more of them than were in use at once, and none is kept for long unused.
+
     Args:
         num_kept: buffers to keep for the next use.
     """
 
     def __init__(self, num_kept: int) -> None:
+        self.nbytes = 0
         self._num_kept = num_kept
         self._kept: list[mmap.mmap] = []
+        self._num_idle = 0  # of those kept, which nobody took since `trim`
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> mmap.mmap:
@@ -25,8 +29,13 @@ class Scratch:
         with self._lock:
             for i, buffer in enumerate(self._kept):
                 if len(buffer) >= nbytes:
-                    return self._kept.pop(i)
-        return mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+                    self._kept.pop(i)
+                    self._num_idle = min(self._num_idle, len(self._kept))
+                    return buffer
+        buffer = mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        with self._lock:
+            self.nbytes += len(buffer)
+        return buffer
 
     @contextmanager
     def buffer(self, nbytes: int) -> Iterator[memoryview]:
@@ -43,4 +52,15 @@ class Scratch:
             self._kept.append(buffer)
             self._kept.sort(key=len)
             # The small ones go first: they are what the next object may not fit into.
-            del self._kept[: -self._num_kept]
+            self._drop(len(self._kept) - self._num_kept)
+
+    def trim(self) -> None:
+        """Let go of as many buffers as nobody has needed since the last time."""
+        with self._lock:
+            self._drop(self._num_idle)
+            self._num_idle = len(self._kept)
+
+    def _drop(self, count: int) -> None:
+        for buffer in self._kept[: max(0, count)]:
+            self.nbytes -= len(buffer)
+        del self._kept[: max(0, count)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Coroutine
@@ -61,11 +63,13 @@ class Threads:
     Args:
         count: how many, started as they are needed.
         name: of the threads.
+        nice: by how much they yield to all others, as far as the system lets them; 0: not.
     """
 
-    def __init__(self, count: int, name: str) -> None:
+    def __init__(self, count: int, name: str, nice: int = 0) -> None:
         self._count = count
         self._name = name
+        self._nice = nice
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._calls = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -113,12 +117,10 @@ class Threads:
             for _ in self._threads:
                 self._calls.put(None)
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for threads that are ending."""
-        for thread in self._threads:
-            thread.join(timeout_s)
-
     def _run(self) -> None:
+        if self._nice:
+            with contextlib.suppress(OSError):  # of Linux alone is a thread's priority its own
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
         while (item := self._calls.get()) is not None:
             future, call = item
             if future.set_running_or_notify_cancel():

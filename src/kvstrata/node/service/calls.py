@@ -1,10 +1,13 @@
-"""Calls into a tier, in threads of its own: one that hangs loses those and nothing else."""
+"""Calls into a tier, in threads of its own: one that hangs loses those and nothing else.
+
+Every call has a deadline, and it counts progress: a tier hangs when no call of a kind has ended for
+that long, however many wait. What a hung call holds stays held until its thread has come back.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
@@ -14,15 +17,116 @@ from kvstrata.observe.counters import Counters
 R = TypeVar("R")
 
 GRACE_S = 0.2
+ENCODE_DEADLINE_S = 60.0
+"""At least, for a codec: its first object may have to wait for a compiler."""
+NICE = 5
+"""What may take its time yields to engines, but not so much that a thread which holds the
+interpreter's lock for a moment keeps the node's loop waiting."""
+
+
+def nothing() -> None:
+    """What is to be done where nobody waits."""
+
+
+class Lane:
+    """Threads for calls of one kind, and how long the node waits for one of them to end.
+
+    Args:
+        name: of the threads.
+        num_threads: calls at once.
+        nice: how much they yield to other threads.
+        deadline_s: without a call that ends for this long, those that wait are given up.
+        clock: monotonic seconds.
+        trip: is told that the tier hangs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_threads: int,
+        nice: int,
+        deadline_s: float,
+        clock: Callable[[], float],
+        trip: Callable[[TierUnavailable], None],
+    ) -> None:
+        self.num_threads = num_threads
+        self._threads = Threads(num_threads, name, nice)
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._trip = trip
+        self._num_waiting = 0
+        self._num_stuck = 0
+        self._num_ended = 0
+        self._last_progress = clock()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether every thread is in a call that was given up."""
+        return self._num_stuck >= self.num_threads
+
+    async def run(
+        self, what: str, work: Callable[[], R], give_up: Callable[[], None] = nothing
+    ) -> R:
+        """Run ``work``, as long as calls still come to their end; what it raises passes through.
+
+        Returns only when no thread runs it any more; ``give_up`` is called before, when the
+        deadline passes.
+
+        Raises:
+            TierUnavailable: it was given up and will not run.
+            RuntimeError: there is no thread for it.
+        """
+        call = self._threads.submit(work)
+        future = asyncio.wrap_future(call)
+        if not self._num_waiting:
+            self._last_progress = self._clock()
+        self._num_waiting += 1
+        try:
+            hung = not await self._ends_or_others_do(future)
+        finally:
+            self._num_waiting -= 1
+        if hung:
+            trouble = TierUnavailable(f"no {what} has ended for {self._deadline_s:g} s")
+            cancelled = call.cancel()
+            self._num_stuck += not cancelled
+            self._trip(trouble)
+            give_up()
+            if cancelled:
+                raise trouble
+            try:
+                await asyncio.wait({future})
+            finally:
+                self._num_stuck -= 1
+        self._last_progress = self._clock()
+        self._num_ended += 1
+        return future.result()
+
+    def close(self) -> None:
+        """Cancel what has not begun."""
+        self._threads.close()
+
+    async def _ends_or_others_do(self, future: asyncio.Future[R]) -> bool:
+        """Wait for a call; False once no call at all has ended for as long as the deadline."""
+        while not future.done():
+            left = self._last_progress + self._deadline_s - self._clock()
+            if left > 0:
+                await asyncio.wait({future}, timeout=left)
+                continue
+            # Time passes for a stopped process, too: let its threads come to their end first.
+            before = self._num_ended
+            await asyncio.wait({future}, timeout=GRACE_S)
+            if not future.done() and self._num_ended == before:
+                return False
+        return True
 
 
 class TierCalls:
-    """The threads of one tier, and how long the node waits for them.
+    """The lanes of one tier: reads that somebody waits for, all other calls, and encoding.
 
     Args:
         name: of the tier.
-        num_threads: threads for reads, and as many for all else.
-        deadline_s: a tier that completes no read for this long is taken as hung.
+        num_threads: threads of each lane.
+        deadline_s: a lane in which no call ends for this long is taken as hung.
         counters: the node's.
         clock: monotonic seconds.
         trip: is told that the tier hangs.
@@ -39,91 +143,59 @@ class TierCalls:
         trip: Callable[[TierUnavailable], None],
     ) -> None:
         self._name = name
-        self._deadline_s = deadline_s
         self._counters = counters
-        self._clock = clock
-        self._trip = trip
-        self._readers = Threads(num_threads, f"kvstrata-{name}-read")
-        self._writers = Threads(num_threads, f"kvstrata-{name}-write")
-        self._num_reading = 0
-        self._num_ended = 0
-        self._last_progress = clock()
 
-    async def read(self, work: Callable[[], R], give_up: Callable[[], None]) -> R:
-        """Run a read, as long as reads still come to their end.
+        def lane(kind: str, nice: int, deadline_s: float) -> Lane:
+            name = f"kvstrata-{self._name}-{kind}"
+            return Lane(name, num_threads, nice, deadline_s, clock, trip)
 
-        Returns only when no thread runs ``work`` any more; ``give_up`` is called before, when the
-        deadline passes.
+        self._reads = lane("read", 0, deadline_s)
+        self._others = lane("write", NICE, deadline_s)
+        self._encodes = lane("encode", NICE, max(deadline_s, ENCODE_DEADLINE_S))
+
+    @property
+    def stuck(self) -> bool:
+        """Whether nothing can be written, since all threads for it hang."""
+        return self._others.stuck or self._encodes.stuck
+
+    async def read(self, work: Callable[[], R], give_up: Callable[[], None] = nothing) -> R:
+        """Run a read that somebody waits for; see `Lane.run`.
 
         Raises:
             TierUnavailable: the tier said so, hangs, or raised what it should not.
             CorruptObject, Incompatible, UsageError: from ``work``.
         """
-        try:
-            call = self._readers.submit(work)
-        except RuntimeError as error:  # no thread can be started
-            raise self._bug(error) from error
-        future = asyncio.wrap_future(call)
-        if not self._num_reading:
-            self._last_progress = self._clock()
-        self._num_reading += 1
-        try:
-            hung = not await self._ends_or_others_do(future)
-        finally:
-            self._num_reading -= 1
-        if hung:
-            trouble = TierUnavailable(f"no read has ended for {self._deadline_s:g} s")
-            self._trip(trouble)
-            give_up()
-            if call.cancel():
-                raise trouble
-            await asyncio.wait({future})
-        self._last_progress = self._clock()
-        self._num_ended += 1
-        try:
-            return future.result()
-        except (TierUnavailable, CorruptObject, Incompatible, UsageError):
-            raise
-        except Exception as failure:
-            raise self._bug(failure) from failure
+        return await self._ask(self._reads, "read", work, give_up)
 
-    async def _ends_or_others_do(self, future: asyncio.Future[R]) -> bool:
-        """Wait for a read; False once no read at all has ended for as long as the deadline."""
-        while not future.done():
-            left = self._last_progress + self._deadline_s - self._clock()
-            if left > 0:
-                await asyncio.wait({future}, timeout=left)
-                continue
-            # Time passes for a stopped process, too: let its threads come to their end first.
-            before = self._num_ended
-            await asyncio.wait({future}, timeout=GRACE_S)
-            if not future.done() and self._num_ended == before:
-                return False
-        return True
+    async def call(
+        self, what: str, work: Callable[[], R], give_up: Callable[[], None] = nothing
+    ) -> R:
+        """Run any other call of the tier, in a thread that yields to engines; as `read`.
 
-    async def call(self, work: Callable[[], R]) -> R:
-        """Run any other call of the tier, in a writer's thread.
-
-        Raises:
-            TierUnavailable: the tier said so, or raised what it should not.
+        Args:
+            what: it does, in a word.
+            work: the call.
+            give_up: see `Lane.run`.
         """
-        try:
-            return await asyncio.wrap_future(self.submit(work))
-        except TierUnavailable:
-            raise
-        except Exception as error:
-            raise self._bug(error) from error
+        return await self._ask(self._others, what, work, give_up)
 
-    def submit(self, work: Callable[[], R]) -> Future[R]:
-        """Run something in a writer's thread; what it raises is the caller's to judge."""
-        return self._writers.submit(work)
+    async def encode(self, work: Callable[[], R], give_up: Callable[[], None] = nothing) -> R:
+        """Run a codec, likewise; what it raises is the caller's to judge."""
+        return await self._encodes.run("encoding", work, give_up)
 
     def close(self) -> None:
         """Cancel what has not begun; threads that hang are left behind."""
-        self._readers.close()
-        self._writers.close()
+        for lane in (self._reads, self._others, self._encodes):
+            lane.close()
 
-    def _bug(self, error: Exception) -> TierUnavailable:
-        """What a tier should not have raised makes it unavailable, like what it may."""
-        report_bug(self._counters, f"tier {self._name}", error)
-        return TierUnavailable(f"{type(error).__name__}: {error}")
+    async def _ask(
+        self, lane: Lane, what: str, work: Callable[[], R], give_up: Callable[[], None]
+    ) -> R:
+        try:
+            return await lane.run(what, work, give_up)
+        except (TierUnavailable, CorruptObject, Incompatible, UsageError):
+            raise
+        except Exception as error:
+            # What a tier should not have raised makes it unavailable, like what it may.
+            report_bug(self._counters, f"tier {self._name}", error)
+            raise TierUnavailable(f"{type(error).__name__}: {error}") from error

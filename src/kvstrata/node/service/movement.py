@@ -115,7 +115,7 @@ class Movement:
         self,
         host: HostMemory,
         leases: LeaseTable,
-        backings: list[Backing],
+        backings: Sequence[Backing],
         counters: Counters,
         clock: Callable[[], float],
     ) -> None:
@@ -151,7 +151,7 @@ class Movement:
             for one, slot in zip(chunk, given[-1], strict=True):
                 slot.rows = []
                 self.arriving[one.key, one.part] = slot
-                cost = one.backing.index.cost_of(one.key)
+                cost = one.backing.cost_of(one.key)
                 if not cost and load.chunk_s < math.inf:
                     cost = load.chunk_s
                 self._promotions[slot] = Promotion(one, slot, cost)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
+from typing import TypeAlias
 
 from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.index import Index
 from kvstrata.node.service.calls import TierCalls
+from kvstrata.node.service.entries import size_of
+from kvstrata.node.service.health import Health
+from kvstrata.node.service.turns import Name, Turn, Turns
 from kvstrata.parts import identity
 from kvstrata.tiers.base import Outcome
 
-# An entry is the object's size plus the number of its byte order, 0 while unknown: sizes are
-# multiples of 4096, so there is room for it.
-ORDER_MASK = 4095
+Verb: TypeAlias = Callable[[Sequence[bytes]], list[Outcome]]
+"""`Store.delete` or `OwnedTier.reject`."""
 
 
 class Removals:
@@ -20,77 +26,127 @@ class Removals:
 
     Args:
         index: of the tier.
+        delete: the tier's verb.
+        batch: objects of one call, at most.
         calls: into the tier.
-        trip: is told why something could not be deleted.
+        turns: of its objects.
+        health: is told why something could not be deleted.
+        tasks: which deletions under way are among.
     """
 
     def __init__(
-        self, index: Index[int], calls: TierCalls, trip: Callable[[TierUnavailable], None]
+        self,
+        index: Index[int],
+        delete: Verb,
+        batch: int,
+        *,
+        calls: TierCalls,
+        turns: Turns,
+        health: Health,
+        tasks: Tasks,
     ) -> None:
+        self.nbytes = 0
         self._index = index
+        self._delete = delete
+        self._batch = batch
         self._calls = calls
-        self._trip = trip
-        self._doomed: dict[tuple[bytes, int], int] = {}
+        self._turns = turns
+        self._health = health
+        self._tasks = tasks
+        self._doomed: dict[Name, int] = {}
 
-    def __len__(self) -> int:
-        return len(self._doomed)
-
-    def __contains__(self, name: tuple[bytes, int]) -> bool:
+    def __contains__(self, name: Name) -> bool:
         return name in self._doomed
 
     def add(self, key: bytes, part: int, nbytes: int) -> None:
         """Delete an object that is not in the index; its bytes are claimed already."""
         self._doomed[key, part] = self._doomed.get((key, part), 0) + nbytes
+        self.nbytes += nbytes
 
-    def condemn(self, key: bytes, part: int) -> None:
-        """Take an object out of the index and delete it."""
+    def condemn(self, key: bytes, part: int) -> bool:
+        """Take an object out of the index and delete it; False where there is none."""
         entry = self._index.pop(key, part)
-        if entry is not None:
-            self._index.claim_existing(entry & ~ORDER_MASK)
-            self.add(key, part, entry & ~ORDER_MASK)
+        if entry is None:
+            return False
+        self._index.claim_existing(size_of(entry))
+        self.add(key, part, size_of(entry))
+        return True
 
-    def condemn_chunk(self, key: bytes) -> int:
-        """Do so with all objects of a chunk; how many."""
-        parts = [part for part, _ in self._index.objects(key)]
-        for part in parts:
-            self.condemn(key, part)
-        return len(parts)
+    def condemn_chunk(self, key: bytes) -> list[Name]:
+        """Do so with all objects of a chunk; their names."""
+        names = [(key, part) for part, _ in self._index.objects(key)]
+        for name in names:
+            self.condemn(*name)
+        return names
 
-    def replaced(self, key: bytes, part: int) -> None:
-        """A new object has taken the place of what was here under its name."""
-        self._index.unclaim(self._doomed.pop((key, part), 0))
+    def gone(self, key: bytes, part: int) -> None:
+        """What was here under this name has gone, or a new object has taken its place."""
+        nbytes = self._doomed.pop((key, part), 0)
+        self.nbytes -= nbytes
+        self._index.unclaim(nbytes)
 
-    async def run(
-        self,
-        verb: Callable[[Sequence[bytes]], list[Outcome]],
-        only: tuple[bytes, int] | None = None,
-    ) -> bool:
-        """Delete all of it, or one object; what cannot be deleted stays.
+    def idle(self) -> list[Name]:
+        """Some of what can be deleted at once, since nobody is at it."""
+        names = (name for name in self._doomed if not self._turns.busy(name))
+        return list(islice(names, self._batch))
 
-        Args:
-            verb: of the tier.
-            only: the key and part of the one.
+    def run(self, names: Collection[Name]) -> asyncio.Future[bool]:
+        """Delete these once it is their turn; the places in their queues are taken now.
+
         Returns:
-            Whether all of it has gone.
+            Whether all of them have gone; False already when a deletion hangs. What has not gone
+            stays, and is tried again.
         """
-        if only is None:
-            batch, self._doomed = self._doomed, {}
-        else:
-            batch = {only: self._doomed.pop(only, 0)}
-        if not batch:
-            return True
-        names = [identity(key, part) for key, part in batch]
-        error: TierUnavailable | None = None
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        free = [name for name in names if not self._turns.hangs(name)]
+        work = self._run(self._turns.take(free), answer, len(free) == len(names))
+        self._tasks.spawn("a removal", work)
+        return answer
+
+    async def run_in(
+        self, turn: Turn, verb: Verb | None = None, give_up: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Delete what is doomed of a turn that has come; the answer as of `run`."""
+        names = [name for name in turn.names if name in self._doomed]
+        gone = True
+        for start in range(0, len(names), self._batch):
+            batch = names[start : start + self._batch]
+            gone = await self._take_out(batch, verb or self._delete, give_up) and gone
+        return gone
+
+    async def _run(self, turn: Turn, answer: asyncio.Future[bool], all_free: bool) -> None:
+        def settle(gone: bool) -> None:
+            if not answer.done():
+                answer.set_result(gone)
+
+        def give_up() -> None:
+            turn.hang()
+            settle(False)
+
+        gone = False
         try:
-            outcomes = await self._calls.call(lambda: verb(names))
-        except TierUnavailable as failure:
-            error, outcomes = failure, [Outcome.FAILED] * len(batch)
-        for ((key, part), nbytes), outcome in zip(batch.items(), outcomes, strict=True):
+            with turn:
+                await turn.come()
+                gone = await self.run_in(turn, None, give_up) and all_free
+        except TierUnavailable:  # somebody ahead hangs, and has said so
+            pass
+        finally:
+            settle(gone)
+
+    async def _take_out(self, names: list[Name], verb: Verb, give_up: Callable[[], None]) -> bool:
+        ids = [identity(key, part) for key, part in names]
+        trouble: TierUnavailable | None = None
+        try:
+            outcomes = await self._calls.call("deletion", lambda: verb(ids), give_up)
+        except TierUnavailable as error:
+            trouble, outcomes = error, [Outcome.FAILED] * len(ids)
+        for name, outcome in zip(names, outcomes, strict=True):
             if outcome is not Outcome.FAILED:
-                self._index.unclaim(nbytes)
-                continue
-            self.add(key, part, nbytes)
-            error = error or TierFull("objects cannot be deleted")
-        if error is not None:
-            self._trip(error)
-        return error is None
+                self.gone(*name)
+            elif trouble is None:
+                trouble = TierFull("objects cannot be deleted")
+        if trouble is None:
+            self._health.worked()
+        else:
+            self._health.trip(trouble)
+        return trouble is None

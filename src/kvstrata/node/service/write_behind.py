@@ -7,15 +7,20 @@ bytes; what does not fit is skipped, and counted.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from kvstrata.errors import CorruptObject
 from kvstrata.node.common.background import Tasks, report_bug
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.observe.counters import Counters
+from kvstrata.parts import identity
+
+logger = logging.getLogger(__name__)
 
 
 class _Commit:
@@ -91,7 +96,8 @@ class WriteBehind:
         """Write nothing that has not begun of these chunks (None: of all)."""
         for job in [job for job in self._queue if keys is None or job.key in keys]:
             self._queue.remove(job)
-            self._finish(job)
+            self._settle(job)
+            self._let_go(job)
 
     def flush(self) -> asyncio.Future[None]:
         """Done once what is queued now has been written, or given up."""
@@ -103,34 +109,61 @@ class WriteBehind:
         return done
 
     async def _write(self) -> None:
+        given_up = False
+
+        def give_up() -> None:
+            # Its thread may still read the slot, so that stays withheld; all else goes on without.
+            nonlocal given_up
+            given_up = True
+            self._num_writers -= 1
+            self._settle(job)
+            self.forget(None)
+
         try:
-            while self._queue:
+            while self._queue and not given_up:
                 job = self._queue.popleft()
                 try:
-                    await self._write_one(job)
+                    await self._write_one(job, give_up)
                 except Exception as error:
                     report_bug(self._counters, "a write", error)
                 finally:
-                    self._finish(job)
+                    self._settle(job)
+                    self._let_go(job)
         finally:
-            self._num_writers -= 1
+            self._num_writers -= not given_up
 
-    async def _write_one(self, job: _Job) -> None:
+    async def _write_one(self, job: _Job, give_up: Callable[[], None]) -> None:
         slot, commit = job.slot, job.commit
         if slot.state is SlotState.READY:
             view = self._host.pool.view(slot.offset, slot.nbytes)
-            await self.backing.write(job.key, view, commit.origin)
+            try:
+                await self.backing.write(job.key, view, commit.origin, give_up)
+            except CorruptObject as error:
+                self._reject(job, error)
         if commit.num_left == 1:
-            # Written side by side they end in any order, and after the heads of earlier commits.
-            self.backing.index.touch(commit.origin.prefix)
+            self.backing.written(commit.origin.prefix)
 
-    def _finish(self, job: _Job) -> None:
-        job.commit.num_left -= 1
-        self.queued_bytes -= job.slot.nbytes
-        self._host.unhold(job.slot)
+    def _reject(self, job: _Job, error: CorruptObject) -> None:
+        """The slot does not hold what its writer made a checksum of: nobody may have it."""
+        key, part = job.key, job.commit.origin.part
+        logger.error("host: object %s is rejected: %s", identity(key, part).hex(), error)
+        self._counters.add("corrupt_objects_total", tier="host")
+        if self._host.get(key, part) is job.slot:
+            self._host.drop_object(key, part)
+
+    def _settle(self, job: _Job) -> None:
+        """Nobody need wait for a job any more; repeatable."""
+        if job not in self._jobs:
+            return
         self._jobs.discard(job)
+        job.commit.num_left -= 1
         for jobs, done in self._flushes:
             jobs.discard(job)
             if not jobs and not done.done():
                 done.set_result(None)
         self._flushes = [flush for flush in self._flushes if flush[0]]
+
+    def _let_go(self, job: _Job) -> None:
+        """No thread reads a job's slot any more."""
+        self.queued_bytes -= job.slot.nbytes
+        self._host.unhold(job.slot)

@@ -1,0 +1,396 @@
+"""A slower tier that this node alone writes to: its index, its byte budget, its order of use.
+
+What it holds is known from a scan at the start and from every change since, so a match asks nobody.
+The changes of one object are made one after the other. It is in the index once it is in the tier,
+and out of the index before it leaves the tier; its bytes count from before until after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import Any
+
+from kvstrata.errors import TierUnavailable
+from kvstrata.node.coding.choosing import Choice
+from kvstrata.node.common.index import Index
+from kvstrata.node.service.backing import HIT, Backing
+from kvstrata.node.service.calls import nothing
+from kvstrata.node.service.clears import Clears
+from kvstrata.node.service.entries import ORDER_MASK, entry_of, order_of, same_object, size_of
+from kvstrata.node.service.origin import Origin
+from kvstrata.node.service.probe import PROBE_KEY, Probe
+from kvstrata.node.service.removals import Removals, Verb
+from kvstrata.node.service.scan import Scan
+from kvstrata.node.service.turns import Turn
+from kvstrata.node.service.uses import Uses
+from kvstrata.objects import ObjectHeader, split_object_id
+from kvstrata.parts import at_level, identity, order_name
+from kvstrata.policies.base import Policy
+from kvstrata.quality.choice import Place
+from kvstrata.tiers.base import Outcome, OwnedTier
+
+logger = logging.getLogger(__name__)
+
+SLICE = 256
+
+
+class Writing:
+    """A write under way, and the bytes set aside for it; not wanted once its chunk is cleared."""
+
+    __slots__ = ("claimed", "key", "wanted")
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.claimed = 0
+        self.wanted = True
+
+
+class OwnedBacking(Backing):
+    """An owned tier in the node's service.
+
+    Args:
+        tier: where the objects are.
+        capacity_bytes: the hard bound on what it may hold.
+        policy: orders its chunks for eviction.
+        scrub_bytes_per_s: how fast stored objects are verified in the background; 0: never.
+        others: as of `Backing`.
+    """
+
+    tier: OwnedTier
+
+    def __init__(
+        self,
+        tier: OwnedTier,
+        capacity_bytes: int,
+        policy: Policy,
+        *,
+        scrub_bytes_per_s: float = 0.0,
+        **others: Any,
+    ) -> None:
+        super().__init__(tier, **others)
+        self.capacity_bytes = capacity_bytes
+        self.scrub_bytes_per_s = scrub_bytes_per_s
+        self.index: Index[int] = Index(capacity_bytes, policy, size_of)
+        self._removals = Removals(
+            self.index, lambda ids: self.tier.delete(ids), tier.limits.batch_objects,
+            calls=self._calls, turns=self._turns, health=self._health, tasks=self._tasks,
+        )  # fmt: skip
+        self._clears = Clears(
+            self.name, self.index, self._removals,
+            calls=self._calls, turns=self._turns, health=self._health, tasks=self._tasks,
+        )  # fmt: skip
+        self._scan = Scan(
+            self.index, self._removals, self._calls, self._entry, lambda n: self._make_room(n)
+        )
+        self._scan.forget([PROBE_KEY])
+        self._probe = Probe(
+            self.index, self._removals, self._turns, self._calls, self._scratch,
+            lambda puts: self.tier.write(puts), self._fetch,
+        )  # fmt: skip
+        self._orders: dict[str, int] = {}
+        self._generations = itertools.count(1)
+        self._writes: set[Writing] = set()
+        self._uses = Uses()
+        self._timed = False
+
+    # what it holds
+
+    def find(self, key: bytes, part: int, orders: Iterable[str] | None) -> int | None:
+        """See `Backing.find`. Of what a scan found the order is unknown until it is read."""
+        entry = self.index.get(key, part) if self.readable else None
+        if entry is None:
+            return None
+        order = order_of(entry)
+        if order and orders is not None and all(self._orders.get(o) != order for o in orders):
+            return None
+        return size_of(entry)
+
+    def cost_of(self, key: bytes) -> float:
+        return self.index.cost_of(key)
+
+    def use(self, keys: list[bytes]) -> None:
+        self.index.touch(keys)
+        self._uses.note(keys)
+
+    def written(self, prefix: list[bytes]) -> None:
+        # Written side by side they end in any order, and after the heads of earlier commits.
+        self.index.touch(prefix)
+
+    # how it is
+
+    @property
+    def writable(self) -> bool:
+        """Whether the tier takes new objects now; they may still wait for the scan to end."""
+        return super().writable and not self.tier.read_only_reason and not self._scan.hangs
+
+    @property
+    def state(self) -> str:
+        if self.readable and self.tier.read_only_reason:
+            return f"read only: {self.tier.read_only_reason}"
+        state = super().state
+        return "scanning" if state == "ok" and not self._scan.done else state
+
+    def place(self) -> Place | None:
+        return super().place() if self._timed else None
+
+    async def scan(self) -> None:
+        """Enter what an earlier process left; a tier that fails meanwhile is scanned again."""
+        while True:
+            try:
+                await self._scan.run(self.tier.scan())
+                break
+            except TierUnavailable as error:
+                self.trip(error)
+                await asyncio.sleep(self._health.off_s)
+        while (names := self._removals.idle()) and await self._removals.run(names):
+            pass
+        logger.info("%s: %d objects, %d bytes", self.name, self.index.num_objects,
+                    self.index.used_bytes)  # fmt: skip
+        if self.load_target_s or (self.choice is not None and self.choice.needs_speed):
+            try:
+                await self._probe.run(self.writable)
+            except TierUnavailable as error:
+                self.trip(error)
+        self._timed = True
+
+    async def upkeep(self) -> None:
+        """Tell the tier what was used, and try again to delete what could not be deleted."""
+        await super().upkeep()
+        used = deque(await self._uses.take())
+        try:
+            while used and self.readable:
+                keys = [used.popleft() for _ in range(min(len(used), SLICE))]
+                ids = [identity(key, part) for key in keys for part, _ in self.index.objects(key)]
+                await self._calls.call("note of use", partial(self._touch, ids))
+        except TierUnavailable as error:
+            self.trip(error)
+        if self.readable and self._scan.done and (doomed := self._removals.idle()):
+            await self._removals.run(doomed)
+
+    # forgetting
+
+    def clear(self) -> Awaitable[int]:
+        self._scan.forget(None)
+        for writing in self._writes:
+            writing.wanted = False
+        return self._clears.begin(lambda: self.tier.clear())
+
+    def drop(self, keys: Iterable[bytes]) -> Awaitable[int]:
+        gone = set(keys)
+        self._scan.forget(gone)
+        names = [name for key in gone for name in self._removals.condemn_chunk(key)]
+        num_objects = len(names)
+        for writing in self._writes:
+            writing.wanted = writing.wanted and writing.key not in gone
+        # Of a write that is under way nothing is left once it has had its turn.
+        names += [name for name in self._turns.names() if name[0] in gone]
+        return self._dropped(self._removals.run(names), num_objects)
+
+    async def _dropped(self, removal: asyncio.Future[bool], num_objects: int) -> int:
+        if not await removal:
+            raise TierUnavailable(
+                f"{self.name}: not all of it could be deleted; it is not served any more, but may "
+                f"be there again after a restart: {self._health.trouble}"
+            )
+        return num_objects
+
+    # writing
+
+    async def write(
+        self, key: bytes, data: memoryview, origin: Origin, give_up: Callable[[], None] = nothing
+    ) -> bool:
+        """See `Backing.write`. Evicts what it must; waits for the scan."""
+        writing = Writing(key)
+        self._writes.add(writing)
+        try:
+            if not await self._scan.ended():
+                return False
+            stored = await self._write(writing, data, origin, self.choice, 0, give_up)
+            for level, choice in enumerate(self.coarser, 1):
+                if stored:
+                    await self._write(writing, data, origin, choice, level, give_up)
+        finally:
+            self._writes.discard(writing)
+        return stored
+
+    async def _write(
+        self,
+        writing: Writing,
+        data: memoryview,
+        origin: Origin,
+        choice: Choice | None,
+        level: int,
+        give_up: Callable[[], None],
+    ) -> bool:
+        name = writing.key, at_level(origin.part, level)
+        with self._turns.take([name]) as turn:
+
+            def hang() -> None:
+                turn.hang()
+                give_up()
+
+            try:
+                await turn.come()
+                if not (writing.wanted and self.writable):
+                    return False
+                encoded = await self._encoded(choice, data, origin, level, hang)
+            except TierUnavailable:  # which has been said already
+                return False
+            if encoded is None:
+                # A copy that is no smaller is none: the object itself has to do.
+                return not level and await self._store(
+                    writing, turn, data, origin.order, origin.cost, hang
+                )
+            order = order_name(encoded.header.kind, encoded.header.order)
+            try:
+                return await self._store(writing, turn, encoded.data, order, origin.cost, hang)
+            except asyncio.CancelledError:
+                encoded = None  # a thread may still read its buffer
+                raise
+            finally:
+                if encoded is not None:
+                    self._scratch.give(encoded.buffer)
+
+    async def _store(
+        self,
+        writing: Writing,
+        turn: Turn,
+        data: memoryview,
+        order: str,
+        cost: float,
+        hang: Callable[[], None],
+    ) -> bool:
+        """Put the object whose turn it is into the tier and then into the index."""
+        (name,), nbytes, outcome = turn.names, len(data), Outcome.MISS
+        if not await self._make_room(nbytes):
+            return False
+        writing.claimed = nbytes
+        try:
+            if writing.wanted and self.writable:
+                outcome = Outcome.FAILED
+                outcome = await self._put(identity(*name), data, self.tier.epoch, hang)
+        except TierUnavailable as error:
+            self.trip(error)
+        finally:
+            writing.claimed = 0
+            if outcome is not HIT:
+                self.index.unclaim(nbytes)
+        if outcome is not HIT:
+            if outcome is Outcome.FAILED:
+                # Nobody knows what a write that failed has left of the object that was there.
+                self._removals.condemn(*name)
+            self._counters.add("tier_writes_total", tier=self.name, outcome="failed")
+            return False
+        self._health.wrote()
+        self._removals.gone(*name)
+        if not writing.wanted:
+            self._removals.add(*name, nbytes)
+            await self._removals.run_in(turn, give_up=hang)
+            return False
+        self._counters.add("tier_writes_total", tier=self.name, outcome="hit")
+        self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
+        entry = self._entry(nbytes, self._order_number(order))
+        self.index.put(*name, entry, cost)
+        return True
+
+    async def _make_room(self, nbytes: int) -> bool:
+        """Claim bytes, evicting what it takes; False if they cannot be had.
+
+        What somebody is at is evicted too, but not waited for: two that did would wait for ever.
+        """
+        if nbytes > min(self.capacity_bytes, self.tier.limits.batch_bytes):
+            return False
+        while not self.index.claim(nbytes):
+            victim = self.index.victim(lambda _: True)
+            if victim is not None:
+                self._counters.add("evicted_chunks_total", tier=self.name)
+                self._removals.condemn_chunk(victim)
+            doomed = self._removals.idle()
+            if victim is None and not doomed:
+                return False
+            if doomed and not await self._removals.run(doomed):
+                return False
+        return True
+
+    # reading
+
+    def _seen(self, key: bytes, part: int) -> int | None:
+        return self.index.get(key, part)
+
+    def _reject(self, key: bytes, part: int, seen: int | None) -> None:
+        self._take_out(key, part, seen, lambda ids: self.tier.reject(ids))
+
+    def _missed(self, key: bytes, part: int, seen: int | None, outcome: Outcome) -> None:
+        # What the tier failed with must not stand in the way of a fresh copy.
+        self._take_out(key, part, seen, lambda ids: self.tier.delete(ids))
+
+    def _learn(self, key: bytes, part: int, seen: int | None, header: ObjectHeader) -> None:
+        entry = self.index.get(key, part)
+        if entry is not None and same_object(entry, seen) and not order_of(entry):
+            order = self._order_number(order_name(header.kind, header.order))
+            self.index.amend(key, part, entry | order)
+
+    def _take_out(self, key: bytes, part: int, seen: int | None, verb: Verb) -> None:
+        """Delete an object unless it has been replaced since it was seen; nobody waits for it."""
+
+        async def work(turn: Turn) -> None:
+            with turn, contextlib.suppress(TierUnavailable):  # which has been said already
+                await turn.come()
+                if same_object(self.index.get(key, part), seen):
+                    self._removals.condemn(key, part)
+                    await self._removals.run_in(turn, verb, turn.hang)
+
+        self._tasks.spawn("a removal", work(self._turns.take([(key, part)])))
+
+    # how
+
+    def _touch(self, ids: list[bytes]) -> None:
+        for start in range(0, len(ids), self.tier.limits.batch_objects):
+            self.tier.touch(ids[start : start + self.tier.limits.batch_objects])
+
+    def _entry(self, nbytes: int, order: int = 0) -> int:
+        return entry_of(nbytes, order, next(self._generations))
+
+    def _order_number(self, order: str) -> int:
+        if not order or len(self._orders) >= ORDER_MASK:
+            return self._orders.get(order, 0)
+        return self._orders.setdefault(order, len(self._orders) + 1)
+
+    def _when_off(self) -> None:
+        self._scan.let_go()
+
+    # laws
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every byte that counts has one reason to."""
+        self.index.check_integrity()
+        writing = sum(one.claimed for one in self._writes)
+        doomed, cleared = self._removals.nbytes, self._clears.nbytes
+        assert self.index.claimed_bytes == doomed + writing + cleared, (
+            f"{self.index.claimed_bytes} bytes claimed, but {doomed} doomed, {writing} being "
+            f"written and {cleared} being cleared"
+        )
+
+    def check_contents(self) -> None:
+        """Likewise, while nothing is under way, unless all that the tier holds is known and counts.
+
+        Blocks for a scan of the tier.
+        """
+        if not self._scan.done or self._writes or len(self._turns):
+            return
+        held = 0
+        for batch in self.tier.scan():
+            for found in batch:
+                key, group, rank = split_object_id(found.object_id)
+                entry = self.index.get(key, group << 16 | rank)
+                doomed = (key, group << 16 | rank) in self._removals
+                assert doomed or entry is not None, f"{found} is in the tier and nowhere else"
+                assert doomed or size_of(entry or 0) == found.nbytes, f"{found} has another size"
+                held += found.nbytes
+        assert held <= self.index.used_bytes, f"{held} bytes held, {self.index.used_bytes} counted"

@@ -1,0 +1,117 @@
+"""What an earlier process left in an owned tier, entered into the index in slices.
+
+Requests are served meanwhile; only writes wait, since before its end nobody knows what the tier
+holds already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+
+from kvstrata.node.common.index import Index
+from kvstrata.node.service.calls import TierCalls
+from kvstrata.node.service.removals import Removals
+from kvstrata.objects import split_object_id
+from kvstrata.tiers.base import Found
+
+SLICE = 256
+
+
+class Scan:
+    """The scan of one tier, as often as it takes.
+
+    Args:
+        index: to enter objects into.
+        removals: what is to go again.
+        calls: into the tier.
+        entry: an index entry for an object of that size.
+        make_room: evicts for so many bytes and claims them; False if it cannot.
+    """
+
+    def __init__(
+        self,
+        index: Index[int],
+        removals: Removals,
+        calls: TierCalls,
+        entry: Callable[[int], int],
+        make_room: Callable[[int], Awaitable[bool]],
+    ) -> None:
+        self.done = False
+        self.hangs = False
+        self._index = index
+        self._removals = removals
+        self._calls = calls
+        self._entry = entry
+        self._make_room = make_room
+        self._num_clears = 0
+        self._forgotten: set[bytes] = set()
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    async def run(self, batches: Iterator[list[Found]]) -> None:
+        """Enter what a tier's scan yields.
+
+        Raises:
+            TierUnavailable: it broke off; to be begun again.
+        """
+        clears = self._num_clears
+        while (batch := await self._next(batches)) is not None:
+            for start in range(0, len(batch), SLICE):
+                for found in batch[start : start + SLICE]:
+                    await self._enter(found, clears)
+                await asyncio.sleep(0)
+        self.done = True
+        self._forgotten.clear()
+        self.let_go()
+
+    async def ended(self) -> bool:
+        """Wait for the end; False if that will take long, or the tier is switched off."""
+        if not self.done and not self.hangs:
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.add(waiting)
+            await waiting
+        return self.done
+
+    def let_go(self) -> None:
+        """Wait no longer, whoever does."""
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+        self._waiting.clear()
+
+    def forget(self, keys: Iterable[bytes] | None) -> None:
+        """Enter nothing of these chunks any more (None: of all that was there until now)."""
+        if keys is None:
+            self._num_clears += 1
+        elif not self.done:
+            self._forgotten.update(keys)
+
+    async def _next(self, batches: Iterator[list[Found]]) -> list[Found] | None:
+        def hang() -> None:
+            self.hangs = True
+            self.let_go()
+
+        try:
+            return await self._calls.call("step of the scan", lambda: next(batches, None), hang)
+        finally:
+            self.hangs = False
+
+    async def _enter(self, found: Found, clears: int) -> None:
+        """Index what a scan found that began after so many clears, or see to its removal."""
+        key, group, rank = split_object_id(found.object_id)
+        part = group << 16 | rank
+        if self._index.get(key, part) is not None or (key, part) in self._removals:
+            return
+
+        def wanted() -> bool:
+            return clears == self._num_clears and key not in self._forgotten
+
+        nbytes = found.nbytes
+        room = wanted() and (self._index.claim(nbytes) or await self._make_room(nbytes))
+        if room and wanted():
+            self._index.put(key, part, self._entry(nbytes))
+            return
+        # Cleared while the scan ran, or beyond a budget smaller than last time's.
+        if not room:
+            self._index.claim_existing(nbytes)
+        self._removals.add(key, part, nbytes)
