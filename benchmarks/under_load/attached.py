@@ -12,15 +12,14 @@ from collections.abc import Sequence
 
 import numpy as np
 from benchmarks.common import Ledger, Options, Prompts, Row, main, say
+from benchmarks.intervals import Interval, over_rounds
 from benchmarks.under_load.clients import (
     ENGINE,
     IN_FLIGHT,
     MOST_DOCUMENTS,
     NAME,
     Clients,
-    Interval,
     Times,
-    over_rounds,
 )
 from benchmarks.under_load.serving import Serving
 

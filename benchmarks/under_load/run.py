@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 
 from benchmarks.common import Options, Row, main
-from benchmarks.under_load import attached, warm
+from benchmarks.under_load import attached, encoding, warm
 
 
 def measure(options: Options) -> list[Row]:
     """All rows of this benchmark; each part is a program of its own, too."""
-    return warm.measure(options) + attached.measure(options)
+    return warm.measure(options) + attached.measure(options) + encoding.measure(options)
 
 
 if __name__ == "__main__":

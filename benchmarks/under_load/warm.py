@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.common import Ledger, Options, Prompts, Row, main, say, spread
+from benchmarks.intervals import over_rounds, percentile_ratio
 from benchmarks.under_load.clients import (
     ENGINE,
     IN_FLIGHT,
@@ -17,9 +18,7 @@ from benchmarks.under_load.clients import (
     NAME,
     Clients,
     Times,
-    over_rounds,
     pairs,
-    percentile_ratio,
 )
 from benchmarks.under_load.serving import Serving
 

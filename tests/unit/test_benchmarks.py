@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from benchmarks.__main__ import BENCHMARKS, Failed, node_rows
+from benchmarks.against.run import compared
 from benchmarks.common import Row, Wrong, spread, table
+from benchmarks.intervals import percentile_ratio
 from benchmarks.report import END, PAGE, START, insert, render
 
 from kvstrata.cli.demo import Asked, plot
@@ -39,6 +41,34 @@ def test_spread_is_the_median_and_its_quartiles() -> None:
     assert (found.low, found.median, found.high) == (2.0, 3.0, 4.0)
     assert found.relative_iqr == pytest.approx(2 / 3)
     assert 1.0 <= found.ci_low <= found.median <= found.ci_high <= 5.0
+
+
+def test_percentiles_are_of_all_rounds_and_vary_with_them() -> None:
+    ours, theirs = [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]], [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
+    found = percentile_ratio(ours, theirs, 50)
+    assert found.value == pytest.approx(2.5 / 1.5)
+    # Either round alone is a draw, too.
+    assert found.low <= 2.0 <= found.high
+    same = percentile_ratio(ours, ours, 90)
+    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+
+
+def test_rounds_without_a_pair_are_an_error() -> None:
+    with pytest.raises(Wrong):
+        percentile_ratio([[1.0]], [[1.0], [1.0]], 50)
+
+
+def test_a_tree_is_slower_only_where_its_whole_interval_says_so() -> None:
+    old = [Row("x", "ratio", value, 1.1) for value in (1.0, 1.0, 1.0, 1.0)]
+    noisy = [Row("x", "ratio", value, 1.1) for value in (1.0, 1.1, 1.2, 1.01)]
+    slow = [Row("x", "ratio", value, 1.1) for value in (1.1, 1.09, 1.08, 1.07)]
+    assert compared("ratio", noisy, old).ok
+    assert compared("ratio", slow, old).ok is False
+    # Where more is better, less of it is worse.
+    speeds = [Row("x", "speed", value, 0.8, at_most=False) for value in (0.9, 0.89, 0.91, 0.9)]
+    whole = [Row("x", "speed", 1.0, 0.8, at_most=False)] * 4
+    assert compared("speed", speeds, whole).ok is False
+    assert compared("speed", whole, speeds).ok
 
 
 def test_no_measurement_is_an_error() -> None:

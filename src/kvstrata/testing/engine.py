@@ -102,7 +102,7 @@ class Engine:
                 stdout=output,
                 stderr=output,
                 pass_fds=[theirs.fileno()],
-                env=_environment(environment),
+                env=engine_environment(environment),
             )
         self._socket = ours
         self._pipe: IO[str] = ours.makefile("rw")
@@ -249,6 +249,16 @@ class Workplace:
         """KVStrata's configuration here."""
         return load_config(environ={}, overrides=self._settings)
 
+    @property
+    def connector(self) -> dict[str, Any]:
+        """vLLM's ``kv_transfer_config`` for an engine here."""
+        return {**CONNECTOR, "kv_connector_extra_config": self._settings}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What an engine here needs in its environment, to find the node."""
+        return {"XDG_RUNTIME_DIR": str(self.folder)}
+
     def engine(
         self, options: Mapping[str, Any] | None = None, with_kvstrata: bool = True
     ) -> Engine:
@@ -261,10 +271,9 @@ class Workplace:
         """The same, of a kind that has its own child's side."""
         options = dict(options or {})
         if with_kvstrata:
-            settings = {**CONNECTOR, "kv_connector_extra_config": self._settings}
-            options["kv_transfer_config"] = settings
+            options["kv_transfer_config"] = self.connector
         log = self.folder / f"engine-{len(self._engines)}.log"
-        engine = kind(self._model, log, {"XDG_RUNTIME_DIR": str(self.folder)}, options)
+        engine = kind(self._model, log, self.environment, options)
         self._engines.append(engine)
         return engine
 
@@ -322,7 +331,7 @@ class Workplace:
                 ],
                 stdout=output,
                 stderr=output,
-                env=_environment({}),
+                env=engine_environment({}),
             )
         deadline = time.monotonic() + NODE_END_S
         while True:
@@ -381,8 +390,9 @@ def compute_cores() -> str:
     return ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
 
 
-def _environment(more: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without KVStrata's options, which would be everybody's."""
+def engine_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """A child's environment: this process's without KVStrata's options, which would be everybody's,
+    with what every engine gets, and ``more``."""
     kept = {"KVSTRATA_MODEL_CACHE"}
     own = {k: v for k, v in os.environ.items() if not k.startswith("KVSTRATA_") or k in kept}
     cores = {"VLLM_CPU_OMP_THREADS_BIND": compute_cores()}
