@@ -20,7 +20,6 @@ from benchmarks.common import CHUNK_TOKENS, Options, Row, Wrong, expect, main, s
 from benchmarks.intervals import percentile_ratio
 from benchmarks.lmcache_client.overlay import NotInstalled, overlay, with_overlay
 from benchmarks.lmcache_client.servers import (
-    CAPACITY_BYTES,
     Server,
     daemon,
     free_port,
@@ -37,9 +36,9 @@ BOUNDS = {NATIVE: 0.95, LMCACHE: 0.80}
 DOCUMENT_TOKENS = 3000
 QUERIES = 3
 MAX_TOKENS = 8
-# A prompt takes 25 blocks: room for eight requests at once, and for less than half the documents.
-# Asked for one after the other, none is there any more when its turn comes again.
-POOL_BLOCKS = 216
+# vLLM's own cache has room for what is asked at once and a little more: documents that are asked
+# for one after the other have left it when their turn comes again.
+PROMPT_BLOCKS, SPARE_BLOCKS = 25, 16
 # The least of its tokens that a request must have from behind vLLM.
 LOADED = 0.9
 PATIENCE_S = 600
@@ -106,26 +105,31 @@ class Client:
 
 
 @contextmanager
-def servers(model: Path, lmcache_folder: Path) -> Iterator[dict[str, Server]]:
-    """All three, ready."""
+def servers(
+    model: Path, lmcache_folder: Path, gib: int, most_in_flight: int
+) -> Iterator[dict[str, Server]]:
+    """All three, ready, each with so much host memory."""
     environment = with_overlay(lmcache_folder, engine_environment({}))
     # Blocks are hashed alike in daemon and engine only with the same seed.
     environment |= {"PYTHONHASHSEED": "0", "LMCACHE_CHUNK_SIZE": str(CHUNK_TOKENS)}
-    place = Workplace(model, {"host.capacity": f"{CAPACITY_BYTES >> 30}GiB"}, service=True)
+    place = Workplace(model, {"host.capacity": f"{gib}GiB"}, service=True)
     with place, ExitStack() as stack:
         port = free_port()
-        cache = stack.enter_context(closing(daemon(environment, port, place.folder / "daemon.log")))
+        cache = stack.enter_context(
+            closing(daemon(environment, port, gib, place.folder / "daemon.log"))
+        )
         cache.wait()  # without it vLLM's start hangs
         module = "benchmarks.lmcache_client.native_cpu"
         connectors = {
             OURS: (place.connector, place.environment),
-            NATIVE: (native(module), {}),
+            NATIVE: (native(module, gib), {}),
             LMCACHE: (lmcache(port), environment),
         }
         found = {}
         for number, (name, (connector, more)) in enumerate(connectors.items()):
             log = place.folder / f"server-{number}.log"
-            server = Server(name, model, connector, more, POOL_BLOCKS, log)
+            num_blocks = PROMPT_BLOCKS * most_in_flight + SPARE_BLOCKS
+            server = Server(name, model, connector, more, num_blocks, log)
             found[name] = stack.enter_context(closing(server))
         for server in found.values():
             server.wait()
@@ -159,7 +163,7 @@ def measure(options: Options) -> list[Row]:
     client = Client(with_overlay(folder, engine_environment({})), documents)
     times: dict[tuple[str, int], list[dict[str, float]]] = {}
     loaded: dict[str, list[float]] = {}
-    with servers(smollm2(), folder) as found:
+    with servers(smollm2(), folder, 1 if options.quick else 2, max(concurrency)) as found:
         for name, server in found.items():
             client.run(server, 2, warm_up=True)
             say(f"{name}: every document is stored")

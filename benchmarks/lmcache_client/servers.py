@@ -21,8 +21,8 @@ from kvstrata.testing.engine import ENGINE_OPTIONS, engine_environment
 HOST = "127.0.0.1"
 START_S = 600.0
 END_S = 30.0
-LAST_LINES = 15
-CAPACITY_BYTES = 2 << 30
+LAST_LINES = 40
+MAX_MODEL_TOKENS = 4096
 
 
 def free_port() -> int:
@@ -126,7 +126,7 @@ class Server(Program):
             f"--host={HOST}",
             f"--port={port}",
             f"--dtype={ENGINE_OPTIONS['dtype']}",
-            f"--max-model-len={ENGINE_OPTIONS['max_model_len']}",
+            f"--max-model-len={MAX_MODEL_TOKENS}",
             "--enforce-eager",
             f"--block-size={CHUNK_TOKENS}",
             f"--num-gpu-blocks-override={num_blocks}",
@@ -169,7 +169,7 @@ class Server(Program):
         return own, behind
 
 
-def native(module: str) -> dict[str, Any]:
+def native(module: str, gib: int) -> dict[str, Any]:
     """vLLM's own offloading to host memory, with this module's copies."""
     return {
         "kv_connector": "OffloadingConnector",
@@ -177,7 +177,7 @@ def native(module: str) -> dict[str, Any]:
         "kv_connector_extra_config": {
             "spec_name": "CPUMemorySpec",
             "spec_module_path": module,
-            "cpu_bytes_to_use": CAPACITY_BYTES,
+            "cpu_bytes_to_use": gib << 30,
         },
     }
 
@@ -194,10 +194,9 @@ def lmcache(port: int) -> dict[str, Any]:
     }
 
 
-def daemon(environment: Mapping[str, str], port: int, log: Path) -> Program:
+def daemon(environment: Mapping[str, str], port: int, gib: int, log: Path) -> Program:
     """LMCache's daemon, over shared memory, its fastest way here."""
     http_port = free_port()
-    gib = CAPACITY_BYTES >> 30
     command = [
         "lmcache.cli.main",
         "server",

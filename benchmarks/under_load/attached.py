@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from benchmarks.common import Ledger, Options, Prompts, Row, main, say
+from benchmarks.common import Ledger, Options, Prompts, Row, geometric_mean, main, say, spread
 from benchmarks.intervals import Interval, over_rounds
 from benchmarks.under_load.clients import (
     ENGINE,
@@ -56,6 +56,22 @@ def rows_of(in_flight: int, times: Times) -> list[Row]:
         rows.append(Row(NAME, what, found.value, BOUND, detail=detail))
         what = f"control: {at}, {name}: without / without"
         rows.append(Row(NAME, what, same.value, None, detail=str(same)))
+    ours, one, other = (
+        [turn.seconds for turn in times.by[who]] for who in (WITH, WITHOUT, CONTROL)
+    )
+    slower = spread(
+        mine / geometric_mean(theirs) for mine, *theirs in zip(ours, one, other, strict=True)
+    )
+    seconds = [spread(each).median for each in (ours, one, other)]
+    rows.append(
+        Row(
+            NAME,
+            f"{at}, whole turns: with KVStrata / without",
+            slower.median,
+            None,
+            detail=f"{slower}; {', '.join(f'{each:.2f}' for each in seconds)} s",
+        )
+    )
     return rows
 
 

@@ -243,7 +243,7 @@ def measure(options: Options) -> list[Row]:
         for name in names:
             folder = stack.enter_context(disk_folder(options))
             settings = {
-                "host.capacity": "1GiB",
+                "host.capacity": "2GiB",
                 "disk.path": str(folder),
                 "disk.capacity": "2GiB",
                 "disk.codec": name,
