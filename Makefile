@@ -26,7 +26,7 @@ test: $(ENGINE_STAMP)  ## every test, those on the real engine included
 	KVSTRATA_REQUIRE_ENGINE=1 $(BIN)/python -m pytest
 
 test-unit: $(DEV_STAMP)  ## the tests that need no engine: seconds
-	$(BIN)/python -m pytest -m "not engine"
+	$(BIN)/python -m pytest -m "not engine and not wheel"
 
 check: $(DEV_STAMP)  ## format, lint, types, documentation; needs no engine
 	$(BIN)/ruff format --check $(CHECKED)
