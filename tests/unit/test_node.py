@@ -580,6 +580,33 @@ class TestSlowerTiers:
 
         on_node(test, tier=tier)
 
+    def test_an_object_of_a_later_release_is_left_alone_and_may_be_replaced(
+        self, tmp_path: Path
+    ) -> None:
+        tier = FaultyTier(DiskTier(tmp_path))
+        tier.inject("write", FlipBit(bit=8 * 8), times=1)  # version 3
+
+        async def test(node: Node) -> None:
+            me, keys = Client(ME), chunk_keys(2)
+            store(node, me, keys[:1])
+            await flush(node, me)
+            (file,) = tmp_path.glob("objects/*/*.kvo")
+            await clear(node, me, tiers=["host"])
+            assert await load(node, me, keys[:1]) == 0
+            assert node.counters.get("incompatible_objects_total", tier="disk") == 1
+            assert node.counters.get("corrupt_objects_total", tier="disk") == 0
+            assert file.exists()
+            assert node.backings[0].index.used_bytes == SLOT, "it still counts"
+            assert await load(node, me, keys[:1]) == 0
+            assert node.counters.get("incompatible_objects_total", tier="disk") == 1, "not asked"
+            assert node.lookup(me, p.Lookup(1, keys[0], [0])).tiers == b"\xff"
+            assert store(node, me, keys[:1]) == 1
+            await flush(node, me)
+            await clear(node, me, tiers=["host"])
+            assert await load(node, me, keys[:1]) == 1
+
+        on_node(test, tier=tier)
+
     def test_a_full_tier_takes_no_writes_and_still_reads(self) -> None:
         clock = ManualClock()
         tier = FaultyTier(MemoryTier())

@@ -40,8 +40,8 @@ def interpreter(version: str) -> Path | None:
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT]
-    subprocess.run(command, check=True, timeout=TIMEOUT_S, cwd=folder)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "-w", str(folder), str(ROOT)], check=True, timeout=TIMEOUT_S, cwd=folder)
     (built,) = folder.glob("kvstrata-*.whl")
     return built
 
@@ -56,7 +56,7 @@ def kvstrata(
         pytest.skip(f"this machine has no Python {request.param}")
     folder = tmp_path_factory.mktemp(f"python-{request.param}")
     subprocess.run([python, "-m", "venv", folder], check=True, timeout=TIMEOUT_S)
-    pip = [folder / "bin/python", "-m", "pip", "install", "--quiet"]
+    pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, f"{wheel}[{EXTRAS}]"], check=True, timeout=TIMEOUT_S)
     yield folder / "bin/kvstrata"
     shutil.rmtree(folder)

@@ -149,6 +149,10 @@ class Backing(ABC):
         """Take an object out of service that was read and found corrupt, if it is still there."""
 
     @abstractmethod
+    def _leave(self, key: bytes, part: int, seen: int | None) -> None:
+        """An object was read that this release does not know: absent, but for its bytes."""
+
+    @abstractmethod
     def _missed(self, key: bytes, part: int, seen: int | None, outcome: Outcome) -> None:
         """An object could not be read: it was not there, or the tier failed with it."""
 
@@ -268,10 +272,16 @@ class Backing(ABC):
         name, seen = identity(key, part), self._seen(key, part)
         try:
             outcome, header = await read()
-        except (CorruptObject, Incompatible) as error:
+        except CorruptObject as error:
             logger.error("%s: object %s is rejected: %s", self.name, name.hex(), error)
             self._counters.add("corrupt_objects_total", tier=self.name)
             self._reject(key, part, seen)
+            return None
+        except Incompatible as error:
+            # Of a later release, perhaps, which wants to find it again.
+            logger.warning("%s: object %s is left alone: %s", self.name, name.hex(), error)
+            self._counters.add("incompatible_objects_total", tier=self.name)
+            self._leave(key, part, seen)
             return None
         except UsageError as error:
             logger.warning("%s: object %s is not for this reader: %s", self.name, name.hex(), error)

@@ -7,6 +7,8 @@ ones tell an object from every other that had its name before, whatever its size
 from __future__ import annotations
 
 ORDER_MASK = 4095
+UNKNOWN_TO_US = ORDER_MASK
+"""The order of an object that was read and is of no release, codec or key that is known here."""
 GENERATION_SHIFT = 48
 _SIZE_MASK = (1 << GENERATION_SHIFT) - 1 - ORDER_MASK
 

@@ -22,7 +22,7 @@ from kvstrata.node.common.index import Index
 from kvstrata.node.service.backing import HIT, Backing
 from kvstrata.node.service.calls import nothing
 from kvstrata.node.service.clears import Clears
-from kvstrata.node.service.entries import ORDER_MASK, entry_of, order_of, same_object, size_of
+from kvstrata.node.service.entries import UNKNOWN_TO_US, entry_of, order_of, same_object, size_of
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.probe import PROBE_KEY, Probe
 from kvstrata.node.service.removals import Removals, Verb
@@ -107,6 +107,8 @@ class OwnedBacking(Backing):
         if entry is None:
             return None
         order = order_of(entry)
+        if order == UNKNOWN_TO_US:
+            return None
         if order and orders is not None and all(self._orders.get(o) != order for o in orders):
             return None
         return size_of(entry)
@@ -326,6 +328,11 @@ class OwnedBacking(Backing):
     def _reject(self, key: bytes, part: int, seen: int | None) -> None:
         self._take_out(key, part, seen, lambda ids: self.tier.reject(ids))
 
+    def _leave(self, key: bytes, part: int, seen: int | None) -> None:
+        entry = self.index.get(key, part)
+        if entry is not None and same_object(entry, seen):
+            self.index.amend(key, part, entry | UNKNOWN_TO_US)
+
     def _missed(self, key: bytes, part: int, seen: int | None, outcome: Outcome) -> None:
         # What the tier failed with must not stand in the way of a fresh copy.
         self._take_out(key, part, seen, lambda ids: self.tier.delete(ids))
@@ -358,7 +365,7 @@ class OwnedBacking(Backing):
         return entry_of(nbytes, order, next(self._generations))
 
     def _order_number(self, order: str) -> int:
-        if not order or len(self._orders) >= ORDER_MASK:
+        if not order or len(self._orders) >= UNKNOWN_TO_US - 1:
             return self._orders.get(order, 0)
         return self._orders.setdefault(order, len(self._orders) + 1)
 
