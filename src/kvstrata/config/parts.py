@@ -44,7 +44,11 @@ class HostConfig:
 class DeadlineConfig:
     """How long a client waits before it counts a miss and computes; in Python in seconds."""
 
-    match: float = option(kinds.WAIT, "2ms", "A match, while the engine has nothing else to run.")
+    match: float = option(
+        kinds.WAIT,
+        "2ms",
+        "A match, in each of the engine's steps; a small part of a step while requests run.",
+    )
     request: float = option(kinds.WAIT, "250ms", "The answer to any other message.")
     load: float = option(kinds.WAIT, "10s", "All of one request's load.")
     attach: float = option(kinds.WAIT, "30s", "Starting or joining the node.")

@@ -49,6 +49,11 @@ class Plan:
         self.blocks: Addresses = pages.addresses(ids[wanted])
         self.page_bytes = page
 
+    @property
+    def nbytes(self) -> int:
+        """What it copies in all."""
+        return self.slots.size * self.page_bytes
+
     def runs(self, layer: int | None = None) -> tuple[list[int], list[int], list[int]]:
         """Addresses in slots, addresses in blocks, and lengths; of one layer, or of all."""
         pick = slice(None) if layer is None else slice(layer, layer + 1)

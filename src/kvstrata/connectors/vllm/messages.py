@@ -110,12 +110,14 @@ class WorkerReport(KVConnectorWorkerMetadata):
         came: of loads that ended early, the first chunk that did not come, of the prompt's.
         portable: whether chunks in the portable order were loaded, which a lossy codec may have
             been through.
+        copy_rate: bytes per second that the slowest worker copies; 0: none has copied yet.
     """
 
     nodes: set[bytes] = field(default_factory=set)
     sync_loaded: dict[str, int] = field(default_factory=dict)
     came: dict[str, int] = field(default_factory=dict)
     portable: bool = False
+    copy_rate: float = 0.0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports in one."""
@@ -126,4 +128,11 @@ class WorkerReport(KVConnectorWorkerMetadata):
         came = dict(self.came)
         for request_id, first in other.came.items():
             came[request_id] = min(first, came.get(request_id, first))
-        return WorkerReport(self.nodes | other.nodes, counts, came, self.portable or other.portable)
+        rates = [rate for rate in (self.copy_rate, other.copy_rate) if rate]
+        return WorkerReport(
+            self.nodes | other.nodes,
+            counts,
+            came,
+            self.portable or other.portable,
+            min(rates, default=0.0),
+        )

@@ -32,6 +32,7 @@ class RequestState:
         self.call: Call | None = None
         self.seen_at = 0.0  # when vLLM asked for it last
         self.asked_at = 0.0
+        self.waited = False  # the engine has waited for a match of this request
         # what was found: a lease on leading chunks, its slots, their tiers
         self.lease = 0
         self.tiers = b""

@@ -1,12 +1,14 @@
 """The connector in vLLM's scheduler: what a request finds, how it is loaded, what of it is stored.
 
 The rules it keeps, each read in vLLM 0.32's source, are in ``docs/design.md`` under "Life of a
-request in vLLM". Nothing here waits for the node longer than ``deadlines.match`` in a step.
+request in vLLM". Nothing here waits for the node longer than ``deadlines.match`` in a step, nor
+longer than a small part of a step that others run in.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +19,7 @@ from kvstrata.config import Config
 from kvstrata.connectors.vllm.fingerprint import Namespaces
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store, WorkerHello, WorkerReport
+from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError, NodeUnavailable
 from kvstrata.keys import KeyChain, owner_digest
@@ -60,9 +63,14 @@ class SchedulerSide:
         self._model = vllm_config.model_config.model
         self._namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
         self._worker_nodes: set[bytes] = set()
+        self._pace = Pace(config.deadlines.match)
+        self._copy_rate = 0.0  # bytes per second of the slowest worker; 0: unknown
+        self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._states: dict[str, RequestState] = {}
         # requests that run or load, so that the engine is not idle
         self._active: set[str] = set()
+        # those of them that no step has run yet, and that a wait does not hold up
+        self._admitted: set[str] = set()
         # requests that have asked or hold a lease, and have not been scheduled
         self._looking: set[str] = set()
         # loads in the workers' hands: their lease, and the first chunk they bring
@@ -118,6 +126,9 @@ class SchedulerSide:
         if request.request_id in self._loads:
             # Preempted before its load was reported: what that brings is not in the new blocks.
             return None, False
+        if num_computed_tokens // self._chunk >= request.num_tokens // self._chunk:
+            self._let_be(state)
+            return 0, False
         if state.chain is not None and state.rehash() and (state.matched or state.call):
             # A resumed request has outputs now, a session new input: what was found is of the past.
             self._give_up(state)
@@ -149,6 +160,8 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None or state.bypass:
             return
+        if request.request_id not in self._active:
+            self._admitted.add(request.request_id)
         self._active.add(request.request_id)
         self._looking.discard(request.request_id)
         if request.request_id in self._loads:
@@ -181,6 +194,8 @@ class SchedulerSide:
         state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
         state.loaded_how = "sync" if state.sync else "async"
+        if state.sync:
+            self._pace.copies(self._copy_s(last - first))
         self._loads[request.request_id] = (state.lease, state.keys[first])
         self._loading_chunks[state.keys[first]] = request.request_id
         (self._next.sync_loads if state.sync else self._next.async_loads).append(load)
@@ -189,6 +204,7 @@ class SchedulerSide:
         """Everything the workers have to do in this step."""
         meta, self._next = self._next, StepMetadata()
         client = self._attached()
+        self._admitted.clear()
         meta.node = client.hello.node if client is not None else b""
         meta.num_tokens = scheduler_output.total_num_scheduled_tokens
         meta.fresh_blocks = self._fresh_blocks(scheduler_output)
@@ -203,6 +219,7 @@ class SchedulerSide:
                 if known // self._chunk > state.num_stored:
                     blocks = resolve.get_block_ids(request_id)[0]
                     meta.stores.append(self._store(state, known // self._chunk, blocks))
+        self._pace.step(meta.num_tokens)
         return meta
 
     def update_connector_output(self, output: Any) -> None:
@@ -211,6 +228,7 @@ class SchedulerSide:
         if isinstance(report, WorkerReport):
             self._worker_nodes = report.nodes
             self._inexact = self._inexact or report.portable
+            self._copy_rate = report.copy_rate or self._copy_rate
             for request_id, first in report.came.items():
                 if (state := self._states.get(request_id)) is not None:
                     # Of several ranks the one that has least counts.
@@ -223,7 +241,7 @@ class SchedulerSide:
 
     def request_finished(self, request: Any, block_ids: list[int]) -> None:
         """Forget a request; what it computed last is stored before its blocks are overwritten."""
-        self._active.discard(request.request_id)
+        self._retire(request.request_id)
         state = self._states.pop(request.request_id, None)
         if state is None:
             return
@@ -318,6 +336,22 @@ class SchedulerSide:
                 self._link.start()
         return self._client
 
+    def _identify(self, state: RequestState, client: NodeClient) -> bool:
+        """Make a request's keys possible; False while its adapter is unknown, or for good."""
+        try:
+            namespace = self._namespaces.of(state.request)
+            if namespace is None:
+                return False
+            state.namespace = namespace
+            salt = state.request.cache_salt or ""
+            state.owner = owner_digest(client.hello.secret, self._config.tenant, salt)
+            state.chain = KeyChain(client.hello.secret, namespace, self._chunk, salt)
+        except (KVStrataError, OSError) as error:
+            state.bypass = f"an identity is missing: {error}"
+            state.matched = True
+            return False
+        return True
+
     def _ask(self, state: RequestState) -> bool:
         """Begin a request's match; False while its adapter is still being identified."""
         client = self._attached()
@@ -325,19 +359,8 @@ class SchedulerSide:
         if client is None:
             state.matched, state.miss = True, "no node"
             return True
-        if state.chain is None:
-            try:
-                namespace = self._namespaces.of(state.request)
-                if namespace is None:
-                    return False
-                state.namespace = namespace
-                salt = state.request.cache_salt or ""
-                state.owner = owner_digest(client.hello.secret, self._config.tenant, salt)
-                state.chain = KeyChain(client.hello.secret, namespace, self._chunk, salt)
-            except (KVStrataError, OSError) as error:
-                state.bypass = f"an identity is missing: {error}"
-                state.matched = True
-                return True
+        if state.chain is None and not self._identify(state, client):
+            return state.matched
         state.rehash()
         if not state.keys:
             state.matched, state.miss = True, "shorter than a chunk"
@@ -357,10 +380,9 @@ class SchedulerSide:
         """Take in a match's answer; False if it has not come and may still."""
         if state.call is None:
             return True
-        idle = not (self._active - {state.request.request_id})
         try:
-            if not state.call.ready() and idle and self._client is not None:
-                self._client.pump(state.call, self._config.deadlines.match)
+            if not state.call.ready():
+                self._wait(state)
             if state.call.reply is None:
                 if time.monotonic() - state.asked_at < self._config.deadlines.request:
                     return False
@@ -380,16 +402,60 @@ class SchedulerSide:
             self._looking.discard(state.request.request_id)
         return True
 
+    def _wait(self, state: RequestState) -> None:
+        """Wait for a match as long as that costs less than to ask again a step later."""
+        busy = bool(self._active - self._admitted - {state.request.request_id})
+        patience = self._pace.patience_s(busy=busy)
+        # Whoever runs is held up once by a match, not in every step by a node that hangs.
+        if state.call is None or self._client is None or not patience or (busy and state.waited):
+            return
+        state.waited = True
+        begun = self._pace.clock()
+        try:
+            self._client.pump(state.call, patience)
+        finally:
+            self._pace.waited(self._pace.clock() - begun)
+
+    def _let_be(self, state: RequestState) -> None:
+        """vLLM has every whole chunk itself: wait for nothing, and hold nothing."""
+        client = self._attached()
+        if state.chain is None and client is not None:
+            self._identify(state, client)
+        if state.call is not None and state.call.reply is not None:
+            self._answered(state)
+            # What the node has need not be stored again.
+            state.num_stored = max(state.num_stored, len(state.tiers))
+        self._give_up(state)
+
+    def _retire(self, request_id: str) -> None:
+        """A request neither runs nor loads any more."""
+        self._active.discard(request_id)
+        self._admitted.discard(request_id)
+        if not self._active:
+            self._pace.rest()
+
     def _may_load_sync(self, state: RequestState, first: int) -> bool:
-        """Whether the load cannot fail and nothing else would be held up by it."""
+        """Whether the load cannot fail and nothing else would be held up by it for long."""
         client = self._client
         return (
             client is not None
             and client.alive
             and self._worker_nodes == {client.hello.node}
-            and not (self._active - {state.request.request_id})
             and p.ARRIVING not in state.offsets[first * len(self._parts) :]
+            and self._copy_is_short(state, first)
         )
+
+    def _copy_is_short(self, state: RequestState, first: int) -> bool:
+        """Whether those that run may wait for a load, and take account of it if so."""
+        if not self._active - {state.request.request_id}:
+            return True
+        left = max(1, state.request.num_tokens - len(state.tiers) * self._chunk)
+        copy_s = self._copy_s(len(state.tiers) - first)
+        return self._pace.is_short(copy_s, min(left, self._most_tokens))
+
+    def _copy_s(self, num_chunks: int) -> float:
+        """What the slowest worker takes to copy so many chunks; `inf` if that is unknown."""
+        return num_chunks * max(self._lengths) / self._copy_rate if self._copy_rate else math.inf
 
     def _crowded(self) -> bool:
         """Whether enough requests look ahead; one that vLLM passes over does not count for long."""
@@ -455,7 +521,7 @@ class SchedulerSide:
                 lost = state.num_stored - came
                 state.loaded_tokens = max(0, state.loaded_tokens - lost * self._chunk)
                 state.num_stored = came
-                self._active.discard(request_id)
+                self._retire(request_id)
 
     def _abandon(self, state: RequestState) -> None:
         if state.call is not None:

@@ -17,6 +17,7 @@ from typing import Any
 from kvstrata.config import DeadlineConfig
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address, payload_checksums
 from kvstrata.connectors.vllm.messages import Load, Store
+from kvstrata.connectors.vllm.pace import Rate
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.errors import CorruptObject, DeadlineExceeded, KVStrataError, NodeUnavailable
 from kvstrata.objects import HEADER_BYTES, decode
@@ -110,6 +111,9 @@ class Transfers:
         self._jobs: list[StoreJob] = []
         self._changed = threading.Condition()
         self._num_loading = 0
+        # of these, loads of what is there, which end soon
+        self._num_copying = 0
+        self.rate = Rate()
         self._loaded: set[str] = set()
         self._failed: set[str] = set()
         self._cut: dict[str, tuple[int, set[int]]] = {}
@@ -120,20 +124,22 @@ class Transfers:
         after = self._copier.mark()
         deadline = time.monotonic() + self._deadlines.load
         for load in loads:
+            arriving = any(p.ARRIVING in chunk for chunk in load.offsets)
             with self._changed:
                 self._num_loading += 1
-            arriving = any(p.ARRIVING in chunk for chunk in load.offsets)
+                self._num_copying += not arriving
             threads = self._awaiting if arriving else self._loading
-            threads.submit(self._load, load, client, after, deadline)
+            threads.submit(self._load, load, client, after, deadline, arriving)
 
-    def loads_ended(self, wait_s: float) -> tuple[set[str], set[str]]:
+    def loads_ended(self, wait_s: float, *, idle: bool = True) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last call, and those of them that failed.
 
         Args:
             wait_s: how long to wait if loads are under way and none has ended.
+            idle: whether to wait for chunks that have to arrive first, too.
         """
         with self._changed:
-            if self._num_loading and not self._loaded:
+            if (self._num_loading if idle else self._num_copying) and not self._loaded:
                 self._changed.wait(wait_s)
             loaded, self._loaded = self._loaded, set()
             failed, self._failed = self._failed, set()
@@ -204,7 +210,14 @@ class Transfers:
         self._awaiting.shutdown(wait=True, cancel_futures=True)
         self._storing.shutdown(wait=True)
 
-    def _load(self, load: Load, client: NodeClient | None, after: Any, deadline: float) -> None:
+    def _load(
+        self,
+        load: Load,
+        client: NodeClient | None,
+        after: Any,
+        deadline: float,
+        arriving: bool,
+    ) -> None:
         """One load, from its first chunk to its end; never raises."""
         failed, came = True, len(load.keys)
         try:
@@ -217,6 +230,7 @@ class Transfers:
         finally:
             with self._changed:
                 self._num_loading -= 1
+                self._num_copying -= not arriving
                 self._loaded.add(load.request_id)
                 if came < len(load.keys):
                     rest = load.blocks[came * len(load.blocks) // len(load.keys) :]
@@ -238,7 +252,9 @@ class Transfers:
                 ready += 1
             if ready > done:
                 plan, kept = self.plan(load, client, offsets, done, ready)
+                begun = time.perf_counter()
                 self._copier.load(plan, after)
+                self.rate.note(plan.nbytes, time.perf_counter() - begun)
                 del kept
                 done = ready
                 continue

@@ -15,6 +15,7 @@ from kvstrata.config import Config
 from kvstrata.connectors.vllm.copies import Copier, copy_runs, make_copier
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello, WorkerReport
+from kvstrata.connectors.vllm.pace import WAIT_SHARE
 from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe, self_test
 from kvstrata.connectors.vllm.transfers import Transfers
 from kvstrata.errors import Incompatible, KVStrataError
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: how long a step without a forward waits for a load to end
 EMPTY_STEP_WAIT_S = 0.005
+#: and one with a forward, for a load of what is there: its request would wait for a step more
+STEP_WAIT_S = 0.002
 
 
 class WorkerSide:
@@ -79,6 +82,8 @@ class WorkerSide:
         self._began = 0.0
         self._sync_runs: list[list[tuple[list[int], list[int], list[int]]]] = []
         self._sync_kept: list[object] = []
+        self._sync_s = 0.0
+        self._sync_bytes = 0
         self._sync_loaded: dict[str, int] = {}
         self._invalid: set[int] = set()
         self._came: dict[str, int] = {}
@@ -127,12 +132,16 @@ class WorkerSide:
         all the same, its blocks are reported and vLLM computes them.
         """
         for load in self._meta.sync_loads:
+            self._sync_loaded[load.request_id] = 1
             try:
                 plan, kept = self._transfers.plan(
                     load, self._client, load.offsets, 0, len(load.keys)
                 )
+                self._sync_bytes += plan.nbytes
                 if self._pages.device.type != "cpu":
+                    begun = time.perf_counter()
                     self._copier.load(plan, self._copier.mark())
+                    self._sync_s += time.perf_counter() - begun
                     continue
             except Exception as error:
                 logger.error(
@@ -148,14 +157,17 @@ class WorkerSide:
     def load_layer(self, layer_name: str) -> None:
         """Copy one layer of the synchronous loads, just before attention reads it."""
         if self._sync_runs and (number := self._layer_numbers.get(layer_name)) is not None:
+            begun = time.perf_counter()
             for runs in self._sync_runs:
                 slots, blocks, lengths = runs[number]
                 copy_runs(blocks, slots, lengths)
+            self._sync_s += time.perf_counter() - begun
 
     def after_forward(self) -> None:
         """Begin this step's stores."""
         meta = self._meta
-        self._sync_loaded.update((load.request_id, 1) for load in meta.sync_loads)
+        self._transfers.rate.note(self._sync_bytes, self._sync_s)
+        self._sync_bytes, self._sync_s = 0, 0.0
         self._sync_runs.clear()
         self._sync_kept.clear()
         if self._num_doubtful:
@@ -173,7 +185,11 @@ class WorkerSide:
 
     def loads_ended(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last step, and those of them that failed."""
-        ended = self._transfers.loads_ended(0.0 if self._meta.num_tokens else EMPTY_STEP_WAIT_S)
+        if self._meta.num_tokens:
+            wait_s = min(STEP_WAIT_S, WAIT_SHARE * (time.monotonic() - self._began))
+            ended = self._transfers.loads_ended(wait_s, idle=False)
+        else:
+            ended = self._transfers.loads_ended(EMPTY_STEP_WAIT_S)
         for request_id, (first, missing) in self._transfers.loads_cut().items():
             self._came[request_id] = first
             self._invalid |= missing
@@ -188,7 +204,13 @@ class WorkerSide:
         """What the scheduler's side wants to hear after each step."""
         loaded, self._sync_loaded = self._sync_loaded, {}
         came, self._came = self._came, {}
-        return WorkerReport({self._node}, loaded, came, self._transfers.read_portable)
+        return WorkerReport(
+            {self._node},
+            loaded,
+            came,
+            self._transfers.read_portable,
+            self._transfers.rate.best(),
+        )
 
     def close(self) -> None:
         """End what is under way and let go of the node. Repeatable."""
