@@ -16,12 +16,23 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from benchmarks.node.asking import (
+    NAMESPACE,
+    NUM_KEYS,
+    ORDER,
+    RAW,
+    SEED,
+    SLOT,
+    TEMPLATE,
+    random_keys,
+    row,
+)
+from benchmarks.node.holds import RANKS, bench_holds
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import KVStrataError
 from kvstrata.node.service.owned import OwnedBacking
-from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
+from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import identity
 from kvstrata.policies import create_policy
@@ -31,27 +42,11 @@ from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 from kvstrata.wire.launch import connect
 
-SEED = 1
-NUM_KEYS = 782
 STORED_PER_S = 2000
-RAW = 4000
-SLOT = stored_bytes(RAW)
-NAMESPACE = bytes(32)
-ORDER = "bench/order"
-TEMPLATE = p.Template("native", ORDER, "bfloat16", [RAW // 2], 128, RAW)
 
 
-def row(what: str, measured: str, target: str) -> None:
-    print(f"{what} | {measured} | {target}", flush=True)
-
-
-def random_keys(count: int, seed: int) -> list[bytes]:
-    data = np.random.default_rng(seed).bytes(32 * count)
-    return [data[i : i + 32] for i in range(0, len(data), 32)]
-
-
-def store(client: NodeClient, prefix: list[bytes]) -> int:
-    reserved: p.Reserved = client.reserve(NAMESPACE, prefix, 0, 0, TEMPLATE).wait(30)
+def store(client: NodeClient, prefix: list[bytes], part: int = 0) -> int:
+    reserved: p.Reserved = client.reserve(NAMESPACE, prefix, 0, part, TEMPLATE).wait(30)
     sums = []
     for key, offset in zip(prefix, offsets_of(reserved.offsets), strict=True):
         data = key * (RAW // 32)
@@ -62,19 +57,23 @@ def store(client: NodeClient, prefix: list[bytes]) -> int:
     return done.count
 
 
-def time_matches(client: NodeClient, keys: list[bytes], seconds: float) -> list[float]:
+def time_matches(
+    client: NodeClient, keys: list[bytes], seconds: float, num_parts: int = 1
+) -> list[float]:
     """Round trips in ms; every answer is checked."""
     taken: list[float] = []
+    parts, lengths = list(range(num_parts)), [RAW] * num_parts
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         begun = time.perf_counter()
-        matched: p.Matched = client.match(keys, [0], [ORDER], [RAW]).wait(30)
+        matched: p.Matched = client.match(keys, parts, [ORDER], lengths).wait(30)
         taken.append((time.perf_counter() - begun) * 1e3)
         offsets = offsets_of(matched.offsets)
-        assert len(matched.tiers) == len(keys) == len(offsets), "not all chunks were found"
-        sample = random.Random(len(taken)).randrange(len(keys))
+        assert len(matched.tiers) == len(keys), "not all chunks were found"
+        assert len(offsets) == len(keys) * num_parts
+        sample = random.Random(len(taken)).randrange(len(offsets))
         view = client.pool.view(offsets[sample] + HEADER_BYTES, 32)
-        assert view == keys[sample], "another chunk's bytes"
+        assert view == keys[sample // num_parts], "another chunk's bytes"
         client.release(matched.lease)
         time.sleep(0.001)  # an engine's step, at the least
     return taken
@@ -121,13 +120,21 @@ def bench_match(seconds: float, num_files: int) -> None:
             "linger": "100ms",
             "leases.per_client": "70%",
         }
-        config = load_config(environ={}, overrides=plain)
+        ranks = {"host.capacity": 2 * RANKS * NUM_KEYS * SLOT}
+        config = load_config(environ={}, overrides={**plain, **ranks})
         keys = random_keys(NUM_KEYS, SEED + 1)
         client = connect(config)
         assert store(client, keys) == NUM_KEYS
         time_matches(client, keys, 0.2)
         taken = time_matches(client, keys, seconds)
         row("match of 782 keys, idle node", quantiles(taken), "median <= 2 ms, p99 <= 5 ms")
+        client.clear()
+        for part in range(RANKS):
+            assert store(client, keys[: NUM_KEYS // 2], part) == NUM_KEYS // 2
+            assert store(client, keys, part) == NUM_KEYS - NUM_KEYS // 2
+        time_matches(client, keys, 0.2, RANKS)
+        taken = time_matches(client, keys, seconds, RANKS)
+        row("match of 782 keys of 8 ranks, idle node", quantiles(taken), "median <= 5 ms")
         client.close()
 
         disk = {
@@ -223,6 +230,7 @@ def main() -> None:
     print(f"{os.cpu_count()} CPUs, Python {sys.version.split()[0]}")
     row("what", "measured", "must reach")
     bench_match(1.0 if quick else 5.0, 10_000 if quick else 100_000)
+    bench_holds(3 if quick else 10)
     context = multiprocessing.get_context("spawn")
     for policy in ("lru", "s3fifo", "cost"):
         # In a process of its own: memory that was freed would hide what is taken.

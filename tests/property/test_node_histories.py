@@ -25,6 +25,7 @@ from tests.support.nodes import (
     SLOT,
     GatedTier,
     arrive,
+    at_once,
     chunk_keys,
     clear,
     flush,
@@ -181,8 +182,8 @@ class Histories(RuleBasedStateMachine):
 
         async def commit() -> p.Done:
             request = p.Commit(1, taken.number, b"".join(sums))
-            done: p.Done = self.node.commit(taken.client, request)
-            assert self.node.commit(taken.client, request).count == 0
+            done: p.Done = at_once(self.node.commit(taken.client, request))
+            assert at_once(self.node.commit(taken.client, request)).count == 0
             return done
 
         assert self.run(commit()).count == count

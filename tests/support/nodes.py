@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from kvstrata.codecs import codec_named
 from kvstrata.config import Config, HostConfig, LeaseConfig
@@ -24,6 +24,8 @@ from kvstrata.tiers.base import OwnedTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
+
+R = TypeVar("R")
 
 RAW = 5000
 SLOT = stored_bytes(RAW)
@@ -129,7 +131,7 @@ def reserve(
 ) -> tuple[int, list[int]]:
     """The reservation's number, and an offset or a refusal for each chunk."""
     request = p.Reserve(1, NAMESPACE, b"".join(prefix), first, part, template(order, nbytes), cost)
-    reserved = node.reserve(client, request)
+    reserved = at_once(node.reserve(client, request))
     return reserved.reservation, list(offsets_of(reserved.offsets))
 
 
@@ -163,7 +165,7 @@ def store(
     """Reserve, write, commit; the number of objects published."""
     number, offsets = reserve(node, client, prefix, first, part, order, nbytes)
     sums = write(node, prefix[first:], offsets, part, order, nbytes)
-    return node.commit(client, p.Commit(1, number, b"".join(sums))).count
+    return at_once(node.commit(client, p.Commit(1, number, b"".join(sums)))).count
 
 
 def match(
@@ -179,9 +181,9 @@ def match(
     )
 
 
-def at_once(answer: p.Matched | Awaitable[p.Matched]) -> p.Matched:
-    """What a match answers at once."""
-    assert isinstance(answer, p.Matched)
+def at_once(answer: R | Awaitable[R]) -> R:
+    """What is answered without waiting."""
+    assert not isinstance(answer, Awaitable)
     return answer
 
 

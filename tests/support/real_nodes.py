@@ -57,15 +57,15 @@ def on_real_node(
 
 def store(node: Node, weights: str = "") -> int:
     """Store all chunks that the node says it needs; how many."""
-    reserved = node.reserve(
-        ME, p.Reserve(1, NAMESPACE, b"".join(KEYS), 0, 0, TEMPLATE, 0.05, weights)
+    reserved = at_once(
+        at_once(node.reserve(ME, p.Reserve(1, NAMESPACE, b"".join(KEYS), 0, 0, TEMPLATE, 0.05, weights)))
     )
     sums = []
     for number, offset in enumerate(offsets_of(reserved.offsets)):
         if offset >= 0:
             node.host.pool.view(offset + HEADER_BYTES, NBYTES)[:] = chunk(number)
         sums.append(checksum(chunk(number)))
-    return node.commit(ME, p.Commit(1, reserved.reservation, b"".join(sums))).count
+    return at_once(node.commit(ME, p.Commit(1, reserved.reservation, b"".join(sums)))).count
 
 
 async def load(node: Node, count: int = 3) -> tuple[list[int], list[bytes]]:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 from tests.support import nodes
-from tests.support.nodes import SLOT, chunk_keys, clear, flush, load, make_backing, on_node, write
+from tests.support.nodes import (
+    SLOT,
+    at_once,
+    chunk_keys,
+    clear,
+    flush,
+    load,
+    make_backing,
+    on_node,
+    write,
+)
 
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
@@ -19,7 +29,7 @@ A, B, C, D, E = (chunk_keys(1, prompt) for prompt in range(5))
 def store(node: Node, keys: list[bytes], cost: float, part: int = 0) -> None:
     number, offsets = nodes.reserve(node, ME, keys, part=part, cost=cost)
     sums = write(node, keys, offsets, part)
-    assert node.commit(ME, p.Commit(1, number, b"".join(sums))).count == len(keys)
+    assert at_once(node.commit(ME, p.Commit(1, number, b"".join(sums)))).count == len(keys)
 
 
 @pytest.mark.parametrize("tier_policy", ["cost", "lru"])

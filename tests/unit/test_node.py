@@ -18,6 +18,7 @@ from tests.support.nodes import (
     SLOT,
     GatedTier,
     arrive,
+    at_once,
     chunk_keys,
     clear,
     flush,
@@ -86,7 +87,7 @@ class TestReserveAndCommit:
             mine, offsets = reserve(node, me, keys)
             assert min(offsets) >= 0
             assert reserve(node, you, keys)[1] == [p.BUSY, p.BUSY]
-            node.commit(me, p.Commit(1, mine, b"".join(write(node, keys, offsets))))
+            at_once(node.commit(me, p.Commit(1, mine, b"".join(write(node, keys, offsets)))))
             assert reserve(node, you, keys)[1] == [p.PRESENT, p.PRESENT]
 
         on_node(test)
@@ -97,8 +98,8 @@ class TestReserveAndCommit:
             number, offsets = reserve(node, me, keys)
             sums = write(node, keys, offsets)
             assert match(node, me, keys).lease == 0
-            assert node.lookup(me, p.Lookup(1, b"".join(keys), [0])).tiers == b"\xff\xff"
-            node.commit(me, p.Commit(1, number, b"".join(sums)))
+            assert at_once(node.lookup(me, p.Lookup(1, b"".join(keys), [0]))).tiers == b"\xff\xff"
+            at_once(node.commit(me, p.Commit(1, number, b"".join(sums))))
             assert len(match(node, me, keys).tiers) == 2
 
         on_node(test)
@@ -108,7 +109,7 @@ class TestReserveAndCommit:
             me, keys = Client(ME), chunk_keys(3)
             number, offsets = reserve(node, me, keys)
             sums = write(node, keys, offsets)
-            done = node.commit(me, p.Commit(1, number, sums[0] + bytes(16) + sums[2]))
+            done = at_once(node.commit(me, p.Commit(1, number, sums[0] + bytes(16) + sums[2])))
             assert done.count == 2
             assert len(match(node, me, keys).tiers) == 1
             assert node.host.get(keys[1], 0) is None
@@ -122,11 +123,11 @@ class TestReserveAndCommit:
             number, offsets = reserve(node, me, keys)
             commit = p.Commit(1, number, b"".join(write(node, keys, offsets)))
             with pytest.raises(UsageError, match="on the connection that made it"):
-                node.commit(you, commit)
+                at_once(node.commit(you, commit))
             with pytest.raises(UsageError, match="2 checksums expected, not 1"):
-                node.commit(me, p.Commit(1, number, bytes(16)))
-            assert node.commit(me, commit).count == 2
-            assert node.commit(me, commit).count == 0
+                at_once(node.commit(me, p.Commit(1, number, bytes(16))))
+            assert at_once(node.commit(me, commit)).count == 2
+            assert at_once(node.commit(me, commit)).count == 0
 
         on_node(test)
 
@@ -244,7 +245,7 @@ class TestBadRequests:
                 "cost": 0.0,
             }
             with pytest.raises(UsageError):
-                node.reserve(Client(ME), p.Reserve(**{**fields, **change}))
+                at_once(node.reserve(Client(ME), p.Reserve(**{**fields, **change})))
             node.check_integrity()
             assert store(node, Client(ME), chunk_keys(2)) == 2
 
@@ -258,7 +259,7 @@ class TestBadRequests:
             with pytest.raises(UsageError, match="no tier 'tape'"):
                 node.clear(me, p.Clear(1, None, ["tape"]))
             node.release(me, p.Release(7, 0))
-            assert node.commit(me, p.Commit(1, 7, b"")).count == 0
+            assert at_once(node.commit(me, p.Commit(1, 7, b""))).count == 0
             store(node, me, keys)
             lease = match(node, me, keys).lease
             with pytest.raises(UsageError, match="-1 chunks"):
@@ -290,7 +291,7 @@ class TestLeases:
                 store(node, you, chunk_keys(2, prompt))
             for key, offset in zip(keys, offsets_of(matched.offsets), strict=True):
                 assert stored_payload(node, offset) == payload(key)
-            found = node.lookup(you, p.Lookup(1, b"".join(keys), [0])).tiers
+            found = at_once(node.lookup(you, p.Lookup(1, b"".join(keys), [0]))).tiers
             assert found == bytes(3), "what is leased is not evicted"
             release(node, me, matched.lease)
             for prompt in range(20, 40):
@@ -463,13 +464,13 @@ class TestSlowerTiers:
                 store(node, me, keys, part=part)
             await flush(node, me)
             await clear(node, me, tiers=["host"])
-            assert node.lookup(me, p.Lookup(1, b"".join(keys), [0, 1])).tiers == b"\1\1\1"
+            assert at_once(node.lookup(me, p.Lookup(1, b"".join(keys), [0, 1]))).tiers == b"\1\1\1"
             matched = match(node, me, keys, parts=[0, 1])
             assert matched.tiers == b"\1\1\1"
             assert set(offsets_of(matched.offsets)) == {p.ARRIVING}
             release(node, me, matched.lease)
             assert await load(node, me, keys, parts=[0, 1]) == 3
-            assert node.lookup(me, p.Lookup(1, b"".join(keys), [0, 1])).tiers == b"\0\0\0"
+            assert at_once(node.lookup(me, p.Lookup(1, b"".join(keys), [0, 1]))).tiers == b"\0\0\0"
 
         on_node(test, tier=MemoryTier())
 
@@ -571,7 +572,7 @@ class TestSlowerTiers:
             await clear(node, me, tiers=["host"])
             assert await load(node, me, keys[:1]) == 0
             assert node.counters.get("corrupt_objects_total", tier="disk") == 1
-            assert node.lookup(me, p.Lookup(1, keys[0], [0])).tiers == b"\xff"
+            assert at_once(node.lookup(me, p.Lookup(1, keys[0], [0]))).tiers == b"\xff"
             await until(lambda: node.backings[0].index.used_bytes == 0)
             assert store(node, me, keys[:1]) == 1
             await flush(node, me)
@@ -599,7 +600,7 @@ class TestSlowerTiers:
             assert node.backings[0].index.used_bytes == SLOT, "it still counts"
             assert await load(node, me, keys[:1]) == 0
             assert node.counters.get("incompatible_objects_total", tier="disk") == 1, "not asked"
-            assert node.lookup(me, p.Lookup(1, keys[0], [0])).tiers == b"\xff"
+            assert at_once(node.lookup(me, p.Lookup(1, keys[0], [0]))).tiers == b"\xff"
             assert store(node, me, keys[:1]) == 1
             await flush(node, me)
             await clear(node, me, tiers=["host"])
@@ -626,7 +627,7 @@ class TestSlowerTiers:
             clock.advance(1.0)
             store(node, me, chunk_keys(1, 3))
             await flush(node, me)
-            assert node.lookup(me, p.Lookup(1, chunk_keys(1, 3)[0], [0])).tiers == b"\0"
+            assert at_once(node.lookup(me, p.Lookup(1, chunk_keys(1, 3)[0], [0]))).tiers == b"\0"
             assert chunk_keys(1, 3)[0] in node.backings[0].index
 
         on_node(test, tier=tier, clock=clock)
@@ -992,7 +993,7 @@ class TestClear:
                 number, offsets = reserve(node, me, keys)
                 sums = write(node, keys, offsets)
                 await clear(node, me, cleared)
-                count = node.commit(me, p.Commit(1, number, b"".join(sums))).count
+                count = at_once(node.commit(me, p.Commit(1, number, b"".join(sums)))).count
                 assert count == (0 if cleared is None else 1)
                 await flush(node, me)
                 assert len(node.backings[0].index) == count

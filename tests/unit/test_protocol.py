@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstrata.errors import Incompatible
+from kvstrata.errors import Incompatible, UsageError
 from kvstrata.wire import protocol as p
 
 TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096)
@@ -147,9 +147,84 @@ def test_frames_that_were_read_are_forgotten_even_if_the_reader_stops() -> None:
 
 
 def test_a_frame_may_have_so_many_bytes_and_no_more() -> None:
-    assert list(p.Frames().feed((64 << 20).to_bytes(4, "little"))) == []
-    with pytest.raises(Incompatible, match="67108865 bytes"):
-        list(p.Frames().feed(((64 << 20) + 1).to_bytes(4, "little")))
+    assert list(p.Frames().feed((4 << 20).to_bytes(4, "little"))) == []
+    with pytest.raises(Incompatible, match="4194305 bytes"):
+        list(p.Frames().feed(((4 << 20) + 1).to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=name)
+def test_only_messages_with_columns_are_long(message: p.Request | p.Reply) -> None:
+    long = type(message).__name__ in ("Match", "Lookup", "Clear", "Reserve", "Commit", "Matched",
+                                      "Arrived", "Reserved", "Found", "State")  # fmt: skip
+    assert p.max_bytes(p.encode(message)[4:]) == (4 << 20 if long else 64 << 10)
+
+
+def test_a_message_that_is_too_long_is_neither_sent_nor_read() -> None:
+    record = p.Record({"x": "y" * (64 << 10)})
+    with pytest.raises(UsageError, match=r"a record of 655\d\d bytes; 65536 at most"):
+        p.encode(record)
+    with pytest.raises(Incompatible, match=r"a short message of 655\d\d bytes"):
+        p.decode_request(msgspec.msgpack.encode(record))
+    with pytest.raises(UsageError, match="a match of 419"):
+        p.encode(p.Match(1, bytes(4 << 20), [0], []))
+
+
+@pytest.mark.parametrize("field", [2, 3, 4])
+def test_no_list_is_long_enough_to_hold_the_loop(field: int) -> None:
+    """The length is looked at before anything in it is."""
+    words = ["match", 1, b"", [0], ["x"], [1]]
+    words[field + 1 if field > 2 else 3] = [None] * 100_000
+    with pytest.raises(Incompatible, match="length <= 4096"):
+        p.decode_request(msgspec.msgpack.encode(words))
+
+
+KEYS = bytes(32 * p.MAX_KEYS)
+WIDE = list(range(1, 1 + p.MAX_OBJECTS // p.MAX_KEYS))
+TEMPLATE = p.Template("native", "a/b", "uint8", [1], 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("most", "more", "says"),
+    [
+        (
+            p.Clear(1, KEYS),
+            p.Clear(1, KEYS + bytes(32)),
+            "a clear of 32769 keys; 32768 at most: send",
+        ),
+        (
+            p.Match(1, KEYS, WIDE, []),
+            p.Match(1, KEYS + bytes(32), [0], []),
+            "a match of 32769 keys",
+        ),
+        (
+            p.Lookup(1, KEYS, WIDE),
+            p.Lookup(1, KEYS, [0, *WIDE]),
+            "of 32768 chunks of 9 parts; 262144",
+        ),
+        (
+            p.Clear(1),
+            p.Reserve(1, b"", KEYS + bytes(32), 0, 0, TEMPLATE),
+            "a reserve of 32769 keys",
+        ),
+        (
+            p.Reserve(1, b"", KEYS, p.MAX_KEYS - p.MAX_RESERVED, 0, TEMPLATE),
+            p.Reserve(1, b"", KEYS, p.MAX_KEYS - p.MAX_RESERVED - 1, 0, TEMPLATE),
+            "4097 chunks to reserve; 4096 at most: commit some first",
+        ),
+    ],
+)
+def test_a_request_may_ask_for_so_much_and_no_more(
+    most: p.Request, more: p.Request, says: str
+) -> None:
+    p.check_limits(most)
+    p.encode(most)
+    with pytest.raises(UsageError, match=says):
+        p.check_limits(more)
+
+
+def test_the_longest_answers_fit_into_a_frame() -> None:
+    p.encode(p.Matched(1 << 60, 1 << 60, bytes(p.MAX_KEYS), bytes(8 * p.MAX_OBJECTS)))
+    p.encode(p.Arrived(1 << 60, 1, False, bytes(8 * p.MAX_OBJECTS)))
 
 
 def test_columns() -> None:

@@ -285,3 +285,53 @@ class TestMany:
         for thread in threads:
             thread.join(60)
         assert not wrong
+
+
+class TestLong:
+    MANY = chunk_keys(p.MAX_KEYS + 7, 3)
+
+    def test_many_keys_are_named_by_several_requests(self, node: InProcessNode) -> None:
+        client = node.connect()
+        store(client, KEYS)
+        assert client.lookup([*self.MANY, *KEYS], [0]) == b"\xff" * len(self.MANY) + bytes(3)
+        matched = client.match([*KEYS, *self.MANY], [0], [ORDER]).wait(5)
+        assert matched.tiers == bytes(3)
+        client.release(matched.lease)
+        assert client.lookup([], [0]) == b""
+        assert client.clear([]) == 0
+        assert client.clear([*self.MANY, *KEYS]) == 3
+        assert client.lookup(KEYS, [0]) == b"\xff" * 3
+        client.close()
+
+    def test_a_request_for_too_much_is_refused_in_words(self, node: InProcessNode) -> None:
+        client = node.connect()
+        packed = b"".join(self.MANY)
+        for call in (
+            client.begin(p.Clear, p.Done, packed, []),
+            client.begin(p.Lookup, p.Found, packed, [0]),
+        ):
+            with pytest.raises(UsageError, match="of 32775 keys; 32768 at most: send several"):
+                call.wait(5)
+        with pytest.raises(UsageError, match="4097 chunks to reserve; 4096 at most"):
+            client.reserve(NAMESPACE, self.MANY[:4097], 0, 0, template()).wait(5)
+        with pytest.raises(UsageError, match="a record of"):
+            client.record({"x": "y" * (64 << 10)})
+        assert not client._calls
+        assert client.lookup(KEYS, [0]) == b"\xff" * 3
+        client.close()
+
+    def test_others_are_served_in_the_middle(self, node: InProcessNode) -> None:
+        client, other = node.connect(), node.connect()
+        store(client, KEYS)
+        packed = b"".join(self.MANY[: p.MAX_KEYS])
+        for call in (
+            client.begin(p.Lookup, p.Found, packed, [0, 1, 2, 3]),
+            client.begin(p.Clear, p.Done, packed, []),
+        ):
+            served = 0
+            while not call.ready():
+                assert other.lookup(KEYS, [0]) == bytes(3)
+                served += 1
+            assert served > 2
+        other.close()
+        client.close()

@@ -8,13 +8,13 @@ ends, so nothing that was found can go, and no cap is passed, while others are s
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Generator, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 from kvstrata.errors import UsageError
 from kvstrata.keys import OWNER_BYTES
+from kvstrata.node.common.slices import in_slices
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.movement import Load, Movement, Wanted
 from kvstrata.node.slots.clients import Client
@@ -30,8 +30,10 @@ from kvstrata.wire import protocol as p
 
 SLICE = 1024
 """Rows that host memory knows which one slice takes, and chunks whose use it notes."""
-SLICE_OBJECTS = 128
+SLICE_OBJECTS = 64
 """Objects behind them that one slice looks for and promotes: that costs more."""
+SLICE_LOOKUPS = 512
+"""Objects that one slice of a lookup looks for."""
 SLICE_KEYS = 4096
 """Keys that one slice takes out of the message."""
 
@@ -130,31 +132,41 @@ class Matcher:
         self._counters = counters
 
     def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
-        """Lease the leading chunks that exist, and start to promote those in slower tiers.
+        """Lease the leading chunks that exist, and start to promote those in slower tiers."""
+        return in_slices(self._match(Search(client, message)))
 
-        Answers at once where one slice will do.
-        """
-        search = Search(client, message)
-        if not search.take_in() or not self._step(search) or len(search.tiers) > SLICE:
-            return self._match_on(search)
-        self._note_use(search.keys[: len(search.tiers)])
-        return self._answer(search)
-
-    async def _match_on(self, search: Search) -> p.Matched:
-        """The same in slices."""
+    def _match(self, search: Search) -> Generator[None, None, p.Matched]:
         try:
             while not search.take_in():
-                await asyncio.sleep(0)
+                yield
             while not self._step(search):
-                await asyncio.sleep(0)
+                yield
             # Tails before heads: what is used last is evicted last.
             for stop in range(len(search.tiers), 0, -SLICE):
                 self._note_use(search.keys[max(0, stop - SLICE) : stop])
-                await asyncio.sleep(0)
+                if stop > SLICE:
+                    yield
         except BaseException:
             self.release(search.lease)
             raise
         return self._answer(search)
+
+    def lookup(self, message: p.Lookup) -> p.Found | Awaitable[p.Found]:
+        """Say where each chunk is; changes nothing."""
+        parts, num_keys = tuple(checked_parts(message.parts)), p.count(message.keys, 32)
+        most = max(1, SLICE_LOOKUPS // len(parts))
+
+        def work() -> Generator[None, None, p.Found]:
+            tiers = bytearray()
+            for start in range(0, num_keys, most):
+                if start:
+                    yield
+                for key in p.split(message.keys[32 * start : 32 * (start + most)], 32):
+                    located = self.locate(key, parts)
+                    tiers.append(p.ABSENT if located is None else located.tier)
+            return p.Found(message.id, bytes(tiers))
+
+        return in_slices(work())
 
     def release(self, lease: Lease | None, keep: int = 0) -> None:
         """End a lease but for its first ``keep`` chunks, and what is promoted for nobody else."""

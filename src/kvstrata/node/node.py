@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,8 +22,10 @@ from kvstrata.config import Config, host_capacity_bytes
 from kvstrata.errors import UsageError
 from kvstrata.memory.machine import available_bytes
 from kvstrata.memory.pool import Pool
+from kvstrata.node.clearing import Clearer
 from kvstrata.node.common.background import Tasks
-from kvstrata.node.matching import Matcher, checked_parts
+from kvstrata.node.common.slices import in_slices
+from kvstrata.node.matching import Matcher
 from kvstrata.node.opening import open_backings
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.service.origin import Origin
@@ -31,7 +33,7 @@ from kvstrata.node.service.scrub import scrub
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import LeaseTable
-from kvstrata.node.slots.reservations import ReservationTable
+from kvstrata.node.slots.reservations import Reservation, ReservationTable
 from kvstrata.node.slots.sampling import Sampler
 from kvstrata.node.slots.slot import offsets_of_rows
 from kvstrata.observe.counters import Counters
@@ -91,6 +93,7 @@ class Node:
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
         self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
                                 self._sampler, backings, counters)  # fmt: skip
+        self._clearer = Clearer(self.host, self.reservations, self.movement, backings)
         self._outcomes: set[str] = set()
         self._clock = clock
         self._started = clock()
@@ -148,6 +151,7 @@ class Node:
 
     def handle(self, client: Client, message: p.Request) -> Answer:
         """Answer one request: at once, later, or not at all (see the protocol page)."""
+        p.check_limits(message)
         return self._handlers[type(message)](client, message)
 
     def end(self, client: Client) -> None:
@@ -198,23 +202,23 @@ class Node:
                 raise UsageError("a lease is released on the connection that was granted it")
             self._matcher.release(lease, message.keep)
 
-    def lookup(self, client: Client, message: p.Lookup) -> p.Found:
+    def lookup(self, client: Client, message: p.Lookup) -> p.Found | Awaitable[p.Found]:
         """Say where each chunk is; changes nothing."""
-        parts = tuple(checked_parts(message.parts))
-        tiers = bytearray()
-        for key in p.split(message.keys, 32):
-            located = self._matcher.locate(key, parts)
-            tiers.append(p.ABSENT if located is None else located.tier)
-        return p.Found(message.id, bytes(tiers))
+        return self._matcher.lookup(message)
 
     # writing
 
-    def reserve(self, client: Client, message: p.Reserve) -> p.Reserved:
+    def reserve(self, client: Client, message: p.Reserve) -> p.Reserved | Awaitable[p.Reserved]:
         """Give out slots for the chunks ``prefix[first:]``, head first, as far as there is room."""
-        reservation, offsets = self.reservations.grant(client, message, self._presence)
-        return p.Reserved(message.id, reservation.id, offsets.tobytes())
 
-    def commit(self, client: Client, message: p.Commit) -> p.Done:
+        def work() -> Generator[None, None, p.Reserved]:
+            granted = yield from self.reservations.grant(client, message, self._presence)
+            reservation, offsets = granted
+            return p.Reserved(message.id, reservation.id, offsets.tobytes())
+
+        return in_slices(work())
+
+    def commit(self, client: Client, message: p.Commit) -> p.Done | Awaitable[p.Done]:
         """Publish what was written into reserved slots; the rest of them go back."""
         reservation = self.reservations.get(message.reservation)
         if reservation is None:
@@ -224,7 +228,12 @@ class Node:
         checksums = p.split(message.checksums, 16)
         if len(checksums) != len(reservation.slots):
             raise UsageError(f"{len(reservation.slots)} checksums expected, not {len(checksums)}")
-        written = self.reservations.finish(reservation, checksums)
+        return in_slices(self._commit(reservation, checksums, message.id))
+
+    def _commit(
+        self, reservation: Reservation, checksums: list[bytes], id: int
+    ) -> Generator[None, None, p.Done]:
+        written = yield from self.reservations.finish(reservation, checksums)
         if written:
             last = reservation.prefix.index(written[-1][0])
             origin = Origin(
@@ -238,7 +247,7 @@ class Node:
         for _, slot in written:
             self.host.unhold(slot)
         self.counters.add("stored_objects_total", len(written))
-        return p.Done(message.id, len(written))
+        return p.Done(id, len(written))
 
     # operating
 
@@ -248,35 +257,24 @@ class Node:
         if unknown := set(message.tiers) - names:
             raise UsageError(f"no tier {unknown.pop()!r} here; there are {sorted(names)}")
         tiers = set(message.tiers) or names
-        wanted = None if message.keys is None else set(p.split(message.keys, 32))
-        self.movement.forget(wanted)
-        self.reservations.forget(wanted)
-        count = 0
-        if "host" in tiers:
-            for key in list(self.host.index.keys() if wanted is None else wanted):
-                count += self.host.drop(key)
-        # Out of every index before anybody else is served; only the tiers' own work is awaited.
-        backings = [
-            backing.clear() if wanted is None else backing.drop(wanted)
-            for backing in self.backings
-            if backing.name in tiers
-        ]
+        if message.keys is None:
+            cleared = self._clearer.clear(tiers)
+        else:
+            cleared = self._clearer.drop(message.keys, tiers)
 
         async def finish() -> p.Reply:
-            counts = await asyncio.gather(*backings, return_exceptions=True)
-            total = count
-            for cleared in counts:
-                if isinstance(cleared, BaseException):
-                    raise cleared
-                total += cleared
-            return p.Done(message.id, total)
+            return p.Done(message.id, await cleared)
 
         return finish()
 
     def flush(self, client: Client, message: p.Flush) -> Awaitable[p.Reply]:
         """Answer once what was committed so far has been written behind, or given up."""
 
+        finishing = set(self.reservations.finishing)
+
         async def finish() -> p.Reply:
+            while finishing & self.reservations.finishing:
+                await asyncio.sleep(0)
             await self.movement.flush()
             return p.Done(message.id, 0)
 

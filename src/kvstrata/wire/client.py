@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvstrata import errors
@@ -147,13 +147,14 @@ class NodeClient:
 
         Raises:
             NodeUnavailable: the node has gone.
+            UsageError: it is longer than a request may be.
         """
         call = Call(self, next(self._numbers), reply_type)
         with self._state:
             self._calls[call.id] = call
         try:
             self.send(message_type(call.id, *fields))
-        except NodeUnavailable:
+        except KVStrataError:
             with self._state:
                 self._calls.pop(call.id, None)
             raise
@@ -170,14 +171,15 @@ class NodeClient:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
         Args:
-            keys: of the prompt's chunks, head first.
+            keys: of the prompt's chunks, head first; asks for no more of them than a match may.
             parts: what makes up a chunk.
             orders: the byte orders that the caller can read.
             lengths: payload bytes of each part; without them nothing arrives that a tier keeps
                 encoded, for nobody knows how large it will be.
             owner: `kvstrata.keys.owner_digest` of who asks.
         """
-        return self.begin(p.Match, p.Matched, b"".join(keys), parts, orders, list(lengths), owner)
+        packed = b"".join(keys[: _most_keys(parts)])
+        return self.begin(p.Match, p.Matched, packed, parts, orders, list(lengths), owner)
 
     def await_arrival(self, lease: int, have: int) -> Call:
         """Begin to wait for more than ``have`` chunks of a lease; answers `Arrived`."""
@@ -222,8 +224,12 @@ class NodeClient:
 
     def lookup(self, keys: Sequence[bytes], parts: list[int]) -> bytes:
         """The tier of each chunk, one byte each, 255 where absent."""
-        found: p.Found = self.begin(p.Lookup, p.Found, b"".join(keys), parts).wait(self._timeout_s)
-        return found.tiers
+        tiers = b""
+        for some in _pieces(keys, parts):
+            call = self.begin(p.Lookup, p.Found, b"".join(some), parts)
+            found: p.Found = call.wait(self._timeout_s)
+            tiers += found.tiers
+        return tiers
 
     def clear(
         self,
@@ -231,7 +237,20 @@ class NodeClient:
         tiers: Sequence[str] = (),
         timeout_s: float = 60.0,
     ) -> int:
-        """Forget these chunks, or all; returns the number of objects that went."""
+        """Forget these chunks, or all; returns the number of objects that went.
+
+        Many are cleared by several requests, one after the other: if one fails, those before it
+        have been done.
+        """
+        if keys is None:
+            return self._clear(None, tiers, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        return sum(
+            self._clear(some, tiers, max(0.0, deadline - time.monotonic()))
+            for some in _pieces(keys)
+        )
+
+    def _clear(self, keys: Sequence[bytes] | None, tiers: Sequence[str], timeout_s: float) -> int:
         packed = None if keys is None else b"".join(keys)
         done: p.Done = self.begin(p.Clear, p.Done, packed, list(tiers)).wait(timeout_s)
         return done.count
@@ -443,3 +462,14 @@ def offsets_of(packed: bytes) -> array[int]:
     offsets: array[int] = array("q")
     offsets.frombytes(packed)
     return offsets
+
+
+def _pieces(keys: Sequence[bytes], parts: Sequence[int] = (0,)) -> Iterator[Sequence[bytes]]:
+    """As many keys at a time as one request may name; at least one piece."""
+    most = _most_keys(parts)
+    for start in range(0, max(1, len(keys)), most):
+        yield keys[start : start + most]
+
+
+def _most_keys(parts: Sequence[int]) -> int:
+    return min(p.MAX_KEYS, p.MAX_OBJECTS // max(1, len(parts)))

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 import kvstrata
-from kvstrata.errors import Incompatible
+from kvstrata.errors import Incompatible, UsageError
 from kvstrata.objects import NOBODY
 
 PROTOCOL_VERSION = 2
-MAX_FRAME_BYTES = 64 << 20
+MAX_FRAME_BYTES = 4 << 20
+MAX_SHORT_FRAME_BYTES = 64 << 10
+"""Of the messages that have no column."""
+
+MAX_KEYS = 1 << 15
+"""In a match, a lookup, a clear, and in the prefix of a reservation."""
+MAX_OBJECTS = 1 << 18
+"""Of a match or a lookup: chunks times parts."""
+MAX_RESERVED = 1 << 12
+"""Chunks that one reservation may ask for."""
 
 #: offsets that `Reserved` answers instead of a slot
 PRESENT, BUSY, FULL, REFUSED = -1, -2, -3, -4
@@ -25,6 +34,11 @@ PRESENT, BUSY, FULL, REFUSED = -1, -2, -3, -4
 ARRIVING = -1
 #: the tier byte in `Found` of a chunk that no tier has
 ABSENT = 255
+
+
+# The node's loop must not be held by the decoding of one message; no list is this long.
+_Strings = Annotated[list[str], msgspec.Meta(max_length=4096)]
+_Numbers = Annotated[list[int], msgspec.Meta(max_length=4096)]
 
 
 class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
@@ -44,9 +58,9 @@ class Hello(_Message, tag="hello", frozen=True):
 class Match(_Message, tag="match", frozen=True):
     id: int
     keys: bytes
-    parts: list[int]
-    orders: list[str]
-    lengths: list[int] = msgspec.field(default_factory=list)
+    parts: _Numbers
+    orders: _Strings
+    lengths: _Numbers = msgspec.field(default_factory=list)
     owner: bytes = NOBODY
 
 
@@ -81,7 +95,7 @@ class Template(_Message, frozen=True):
     kind: str
     order: str
     dtype: str
-    shape: list[int]
+    shape: _Numbers
     num_tokens: int
     raw_length: int
 
@@ -118,7 +132,7 @@ class Done(_Message, tag="done", frozen=True):
 class Lookup(_Message, tag="lookup", frozen=True):
     id: int
     keys: bytes
-    parts: list[int]
+    parts: _Numbers
 
 
 class Found(_Message, tag="found", frozen=True):
@@ -129,7 +143,7 @@ class Found(_Message, tag="found", frozen=True):
 class Clear(_Message, tag="clear", frozen=True):
     id: int
     keys: bytes | None = None
-    tiers: list[str] = msgspec.field(default_factory=list)
+    tiers: _Strings = msgspec.field(default_factory=list)
 
 
 class Flush(_Message, tag="flush", frozen=True):
@@ -173,14 +187,54 @@ _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Req
 _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
+# Messages with columns, by how their bytes begin: an array of fewer than 16, then its tag.
+_LONG = tuple(
+    bytes([0xA0 + len(tag)]) + tag
+    for tag in (b"match", b"lookup", b"clear", b"reserve", b"commit",
+                b"matched", b"arrived", b"reserved", b"found", b"state")
+)  # fmt: skip
+
+
+def max_bytes(body: bytes) -> int:
+    """How long a message that begins like this may be."""
+    long = body[:1] <= b"\x9f" and body.startswith(_LONG, 1)
+    return MAX_FRAME_BYTES if long else MAX_SHORT_FRAME_BYTES
+
+
 def encode(message: Request | Reply) -> bytes:
-    """One frame."""
+    """One frame. Raises `UsageError` for what no frame may hold."""
     body = _encoder.encode(message)
+    if len(body) > max_bytes(body):
+        what = type(message).__name__.lower()
+        raise UsageError(f"a {what} of {len(body)} bytes; {max_bytes(body)} at most")
     return _length.pack(len(body)) + body
+
+
+def check_limits(request: Request) -> None:
+    """Raises `UsageError` for a request that asks for too much at once."""
+    keys, num_parts = b"", 0
+    match request:
+        case Match() | Lookup():
+            keys, num_parts = request.keys, len(request.parts)
+        case Clear():
+            keys = request.keys or b""
+        case Reserve():
+            keys = request.prefix
+    what, num_keys = type(request).__name__.lower(), len(keys) // 32
+    if num_keys > MAX_KEYS:
+        raise UsageError(f"a {what} of {num_keys} keys; {MAX_KEYS} at most: send several")
+    if num_keys * num_parts > MAX_OBJECTS:
+        raise UsageError(f"a {what} of {num_keys} chunks of {num_parts} parts; {MAX_OBJECTS} "
+                         "objects at most: ask for fewer chunks")  # fmt: skip
+    if isinstance(request, Reserve) and num_keys - request.first > MAX_RESERVED:
+        raise UsageError(f"{num_keys - request.first} chunks to reserve; {MAX_RESERVED} at most: "
+                         "commit some first")  # fmt: skip
 
 
 def decode_request(body: bytes) -> Request:
     """Raises `Incompatible` for anything that is not a request of this version."""
+    if len(body) > max_bytes(body):
+        raise Incompatible(f"a short message of {len(body)} bytes; {max_bytes(body)} at most")
     try:
         return _request_decoder.decode(body)
     except _UNDECODABLE as error:
@@ -234,7 +288,8 @@ class Frames:
                     raise Incompatible(f"a frame of {length} bytes; {MAX_FRAME_BYTES} at most")
                 if end - start - 4 < length:
                     break
-                body = bytes(self._buffer[start + 4 : start + 4 + length])
+                with memoryview(self._buffer) as view:
+                    body = bytes(view[start + 4 : start + 4 + length])
                 start += 4 + length
                 yield body
         finally:

@@ -19,12 +19,13 @@ from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.streaming import Stream
 from kvstrata.node.service.write_behind import WriteBehind
 from kvstrata.node.slots.host import HostMemory
-from kvstrata.node.slots.leases import LeaseTable
+from kvstrata.node.slots.leases import LeaseTable, is_wanted
 from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import at_level, order_name
 
+CALL_OFF_SLICE = 128
 SPENDABLE = 0.9
 """Of a load's target: the rest is for decoding what came last, and for a link that slows down."""
 
@@ -121,6 +122,8 @@ class Movement:
     ) -> None:
         self.arriving: dict[tuple[bytes, int], Slot] = {}
         self._promotions: dict[Slot, Promotion] = {}
+        self._unwanted: deque[Slot] = deque()
+        self._calling_off = False
         self._host = host
         self._leases = leases
         self._counters = counters
@@ -196,10 +199,11 @@ class Movement:
     def unwanted(self, slots: Iterable[Slot]) -> None:
         """Nobody waits for these promotions any more: those that have not begun are called off."""
         # The last first: what gives up its turn lets one before it have it, which is unwanted too.
-        for slot in reversed(list(slots)):
-            promotion = self._promotions.get(slot)
-            if promotion is not None and not promotion.begun:
-                self._call_off(promotion, "unwanted")
+        self._unwanted.extend(reversed(list(slots)))
+        self._call_off_some()
+        if self._unwanted and not self._calling_off:
+            self._calling_off = True
+            self._tasks.spawn("an end of promotions", self._call_off_rest())
 
     def write_behind(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
         """Queue the published objects of a commit, head first, for every slower tier."""
@@ -253,7 +257,7 @@ class Movement:
             assert slot.rows is not None
             assert one.settled == (slot.state is not SlotState.FILLING)
             if not one.begun:
-                assert any(row.num_leases for row in slot.rows), "a promotion for nobody"
+                assert is_wanted(slot) or slot in self._unwanted, "a promotion for nobody"
                 assert one in waiting or one.stream is not None
         for name, slot in self.arriving.items():
             one = self._promotions[slot]
@@ -277,6 +281,9 @@ class Movement:
             promotion = lane.waiting.popleft()
             if promotion.settled:
                 continue
+            if not is_wanted(promotion.slot):
+                self._call_off(promotion, "unwanted")
+                continue
             if not lane.backing.readable:
                 self._call_off(promotion, "failed")
                 continue
@@ -290,6 +297,19 @@ class Movement:
         if promotion.stream is not None:
             promotion.stream.done(promotion.number)
         self._end(promotion)
+
+    def _call_off_some(self) -> None:
+        for _ in range(min(len(self._unwanted), CALL_OFF_SLICE)):
+            slot = self._unwanted.popleft()
+            promotion = self._promotions.get(slot)
+            if promotion is not None and not promotion.begun and not is_wanted(slot):
+                self._call_off(promotion, "unwanted")
+
+    async def _call_off_rest(self) -> None:
+        while self._unwanted:
+            await asyncio.sleep(0)
+            self._call_off_some()
+        self._calling_off = False
 
     async def _promote(self, lane: Lane, promotion: Promotion) -> None:
         key, part, nbytes, backing, stored = promotion.wanted

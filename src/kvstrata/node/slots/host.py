@@ -11,6 +11,8 @@ is pinned first, so that it keeps its slots while others take their place.
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +22,9 @@ from kvstrata.node.common.index import Index
 from kvstrata.node.slots.room import chunks_to_drop
 from kvstrata.node.slots.slot import Row, Slot, SlotState
 from kvstrata.policies.base import Policy
+
+Rows = dict[tuple[int, ...], dict[bytes, Row]]
+"""By parts, and then by chunk."""
 
 MAX_SHAPES = 16
 """Sets of parts whose rows are kept; those of further ones are made for each lease."""
@@ -44,7 +49,9 @@ class HostMemory:
         self._allocator = SlotAllocator(pool.capacity_bytes)
         # Allocated but not in the index: being filled, or gone and still held.
         self._loose: set[Slot] = set()
-        self._rows: dict[tuple[int, ...], dict[bytes, Row]] = {}
+        self._rows: Rows = {}
+        # What was cleared and has not been given back: its chunks, and the rows there were.
+        self._leaving: deque[tuple[Iterator[tuple[bytes, tuple[object, ...]]], Rows]] = deque()
         self._spared: set[bytes] = set()
         self._spared_once: list[bytes] = []
         # The size that nothing could make room for, how many chunks were looked at for it, and how
@@ -98,9 +105,12 @@ class HostMemory:
             row = rows.get(key)
             if row is not None and (but_of is None or but_of not in row.slots):
                 del rows[key]
-                row.kept = False
-                if row.num_leases:
-                    self.pin(row)
+                self._forget_row(row)
+
+    def _forget_row(self, row: Row) -> None:
+        row.kept = False
+        if row.num_leases:
+            self.pin(row)
 
     def pin(self, row: Row) -> None:
         """Hold each slot of a row until `let_go`."""
@@ -153,6 +163,8 @@ class HostMemory:
                 slot = Slot(offset, nbytes)
                 slot.holds = 1
                 slots.append(slot)
+            elif self._leaving:
+                self.give_back(count)
             elif searched:
                 break
             else:
@@ -210,6 +222,30 @@ class HostMemory:
         slot = self.index.pop(key, part)
         if slot is not None:
             self._retire(slot)
+
+    def clear(self) -> int:
+        """Forget everything, now; how many objects. `give_back` frees their bytes."""
+        count = self.index.num_objects
+        rows, self._rows = self._rows, {}
+        self._leaving.append((iter(self.index.clear().items()), rows))
+        return count
+
+    def give_back(self, num_chunks: int) -> bool:
+        """Free the bytes of so many chunks that were cleared; whether there were any left."""
+        while self._leaving and num_chunks > 0:
+            chunks, shapes = self._leaving[0]
+            for key, flat in itertools.islice(chunks, num_chunks):
+                num_chunks -= 1
+                for rows in shapes.values():
+                    if (row := rows.get(key)) is not None:
+                        self._forget_row(row)
+                for slot in flat[1::2]:
+                    assert isinstance(slot, Slot)
+                    self.index.unclaim(slot.nbytes)
+                    self._retire(slot)
+            if num_chunks > 0:
+                self._leaving.popleft()
+        return bool(self._leaving)
 
     def check_integrity(self, fillers: Iterable[Slot] = ()) -> None:
         """Raise AssertionError unless every byte of the pool is accounted for.

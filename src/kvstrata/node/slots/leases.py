@@ -145,7 +145,7 @@ class LeaseTable:
             row.num_leases -= 1
             if row.num_leases == 0:
                 if row.num_under_way:
-                    unwanted += [slot for slot in row.slots if _is_unwanted(slot)]
+                    unwanted += [s for s in row.slots if s.rows is not None and not is_wanted(s)]
                 else:
                     self._discharge(row)
                 if row.pinned or row.passed_over is not None:
@@ -203,5 +203,6 @@ class LeaseTable:
         row.payer = None
 
 
-def _is_unwanted(slot: Slot) -> bool:
-    return slot.rows is not None and not any(row.num_leases for row in slot.rows)
+def is_wanted(slot: Slot) -> bool:
+    """Whether anybody leases what is being promoted into this slot."""
+    return any(row.num_leases for row in slot.rows or ())

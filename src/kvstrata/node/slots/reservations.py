@@ -10,7 +10,7 @@ import math
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Literal, cast
 
 from kvstrata.errors import UsageError
@@ -25,6 +25,8 @@ NO_PARENT = bytes(32)
 NOT_WRITTEN = bytes(16)
 MAX_WEIGHTS_CHARS = 256
 MAX_COSTS = 256
+GRANT_SLICE = 128
+FINISH_SLICE = 32
 
 
 class Reservation:
@@ -36,8 +38,8 @@ class Reservation:
         UsageError: the request describes objects that cannot exist.
     """
 
-    __slots__ = ("client", "cost", "first", "id", "namespace", "order", "owner", "part", "prefix",
-                 "slots", "template", "unwanted", "weights")  # fmt: skip
+    __slots__ = ("client", "cost", "distinct", "first", "id", "namespace", "order", "owner",
+                 "part", "prefix", "slots", "template", "unwanted", "weights")  # fmt: skip
 
     def __init__(self, id: int, client: Client, message: p.Reserve) -> None:
         self.id = id
@@ -61,7 +63,8 @@ class Reservation:
             raise UsageError(f"a cost of {message.cost} s is not a finite time")
         if len(self.weights) > MAX_WEIGHTS_CHARS:
             raise UsageError(f"an identity of weights of {len(self.weights)} characters")
-        if len(set(self.prefix)) != len(self.prefix):
+        self.distinct = set(self.prefix)
+        if len(self.distinct) != len(self.prefix):
             raise UsageError("no two chunks of a prompt have one key")
         if NO_PARENT in self.prefix:
             raise UsageError("a key of zeros stands for no parent, and for no chunk")
@@ -115,6 +118,7 @@ class ReservationTable:
         self._costs: dict[int, float] = {}
         self._reservations: dict[int, Reservation] = {}
         self._writing: dict[tuple[bytes, int], Reservation] = {}
+        self.finishing: set[Reservation] = set()
         # No number means anything to another node, where a client may come with an old one.
         self._next = int.from_bytes(os.urandom(6), "little") + 1
 
@@ -123,8 +127,8 @@ class ReservationTable:
 
     def grant(
         self, client: Client, message: p.Reserve, presence: Callable[[bytes, int, str], int]
-    ) -> tuple[Reservation, array[int]]:
-        """Give out slots, head first, as far as there is room.
+    ) -> Generator[None, None, tuple[Reservation, array[int]]]:
+        """Give out slots, head first, as far as there is room; in slices.
 
         Args:
             client: who writes.
@@ -138,7 +142,56 @@ class ReservationTable:
             UsageError: the request describes objects that cannot exist.
         """
         reservation = Reservation(self._next, client, message)
+        self._next += 1
         nbytes = stored_bytes(reservation.template.raw_length)
+        self._learn_cost(reservation, nbytes)
+        chunks = reservation.prefix[reservation.first :]
+        answers = array("q")
+        refusal = 0
+        for start in range(0, len(chunks), GRANT_SLICE):
+            if start:
+                yield
+            if client.ended:
+                refusal = p.REFUSED
+            some = chunks[start : start + GRANT_SLICE]
+            refusal = self._grant_some(reservation, some, nbytes, answers, refusal, presence)
+        return reservation, answers
+
+    def _grant_some(
+        self,
+        reservation: Reservation,
+        chunks: list[bytes],
+        nbytes: int,
+        answers: array[int],
+        refusal: int,
+        presence: Callable[[bytes, int, str], int],
+    ) -> int:
+        """Give out slots for the next chunks; why there are no more, or 0."""
+        client, part = reservation.client, reservation.part
+        here = [
+            p.BUSY if (key, part) in self._writing else presence(key, part, reservation.order)
+            for key in chunks
+        ]
+        allowed = 0 if refusal else (self.per_client_bytes - client.reserved_bytes) // nbytes
+        with self._host.sparing(reservation.distinct):
+            slots = self._host.allocate_many(nbytes, min(allowed, here.count(0)))
+        if len(slots) < here.count(0):
+            refusal = refusal or (p.REFUSED if len(slots) == allowed else p.FULL)
+        client.reserved_bytes += len(slots) * nbytes
+        rest = iter(slots)
+        for key, answer in zip(chunks, here, strict=True):
+            slot = None if answer else next(rest, None)
+            reservation.slots.append(slot)
+            if slot is not None:
+                self._writing[key, part] = reservation
+            answers.append(slot.offset if slot is not None else answer or refusal)
+        if slots:
+            client.reservations.add(reservation.id)
+            self._reservations[reservation.id] = reservation
+        return refusal
+
+    def _learn_cost(self, reservation: Reservation, nbytes: int) -> None:
+        """Remember what computing a chunk took, or fill in what it took last time."""
         if reservation.cost:
             self._costs.pop(nbytes, None)
             self._costs[nbytes] = reservation.cost
@@ -146,30 +199,6 @@ class ReservationTable:
                 del self._costs[next(iter(self._costs))]
         else:
             reservation.cost = self._costs.get(nbytes, 0.0)
-        self._next += 1
-        part, order = reservation.part, reservation.order
-        chunks = reservation.prefix[reservation.first :]
-        answers = [
-            p.BUSY if (key, part) in self._writing else presence(key, part, order) for key in chunks
-        ]
-        allowed = (self.per_client_bytes - client.reserved_bytes) // nbytes
-        with self._host.sparing(set(reservation.prefix)):
-            slots = self._host.allocate_many(nbytes, min(allowed, answers.count(0)))
-        refusal = p.REFUSED if len(slots) == allowed else p.FULL
-        client.reserved_bytes += len(slots) * nbytes
-        rest = iter(slots)
-        for number, key in enumerate(chunks):
-            slot = None if answers[number] else next(rest, None)
-            reservation.slots.append(slot)
-            if slot is not None:
-                answers[number] = slot.offset
-                self._writing[key, part] = reservation
-            elif not answers[number]:
-                answers[number] = refusal
-        if slots:
-            client.reservations.add(reservation.id)
-            self._reservations[reservation.id] = reservation
-        return reservation, array("q", answers)
 
     def compute_s(self, nbytes: int) -> float:
         """What computing a chunk takes whose objects need slots of this size; `inf`: unknown."""
@@ -182,67 +211,80 @@ class ReservationTable:
         """A reservation by its number."""
         return self._reservations.get(id)
 
-    def finish(self, reservation: Reservation, checksums: list[bytes]) -> list[tuple[bytes, Slot]]:
+    def finish(
+        self, reservation: Reservation, checksums: list[bytes]
+    ) -> Generator[None, None, list[tuple[bytes, Slot]]]:
         """End a reservation: publish the slots that have a checksum, give back the others.
+
+        In slices, of which the first ends it for everybody else; none if it is short.
 
         Returns:
             What was published, head first; the caller ends the hold on each slot.
         """
-        client, part, first = reservation.client, reservation.part, reservation.first
         written: list[tuple[bytes, Slot]] = []
         now_ns = time.time_ns()
-        client.reservations.discard(reservation.id)
+        reservation.client.reservations.discard(reservation.id)
         del self._reservations[reservation.id]
-        for number, (slot, checksum) in enumerate(
-            zip(reservation.slots, checksums, strict=True), first
-        ):
+        self.finishing.add(reservation)
+        # Tails enter the policy before heads, so that they leave it first.
+        num_done = 0
+        for number in reversed(range(len(reservation.slots))):
+            slot = reservation.slots[number]
             if slot is None:
                 continue
-            key = reservation.prefix[number]
-            del self._writing[key, part]
-            client.reserved_bytes -= slot.nbytes
-            if checksum == NOT_WRITTEN or key in reservation.unwanted:
+            if num_done and num_done % FINISH_SLICE == 0:
+                yield
+            num_done += 1
+            reservation.slots[number] = None
+            key = reservation.prefix[reservation.first + number]
+            del self._writing[key, reservation.part]
+            reservation.client.reserved_bytes -= slot.nbytes
+            if checksums[number] == NOT_WRITTEN or key in reservation.unwanted:
                 self._host.discard(slot)
                 self._host.unhold(slot)
             else:
-                header = reservation.header(number, checksum, now_ns)
-                view = self._host.pool.view(slot.offset, slot.nbytes)
-                view[:HEADER_BYTES] = header.encode()
-                view[HEADER_BYTES + header.stored_length :] = bytes(
-                    slot.nbytes - HEADER_BYTES - header.stored_length
-                )
+                header = reservation.header(reservation.first + number, checksums[number], now_ns)
+                self._publish(reservation, key, slot, header)
                 written.append((key, slot))
-        # Tails enter the policy before heads, so that they leave it first.
-        for key, slot in reversed(written):
-            self._host.publish(key, part, slot, reservation.order, reservation.cost)
+        self.finishing.discard(reservation)
         if written:
-            self._host.index.touch(reservation.prefix[:first])
-        return written
+            self._host.index.touch(reservation.prefix[: reservation.first])
+        return written[::-1]
+
+    def _publish(
+        self, reservation: Reservation, key: bytes, slot: Slot, header: ObjectHeader
+    ) -> None:
+        view = self._host.pool.view(slot.offset, slot.nbytes)
+        view[:HEADER_BYTES] = header.encode()
+        padding = slot.nbytes - HEADER_BYTES - header.stored_length
+        view[HEADER_BYTES + header.stored_length :] = bytes(padding)
+        self._host.publish(key, reservation.part, slot, reservation.order, reservation.cost)
 
     def abort(self, reservation: Reservation) -> None:
         """End a reservation unwritten."""
-        self.finish(reservation, [NOT_WRITTEN] * len(reservation.slots))
+        for _ in self.finish(reservation, [NOT_WRITTEN] * len(reservation.slots)):
+            pass
 
     def forget(self, keys: set[bytes] | None) -> None:
         """Publish nothing of what is being written of these chunks (None: of all)."""
-        for reservation in self._reservations.values():
-            chunks = reservation.prefix[reservation.first :]
-            reservation.unwanted.update(chunks if keys is None else keys & set(chunks))
+        for (key, _), reservation in self._writing.items():
+            if keys is None or key in keys:
+                reservation.unwanted.add(key)
 
     def filling(self) -> Iterable[Slot]:
         """The slots that clients are filling."""
-        for reservation in self._reservations.values():
+        for reservation in (*self._reservations.values(), *self.finishing):
             yield from (slot for slot in reservation.slots if slot is not None)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every reservation is counted once."""
         writing = set()
         reserved: dict[Client, int] = {}
-        for reservation in self._reservations.values():
+        for reservation in (*self._reservations.values(), *self.finishing):
             client = reservation.client
-            assert reservation.id in client.reservations
+            assert (reservation.id in client.reservations) == (reservation not in self.finishing)
             chunks = reservation.prefix[reservation.first :]
-            for key, slot in zip(chunks, reservation.slots, strict=True):
+            for key, slot in zip(chunks, reservation.slots, strict=False):
                 if slot is not None:
                     writing.add((key, reservation.part))
                     assert self._writing.get((key, reservation.part)) is reservation

@@ -1,0 +1,326 @@
+"""Long requests are answered in slices: others are served meanwhile, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Generator
+from typing import Any
+
+import pytest
+from tests.support import nodes
+from tests.support.nodes import (
+    ORDER,
+    RAW,
+    SLOT,
+    GatedTier,
+    at_once,
+    chunk_keys,
+    clear,
+    flush,
+    make_node,
+    match,
+    on_node,
+    release,
+    reserve,
+    until,
+)
+
+from kvstrata.node import clearing, matching
+from kvstrata.node.common.slices import in_slices
+from kvstrata.node.node import Node
+from kvstrata.node.service import movement
+from kvstrata.node.slots import reservations
+from kvstrata.node.slots.clients import Client
+from kvstrata.tiers.memory import MemoryTier
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
+
+ME, YOU = "pid 1", "pid 2"
+KEYS = chunk_keys(40)
+
+
+@pytest.fixture(autouse=True)
+def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few chunks are many."""
+    monkeypatch.setattr(matching, "SLICE", 4)
+    monkeypatch.setattr(matching, "SLICE_OBJECTS", 3)
+    monkeypatch.setattr(matching, "SLICE_LOOKUPS", 4)
+    monkeypatch.setattr(matching, "SLICE_KEYS", 8)
+    monkeypatch.setattr(clearing, "SLICE", 4)
+    monkeypatch.setattr(reservations, "GRANT_SLICE", 4)
+    monkeypatch.setattr(reservations, "FINISH_SLICE", 3)
+
+
+async def later(answer: Any) -> Any:
+    assert isinstance(answer, Awaitable), "it was one slice"
+    return await answer
+
+
+def begin_match(node: Node, client: Client, keys: list[bytes]) -> asyncio.Future[p.Matched]:
+    answer = node.match(client, p.Match(1, b"".join(keys), [0], [ORDER], [RAW]))
+    assert isinstance(answer, Awaitable)
+    return asyncio.ensure_future(answer)
+
+
+async def some_of_it(client: Client) -> None:
+    """Let a match go on until it has leased something."""
+    while not client.leased_bytes:
+        await asyncio.sleep(0)
+
+
+async def store(node: Node, client: Client, keys: list[bytes]) -> int:
+    request = p.Reserve(1, nodes.NAMESPACE, b"".join(keys), 0, 0, nodes.template())
+    reserved = await later(at_once(node.reserve(client, request)))
+    offsets = list(offsets_of(reserved.offsets))
+    sums = nodes.write(node, keys, offsets)
+    done: p.Done = await later(
+        at_once(node.commit(client, p.Commit(1, reserved.reservation, b"".join(sums))))
+    )
+    return done.count
+
+
+def test_everything_in_slices() -> None:
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS) == 40
+        await flush(node, me)
+        found = await later(node.lookup(me, p.Lookup(1, b"".join([*KEYS, bytes(32)]), [0])))
+        assert found.tiers == bytes(40) + b"\xff"
+        matched = await begin_match(node, me, KEYS)
+        assert matched.tiers == bytes(40)
+        assert min(offsets_of(matched.offsets)) >= 0
+        node.check_integrity()
+        release(node, me, matched.lease)
+        assert await clear(node, me, KEYS[3:], ["host"]) == 37
+        matched = await begin_match(node, me, KEYS)
+        assert matched.tiers == bytes(3) + b"\1" * 37
+        node.check_integrity()
+        arrived = await nodes.arrive(node, me, matched.lease, 39)
+        assert arrived.ready == 40
+        assert nodes.stored_payload(node, *offsets_of(arrived.offsets)) == nodes.payload(KEYS[-1])
+        release(node, me, matched.lease)
+        assert await clear(node, me) == 80
+        assert node.host.allocated_bytes == 0
+        assert await later(node.lookup(me, p.Lookup(1, b"".join(KEYS), [0]))) == p.Found(
+            1, b"\xff" * 40
+        )
+
+    on_node(test, slots=40, tier=MemoryTier())
+
+
+def test_a_match_leases_as_it_goes() -> None:
+    """What was found cannot be evicted, nor can two pass a cap together."""
+
+    async def test(node: Node) -> None:
+        me, you = Client(ME), Client(YOU)
+        assert await store(node, me, KEYS[:20]) == 20
+        first = begin_match(node, me, KEYS[:20])
+        second = begin_match(node, you, KEYS[:20])
+        await some_of_it(me)
+        assert me.leased_bytes < 20 * SLOT
+        node.check_integrity()
+        # A writer takes all that is left: of what is not leased yet the tail goes.
+        assert min(reserve(node, you, chunk_keys(1, 9))[1]) >= 0
+        assert min(reserve(node, you, chunk_keys(4, 8))[1]) >= 0
+        matched = await first
+        node.check_integrity()
+        assert matched.tiers == bytes(15)
+        assert (await second).tiers == bytes(15)
+        assert me.leased_bytes + you.leased_bytes == 15 * SLOT
+
+    on_node(test, slots=20)
+
+
+def test_a_client_that_dies_in_the_middle_keeps_nothing() -> None:
+    async def test(node: Node) -> None:
+        me, dead = Client(ME), Client(YOU)
+        assert await store(node, me, KEYS) == 40
+        begun = begin_match(node, dead, KEYS)
+        await some_of_it(dead)
+        node.end(dead)
+        assert (await begun).lease == 0
+        assert (dead.leased_bytes, node.leases.leased_bytes, len(node.leases)) == (0, 0, 0)
+        node.check_integrity()
+        dead = Client(YOU)
+        request = p.Reserve(1, nodes.NAMESPACE, b"".join(chunk_keys(9, 9)), 0, 0, nodes.template())
+        begun_reserve = at_once(node.reserve(dead, request))
+        assert dead.reserved_bytes
+        node.end(dead)
+        reserved = await later(begun_reserve)
+        assert list(offsets_of(reserved.offsets))[4:] == [p.REFUSED] * 5
+        assert (dead.reserved_bytes, len(node.reservations)) == (0, 0)
+        node.check_integrity()
+
+    on_node(test, slots=60)
+
+
+def test_a_commit_is_seen_as_it_goes_and_ends_once() -> None:
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        request = p.Reserve(1, nodes.NAMESPACE, b"".join(KEYS[:10]), 0, 0, nodes.template())
+        reserved = await later(at_once(node.reserve(me, request)))
+        offsets = list(offsets_of(reserved.offsets))
+        sums = b"".join(nodes.write(node, KEYS[:10], offsets))
+        committing = asyncio.ensure_future(
+            later(at_once(node.commit(me, p.Commit(1, reserved.reservation, sums))))
+        )
+        assert at_once(node.commit(me, p.Commit(2, reserved.reservation, sums))).count == 0
+        node.check_integrity()
+        # Tails come first, so that they leave first; a head that is not there is no match.
+        assert [node.host.get(key, 0) is not None for key in KEYS[:10]] == [False] * 7 + [True] * 3
+        assert match(node, me, KEYS[:2]).lease == 0
+        flushed = asyncio.ensure_future(flush(node, me))
+        # What is cleared before it is published is not published.
+        assert await clear(node, me, [KEYS[0], KEYS[8]]) == 1
+        node.end(me)  # too late to take the commit back
+        await flushed
+        assert node.backings[0].index.num_objects == 8
+        done: p.Done = await committing
+        assert done.count == 9
+        assert [node.host.get(key, 0) is not None for key in KEYS[:10]] == [
+            number not in (0, 8) for number in range(10)
+        ]
+
+    on_node(test, slots=20, tier=MemoryTier())
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_clear_is_exact_whatever_is_asked_meanwhile(chosen: bool) -> None:
+    """Each chunk goes in all tiers at once, and at the end all of them have gone."""
+    draw = random.Random(3)
+
+    async def test(node: Node) -> None:
+        me, you = Client(ME), Client(YOU)
+        assert await store(node, me, KEYS) == 40
+        await flush(node, me)
+        leased = await begin_match(node, you, KEYS[:5])
+        clearing = asyncio.ensure_future(clear(node, me, KEYS if chosen else None))
+        others: list[int] = []
+        while not clearing.done():
+            await asyncio.sleep(0)
+            node.check_integrity()
+            key = draw.choice(KEYS)
+            if matched := match(node, me, [key]).lease:
+                assert chosen
+                assert node.host.get(key, 0) is not None
+                release(node, me, matched)
+            others += [
+                one for one in reserve(node, you, chunk_keys(1, len(others) + 1))[1] if one >= 0
+            ]
+        assert clearing.result() == 80
+        assert await later(node.lookup(me, p.Lookup(1, b"".join(KEYS), [0]))) == p.Found(
+            1, b"\xff" * 40
+        )
+        assert others
+        assert node.host.allocated_bytes == (5 + len(others)) * SLOT
+        for number, offset in enumerate(offsets_of(leased.offsets)):
+            assert nodes.stored_payload(node, offset) == nodes.payload(KEYS[number])
+        release(node, you, leased.lease)
+        assert node.host.allocated_bytes == len(others) * SLOT
+
+    on_node(test, slots=80, tier=MemoryTier())
+
+
+def test_room_that_a_clear_has_yet_to_give_back_is_there_for_who_needs_it() -> None:
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS) == 40
+        clearing = node.clear(me, p.Clear(1))
+        assert node.host.allocated_bytes == 40 * SLOT
+        assert min(reserve(node, me, chunk_keys(4, 9))[1]) >= 0
+        node.check_integrity()
+        assert await clearing == p.Done(1, 40)
+        assert node.host.allocated_bytes == 4 * SLOT
+
+    on_node(test, slots=40)
+
+
+def test_promotions_in_slices_are_one_load() -> None:
+    """So that its levels are chosen for all that is left of it."""
+    tier = GatedTier()
+
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS) == 40
+        await flush(node, me)
+        await clear(node, me, tiers=["host"])
+        node.backings[0].load_target_s = 100.0
+        tier.shut("read")
+        matched = await begin_match(node, me, KEYS)
+        lane = node.movement._lanes[node.backings[0].name]
+        (stream,) = lane.streams
+        assert len(stream._sizes) == 40
+        tier.open()
+        assert (await nodes.arrive(node, me, matched.lease, 39)).ready == 40
+        await until(lambda: stream.ended)
+
+    on_node(test, slots=40, tier=tier)
+
+
+def test_many_promotions_are_called_off_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them begins meanwhile, and what is wanted again goes on."""
+    monkeypatch.setattr(movement, "CALL_OFF_SLICE", 5)
+    tier = GatedTier()
+
+    async def test(node: Node) -> None:
+        me, you = Client(ME), Client(YOU)
+        assert await store(node, me, KEYS) == 40
+        await flush(node, me)
+        await clear(node, me, tiers=["host"])
+        tier.shut("read")
+        matched = await begin_match(node, me, KEYS)
+        release(node, me, matched.lease)
+        node.check_integrity()
+        assert node.counters.get("promotions_total", outcome="unwanted") == 5
+        again = match(node, you, KEYS[:3])
+        tier.open()
+        assert (await nodes.arrive(node, you, again.lease, 2)).ready == 3
+        await until(lambda: not list(node.movement.under_way()))
+        assert node.counters.get("promotions_total", outcome="unwanted") == 37
+        assert node.host.allocated_bytes == 3 * SLOT
+        assert me.leased_bytes + you.leased_bytes == 3 * SLOT
+
+    on_node(test, slots=40, tier=tier)
+
+
+def test_work_in_one_slice_is_done_at_once_and_errors_are_raised() -> None:
+    def short() -> Generator[None, None, int]:
+        if not KEYS:
+            yield
+        return 7
+
+    def long(fail: bool) -> Generator[None, None, int]:
+        for _ in range(3):
+            done.append("a slice")
+            yield
+        if fail:
+            raise ValueError("in the end")
+        return 8
+
+    async def run() -> None:
+        assert in_slices(short()) == 7
+        assert await later(in_slices(long(False))) == 8
+        with pytest.raises(ValueError, match="in the end"):
+            await later(in_slices(long(True)))
+
+    done: list[str] = []
+    asyncio.run(run())
+    assert len(done) == 6
+
+
+def test_a_match_that_is_called_off_leaves_nothing() -> None:
+    async def main() -> None:
+        node = make_node(40)
+        await node.start()
+        me = Client(ME)
+        assert await store(node, me, KEYS) == 40
+        begun = begin_match(node, me, KEYS)
+        await some_of_it(me)
+        begun.cancel()
+        await asyncio.gather(begun, return_exceptions=True)
+        assert (me.leased_bytes, len(node.leases)) == (0, 0)
+        node.check_integrity()
+        await node.stop()
+
+    asyncio.run(main())
