@@ -71,11 +71,11 @@ async def some_of_it(client: Client) -> None:
 
 async def store(node: Node, client: Client, keys: list[bytes]) -> int:
     request = p.Reserve(1, nodes.NAMESPACE, b"".join(keys), 0, 0, nodes.template())
-    reserved = await later(at_once(node.reserve(client, request)))
+    reserved = await later(node.reserve(client, request))
     offsets = list(offsets_of(reserved.offsets))
     sums = nodes.write(node, keys, offsets)
     done: p.Done = await later(
-        at_once(node.commit(client, p.Commit(1, reserved.reservation, b"".join(sums))))
+        node.commit(client, p.Commit(1, reserved.reservation, b"".join(sums)))
     )
     return done.count
 
@@ -144,7 +144,7 @@ def test_a_client_that_dies_in_the_middle_keeps_nothing() -> None:
         node.check_integrity()
         dead = Client(YOU)
         request = p.Reserve(1, nodes.NAMESPACE, b"".join(chunk_keys(9, 9)), 0, 0, nodes.template())
-        begun_reserve = at_once(node.reserve(dead, request))
+        begun_reserve = node.reserve(dead, request)
         assert dead.reserved_bytes
         node.end(dead)
         reserved = await later(begun_reserve)
@@ -159,11 +159,11 @@ def test_a_commit_is_seen_as_it_goes_and_ends_once() -> None:
     async def test(node: Node) -> None:
         me = Client(ME)
         request = p.Reserve(1, nodes.NAMESPACE, b"".join(KEYS[:10]), 0, 0, nodes.template())
-        reserved = await later(at_once(node.reserve(me, request)))
+        reserved = await later(node.reserve(me, request))
         offsets = list(offsets_of(reserved.offsets))
         sums = b"".join(nodes.write(node, KEYS[:10], offsets))
         committing = asyncio.ensure_future(
-            later(at_once(node.commit(me, p.Commit(1, reserved.reservation, sums))))
+            later(node.commit(me, p.Commit(1, reserved.reservation, sums)))
         )
         assert at_once(node.commit(me, p.Commit(2, reserved.reservation, sums))).count == 0
         node.check_integrity()
