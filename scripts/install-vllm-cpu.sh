@@ -12,7 +12,9 @@ pip=("$venv/bin/pip" install --quiet)
 "$venv/bin/python" scripts/check_system.py --for engine
 
 if ! "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("vllm"))'; then
-    # 1. torch: the version vLLM's compiled parts were built with.
+    # 1. torch: the version vLLM's compiled parts were built with, before anything that depends on
+    #    it draws in another. Where pip's configured index also offers 2.13.0+cpu, pip prefers that,
+    #    which is enough here and much smaller.
     "${pip[@]}" torch==2.13.0
     # 2. vLLM without its dependencies: it asks for torchvision, torchaudio and torchcodec, which
     #    have no CPU build and are not needed to serve text.

@@ -235,5 +235,5 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"calibrating needs the package {name}: pip install 'kvstrata[transformers]'"
+            f"calibrating needs the package {name}: pip install 'kvstrata[quality]'"
         ) from error

@@ -239,7 +239,7 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"measuring quality needs {name}: pip install 'kvstrata[transformers]'"
+            f"measuring quality needs {name}: pip install 'kvstrata[quality]'"
         ) from error
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from kvstrata.codecs.base import Payload
 from kvstrata.codecs.fp8 import Fp8
@@ -23,6 +23,11 @@ class TestFp8(CodecContract):
     min_ratio = 1.95
 
 
+@pytest.fixture
+def torch() -> Any:
+    return pytest.importorskip("torch", reason="torch is not installed")
+
+
 def _through(numbers: np.ndarray) -> np.ndarray:
     """Numbers of one token, whose largest is 256: so the scale is 2."""
     payload = Payload((1, 1, 1, 1, len(numbers)), "float32")
@@ -30,7 +35,7 @@ def _through(numbers: np.ndarray) -> np.ndarray:
     return as_numbers(payload, decoded(Fp8(), payload, encoded(Fp8(), payload, raw))).reshape(-1)
 
 
-def test_every_code_is_what_torch_says() -> None:
+def test_every_code_is_what_torch_says(torch: Any) -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     numbers = codes.view(torch.float8_e4m3fn).float()
     numbers = numbers[numbers.abs() < 256].numpy()
@@ -38,7 +43,7 @@ def test_every_code_is_what_torch_says() -> None:
     assert (_through(np.append(numbers, 255)) == np.append(numbers, 256)).all()
 
 
-def test_rounding_is_to_nearest_and_halves_to_even() -> None:
+def test_rounding_is_to_nearest_and_halves_to_even(torch: Any) -> None:
     codes = torch.arange(0x78, dtype=torch.uint8)
     numbers = codes.view(torch.float8_e4m3fn).float().numpy()
     middles = (numbers[1:] + numbers[:-1]) / 2
@@ -49,7 +54,7 @@ def test_rounding_is_to_nearest_and_halves_to_even() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_the_largest_numbers_stay_finite(dtype: str) -> None:
+def test_the_largest_numbers_stay_finite(dtype: str, torch: Any) -> None:
     payload = Payload((1, 2, 1, 4, 8), dtype)
     largest = torch.finfo(getattr(torch, dtype)).max
     raw = torch.full(payload.shape, largest, dtype=getattr(torch, dtype)).view(torch.uint8)
