@@ -130,13 +130,14 @@ def test_a_node_has_the_cores_of_its_engine_and_not_of_one_thread(operator_binds
         "import os, subprocess, sys; "
         f"child = 'import os; os.sched_setaffinity(0, {{{first}}}); "
         'import subprocess, sys; subprocess.run([sys.executable, "-c", sys.argv[1]])\'; '
-        "node = 'from kvstrata.node.process.cores import given_cores; print(given_cores())'; "
+        "node = 'from kvstrata.cores import given_cores; print(given_cores())'; "
         "subprocess.run([sys.executable, '-c', child, node])"
     )
+    # As a script starts an engine: the shell has all cores, and is in the same process group.
+    cores = ",".join(map(str, given))
     said = subprocess.run(
-        [sys.executable, "-c", code],
+        ["sh", "-c", f"taskset -c {cores} '{sys.executable}' -c \"$1\"; true", "sh", code],
         start_new_session=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, given),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         capture_output=True,
         text=True,

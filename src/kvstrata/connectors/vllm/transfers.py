@@ -19,6 +19,7 @@ from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address, paylo
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pace import Rate
 from kvstrata.connectors.vllm.pages import Pages
+from kvstrata.cores import given_cores
 from kvstrata.errors import CorruptObject, DeadlineExceeded, KVStrataError, NodeUnavailable
 from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.wire import protocol as p
@@ -104,10 +105,10 @@ class Transfers:
         self._rank = rank
         self._world = world
         self._deadlines = deadlines
-        self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", _use_all_cores)
+        self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", _use_given_cores)
         # What waits for a slower tier must not hold up what is there.
-        self._awaiting = ThreadPoolExecutor(NUM_AWAITING_THREADS, "kvstrata-wait", _use_all_cores)
-        self._storing = ThreadPoolExecutor(1, "kvstrata-store", _use_all_cores)
+        self._awaiting = ThreadPoolExecutor(NUM_AWAITING_THREADS, "kvstrata-wait", _use_given_cores)
+        self._storing = ThreadPoolExecutor(1, "kvstrata-store", _use_given_cores)
         self._jobs: list[StoreJob] = []
         self._changed = threading.Condition()
         self._num_loading = 0
@@ -354,9 +355,9 @@ def _of_node(client: NodeClient | None, load: Load) -> NodeClient:
     return client
 
 
-def _use_all_cores() -> None:
+def _use_given_cores() -> None:
     """vLLM binds the worker's main thread to one core, and threads inherit that."""
     try:
-        os.sched_setaffinity(threading.get_native_id(), range(os.cpu_count() or 1))
+        os.sched_setaffinity(threading.get_native_id(), given_cores())
     except OSError:
         logger.debug("KVStrata: a copy thread keeps to the engine's core")

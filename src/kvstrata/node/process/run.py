@@ -22,10 +22,10 @@ from pathlib import Path
 import uvloop
 
 from kvstrata.config import Config, load_config
+from kvstrata.cores import given_cores
 from kvstrata.errors import KVStrataError
 from kvstrata.keys import load_secret
 from kvstrata.node.node import Node
-from kvstrata.node.process.cores import given_cores
 from kvstrata.node.process.server import Server
 from kvstrata.wire.sockets import beside, prepare_folder, remove_dead, socket_path
 

@@ -1,7 +1,8 @@
-"""Which cores an on-demand node may use: those that its engine's operator gave the engine.
+"""Which cores an engine's node and copies may use: those that its operator gave the engine.
 
 An engine binds threads of its own to single cores, and what such a thread starts inherits that. The
-operator's will, say a `taskset`, shows in the engine's process group: the widest of its threads.
+operator's will, say a `taskset`, shows in the widest of the engine's threads, those of its processes
+that started the one which starts the node included.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 def given_cores() -> set[int]:
-    """Cores of all threads of this process and its ancestors, within its process group."""
+    """Cores of all threads of this process and of those it comes from, as far as they are ours."""
     cores = os.sched_getaffinity(0)
     for pid in _ancestors():
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -23,9 +24,10 @@ def given_cores() -> set[int]:
 
 
 def _ancestors() -> Iterator[int]:
-    pid, group = os.getppid(), os.getpgrp()
+    """Upwards, while it is the same program: beyond that is who started the engine, a shell say."""
+    program, pid = os.readlink("/proc/self/exe"), os.getppid()
     with contextlib.suppress(OSError, ValueError):
-        while pid > 0 and os.getpgid(pid) == group:
+        while os.readlink(f"/proc/{pid}/exe") == program:
             yield pid
             # The name in parentheses may hold anything; state and parent follow it.
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
