@@ -1,8 +1,8 @@
 """Which cores an engine's node and copies may use: those that its operator gave the engine.
 
 An engine binds threads of its own to single cores, and what such a thread starts inherits that. The
-operator's will, say a `taskset`, shows in the widest of the engine's threads, those of its processes
-that started the one which starts the node included.
+operator's will, say a `taskset`, shows in the widest of the engine's threads, and of those of the
+processes that it comes from.
 """
 
 from __future__ import annotations
