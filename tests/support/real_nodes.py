@@ -58,9 +58,7 @@ def on_real_node(
 def store(node: Node, weights: str = "") -> int:
     """Store all chunks that the node says it needs; how many."""
     reserved = at_once(
-        at_once(
-            node.reserve(ME, p.Reserve(1, NAMESPACE, b"".join(KEYS), 0, 0, TEMPLATE, 0.05, weights))
-        )
+        node.reserve(ME, p.Reserve(1, NAMESPACE, b"".join(KEYS), 0, 0, TEMPLATE, 0.05, weights))
     )
     sums = []
     for number, offset in enumerate(offsets_of(reserved.offsets)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterable
 
+from kvstrata.errors import TierUnavailable
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.slots.host import HostMemory
@@ -88,9 +89,12 @@ class Clearer:
 
 async def _total(counts: list[Awaitable[int]]) -> int:
     """The sum of what they answer, once all of them have; or the first failure."""
-    total = 0
-    for answer in await asyncio.gather(*counts, return_exceptions=True):
-        if isinstance(answer, BaseException):
-            raise answer
-        total += answer
+    total, failure = 0, None
+    for answer in counts:  # which are under way side by side
+        try:
+            total += await answer
+        except TierUnavailable as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
     return total

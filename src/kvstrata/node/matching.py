@@ -32,7 +32,7 @@ SLICE = 1024
 """Rows that host memory knows which one slice takes, and chunks whose use it notes."""
 SLICE_OBJECTS = 64
 """Objects behind them that one slice looks for and promotes: that costs more."""
-SLICE_LOOKUPS = 512
+SLICE_LOOKUPS = 256
 """Objects that one slice of a lookup looks for."""
 SLICE_KEYS = 4096
 """Keys that one slice takes out of the message."""

@@ -27,6 +27,8 @@ from kvstrata.wire import protocol as p
 RECEIVE_BYTES = 1 << 20
 # What may wait here for a node that takes no messages, before it counts as gone for new ones.
 MAX_UNSENT_BYTES = 1 << 20
+# Of a long clear or lookup: fewer than a request may name, and each is back soon.
+PIECE_KEYS = 4096
 CLOSE_S = 0.25
 TEND_S = 0.05
 # What is never refused: a lease or reservation that is not given back is held for good.
@@ -465,8 +467,8 @@ def offsets_of(packed: bytes) -> array[int]:
 
 
 def _pieces(keys: Sequence[bytes], parts: Sequence[int] = (0,)) -> Iterator[Sequence[bytes]]:
-    """As many keys at a time as one request may name; at least one piece."""
-    most = _most_keys(parts)
+    """The keys of one request after the other; at least one piece."""
+    most = min(PIECE_KEYS, _most_keys(parts))
     for start in range(0, max(1, len(keys)), most):
         yield keys[start : start + most]
 

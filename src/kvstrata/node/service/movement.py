@@ -277,7 +277,9 @@ class Movement:
 
     def _pump(self, lane: Lane) -> None:
         """Begin as many promotions as may be under way; none while the tier is left alone."""
-        while lane.waiting and len(lane.busy) < lane.backing.num_threads:
+        for _ in range(CALL_OFF_SLICE):
+            if not lane.waiting or len(lane.busy) >= lane.backing.num_threads:
+                return
             promotion = lane.waiting.popleft()
             if promotion.settled:
                 continue
@@ -290,6 +292,8 @@ class Movement:
             promotion.begun = True
             lane.busy.add(promotion)
             self._tasks.spawn("a promotion", self._promote(lane, promotion))
+        # So many were called off that others shall be served first.
+        asyncio.get_running_loop().call_soon(self._pump, lane)
 
     def _call_off(self, promotion: Promotion, outcome: str) -> None:
         """End a promotion that has not begun."""

@@ -23,6 +23,9 @@ from kvstrata.parts import identity
 logger = logging.getLogger(__name__)
 
 
+STRIKE_SLICE = 256
+
+
 class _Commit:
     """The objects of one commit on their way into the tier."""
 
@@ -63,6 +66,8 @@ class WriteBehind:
         self._counters = counters
         self._tasks = tasks
         self._queue: deque[_Job] = deque()
+        self._struck: deque[_Job] = deque()  # forgotten, and still to be let go
+        self._striking = False
         self._jobs: set[_Job] = set()
         self._num_writers = 0
         self._flushes: list[tuple[set[_Job], asyncio.Future[None]]] = []
@@ -94,10 +99,26 @@ class WriteBehind:
 
     def forget(self, keys: set[bytes] | None) -> None:
         """Write nothing that has not begun of these chunks (None: of all)."""
-        for job in [job for job in self._queue if keys is None or job.key in keys]:
-            self._queue.remove(job)
+        queue, self._queue = self._queue, deque()
+        for job in queue:
+            struck = keys is None or job.key in keys
+            (self._struck if struck else self._queue).append(job)
+        self._strike_some()
+        if self._struck and not self._striking:
+            self._striking = True
+            self._tasks.spawn("an end of writes", self._strike_rest())
+
+    def _strike_some(self) -> None:
+        for _ in range(min(len(self._struck), STRIKE_SLICE)):
+            job = self._struck.popleft()
             self._settle(job)
             self._let_go(job)
+
+    async def _strike_rest(self) -> None:
+        while self._struck:
+            await asyncio.sleep(0)
+            self._strike_some()
+        self._striking = False
 
     def flush(self) -> asyncio.Future[None]:
         """Done once what is queued now has been written, or given up."""

@@ -145,7 +145,11 @@ class LeaseTable:
             row.num_leases -= 1
             if row.num_leases == 0:
                 if row.num_under_way:
-                    unwanted += [s for s in row.slots if s.rows is not None and not is_wanted(s)]
+                    unwanted += [
+                        slot
+                        for slot in row.slots
+                        if slot.rows is not None and (len(slot.rows) == 1 or not is_wanted(slot))
+                    ]
                 else:
                     self._discharge(row)
                 if row.pinned or row.passed_over is not None:
