@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -521,8 +522,9 @@ class TestPriority:
         used = set()
         for _ in range(50):
             used.add(threads.submit(threading.get_ident).result(10))
+            deadline = time.monotonic() + 10
             while not threads._idle:  # it has answered, and is about to wait for more
-                pass
+                assert time.monotonic() < deadline
         assert len(used) == 1
         threads.close()
 

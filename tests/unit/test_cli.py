@@ -29,6 +29,7 @@ from kvstrata.config import Config, DiskConfig, load_config
 from kvstrata.errors import ConfigError, TierUnavailable
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
+from kvstrata.node.service.probe import PROBE_KEY
 from kvstrata.wire import protocol as p
 from kvstrata.wire.sockets import beside, socket_path
 
@@ -134,7 +135,8 @@ def objects(serving: Serving) -> list[int]:
 def stored_files(serving: Serving) -> list[Path]:
     disk = serving.config.tier("disk")
     assert isinstance(disk, DiskConfig)
-    return sorted(disk.path.glob("objects/*/*.kvo"))
+    paths = sorted(disk.path.glob("objects/*/*.kvo"))
+    return [path for path in paths if not path.name.startswith(PROBE_KEY.hex())]
 
 
 # joining

@@ -157,7 +157,7 @@ class Backing(ABC):
         """An object could not be read: it was not there, or the tier failed with it."""
 
     @abstractmethod
-    def _learn(self, key: bytes, part: int, seen: int | None, header: ObjectHeader) -> None:
+    def _learn(self, key: bytes, part: int, header: ObjectHeader) -> None:
         """An object was read; this is its header, as it is raw."""
 
     @abstractmethod
@@ -295,7 +295,7 @@ class Backing(ABC):
         else:
             self._health.worked()
             self._counters.add("tier_read_bytes_total", nbytes, tier=self.name)
-            self._learn(key, part, seen, header)
+            self._learn(key, part, header)
         return header
 
     def _fetch(self, name: bytes, into: memoryview) -> Outcome:

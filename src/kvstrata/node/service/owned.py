@@ -337,9 +337,10 @@ class OwnedBacking(Backing):
         # What the tier failed with must not stand in the way of a fresh copy.
         self._take_out(key, part, seen, lambda ids: self.tier.delete(ids))
 
-    def _learn(self, key: bytes, part: int, seen: int | None, header: ObjectHeader) -> None:
+    def _learn(self, key: bytes, part: int, header: ObjectHeader) -> None:
+        # Only of what a scan found the order is not known; what takes its place has one.
         entry = self.index.get(key, part)
-        if entry is not None and same_object(entry, seen) and not order_of(entry):
+        if entry is not None and not order_of(entry):
             order = self._order_number(order_name(header.kind, header.order))
             self.index.amend(key, part, entry | order)
 

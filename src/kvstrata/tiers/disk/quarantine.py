@@ -20,15 +20,6 @@ class Quarantine:
         self._folder = folder
         self._pruning = threading.Lock()
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all of it."""
-        try:
-            with os.scandir(self._folder) as entries:
-                return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
-        except OSError:
-            return 0
-
     def take(self, path: str) -> None:
         """Move a file here, or remove it where it cannot be moved: out of service, at least."""
         try:

@@ -121,11 +121,6 @@ class DiskTier(OwnedTier):
         """Type of the file system, for instance ``ext4``; ``tmpfs`` is memory, not a disk."""
         return self._folder.file_system
 
-    @property
-    def quarantine_bytes(self) -> int:
-        """Size of what was rejected and kept, in bytes; it is not part of what the tier stores."""
-        return self._quarantine.nbytes
-
     def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
         return self._for_each("look for", self._stat_one, ids)
 
