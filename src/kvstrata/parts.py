@@ -6,12 +6,18 @@ above it coarser ones that a slower tier may keep besides.
 
 from __future__ import annotations
 
-from kvstrata.objects import GROUP_BITS, object_id
+from kvstrata.objects import GROUP_BITS, object_id, split_object_id
 
 
 def identity(key: bytes, part: int) -> bytes:
     """The object id of one part of a chunk."""
     return object_id(key, part >> 16, part & 0xFFFF)
+
+
+def named(object_id: bytes) -> tuple[bytes, int]:
+    """Key and part of an object: the inverse of `identity`."""
+    key, group, rank = split_object_id(object_id)
+    return key, group << 16 | rank
 
 
 MAX_PART: int = (1 << 16 + GROUP_BITS) - 1

@@ -306,6 +306,27 @@ class TestBytesThatCount:
 
         on_node(test, tier=tier, num_threads=1)
 
+    def test_room_that_is_being_made_is_waited_for(self) -> None:
+        tier = GatedTier()
+
+        async def test(node: Node) -> None:
+            store(node, ME, chunk_keys(2))
+            await flush(node, ME)
+            tier.shut("delete")
+            clearing = asyncio.ensure_future(clear(node, ME, chunk_keys(2)))
+            await until(lambda: tier.waiting == 1)
+            # All that is there is on its way out already; there is nothing to evict.
+            store(node, ME, chunk_keys(1, 1))
+            for _ in range(50):
+                await asyncio.sleep(0)
+            tier.open()
+            await clearing
+            await flush(node, ME)
+            assert list(node.backings[0].index.keys()) == chunk_keys(1, 1)
+            assert tier.most <= 2 * SLOT
+
+        on_node(test, tier=tier, tier_slots=2)
+
 
 class TestLimits:
     def test_deletions_come_in_batches(self) -> None:

@@ -973,7 +973,7 @@ class TestClear:
                 await clear(node, me)
             await until(lambda: backing.state != "scanning" and backing._scan.done)
             assert backing.index.num_objects == 0
-            assert backing.index.used_bytes == gated.held
+            await until(lambda: backing.index.used_bytes == gated.held)
 
         async def fill() -> None:
             node = make_node(tier=tier)

@@ -6,6 +6,8 @@ ones tell an object from every other that had its name before, whatever its size
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 ORDER_MASK = 4095
 UNKNOWN_TO_US = ORDER_MASK
 """The order of an object that was read and is of no release, codec or key that is known here."""
@@ -35,3 +37,22 @@ def same_object(entry: int | None, other: int | None) -> bool:
         and other is not None
         and entry >> GENERATION_SHIFT == other >> GENERATION_SHIFT
     )
+
+
+class Orders:
+    """Numbers for the names of byte orders, as they come; 0 for all beyond those that fit."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, order: str) -> int:
+        """The number of a byte order."""
+        if not order or len(self._numbers) >= UNKNOWN_TO_US - 1:
+            return self._numbers.get(order, 0)
+        return self._numbers.setdefault(order, len(self._numbers) + 1)
+
+    def readable(self, number: int, orders: Iterable[str] | None) -> bool:
+        """Whether an object may be in one of these orders, as far as is known (None: in any)."""
+        if number == UNKNOWN_TO_US:
+            return False
+        return not number or orders is None or any(self._numbers.get(o) == number for o in orders)

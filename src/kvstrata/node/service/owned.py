@@ -22,15 +22,22 @@ from kvstrata.node.common.index import Index
 from kvstrata.node.service.backing import HIT, Backing
 from kvstrata.node.service.calls import nothing
 from kvstrata.node.service.clears import Clears
-from kvstrata.node.service.entries import UNKNOWN_TO_US, entry_of, order_of, same_object, size_of
+from kvstrata.node.service.entries import (
+    UNKNOWN_TO_US,
+    Orders,
+    entry_of,
+    order_of,
+    same_object,
+    size_of,
+)
 from kvstrata.node.service.origin import Origin
-from kvstrata.node.service.probe import PROBE_KEY, Probe
+from kvstrata.node.service.probe import Probe
 from kvstrata.node.service.removals import Removals, Verb
 from kvstrata.node.service.scan import Scan
-from kvstrata.node.service.turns import Turn
+from kvstrata.node.service.turns import Name, Turn
 from kvstrata.node.service.uses import Uses
-from kvstrata.objects import ObjectHeader, split_object_id
-from kvstrata.parts import at_level, identity, order_name
+from kvstrata.objects import ObjectHeader
+from kvstrata.parts import at_level, identity, named, order_name
 from kvstrata.policies.base import Policy
 from kvstrata.quality.choice import Place
 from kvstrata.tiers.base import Outcome, OwnedTier
@@ -43,10 +50,11 @@ SLICE = 256
 class Writing:
     """A write under way, and the bytes set aside for it; not wanted once its chunk is cleared."""
 
-    __slots__ = ("claimed", "key", "wanted")
+    __slots__ = ("claimed", "key", "name", "wanted")
 
     def __init__(self, key: bytes) -> None:
         self.key = key
+        self.name: Name | None = None  # of the object whose turn it waits for, or has
         self.claimed = 0
         self.wanted = True
 
@@ -88,12 +96,11 @@ class OwnedBacking(Backing):
         self._scan = Scan(
             self.index, self._removals, self._calls, self._entry, lambda n: self._make_room(n)
         )
-        self._scan.forget([PROBE_KEY])
         self._probe = Probe(
             self.index, self._removals, self._turns, self._calls, self._scratch,
             lambda puts: self.tier.write(puts), self._fetch,
         )  # fmt: skip
-        self._orders: dict[str, int] = {}
+        self._orders = Orders()
         self._generations = itertools.count(1)
         self._writes: set[Writing] = set()
         self._uses = Uses()
@@ -106,12 +113,7 @@ class OwnedBacking(Backing):
         entry = self.index.get(key, part) if self.readable else None
         if entry is None:
             return None
-        order = order_of(entry)
-        if order == UNKNOWN_TO_US:
-            return None
-        if order and orders is not None and all(self._orders.get(o) != order for o in orders):
-            return None
-        return size_of(entry)
+        return size_of(entry) if self._orders.readable(order_of(entry), orders) else None
 
     def cost_of(self, key: bytes) -> float:
         return self.index.cost_of(key)
@@ -191,7 +193,7 @@ class OwnedBacking(Backing):
         for writing in self._writes:
             writing.wanted = writing.wanted and writing.key not in gone
         # Of a write that is under way nothing is left once it has had its turn.
-        names += [name for name in self._turns.names() if name[0] in gone]
+        names += [one.name for one in self._writes if one.name and one.key in gone]
         return self._dropped(self._removals.run(names), num_objects)
 
     async def _dropped(self, removal: asyncio.Future[bool], num_objects: int) -> int:
@@ -230,7 +232,7 @@ class OwnedBacking(Backing):
         level: int,
         give_up: Callable[[], None],
     ) -> bool:
-        name = writing.key, at_level(origin.part, level)
+        name = writing.name = writing.key, at_level(origin.part, level)
         with self._turns.take([name]) as turn:
 
             def hang() -> None:
@@ -297,7 +299,7 @@ class OwnedBacking(Backing):
             return False
         self._counters.add("tier_writes_total", tier=self.name, outcome="hit")
         self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
-        entry = self._entry(nbytes, self._order_number(order))
+        entry = self._entry(nbytes, self._orders.number(order))
         self.index.put(*name, entry, cost)
         return True
 
@@ -313,10 +315,10 @@ class OwnedBacking(Backing):
             if victim is not None:
                 self._counters.add("evicted_chunks_total", tier=self.name)
                 self._removals.condemn_chunk(victim)
-            doomed = self._removals.idle()
-            if victim is None and not doomed:
-                return False
-            if doomed and not await self._removals.run(doomed):
+            if doomed := self._removals.idle():
+                if not await self._removals.run(doomed):
+                    return False
+            elif victim is None and not await self._removals.next_end():
                 return False
         return True
 
@@ -341,7 +343,7 @@ class OwnedBacking(Backing):
         # Only of what a scan found the order is not known; what takes its place has one.
         entry = self.index.get(key, part)
         if entry is not None and not order_of(entry):
-            order = self._order_number(order_name(header.kind, header.order))
+            order = self._orders.number(order_name(header.kind, header.order))
             self.index.amend(key, part, entry | order)
 
     def _take_out(self, key: bytes, part: int, seen: int | None, verb: Verb) -> None:
@@ -364,11 +366,6 @@ class OwnedBacking(Backing):
 
     def _entry(self, nbytes: int, order: int = 0) -> int:
         return entry_of(nbytes, order, next(self._generations))
-
-    def _order_number(self, order: str) -> int:
-        if not order or len(self._orders) >= UNKNOWN_TO_US - 1:
-            return self._orders.get(order, 0)
-        return self._orders.setdefault(order, len(self._orders) + 1)
 
     def _when_off(self) -> None:
         self._scan.let_go()
@@ -395,9 +392,8 @@ class OwnedBacking(Backing):
         held = 0
         for batch in self.tier.scan():
             for found in batch:
-                key, group, rank = split_object_id(found.object_id)
-                entry = self.index.get(key, group << 16 | rank)
-                doomed = (key, group << 16 | rank) in self._removals
+                name = named(found.object_id)
+                entry, doomed = self.index.get(*name), name in self._removals
                 assert doomed or entry is not None, f"{found} is in the tier and nowhere else"
                 assert doomed or size_of(entry or 0) == found.nbytes, f"{found} has another size"
                 held += found.nbytes

@@ -54,6 +54,9 @@ class Removals:
         self._health = health
         self._tasks = tasks
         self._doomed: dict[Name, int] = {}
+        self._untried: dict[Name, None] = {}  # of these, what no removal has been asked for
+        self._num_under_way = 0
+        self._ends: asyncio.Future[None] | None = None
 
     def __contains__(self, name: Name) -> bool:
         return name in self._doomed
@@ -61,6 +64,7 @@ class Removals:
     def add(self, key: bytes, part: int, nbytes: int) -> None:
         """Delete an object that is not in the index; its bytes are claimed already."""
         self._doomed[key, part] = self._doomed.get((key, part), 0) + nbytes
+        self._untried[key, part] = None
         self.nbytes += nbytes
 
     def condemn(self, key: bytes, part: int) -> bool:
@@ -81,14 +85,26 @@ class Removals:
 
     def gone(self, key: bytes, part: int) -> None:
         """What was here under this name has gone, or a new object has taken its place."""
+        self._untried.pop((key, part), None)
         nbytes = self._doomed.pop((key, part), 0)
         self.nbytes -= nbytes
         self._index.unclaim(nbytes)
 
     def idle(self) -> list[Name]:
         """Some of what can be deleted at once, since nobody is at it."""
-        names = (name for name in self._doomed if not self._turns.busy(name))
+        if self._turns.all_taken:
+            return []
+        names = (name for name in self._untried if not self._turns.busy(name))
         return list(islice(names, self._batch))
+
+    async def next_end(self) -> bool:
+        """Wait until a removal that is under way has ended, or hangs; False if there is none."""
+        if not self._num_under_way:
+            return False
+        if self._ends is None:
+            self._ends = asyncio.get_running_loop().create_future()
+        await self._ends
+        return True
 
     def run(self, names: Collection[Name]) -> asyncio.Future[bool]:
         """Delete these once it is their turn; the places in their queues are taken now.
@@ -99,6 +115,8 @@ class Removals:
         """
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         free = [name for name in names if not self._turns.hangs(name)]
+        for name in free:
+            self._untried.pop(name, None)
         work = self._run(self._turns.take(free), answer, len(free) == len(names))
         self._tasks.spawn("a removal", work)
         return answer
@@ -115,7 +133,16 @@ class Removals:
         return gone
 
     async def _run(self, turn: Turn, answer: asyncio.Future[bool], all_free: bool) -> None:
+        under_way = False
+
         def settle(gone: bool) -> None:
+            nonlocal under_way
+            if under_way:
+                under_way = False
+                self._num_under_way -= 1
+                ends, self._ends = self._ends, None
+                if ends is not None:
+                    ends.set_result(None)
             if not answer.done():
                 answer.set_result(gone)
 
@@ -127,10 +154,13 @@ class Removals:
         try:
             with turn:
                 await turn.come()
+                under_way = True
+                self._num_under_way += 1
                 gone = await self.run_in(turn, None, give_up) and all_free
         except TierUnavailable:  # somebody ahead hangs, and has said so
             pass
         finally:
+            self._untried.update((name, None) for name in turn.names if name in self._doomed)
             settle(gone)
 
     async def _take_out(self, names: list[Name], verb: Verb, give_up: Callable[[], None]) -> bool:

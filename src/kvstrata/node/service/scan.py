@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from kvstrata.node.common.index import Index
 from kvstrata.node.service.calls import TierCalls
+from kvstrata.node.service.probe import PROBE_KEY
 from kvstrata.node.service.removals import Removals
-from kvstrata.objects import split_object_id
+from kvstrata.parts import named
 from kvstrata.tiers.base import Found
 
 SLICE = 256
@@ -45,7 +46,7 @@ class Scan:
         self._entry = entry
         self._make_room = make_room
         self._num_clears = 0
-        self._forgotten: set[bytes] = set()
+        self._forgotten = {PROBE_KEY}
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def run(self, batches: Iterator[list[Found]]) -> None:
@@ -98,8 +99,7 @@ class Scan:
 
     async def _enter(self, found: Found, clears: int) -> None:
         """Index what a scan found that began after so many clears, or see to its removal."""
-        key, group, rank = split_object_id(found.object_id)
-        part = group << 16 | rank
+        key, part = named(found.object_id)
         if self._index.get(key, part) is not None or (key, part) in self._removals:
             return
 

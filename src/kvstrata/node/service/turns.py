@@ -7,7 +7,6 @@ first everywhere goes first everywhere and nobody waits in a circle. Idle object
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TypeAlias
@@ -74,17 +73,22 @@ class Turns:
     """The queues of one tier; lives on the node's loop."""
 
     def __init__(self) -> None:
-        self._queues: dict[Name, deque[Turn]] = {}
+        self._queues: dict[Name, list[Turn]] = {}
         self._of_all: list[Turn] = []
 
     def __len__(self) -> int:
         return len(self._queues) + len(self._of_all)
 
+    @property
+    def all_taken(self) -> bool:
+        """Whether somebody is at all objects."""
+        return bool(self._of_all)
+
     def take(self, names: Iterable[Name]) -> Turn:
         """A place behind all who asked for one of these objects before."""
         turn = Turn(self, tuple(dict.fromkeys(names)))
         for name in turn.names:
-            queue = self._queues.setdefault(name, deque())
+            queue = self._queues.setdefault(name, [])
             turn.num_ahead += bool(queue)
             queue.append(turn)
         turn.ahead_of_all = [*self._of_all]
@@ -99,13 +103,9 @@ class Turns:
         self._of_all.append(turn)
         return turn
 
-    def names(self) -> list[Name]:
-        """Objects that somebody is at."""
-        return list(self._queues)
-
     def busy(self, name: Name) -> bool:
-        """Whether an object has a queue."""
-        return name in self._queues or bool(self._of_all)
+        """Whether somebody is at an object."""
+        return name in self._queues or self.all_taken
 
     def hangs(self, name: Name) -> bool:
         """Whether somebody who is at an object hangs."""
