@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from vllm.v1.request import RequestStatus
 from kvstrata.connectors.vllm import worker as worker_module
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.pace import COPY_SHARE, WAIT_SHARE, Pace
+from kvstrata.connectors.vllm.transfers import STORE_NICENESS
 from kvstrata.testing.clock import ManualClock
 from kvstrata.wire import protocol as p
 
@@ -270,3 +272,15 @@ def test_a_step_waits_for_no_load_that_has_to_arrive(
     tier.opened.set()
     rig.run()
     rig.check()
+
+
+def test_stores_yield_to_the_engine_and_loads_do_not(make_rig: Make) -> None:
+    (worker,) = make_rig().workers
+
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    transfers = worker._transfers
+    assert transfers._storing.submit(niceness).result() == min(19, niceness() + STORE_NICENESS)
+    assert transfers._loading.submit(niceness).result() == niceness()
+    assert transfers._awaiting.submit(niceness).result() == niceness()

@@ -138,6 +138,11 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
             self._problem = str(error)
             self._link.close()
 
+    def unregister_kv_caches(self) -> None:
+        """vLLM 0.33 is about to unmap its blocks: the engine falls asleep."""
+        if self._worker is not None:
+            self._worker.drain()
+
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return (
             self._worker.hello() if self._worker is not None else WorkerHello(problem=self._problem)

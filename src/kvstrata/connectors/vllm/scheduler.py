@@ -80,7 +80,8 @@ class SchedulerSide:
         self._inexact = False
 
     def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
-        """Learn of the workers' KV; called once, before the first request."""
+        """Learn of the workers' KV: before the first request, and when vLLM wakes from sleep."""
+        before = self._orders, self._parts, self._lengths
         ranked = [hellos[rank] for rank in sorted(hellos)]
         problems = [hello.problem for hello in ranked if hello.problem]
         if problems:
@@ -104,6 +105,8 @@ class SchedulerSide:
         else:
             self._namespaces.when_weighed(self._explain_auto)
             self._link.wait(self._config.deadlines.attach)
+        if self._off or before != (self._orders, self._parts, self._lengths):
+            self._forsake("the workers have changed")
 
     # asked by vLLM's scheduler
 
@@ -279,15 +282,8 @@ class SchedulerSide:
     def reset_cache(self) -> bool:
         """Begin a new namespace: nothing that was stored so far is found again by this engine."""
         self._namespaces.renew()
-        for state in self._states.values():
-            # What runs now has KV of before and after; none of it may be stored.
-            state.bypass, state.chain = "the cache was reset", None
-            if state.request.request_id in self._loads:
-                self._abandon(state)
-            else:
-                self._give_up(state)
-        self._next.stores.clear()
-        self._next.late_stores.clear()
+        # What runs now has KV of before and after; none of it may be stored.
+        self._forsake("the cache was reset")
         return True
 
     def close(self) -> None:
@@ -317,6 +313,17 @@ class SchedulerSide:
         if request.lora_request is not None and request.lora_request.load_inplace:
             return "an adapter that is reloaded in place has no lasting identity"
         return ""
+
+    def _forsake(self, why: str) -> None:
+        """Have nothing to do any more with the requests that are there."""
+        for state in self._states.values():
+            state.bypass, state.chain = why, None
+            if state.request.request_id in self._loads:
+                self._abandon(state)
+            else:
+                self._give_up(state)
+        self._next.stores.clear()
+        self._next.late_stores.clear()
 
     def _attached(self) -> NodeClient | None:
         """The node, if there is one now; begins to look for one if not."""

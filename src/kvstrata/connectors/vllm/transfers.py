@@ -31,6 +31,9 @@ NUM_LOAD_THREADS = 2
 NUM_AWAITING_THREADS = 4
 #: stores that may wait for their turn; beyond it they are dropped, loads never are
 MAX_WAITING_STORES = 64
+#: how much nicer than the engine a store is: a tenth of a core that is wanted, not nothing, for it
+#: may hold the GIL, or blocks that a step waits for
+STORE_NICENESS = 10
 NOT_WRITTEN = bytes(16)
 
 
@@ -108,7 +111,7 @@ class Transfers:
         self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", _use_given_cores)
         # What waits for a slower tier must not hold up what is there.
         self._awaiting = ThreadPoolExecutor(NUM_AWAITING_THREADS, "kvstrata-wait", _use_given_cores)
-        self._storing = ThreadPoolExecutor(1, "kvstrata-store", _use_given_cores)
+        self._storing = ThreadPoolExecutor(1, "kvstrata-store", _yield_to_the_engine)
         self._jobs: list[StoreJob] = []
         self._changed = threading.Condition()
         self._num_loading = 0
@@ -353,6 +356,14 @@ def _of_node(client: NodeClient | None, load: Load) -> NodeClient:
     if client is None or client.hello.node != load.node:
         raise NodeUnavailable("this worker is not attached to the node of the lease")
     return client
+
+
+def _yield_to_the_engine() -> None:
+    """Nobody waits for a store."""
+    _use_given_cores()
+    thread = threading.get_native_id()
+    nice = os.getpriority(os.PRIO_PROCESS, thread)
+    os.setpriority(os.PRIO_PROCESS, thread, min(19, nice + STORE_NICENESS))
 
 
 def _use_given_cores() -> None:

@@ -11,6 +11,8 @@ import math
 import time
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
 from kvstrata.config import Config
 from kvstrata.connectors.vllm.copies import Copier, copy_runs, make_copier
 from kvstrata.connectors.vllm.link import Link
@@ -90,7 +92,10 @@ class WorkerSide:
         # steps still to come that were planned before a failed synchronous load was heard of
         self._num_doubtful = 0
         self._num_in_flight = vllm_config.max_concurrent_batches
-        self._may_sleep = bool(vllm_config.model_config.enable_sleep_mode)
+        # vLLM 0.32 unmaps the blocks of an engine that falls asleep without a word to anybody.
+        self._drain_always = vllm_config.model_config.enable_sleep_mode and not hasattr(
+            KVConnectorBase_V1, "unregister_kv_caches"
+        )
         link.wait(config.deadlines.attach)
         self._attach()
 
@@ -179,8 +184,7 @@ class WorkerSide:
             self._begin_stores(
                 meta.stores, chunk_cost(seconds) if meta.num_tokens >= self._chunk else 0.0
             )
-        if self._may_sleep and not meta.num_tokens:
-            # The engine is idle, and sleep() unmaps its blocks without a word to anybody.
+        if self._drain_always:
             self._transfers.fence()
 
     def loads_ended(self) -> tuple[set[str], set[str]]:
@@ -211,6 +215,14 @@ class WorkerSide:
             self._transfers.read_portable,
             self._transfers.rate.best(),
         )
+
+    def drain(self) -> None:
+        """Return when no copy reads or writes the engine's blocks: they are about to be unmapped.
+
+        They come back at the same addresses, so that nothing is to be done then.
+        """
+        self._transfers.fence()
+        self._transfers.settle()
 
     def close(self) -> None:
         """End what is under way and let go of the node. Repeatable."""
