@@ -190,9 +190,9 @@ class Rig:
 
     def attach(self) -> None:
         """Wait until scheduler and workers are attached to the same node."""
-        self.until(lambda: self.side._attached() is not None)
-        assert self.side._client is not None
-        node = self.side._client.hello.node
+        self.until(lambda: self.side._lookups.attached() is not None)
+        assert self.side._lookups.client is not None
+        node = self.side._lookups.client.hello.node
         for worker in self.workers:
             meta = StepMetadata(node=node)
             self.until(lambda w=worker, m=meta: w._follow(m) or w._node == node)  # type: ignore[misc]
@@ -346,7 +346,7 @@ class Rig:
         assert self.side._states == {}
         assert not self.side._loads
         assert not self.side._loading_chunks
-        assert self.side._active == self.side._looking == set()
+        assert self.side._active == self.side._lookups.looking == set()
 
     def num_leases(self) -> int:
         """Leases that the node counts."""

@@ -148,7 +148,7 @@ def test_an_adapter_is_waited_for_until_its_identity_is_known(
 ) -> None:
     rig = make_rig()
     known: list[bytes | None] = [None]
-    monkeypatch.setattr(rig.side._namespaces, "of", lambda request: known[0])
+    monkeypatch.setattr(rig.side._lookups.namespaces, "of", lambda request: known[0])
     request = rig.request(prompt(64), lora_request=LoRARequest("l", 1, "/x"))
     rig.connector.on_new_request(request)
     assert rig.connector.get_num_new_matched_tokens(request, 0) == (None, False)
@@ -168,7 +168,7 @@ def test_placeholders_and_drafts_are_not_stored(make_rig: Make) -> None:
     request = rig.request(prompt(CHUNK - 1), 50, name="drafting")
     rig.connector.on_new_request(request)
     rig.look_up(request)
-    assert rig.side._attached() is not None
+    assert rig.side._lookups.attached() is not None
 
     def stores(computed: int, count: int) -> list[Any]:
         request.num_computed_tokens = computed

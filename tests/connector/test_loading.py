@@ -18,7 +18,7 @@ from tests.connector.rig import (
 )
 from vllm.v1.request import RequestStatus
 
-from kvstrata.connectors.vllm import scheduler as scheduler_module
+from kvstrata.connectors.vllm.lookups import LOOK_AHEAD
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.wire import protocol as p
@@ -95,8 +95,8 @@ def test_without_all_workers_on_the_node_no_load_is_synchronous(make_rig: Make) 
     rig = make_rig(ranks=2)
     tokens = prompt(200)
     rig.warm(tokens)
-    assert rig.side._client is not None
-    rig.side._worker_nodes = {rig.side._client.hello.node, b""}
+    assert rig.side._lookups.client is not None
+    rig.side._worker_nodes = {rig.side._lookups.client.hello.node, b""}
     rig.add(tokens)
     assert rig.step().sync_loads == []
     rig.run()
@@ -256,9 +256,9 @@ def test_a_failed_synchronous_load_stores_nothing_of_what_it_spoilt(make_rig: Ma
     rig = make_rig()
     tokens = prompt(200)
     rig.warm(tokens[:100])
-    assert rig.side._client is not None
+    assert rig.side._lookups.client is not None
     # The lease of a synchronous load cannot fail by itself: break the slot's header.
-    rig.side._client.pool.array(0, HEADER_BYTES)[:] = 0
+    rig.side._lookups.client.pool.array(0, HEADER_BYTES)[:] = 0
     name = rig.add(tokens, 40)
     step = rig.step()
     assert step.sync_loads
@@ -406,7 +406,7 @@ def test_look_ahead_is_bounded_and_everybody_gets_their_turn(make_rig: Make) -> 
     while rig.scheduler.has_requests():
         rig.step()
         most = max(most, rig.num_leases() - len(rig.side._loads))
-    assert 0 < most <= scheduler_module.LOOK_AHEAD
+    assert 0 < most <= LOOK_AHEAD
     assert [len(rig.answers[name]) for name in names] == [4] * 20
     assert rig.num_external >= 19 * 48, "nobody lost its hit by waiting"
     rig.check()
@@ -450,7 +450,7 @@ def test_running_requests_that_are_reset_are_right_afterwards(make_rig: Make) ->
 
 def test_requests_that_vllm_passes_over_do_not_keep_others_waiting(make_rig: Make) -> None:
     rig = make_rig(extra={"deadlines.request": "100ms"})
-    tokens = [prompt(64, seed=i) for i in range(scheduler_module.LOOK_AHEAD + 1)]
+    tokens = [prompt(64, seed=i) for i in range(LOOK_AHEAD + 1)]
     rig.warm(*tokens)
     requests = [rig.request(each, name=f"n{i}") for i, each in enumerate(tokens)]
     for request in requests:

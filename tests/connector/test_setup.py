@@ -109,7 +109,7 @@ def test_a_model_without_identity_is_not_cached(
     def unknown(layout: str, wait_s: float) -> None:
         raise ValueError("a model of no kind")
 
-    monkeypatch.setattr(rig.side._namespaces, "identify", unknown)
+    monkeypatch.setattr(rig.side._lookups.namespaces, "identify", unknown)
     rig.side.introduce({(0, 0): WorkerHello(order="x")})
     assert rig.ask(prompt(100), 3) == 0
     rig.check()

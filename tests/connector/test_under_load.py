@@ -38,7 +38,7 @@ class Steady(Pace):
 
 def busy(rig: Rig, step_s: float, longest_s: float = TIMEOUT_S) -> Steady:
     """Somebody runs, in steps of this length."""
-    pace = rig.side._pace = Steady(step_s, longest_s)
+    pace = rig.side._pace = rig.side._lookups.pace = Steady(step_s, longest_s)
     rig.add(prompt(40, seed=1), 200)
     rig.step()
     return pace
@@ -46,7 +46,7 @@ def busy(rig: Rig, step_s: float, longest_s: float = TIMEOUT_S) -> Steady:
 
 def pumps(rig: Rig, instead: Callable[[float], None] = lambda timeout_s: None) -> list[float]:
     """How long the engine's thread was ready to wait each time; no answer comes meanwhile."""
-    client = rig.side._client
+    client = rig.side._lookups.client
     assert client is not None
     waits: list[float] = []
     real = client.pump
@@ -78,7 +78,7 @@ def test_what_vllm_has_itself_waits_for_no_match(make_rig: Make, pipelined: bool
     assert rig.step().num_tokens == 1 + 200 - 12 * BLOCK
     assert rig.scheduler.requests[name].status == RequestStatus.RUNNING
     assert waits == []
-    del rig.side._client.pump  # type: ignore[union-attr]
+    del rig.side._lookups.client.pump  # type: ignore[union-attr]
     gate.open()
     # The lease goes back although the request still runs.
     rig.until(lambda: (rig.state()["counters"]["matches_total"], rig.num_leases()) == (3, 0))
@@ -127,7 +127,7 @@ def test_a_busy_engine_waits_for_a_match_that_is_short_against_a_step(make_rig: 
     rig.warm(tokens)
     busy(rig, 1000.0)
     gate = rig.gate(p.Match)
-    client = rig.side._client
+    client = rig.side._lookups.client
     assert client is not None
     real = client.pump
 
@@ -157,7 +157,7 @@ def test_many_requests_wait_no_longer_than_one_and_none_waits_twice(make_rig: Ma
     for _ in range(3):
         assert rig.step().num_tokens == 1
     assert len(waits) == 5, "a node that hangs holds up no later step"
-    del rig.side._client.pump  # type: ignore[union-attr]
+    del rig.side._lookups.client.pump  # type: ignore[union-attr]
     gate.open()
     rig.run()
     rig.check()
@@ -210,7 +210,7 @@ def test_the_copies_of_one_step_are_short_together(make_rig: Make) -> None:
     rig.warm(*prompts)
     busy(rig, 1000.0)
     # Two fit into what a step may spend on copies.
-    rig.side._copy_rate = 6 * max(rig.side._lengths) / (0.4 * COPY_SHARE * 1000.0)
+    rig.side._copy_rate = 6 * max(rig.side._lookups.lengths) / (0.4 * COPY_SHARE * 1000.0)
     for tokens in prompts:
         rig.add(tokens, 2)
     step = rig.step()

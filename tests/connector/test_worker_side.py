@@ -405,7 +405,7 @@ def test_objects_say_whose_they_are_without_saying_who(make_rig: Make) -> None:
         rig.settle()
         assert rig.node is not None
         with contextlib.closing(rig.node.connect()) as client:
-            matched = client.match(state.keys[:1], [0], rig.side._orders).wait(TIMEOUT_S)
+            matched = client.match(state.keys[:1], [0], rig.side._lookups.orders).wait(TIMEOUT_S)
             (offset,) = offsets_of(matched.offsets)
             header = decode(client.pool.view(offset, HEADER_BYTES))
             assert header.owner == owner_digest(client.hello.secret, "default", salt)

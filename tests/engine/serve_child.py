@@ -152,8 +152,8 @@ class Child:
         from kvstrata.keys import KeyChain
 
         side = self._core.scheduler.connector._scheduler
-        namespace = side._namespaces.of(types.SimpleNamespace(lora_request=None))
-        chain = KeyChain(side._attached().hello.secret, namespace, side._chunk, salt)
+        namespace = side._lookups.namespaces.of(types.SimpleNamespace(lora_request=None))
+        chain = KeyChain(side._lookups.attached().hello.secret, namespace, side._chunk, salt)
         return {"keys": [key.hex() for key in chain.keys(tokens)]}
 
     def stop_at_load(self, pid: int) -> Reply:

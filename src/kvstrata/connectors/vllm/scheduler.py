@@ -16,25 +16,14 @@ from typing import Any
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.config import Config
-from kvstrata.connectors.vllm.fingerprint import Namespaces
-from kvstrata.connectors.vllm.link import Link
+from kvstrata.connectors.vllm.blocks import fresh_blocks, target_blocks
+from kvstrata.connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.requests import RequestState
-from kvstrata.errors import KVStrataError, NodeUnavailable
-from kvstrata.keys import KeyChain, owner_digest
-from kvstrata.parts import PORTABLE
-from kvstrata.quality.bound import Bound
-from kvstrata.quality.choice import trouble
 from kvstrata.wire import protocol as p
-from kvstrata.wire.client import NodeClient, offsets_of
 
 logger = logging.getLogger(__name__)
-
-#: requests that have not been scheduled yet and hold a lease, at most; the others ask in their turn
-LOOK_AHEAD = 8
-#: how long the start waits for the weights' identity; later requests wait for nothing
-IDENTITY_WAIT_S = 10.0
 
 
 class SchedulerSide:
@@ -50,20 +39,10 @@ class SchedulerSide:
     def __init__(
         self, vllm_config: Any, config: Config, chunk_tokens: int, block_tokens: int
     ) -> None:
-        self._config = config
         self._chunk = chunk_tokens
         self._block = block_tokens
-        self._link = Link(config, "scheduler")
-        self._link.start()
-        self._client: NodeClient | None = None
         self._off = "the workers have not introduced themselves"
-        self._orders: list[str] = []
-        self._parts: list[int] = []
-        self._lengths: list[int] = []
-        self._model = vllm_config.model_config.model
-        self._namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
         self._worker_nodes: set[bytes] = set()
-        self._pace = Pace(config.deadlines.match)
         self._copy_rate = 0.0  # bytes per second of the slowest worker; 0: unknown
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._states: dict[str, RequestState] = {}
@@ -71,41 +50,36 @@ class SchedulerSide:
         self._active: set[str] = set()
         # those of them that no step has run yet, and that a wait does not hold up
         self._admitted: set[str] = set()
-        # requests that have asked or hold a lease, and have not been scheduled
-        self._looking: set[str] = set()
         # loads in the workers' hands: their lease, and the first chunk they bring
         self._loads: dict[str, tuple[int, bytes]] = {}
         self._loading_chunks: dict[bytes, str] = {}
         self._next = StepMetadata()
         self._inexact = False
+        self._pace = Pace(config.deadlines.match)
+        self._lookups = Lookups(
+            vllm_config, config, chunk_tokens, self._pace, self._states, self._loads
+        )
 
     def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
         """Learn of the workers' KV: before the first request, and when vLLM wakes from sleep."""
-        before = self._orders, self._parts, self._lengths
         ranked = [hellos[rank] for rank in sorted(hellos)]
         problems = [hello.problem for hello in ranked if hello.problem]
+        same = False
         if problems:
             self._off = problems[0]
         elif len({hello.order for hello in ranked}) != 1:
             self._off = f"the workers keep KV in different orders: {[h.order for h in ranked]}"
         else:
             self._off = ""
-            self._orders = [ranked[0].order, PORTABLE]
-            self._parts = list(range(len(ranked)))
-            self._lengths = [hello.payload_bytes for hello in ranked]
-            layout = "; ".join(hello.layout for hello in ranked)
             self._worker_nodes = {hello.node for hello in ranked}
             try:
-                self._namespaces.identify(layout, IDENTITY_WAIT_S)
+                same = self._lookups.learn(ranked)
             except Exception as error:
                 logger.exception("KVStrata: the model cannot be identified")
                 self._off = f"the model cannot be identified: {error}"
         if self._off:
             logger.error("KVStrata is off: %s", self._off)
-        else:
-            self._namespaces.when_weighed(self._explain_auto)
-            self._link.wait(self._config.deadlines.attach)
-        if self._off or before != (self._orders, self._parts, self._lengths):
+        if not same:
             self._forsake("the workers have changed")
 
     # asked by vLLM's scheduler
@@ -115,7 +89,7 @@ class SchedulerSide:
         state = self._states[request.request_id] = RequestState(request, self._bypass(request))
         # Those that wait already come first, whether they have asked or not.
         if not state.bypass and len(self._states) - len(self._active) <= LOOK_AHEAD:
-            self._ask(state)
+            self._lookups.ask(state)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -130,18 +104,19 @@ class SchedulerSide:
             # Preempted before its load was reported: what that brings is not in the new blocks.
             return None, False
         if num_computed_tokens // self._chunk >= request.num_tokens // self._chunk:
-            self._let_be(state)
+            self._lookups.let_be(state)
             return 0, False
         if state.chain is not None and state.rehash() and (state.matched or state.call):
             # A resumed request has outputs now, a session new input: what was found is of the past.
-            self._give_up(state)
+            self._lookups.give_up(state)
         if not state.matched:
             if state.call is None:
-                if self._crowded():
+                if self._lookups.crowded():
                     return None, False
-                if not self._ask(state):
+                if not self._lookups.ask(state):
                     return None, False
-            if not self._answered(state):
+            busy = bool(self._active - self._admitted - {request.request_id})
+            if not self._lookups.answered(state, busy=busy):
                 return None, False
         found = len(state.tiers) * self._chunk
         if found <= num_computed_tokens:
@@ -166,7 +141,7 @@ class SchedulerSide:
         if request.request_id not in self._active:
             self._admitted.add(request.request_id)
         self._active.add(request.request_id)
-        self._looking.discard(request.request_id)
+        self._lookups.looking.discard(request.request_id)
         if request.request_id in self._loads:
             return
         state.num_stored = max(state.num_stored, len(state.tiers))
@@ -174,25 +149,33 @@ class SchedulerSide:
             # What vLLM has may have been through a lossy codec, and must not go through it again.
             state.num_stored = max(state.num_stored, state.num_local // self._chunk)
         if num_external_tokens == 0:
-            self._give_up(state)
+            self._lookups.give_up(state)
             return
         end = state.local_tokens + num_external_tokens
         first, last = state.local_tokens // self._chunk, -(-end // self._chunk)
-        if last < len(state.tiers) and self._client is not None:
-            self._client.release(state.lease, keep=last)
+        if last < len(state.tiers) and self._lookups.client is not None:
+            self._lookups.client.release(state.lease, keep=last)
         load = Load(
             request_id=request.request_id,
-            node=self._client.hello.node if self._client is not None else b"",
+            node=self._lookups.client.hello.node if self._lookups.client is not None else b"",
             lease=state.lease,
             first_chunk=first,
             offsets=[
-                state.offsets[i * len(self._parts) : (i + 1) * len(self._parts)].tolist()
+                state.offsets[
+                    i * len(self._lookups.parts) : (i + 1) * len(self._lookups.parts)
+                ].tolist()
                 for i in range(first, last)
             ],
             keys=state.keys[first:last],
-            blocks=self._targets(blocks.get_block_ids()[0], state.local_tokens, end, first, last),
+            blocks=target_blocks(
+                blocks.get_block_ids()[0],
+                range(state.local_tokens, end),
+                range(first, last),
+                self._block,
+                self._chunk,
+            ),
         )
-        slower = self._client.hello.tiers if self._client is not None else []
+        slower = self._lookups.client.hello.tiers if self._lookups.client is not None else []
         names = dict(enumerate(["host", *slower]))
         state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
@@ -206,11 +189,11 @@ class SchedulerSide:
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """Everything the workers have to do in this step."""
         meta, self._next = self._next, StepMetadata()
-        client = self._attached()
+        client = self._lookups.attached()
         self._admitted.clear()
         meta.node = client.hello.node if client is not None else b""
         meta.num_tokens = scheduler_output.total_num_scheduled_tokens
-        meta.fresh_blocks = self._fresh_blocks(scheduler_output)
+        meta.fresh_blocks = fresh_blocks(scheduler_output, self._block)
         resolve = scheduler_output.kv_connector_block_state
         storing = client is not None and not self._doubtful()
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
@@ -237,7 +220,7 @@ class SchedulerSide:
                     # Of several ranks the one that has least counts.
                     state.came = first if state.came is None else min(first, state.came)
             for request_id, count in report.sync_loaded.items():
-                if count >= len(self._parts):
+                if count >= len(self._lookups.parts):
                     self._end_load(request_id, failed=False)
         for request_id in output.finished_recving or ():
             self._end_load(request_id, failed=request_id in output.failed_recving)
@@ -249,22 +232,22 @@ class SchedulerSide:
         if state is None:
             return
         if request.request_id in self._loads:
-            self._abandon(state)
+            self._lookups.abandon(state)
         else:
-            self._give_up(state)
+            self._lookups.give_up(state)
             known = min(request.num_computed_tokens - request.num_in_flight_tokens,
                         request.num_tokens)  # fmt: skip
             if (
                 state.chain is not None
-                and self._client is not None
+                and self._lookups.client is not None
                 and known // self._chunk > state.num_stored
             ):
                 store = self._store(state, known // self._chunk, block_ids)
                 if len(store.blocks) == (len(store.prefix) - store.first) * self._blocks_per_chunk:
                     self._next.late_stores.append(store)
-        if self._client is not None:
+        if self._lookups.client is not None:
             outcome = request.status.name.removeprefix("FINISHED_").lower()
-            self._client.record(state.record(outcome, self._chunk))
+            self._lookups.client.record(state.record(outcome, self._chunk))
 
     def hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
         """Which tiers the tokens of a load come from."""
@@ -281,18 +264,14 @@ class SchedulerSide:
 
     def reset_cache(self) -> bool:
         """Begin a new namespace: nothing that was stored so far is found again by this engine."""
-        self._namespaces.renew()
+        self._lookups.namespaces.renew()
         # What runs now has KV of before and after; none of it may be stored.
         self._forsake("the cache was reset")
         return True
 
     def close(self) -> None:
         """Let go of the node. Repeatable."""
-        self._namespaces.close()
-        self._link.close()
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        self._lookups.close()
 
     # how
 
@@ -319,120 +298,11 @@ class SchedulerSide:
         for state in self._states.values():
             state.bypass, state.chain = why, None
             if state.request.request_id in self._loads:
-                self._abandon(state)
+                self._lookups.abandon(state)
             else:
-                self._give_up(state)
+                self._lookups.give_up(state)
         self._next.stores.clear()
         self._next.late_stores.clear()
-
-    def _attached(self) -> NodeClient | None:
-        """The node, if there is one now; begins to look for one if not."""
-        if self._client is not None and not self._client.alive:
-            logger.warning("KVStrata: the node is gone; the engine computes everything")
-            self._client.close()
-            self._client = None
-            self._looking.clear()
-            # Leases died with their node. Loads in the workers' hands end by themselves.
-            for state in self._states.values():
-                state.lease = 0
-                if state.request.request_id not in self._loads:
-                    state.forget_match()
-        if self._client is None:
-            self._client = self._link.take()
-            if self._client is None:
-                self._link.start()
-        return self._client
-
-    def _identify(self, state: RequestState, client: NodeClient) -> bool:
-        """Make a request's keys possible; False while its adapter is unknown, or for good."""
-        try:
-            namespace = self._namespaces.of(state.request)
-            if namespace is None:
-                return False
-            state.namespace = namespace
-            salt = state.request.cache_salt or ""
-            state.owner = owner_digest(client.hello.secret, self._config.tenant, salt)
-            state.chain = KeyChain(client.hello.secret, namespace, self._chunk, salt)
-        except (KVStrataError, OSError) as error:
-            state.bypass = f"an identity is missing: {error}"
-            state.matched = True
-            return False
-        return True
-
-    def _ask(self, state: RequestState) -> bool:
-        """Begin a request's match; False while its adapter is still being identified."""
-        client = self._attached()
-        state.miss = ""
-        if client is None:
-            state.matched, state.miss = True, "no node"
-            return True
-        if state.chain is None and not self._identify(state, client):
-            return state.matched
-        state.rehash()
-        if not state.keys:
-            state.matched, state.miss = True, "shorter than a chunk"
-            return True
-        try:
-            state.call = client.match(
-                state.keys, self._parts, self._orders, self._lengths, state.owner
-            )
-            self._looking.add(state.request.request_id)
-            state.seen_at = time.monotonic()
-        except NodeUnavailable:
-            state.matched, state.miss = True, "no node"
-        state.asked_at = time.monotonic()
-        return True
-
-    def _answered(self, state: RequestState) -> bool:
-        """Take in a match's answer; False if it has not come and may still."""
-        if state.call is None:
-            return True
-        try:
-            if not state.call.ready():
-                self._wait(state)
-            if state.call.reply is None:
-                if time.monotonic() - state.asked_at < self._config.deadlines.request:
-                    return False
-                state.call.abandon()
-                state.miss = "the match missed its deadline"
-            else:
-                reply: p.Matched = state.call.wait(0)
-                state.lease, state.tiers = reply.lease, reply.tiers
-                state.offsets = offsets_of(reply.offsets)
-                if len(reply.tiers) < len(state.keys):
-                    state.miss = "not stored" if not reply.tiers else "partly stored"
-        except KVStrataError as error:
-            state.miss = f"the match failed: {error}"
-        state.call = None
-        state.matched = True
-        if not state.lease:
-            self._looking.discard(state.request.request_id)
-        return True
-
-    def _wait(self, state: RequestState) -> None:
-        """Wait for a match as long as that costs less than to ask again a step later."""
-        busy = bool(self._active - self._admitted - {state.request.request_id})
-        patience = self._pace.patience_s(busy=busy)
-        # Whoever runs is held up once by a match, not in every step by a node that hangs.
-        if state.call is None or self._client is None or not patience or (busy and state.waited):
-            return
-        state.waited = True
-        begun = self._pace.clock()
-        try:
-            self._client.pump(state.call, patience)
-        finally:
-            self._pace.waited(self._pace.clock() - begun)
-
-    def _let_be(self, state: RequestState) -> None:
-        """vLLM has every whole chunk itself: wait for nothing, and hold nothing."""
-        client = self._attached()
-        if state.chain is None and client is not None:
-            self._identify(state, client)
-        if state.call is not None and state.call.reply is not None:
-            self._answered(state)
-            # What the node has need not be stored again.
-            state.num_stored = max(state.num_stored, len(state.tiers))
-        self._give_up(state)
 
     def _retire(self, request_id: str) -> None:
         """A request neither runs nor loads any more."""
@@ -443,12 +313,12 @@ class SchedulerSide:
 
     def _may_load_sync(self, state: RequestState, first: int) -> bool:
         """Whether the load cannot fail and nothing else would be held up by it for long."""
-        client = self._client
+        client = self._lookups.client
         return (
             client is not None
             and client.alive
             and self._worker_nodes == {client.hello.node}
-            and p.ARRIVING not in state.offsets[first * len(self._parts) :]
+            and p.ARRIVING not in state.offsets[first * len(self._lookups.parts) :]
             and self._copy_is_short(state, first)
         )
 
@@ -462,30 +332,17 @@ class SchedulerSide:
 
     def _copy_s(self, num_chunks: int) -> float:
         """What the slowest worker takes to copy so many chunks; `inf` if that is unknown."""
-        return num_chunks * max(self._lengths) / self._copy_rate if self._copy_rate else math.inf
-
-    def _crowded(self) -> bool:
-        """Whether enough requests look ahead; one that vLLM passes over does not count for long."""
-        if len(self._looking) < LOOK_AHEAD:
-            return False
-        since = time.monotonic() - self._config.deadlines.request
-        return sum(self._states[name].seen_at > since for name in self._looking) >= LOOK_AHEAD
+        return (
+            num_chunks * max(self._lookups.lengths) / self._copy_rate
+            if self._copy_rate
+            else math.inf
+        )
 
     def _doubtful(self) -> bool:
         """Whether a rank may have failed to load what the others compute with."""
-        return len(self._parts) > 1 and any(
+        return len(self._lookups.parts) > 1 and any(
             name in self._states and self._states[name].sync for name in self._loads
         )
-
-    def _targets(
-        self, block_ids: list[int], local: int, end: int, first: int, last: int
-    ) -> list[int]:
-        """The blocks of chunks ``first`` to ``last``, -1 for those not to be written."""
-        per_chunk = self._blocks_per_chunk
-        wanted = range(local // self._block, min(-(-end // self._block), len(block_ids)))
-        return [
-            block_ids[i] if i in wanted else -1 for i in range(first * per_chunk, last * per_chunk)
-        ]
 
     def _store(self, state: RequestState, done: int, block_ids: list[int]) -> Store:
         """Store the chunks from the first unstored one up to number ``done``."""
@@ -498,22 +355,16 @@ class SchedulerSide:
             prefix=state.keys[:done],
             first=first,
             blocks=list(block_ids[first * per_chunk : done * per_chunk]),
-            weights=self._namespaces.weights_of(state.request),
+            weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
         )
-
-    def _explain_auto(self, weights: str) -> None:
-        """Say at the start, and where the operator looks, why ``codec = auto`` stays lossless."""
-        names = [part.name for part in self._config.tiers if part.codec == "auto"]
-        if names and (why := trouble(weights, Bound.parse(self._config.quality), self._model)):
-            logger.error("KVStrata: %s.codec is auto, but stores losslessly: %s", names[0], why)
 
     def _end_load(self, request_id: str, *, failed: bool) -> None:
         lease, chunk = self._loads.pop(request_id, (0, b""))
         if self._loading_chunks.get(chunk) == request_id:
             del self._loading_chunks[chunk]
-        if self._client is not None:
-            self._client.release(lease)
+        if self._lookups.client is not None:
+            self._lookups.client.release(lease)
         state = self._states.get(request_id)
         if state is not None:
             sync = state.sync
@@ -529,34 +380,3 @@ class SchedulerSide:
                 state.loaded_tokens = max(0, state.loaded_tokens - lost * self._chunk)
                 state.num_stored = came
                 self._retire(request_id)
-
-    def _abandon(self, state: RequestState) -> None:
-        if state.call is not None:
-            state.call.abandon()
-            state.call = None
-
-    def _give_up(self, state: RequestState) -> None:
-        """Let go of what a request asked for or found."""
-        self._looking.discard(state.request.request_id)
-        self._abandon(state)
-        if state.lease and self._client is not None:
-            self._client.release(state.lease)
-        state.forget_match()
-
-    def _fresh_blocks(self, scheduler_output: Any) -> set[int]:
-        """Blocks that this step may overwrite although an earlier step's store reads them."""
-        fresh: set[int] = set(scheduler_output.new_block_ids_to_zero or ())
-        for new in scheduler_output.scheduled_new_reqs:
-            fresh.update(new.block_ids[0][new.num_computed_tokens // self._block :])
-        cached = scheduler_output.scheduled_cached_reqs
-        for i, request_id in enumerate(cached.req_ids):
-            if (ids := cached.new_block_ids[i]) is not None:
-                skip = (
-                    cached.num_computed_tokens[i] // self._block
-                    if request_id in cached.resumed_req_ids
-                    else 0
-                )
-                fresh.update(ids[0][skip:])
-        for copy in scheduler_output.kv_cache_block_copies or ():
-            fresh.add(copy.dst_block_id)
-        return fresh

@@ -1,0 +1,237 @@
+"""What the node has of each request: who asks, how long that may take, and the leases that hold it.
+
+A lookup begins with a request's keys, goes to the node as one match, and ends with a lease on the
+chunks that were found, or without one. Nothing here knows what becomes of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+from kvstrata.config import Config
+from kvstrata.connectors.vllm.fingerprint import Namespaces
+from kvstrata.connectors.vllm.link import Link
+from kvstrata.connectors.vllm.messages import WorkerHello
+from kvstrata.connectors.vllm.pace import Pace
+from kvstrata.connectors.vllm.requests import RequestState
+from kvstrata.errors import KVStrataError, NodeUnavailable
+from kvstrata.keys import KeyChain, owner_digest
+from kvstrata.parts import PORTABLE
+from kvstrata.quality.bound import Bound
+from kvstrata.quality.choice import trouble
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import NodeClient, offsets_of
+
+logger = logging.getLogger(__name__)
+
+#: requests that have not been scheduled yet and hold a lease, at most; the others ask in their turn
+LOOK_AHEAD = 8
+#: how long the start waits for the weights' identity; later requests wait for nothing
+IDENTITY_WAIT_S = 10.0
+
+
+class Lookups:
+    """Asks the node on behalf of requests; lives on the scheduler's one thread.
+
+    Args:
+        vllm_config: the engine's configuration.
+        config: KVStrata's.
+        chunk_tokens: tokens of a chunk.
+        pace: of the engine's steps, which says how long a match may be waited for.
+        states: all requests.
+        loading: those of them whose lease the workers use, so that it is not given up here.
+    """
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        config: Config,
+        chunk_tokens: int,
+        pace: Pace,
+        states: Mapping[str, RequestState],
+        loading: Container[str],
+    ) -> None:
+        self._config = config
+        self._chunk = chunk_tokens
+        self._model = vllm_config.model_config.model
+        self._states = states
+        self._loading = loading
+        self._link = Link(config, "scheduler")
+        self._link.start()
+        self.pace = pace
+        #: the node, if there was one when it was needed last
+        self.client: NodeClient | None = None
+        self.namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
+        #: the byte orders that the workers read, the parts of a chunk, the bytes of each
+        self.orders: list[str] = []
+        self.parts: list[int] = []
+        self.lengths: list[int] = []
+        #: requests that have asked or hold a lease, and have not been scheduled
+        self.looking: set[str] = set()
+
+    def learn(self, ranked: Sequence[WorkerHello]) -> bool:
+        """Learn what the workers' objects are; whether that is what was known before.
+
+        Raises:
+            Exception: whatever keeps the model from being identified.
+        """
+        before = self.orders, self.parts, self.lengths
+        self.orders = [ranked[0].order, PORTABLE]
+        self.parts = list(range(len(ranked)))
+        self.lengths = [hello.payload_bytes for hello in ranked]
+        self.namespaces.identify("; ".join(hello.layout for hello in ranked), IDENTITY_WAIT_S)
+        self.namespaces.when_weighed(self._explain_auto)
+        self._link.wait(self._config.deadlines.attach)
+        return before == (self.orders, self.parts, self.lengths)
+
+    def attached(self) -> NodeClient | None:
+        """The node, if there is one now; begins to look for one if not."""
+        if self.client is not None and not self.client.alive:
+            logger.warning("KVStrata: the node is gone; the engine computes everything")
+            self.client.close()
+            self.client = None
+            self.looking.clear()
+            # Leases died with their node. Loads in the workers' hands end by themselves.
+            for state in self._states.values():
+                state.lease = 0
+                if state.request.request_id not in self._loading:
+                    state.forget_match()
+        if self.client is None:
+            self.client = self._link.take()
+            if self.client is None:
+                self._link.start()
+        return self.client
+
+    def crowded(self) -> bool:
+        """Whether enough requests look ahead; one that vLLM passes over does not count for long."""
+        if len(self.looking) < LOOK_AHEAD:
+            return False
+        since = time.monotonic() - self._config.deadlines.request
+        return sum(self._states[name].seen_at > since for name in self.looking) >= LOOK_AHEAD
+
+    def ask(self, state: RequestState) -> bool:
+        """Begin a request's match; False while its adapter is still being identified."""
+        client = self.attached()
+        state.miss = ""
+        if client is None:
+            state.matched, state.miss = True, "no node"
+            return True
+        if state.chain is None and not self._identify(state, client):
+            return state.matched
+        state.rehash()
+        if not state.keys:
+            state.matched, state.miss = True, "shorter than a chunk"
+            return True
+        try:
+            state.call = client.match(
+                state.keys, self.parts, self.orders, self.lengths, state.owner
+            )
+            self.looking.add(state.request.request_id)
+            state.seen_at = time.monotonic()
+        except NodeUnavailable:
+            state.matched, state.miss = True, "no node"
+        state.asked_at = time.monotonic()
+        return True
+
+    def answered(self, state: RequestState, *, busy: bool) -> bool:
+        """Take in a match's answer; False if it has not come and may still.
+
+        Args:
+            busy: whether requests run that a wait would hold up.
+        """
+        if state.call is None:
+            return True
+        try:
+            if not state.call.ready():
+                self._wait(state, busy)
+            if state.call.reply is None:
+                if time.monotonic() - state.asked_at < self._config.deadlines.request:
+                    return False
+                state.call.abandon()
+                state.miss = "the match missed its deadline"
+            else:
+                reply: p.Matched = state.call.wait(0)
+                state.lease, state.tiers = reply.lease, reply.tiers
+                state.offsets = offsets_of(reply.offsets)
+                if len(reply.tiers) < len(state.keys):
+                    state.miss = "not stored" if not reply.tiers else "partly stored"
+        except KVStrataError as error:
+            state.miss = f"the match failed: {error}"
+        state.call = None
+        state.matched = True
+        if not state.lease:
+            self.looking.discard(state.request.request_id)
+        return True
+
+    def let_be(self, state: RequestState) -> None:
+        """vLLM has every whole chunk itself: wait for nothing, and hold nothing."""
+        client = self.attached()
+        if state.chain is None and client is not None:
+            self._identify(state, client)
+        if state.call is not None and state.call.reply is not None:
+            self.answered(state, busy=True)
+            # What the node has need not be stored again.
+            state.num_stored = max(state.num_stored, len(state.tiers))
+        self.give_up(state)
+
+    def give_up(self, state: RequestState) -> None:
+        """Let go of what a request asked for or found."""
+        self.looking.discard(state.request.request_id)
+        self.abandon(state)
+        if state.lease and self.client is not None:
+            self.client.release(state.lease)
+        state.forget_match()
+
+    def abandon(self, state: RequestState) -> None:
+        """Wait no longer for a request's match; a lease that it has stays."""
+        if state.call is not None:
+            state.call.abandon()
+            state.call = None
+
+    def close(self) -> None:
+        """Let go of the node. Repeatable."""
+        self.namespaces.close()
+        self._link.close()
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+
+    # how
+
+    def _identify(self, state: RequestState, client: NodeClient) -> bool:
+        """Make a request's keys possible; False while its adapter is unknown, or for good."""
+        try:
+            namespace = self.namespaces.of(state.request)
+            if namespace is None:
+                return False
+            state.namespace = namespace
+            salt = state.request.cache_salt or ""
+            state.owner = owner_digest(client.hello.secret, self._config.tenant, salt)
+            state.chain = KeyChain(client.hello.secret, namespace, self._chunk, salt)
+        except (KVStrataError, OSError) as error:
+            state.bypass = f"an identity is missing: {error}"
+            state.matched = True
+            return False
+        return True
+
+    def _wait(self, state: RequestState, busy: bool) -> None:
+        """Wait for a match as long as that costs less than to ask again a step later."""
+        patience = self.pace.patience_s(busy=busy)
+        # Whoever runs is held up once by a match, not in every step by a node that hangs.
+        if state.call is None or self.client is None or not patience or (busy and state.waited):
+            return
+        state.waited = True
+        begun = self.pace.clock()
+        try:
+            self.client.pump(state.call, patience)
+        finally:
+            self.pace.waited(self.pace.clock() - begun)
+
+    def _explain_auto(self, weights: str) -> None:
+        """Say at the start, and where the operator looks, why ``codec = auto`` stays lossless."""
+        names = [part.name for part in self._config.tiers if part.codec == "auto"]
+        if names and (why := trouble(weights, Bound.parse(self._config.quality), self._model)):
+            logger.error("KVStrata: %s.codec is auto, but stores losslessly: %s", names[0], why)
