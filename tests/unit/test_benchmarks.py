@@ -11,9 +11,6 @@ from benchmarks.common import Row, Wrong, spread, table
 from benchmarks.intervals import percentile_ratio
 from benchmarks.report import END, PAGE, START, insert, render
 
-from kvstrata.cli.demo import Asked, plot
-from kvstrata.cli.demo import table as demo_table
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -120,21 +117,3 @@ def test_results_go_between_the_markers_and_nowhere_else() -> None:
 def test_a_page_without_markers_is_left_alone() -> None:
     with pytest.raises(ValueError, match="once each"):
         insert("no markers", "section")
-
-
-def asked(disk_token: int = 2) -> Asked:
-    times = {"cold": 2000.0, "own": 80.0, "host": 90.0, "disk": 120.0}
-    tokens = {"cold": [1, 2], "own": [1, 2], "host": [1, 2], "disk": [1, disk_token]}
-    return Asked(1, 2069, times, tokens, "an answer")
-
-
-def test_the_demo_sees_another_token() -> None:
-    assert asked().same
-    assert not asked(disk_token=3).same
-
-
-def test_the_demo_draws_and_tabulates(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    assert plot([asked(), asked()], tmp_path / "demo.png", "a caption")
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert demo_table([asked()]).row_count == 1
