@@ -6,6 +6,7 @@ chunks that were found, or without one. Nothing here knows what becomes of them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Container, Mapping, Sequence
@@ -171,10 +172,11 @@ class Lookups:
         client = self.attached()
         if state.chain is None and client is not None:
             self._identify(state, client)
-        if state.call is not None and state.call.reply is not None:
-            self.answered(state, busy=True)
-            # What the node has need not be stored again.
-            state.num_stored = max(state.num_stored, len(state.tiers))
+        with contextlib.suppress(NodeUnavailable):
+            if state.call is not None and state.call.ready():
+                self.answered(state, busy=True)
+                # What the node has need not be stored again.
+                state.num_stored = max(state.num_stored, len(state.tiers))
         self.give_up(state)
 
     def give_up(self, state: RequestState) -> None:
