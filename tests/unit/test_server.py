@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -121,7 +122,7 @@ class TestEnds:
         self, node: InProcessNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def refuse(pid: int) -> int:
-            raise PermissionError(1, "seccomp")
+            raise OSError(errno.ENOSYS, "an old kernel")
 
         watcher = node.connect()
         monkeypatch.setattr(server_module, "SO_PEERPIDFD", 9999)
@@ -133,6 +134,34 @@ class TestEnds:
         wait_until(watcher, (0, 0))
         client.close()
         watcher.close()
+
+    @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EPERM])
+    @pytest.mark.parametrize("of", ["socket", "process"])
+    def test_who_cannot_be_watched_is_refused(
+        self, node: InProcessNode, monkeypatch: pytest.MonkeyPatch, of: str, number: int
+    ) -> None:
+        """Only an old kernel is a reason to take a closed socket for a death."""
+
+        def refuse(pid: int) -> int:
+            raise OSError(number, os.strerror(number))
+
+        def option(connected: socket.socket, level: int, name: int, *more: int) -> Any:
+            if name == 77 and of == "socket":
+                refuse(0)
+            return plain(connected, level, 9999 if name == 77 else name, *more)
+
+        plain = socket.SocketType.getsockopt
+        before = set(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "getsockopt", option)
+            patch.setattr(os, "pidfd_open", refuse)
+            with pytest.raises(NodeUnavailable):
+                node.connect()
+        assert node.run(lambda: node.server.num_clients) == 0
+        assert set(os.listdir("/proc/self/fd")) <= before
+        client = node.connect()
+        assert client.status()["counters"]['disconnects_total{why="unwatched"}'] == 1
+        client.close()
 
     def test_a_process_that_is_dead_already_is_not_welcome(
         self, node: InProcessNode, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +196,30 @@ class TestGarbage:
         assert store(client, KEYS) == 3
         assert client.status()["counters"]['disconnects_total{why="garbage"}'] == 1
         client.close()
+
+    def test_a_process_that_was_dropped_has_no_fresh_caps(self, tmp_path: Path) -> None:
+        """What it holds stays in force, for a copy may be running, and goes on to count."""
+        config = load_config(environ={}, overrides={"secret_file": str(tmp_path / "secret")})
+        with InProcessNode(config, lambda _: make_node(10, per_client=0.45)) as node:
+            first = node.connect()
+            store(first, KEYS)
+            reserved = first.reserve(NAMESPACE, chunk_keys(3, 1), 0, 0, template()).wait(5)
+            assert min(offsets_of(reserved.offsets)) >= 0
+            assert len(first.match(KEYS, [0], [ORDER]).wait(5).tiers) == 3
+            first._socket.send(b"GET / HTTP/1.1\r\n\r\n")
+            with pytest.raises(NodeUnavailable):
+                first.status()
+            second = node.connect()
+            assert holdings(second) == (1, 1)
+            reserved = second.reserve(NAMESPACE, chunk_keys(3, 2), 0, 0, template()).wait(5)
+            assert [offset < 0 for offset in offsets_of(reserved.offsets)] == [False, True, True]
+            assert offsets_of(reserved.offsets)[2] == p.REFUSED
+            second.commit(reserved.reservation, [bytes(16)] * 3).wait(5)
+            # What is leased already counts once for the process, whoever of it asks.
+            assert len(second.match(KEYS, [0], [ORDER]).wait(5).tiers) == 3
+            node.check_integrity()
+            second.close()
+            first.close()
 
     def test_a_malformed_request_is_answered(self, node: InProcessNode) -> None:
         client = node.connect()

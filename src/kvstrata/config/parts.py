@@ -59,7 +59,7 @@ class LeaseConfig:
     """How much of the pool may be held still by loads that wait or run."""
 
     per_client: Fraction = option(  # noqa: RUF009 - it calls field()
-        kinds.SHARE, "50%", "By one client.", shared=True
+        kinds.SHARE, "50%", "By the connections of one process.", shared=True
     )
     total: Fraction = option(  # noqa: RUF009 - it calls field()
         kinds.SHARE, "80%", "By all clients together.", shared=True

@@ -8,6 +8,7 @@ copy may outlive its socket, and a forked child may keep a dead process's socket
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -19,12 +20,13 @@ import kvstrata
 from kvstrata.errors import Incompatible, KVStrataError
 from kvstrata.node.common.background import Tasks, report_bug
 from kvstrata.node.node import Node
-from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
 
 SO_PEERPIDFD = 77  # Linux 6.5; Python has no name for it yet
+UNKNOWN_TO_THE_KERNEL = (errno.ENOSYS, errno.EINVAL, errno.ENOPROTOOPT)
 ACCEPT_AGAIN_S = 1.0
 
 
@@ -35,10 +37,12 @@ class Connection(asyncio.Protocol):
         server: whose client this is.
         pid: the process, for the log.
         pidfd: becomes readable when that process is dead; None if it cannot be watched. Owned.
+        holder: what all connections of that process hold.
     """
 
-    def __init__(self, server: Server, pid: int, pidfd: int | None) -> None:
-        self.client = Client(f"pid {pid}")
+    def __init__(self, server: Server, pid: int, pidfd: int | None, holder: Holder) -> None:
+        self.client = Client(f"pid {pid}", holder)
+        self.pid = pid
         self.pidfd = pidfd
         self._server = server
         self._frames = p.Frames()
@@ -204,9 +208,16 @@ class Server:
             logger.warning("refused a client of user %d", uid)
             connected.close()
             return
-        pidfd = None
         try:
             pidfd = _pidfd(connected, pid)
+        except OSError as error:
+            if not isinstance(error, ProcessLookupError):
+                # Its leases would never end, or would end with its socket while a copy still runs.
+                logger.error("pid %d cannot be watched, and is refused: %s", pid, error)
+                self.counters.add("disconnects_total", why="unwatched")
+            connected.close()
+            return
+        try:
             hello = p.Hello(
                 p.PROTOCOL_VERSION,
                 kvstrata.__version__,
@@ -224,7 +235,8 @@ class Server:
             if pidfd is not None:
                 os.close(pidfd)
             return
-        connection = Connection(self, pid, pidfd)
+        known = [one.client.holder for one in self._connections if one.pid == pid]
+        connection = Connection(self, pid, pidfd, known[0] if known else Holder())
         self._connections.add(connection)
         if pidfd is not None:
             asyncio.get_running_loop().add_reader(pidfd, self._died, connection)
@@ -260,18 +272,21 @@ class Server:
 def _pidfd(connected: socket.socket, pid: int) -> int | None:
     """A descriptor that becomes readable when the peer's process is dead; None if none can be had.
 
+    None can be had of a kernel that knows no such thing; any other failure is one.
+
     Raises:
-        ProcessLookupError: it is dead already.
+        OSError: it is dead already, or descriptors or rights are lacking.
     """
     try:
         return connected.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
-    except OSError:
-        pass  # an older kernel
+    except OSError as error:
+        if error.errno not in UNKNOWN_TO_THE_KERNEL:
+            raise
     try:
         return os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise
     except OSError as error:
+        if error.errno not in UNKNOWN_TO_THE_KERNEL:
+            raise
         logger.warning(
             "pid %d cannot be watched (%s); its closed socket will count as its death", pid, error
         )

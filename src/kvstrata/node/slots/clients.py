@@ -1,25 +1,52 @@
-"""What one connection holds on the node."""
+"""What one connection holds on the node, and what all connections of its process hold."""
 
 from __future__ import annotations
 
 
+class Holder:
+    """A process, and the bytes that its connections hold together: the caps are for these.
+
+    A process that could have the caps anew with each connection would have none, since what a
+    connection that was dropped still holds stays in force.
+    """
+
+    __slots__ = ("leased_bytes", "reserved_bytes")
+
+    def __init__(self) -> None:
+        self.leased_bytes = 0
+        self.reserved_bytes = 0
+
+
 class Client:
-    """One connection's leases and reservations, by their numbers, and the bytes they hold.
+    """One connection's leases and reservations, by their numbers.
 
     They end when the client says so, or when its process is dead; a connection that ended
     without a word leaves them in force, since a copy may still be running. Who has ``ended`` is
     granted nothing any more.
+
+    Args:
+        name: for the log.
+        holder: its process; None: one with no other connection.
     """
 
-    __slots__ = ("ended", "leased_bytes", "leases", "name", "reservations", "reserved_bytes")
+    __slots__ = ("ended", "holder", "leases", "name", "reservations")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, holder: Holder | None = None) -> None:
         self.name = name
+        self.holder = holder or Holder()
         self.ended = False
         self.leases: set[int] = set()
         self.reservations: set[int] = set()
-        self.leased_bytes = 0
-        self.reserved_bytes = 0
+
+    @property
+    def leased_bytes(self) -> int:
+        """What its process has leased."""
+        return self.holder.leased_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What its process has reserved."""
+        return self.holder.reserved_bytes
 
     @property
     def holds_something(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 
-from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Row, Slot
 
@@ -72,13 +72,13 @@ class Lease:
 class LeaseTable:
     """All leases of the node, with the caps on what they may hold.
 
-    However many leases hold a row, its bytes count once, for the client that leased it first:
+    However many leases hold a row, its bytes count once, for the process that leased it first:
     a crowd of requests for one document holds no more than one of them. What is being promoted
     goes on to count when nobody wants it any more, until it has been stopped or has come.
 
     Args:
         host: whose slots they hold.
-        per_client_bytes: what one client's leases may hold.
+        per_client_bytes: what the leases of one process may hold.
         total_bytes: what all leases together may hold.
     """
 
@@ -121,12 +121,12 @@ class LeaseTable:
         for row in rows:
             if row.num_leases == 0:
                 if row.payer is None:
-                    row.payer = lease.client
+                    row.payer = lease.client.holder
                     charged += row.nbytes
                 if row.num_filling or not row.kept:
                     self._host.pin(row)
             row.num_leases += 1
-        lease.client.leased_bytes += charged
+        lease.client.holder.leased_bytes += charged
         self.leased_bytes += charged
         lease.extend(rows)
 
@@ -188,7 +188,7 @@ class LeaseTable:
                 assert slot in row.slots
                 assert row.num_under_way > 0
                 counts.setdefault(row, 0)
-        charged: dict[Client, int] = {}
+        charged: dict[Holder, int] = {}
         for row, count in counts.items():
             assert row.num_leases == count
             assert row.num_under_way == sum(slot.rows is not None for slot in row.slots)
@@ -196,8 +196,8 @@ class LeaseTable:
             assert not row.pinned or all(slot.holds > 0 for slot in row.slots)
             assert row.payer is not None
             charged[row.payer] = charged.get(row.payer, 0) + row.nbytes
-        for client, nbytes in charged.items():
-            assert client.leased_bytes == nbytes <= self.per_client_bytes
+        for holder, nbytes in charged.items():
+            assert holder.leased_bytes == nbytes <= self.per_client_bytes
         assert sum(charged.values()) == self.leased_bytes <= self.total_bytes
 
     def _discharge(self, row: Row) -> None:

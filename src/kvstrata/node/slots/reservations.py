@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Literal, cast
 
 from kvstrata.errors import UsageError
-from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Slot
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes
@@ -107,7 +107,7 @@ class ReservationTable:
 
     Args:
         host: whose slots they fill.
-        per_client_bytes: what one client's reservations may hold.
+        per_client_bytes: what the reservations of one process may hold.
     """
 
     def __init__(self, host: HostMemory, per_client_bytes: int) -> None:
@@ -177,7 +177,7 @@ class ReservationTable:
             slots = self._host.allocate_many(nbytes, min(allowed, here.count(0)))
         if len(slots) < here.count(0):
             refusal = refusal or (p.REFUSED if len(slots) == allowed else p.FULL)
-        client.reserved_bytes += len(slots) * nbytes
+        client.holder.reserved_bytes += len(slots) * nbytes
         rest = iter(slots)
         for key, answer in zip(chunks, here, strict=True):
             slot = None if answer else next(rest, None)
@@ -238,7 +238,7 @@ class ReservationTable:
             reservation.slots[number] = None
             key = reservation.prefix[reservation.first + number]
             del self._writing[key, reservation.part]
-            reservation.client.reserved_bytes -= slot.nbytes
+            reservation.client.holder.reserved_bytes -= slot.nbytes
             if checksums[number] == NOT_WRITTEN or key in reservation.unwanted:
                 self._host.discard(slot)
                 self._host.unhold(slot)
@@ -279,7 +279,7 @@ class ReservationTable:
     def check_integrity(self) -> None:
         """Raise AssertionError unless every reservation is counted once."""
         writing = set()
-        reserved: dict[Client, int] = {}
+        reserved: dict[Holder, int] = {}
         for reservation in (*self._reservations.values(), *self.finishing):
             client = reservation.client
             assert (reservation.id in client.reservations) == (reservation not in self.finishing)
@@ -288,7 +288,8 @@ class ReservationTable:
                 if slot is not None:
                     writing.add((key, reservation.part))
                     assert self._writing.get((key, reservation.part)) is reservation
-                    reserved[client] = reserved.get(client, 0) + slot.nbytes
+                    holder = client.holder
+                    reserved[holder] = reserved.get(holder, 0) + slot.nbytes
         assert writing == self._writing.keys()
-        for client, nbytes in reserved.items():
-            assert client.reserved_bytes == nbytes <= self.per_client_bytes
+        for holder, nbytes in reserved.items():
+            assert holder.reserved_bytes == nbytes <= self.per_client_bytes

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
-from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.clients import Holder
 from kvstrata.wire import protocol as p
 
 
@@ -54,7 +54,7 @@ class Row:
     A row that has ``failed`` will never be whole. ``order`` is the byte order of its objects, None
     as long as there is not one for all.
 
-    The first of its ``num_leases`` is charged to its client, the ``payer``, until the last has
+    The first of its ``num_leases`` is charged to its process, the ``payer``, until the last has
     ended and no promotion for it is under way. Host memory may have it ``kept``: while it is leased
     its chunk is not evicted then, and ``passed_over`` is the chunk that was not for that reason.
     One that is ``pinned`` holds each of its slots once.
@@ -70,7 +70,7 @@ class Row:
         self.order: str | None = None
         self.failed = False
         self.num_leases = 0
-        self.payer: Client | None = None
+        self.payer: Holder | None = None
         self.kept = self.pinned = False
         self.passed_over: bytes | None = None
         self.watchers: list[Callable[[], None]] = []
