@@ -1,10 +1,17 @@
-"""Random histories of several clients on one node, against a dictionary of what was committed."""
+"""Random histories of several processes on one node, against a dictionary of what was committed.
+
+Objects have several sizes, two slower tiers have gates that may be shut, loads may have a target,
+and a match may be under way while others are served. Processes die, their connections are dropped,
+requests are aborted, and nodes are started again over what the tiers keep.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -19,9 +26,9 @@ from hypothesis.stateful import (
     rule,
 )
 from tests.support.nodes import (
+    NAMESPACE,
     ORDER,
     OTHER,
-    RAW,
     SLOT,
     GatedTier,
     arrive,
@@ -29,18 +36,22 @@ from tests.support.nodes import (
     chunk_keys,
     clear,
     flush,
-    make_node,
-    match,
+    make_backing,
     payload,
     release,
-    reserve,
     stored_payload,
-    write,
+    template,
 )
 
+from kvstrata.config import Config, HostConfig, LeaseConfig
 from kvstrata.errors import TierFull, TierUnavailable
-from kvstrata.node.slots.clients import Client
-from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.memory.pool import Pool
+from kvstrata.node import matching
+from kvstrata.node.node import Node
+from kvstrata.node.service import calls
+from kvstrata.node.slots.clients import Client, Holder
+from kvstrata.objects import HEADER_BYTES, checksum, decode
+from kvstrata.observe.counters import Counters
 from kvstrata.testing.clock import ManualClock
 from kvstrata.tiers.base import Outcome
 from kvstrata.tiers.faulty import Answer, FaultyTier, FlipBit, Raise
@@ -49,12 +60,54 @@ from kvstrata.wire.client import offsets_of
 
 PROMPTS = [chunk_keys(4, prompt) for prompt in range(3)]
 ALL = [key for prompt in PROMPTS for key in prompt]
-HOST_SLOTS, TIER_SLOTS = 9, 12
+# Payload bytes of the parts of each prompt's chunks: slots of 3, 4 and 6 pages.
+SIZES = [(5000, 9000), (5000, 9000), (20000, 5000)]
+NBYTES = {
+    (key, part): SIZES[number][part]
+    for number, prompt in enumerate(PROMPTS)
+    for key in prompt
+    for part in range(2)
+}
+HOST_SLOTS, TIER_SLOTS = 12, (6, 14)
 ORDERS = [ORDER, OTHER]
+DEADLINE_S = 5.0
+Name = tuple[bytes, int]
 
 prompts = st.sampled_from(PROMPTS)
-clients = st.integers(0, 2)
+processes = st.integers(0, 2)
+tiers_ = st.integers(0, 1)
 parts_ = st.sampled_from([[0], [1], [0, 1]])
+orders_ = st.sampled_from([[ORDER], [OTHER], ORDERS])
+
+
+class Lasting(GatedTier):
+    """A tier whose objects outlive the node."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Process:
+    """A process: the connection that it uses, and those that were dropped."""
+
+    holder: Holder = field(default_factory=Holder)
+    dropped: list[Client] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.client = Client("pid 1", self.holder)
+
+    def connect_again(self) -> None:
+        self.dropped.append(self.client)
+        self.client = Client("pid 1", self.holder)
+
+    @property
+    def connections(self) -> list[Client]:
+        return [*self.dropped, self.client]
 
 
 @dataclass
@@ -69,19 +122,26 @@ class Reserved:
     offsets: list[int]
     cleared: set[bytes]
 
+    @property
+    def objects(self) -> Iterator[tuple[bytes, int]]:
+        return zip(self.prefix[self.first :], self.offsets, strict=True)
+
 
 @dataclass
-class Leased:
+class Matching:
+    """A match, under way or leased."""
+
     client: Client
-    number: int
     keys: list[bytes]
     parts: list[int]
     orders: list[str]
-    # what each object may be: all that was committed before the match and not cleared then
-    valid: dict[tuple[bytes, int], set[bytes]]
-    ready: int
+    # what each object may be: all that was committed and not cleared at some time of the match
+    valid: dict[Name, set[bytes]]
+    answer: asyncio.Future[p.Matched]
+    number: int = 0
+    ready: int = 0
     # what lay in each ready slot when it was first seen
-    seen: dict[int, bytes]
+    seen: dict[int, bytes] = field(default_factory=dict)
 
 
 class Histories(RuleBasedStateMachine):
@@ -92,34 +152,48 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(
         policy=st.sampled_from(["lru", "s3fifo", "cost"]),
-        codec=st.sampled_from(["raw", "lossless"]),
+        codecs=st.tuples(
+            st.sampled_from(["raw", "lossless"]), st.sampled_from(["raw", "lossless"])
+        ),
     )
-    def begin(self, policy: str, codec: str) -> None:
+    def begin(self, policy: str, codecs: tuple[str, str]) -> None:
+        self.patches = pytest.MonkeyPatch()
+        self.patches.setattr(matching, "SLICE_OBJECTS", 3)
+        self.patches.setattr(matching, "SLICE", 2)
+        self.patches.setattr(calls, "GRACE_S", 0.01)
         self.loop = asyncio.new_event_loop()
         self.clock = ManualClock()
-        self.inner = GatedTier()
-        self.tier = FaultyTier(self.inner)
+        self.inner = [Lasting("memory"), Lasting("disk")]
+        self.tiers = [FaultyTier(inner) for inner in self.inner]
+        self.policy, self.codecs = policy, codecs
         # object -> the payloads that were committed since it was last cleared
-        self.model: dict[tuple[bytes, int], set[bytes]] = {}
+        self.model: dict[Name, set[bytes]] = {}
+        # of objects whose clear failed: a later node may find them
+        self.undead: dict[Name, set[bytes]] = {}
         self.versions = 0
-        self.open_reservations: list[Reserved] = []
-        self.open_leases: list[Leased] = []
-        self.clients = [Client(f"pid {number}") for number in range(3)]
+        self.processes = [Process() for _ in range(3)]
+        self.start()
 
-        async def make() -> Any:
-            node = make_node(
-                HOST_SLOTS,
-                self.tier,
-                tier_slots=TIER_SLOTS,
-                queue_slots=4,
-                per_client=0.75,
-                total=0.8,
-                verify_every=3,
-                policy=policy,
-                codec=codec,
-                clock=self.clock,
-                deadline_s=5.0,
+    def start(self) -> None:
+        self.open_reservations: list[Reserved] = []
+        self.open_matches: list[Matching] = []
+        self.clears: list[asyncio.Future[int]] = []
+
+        async def make() -> Node:
+            counters = Counters()
+            config = Config(
+                host=HostConfig(capacity=HOST_SLOTS * SLOT, policy=self.policy, verify_every=3),
+                leases=LeaseConfig(per_client=Fraction(3, 4), total=Fraction(4, 5)),
             )
+            backings = [
+                make_backing(
+                    tier, slots, counters=counters, clock=self.clock, deadline_s=DEADLINE_S,
+                    queue_slots=4, policy=self.policy, codec=codec,
+                )
+                for tier, slots, codec in zip(self.tiers, TIER_SLOTS, self.codecs, strict=True)
+            ]  # fmt: skip
+            pool = Pool.create(HOST_SLOTS * SLOT)
+            node = Node(config, pool, backings, counters, clock=self.clock)
             await node.start()
             return node
 
@@ -128,9 +202,23 @@ class Histories(RuleBasedStateMachine):
     def run(self, work: Any) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(work, 30))
 
+    def open_gates(self) -> None:
+        """What hangs goes on, and all that was asked for is answered."""
+        for inner in self.inner:
+            inner.open()
+
+        async def answered() -> None:
+            await asyncio.gather(*self.clears, return_exceptions=True)
+            await asyncio.gather(*[one.answer for one in self.open_matches])
+
+        self.run(answered())
+        self.tick(0)
+
+    # writing
+
     @rule(
         target=reservations,
-        client=clients,
+        process=processes,
         prompt=prompts,
         first=st.integers(0, 3),
         length=st.integers(1, 4),
@@ -138,47 +226,60 @@ class Histories(RuleBasedStateMachine):
         order=st.sampled_from(ORDERS),
     )
     def begin_to_store(
-        self, client: int, prompt: list[bytes], first: int, length: int, part: int, order: str
+        self, process: int, prompt: list[bytes], first: int, length: int, part: int, order: str
     ) -> Reserved | None:
-        return self.reserve(client, prompt, first, length, part, order)
+        return self.reserve(process, prompt, first, length, part, order)
 
     def reserve(
-        self, client: int, prompt: list[bytes], first: int, length: int, part: int, order: str
+        self, process: int, prompt: list[bytes], first: int, length: int, part: int, order: str
     ) -> Reserved | None:
-        me, prefix = self.clients[client], prompt[: first + length]
-        number, offsets = reserve(self.node, me, prefix, first, part, order)
+        me, prefix = self.processes[process].client, prompt[: first + length]
+        form = template(order, NBYTES[prompt[0], part])
+        cost = 0.1 * len(prefix) if first else 0.0
+        request = p.Reserve(1, NAMESPACE, b"".join(prefix), first, part, form, cost)
+        reserved = at_once(self.node.reserve(me, request))
+        offsets = list(offsets_of(reserved.offsets))
         if max(offsets) < 0:
             return None
         self.versions += 1
+        version = f"{order} {self.versions}"
         taken = Reserved(
-            me, number, prefix, first, part, order, f"{order} {self.versions}", offsets, set()
+            me, reserved.reservation, prefix, first, part, order, version, offsets, set()
         )
         # Two who write one object at once would be a lost update.
+        ours = {key for key, offset in taken.objects if offset >= 0}
         for other in self.open_reservations:
             if other.part == part:
-                ours = {k for k, o in zip(prefix[first:], offsets, strict=True) if o >= 0}
-                chunks = zip(other.prefix[other.first :], other.offsets, strict=True)
-                assert not ours & {key for key, offset in chunks if offset >= 0}
+                assert not ours & {key for key, offset in other.objects if offset >= 0}
         self.open_reservations.append(taken)
         return taken
 
     @rule(taken=consumes(reservations), written=st.lists(st.booleans(), min_size=4, max_size=4))
     def end_storing(self, taken: Reserved | None, written: list[bool]) -> None:
-        if taken is not None and taken in self.open_reservations:  # its client has not died
+        if taken is not None and self.may_use(taken, self.open_reservations):
             self.commit(taken, written)
+
+    def may_use(self, taken: Reserved | Matching, among: list[Any]) -> bool:
+        """Whether its node and the connection that it came by still stand."""
+        return taken in among and any(taken.client is one.client for one in self.processes)
 
     def commit(self, taken: Reserved, written: list[bool]) -> None:
         self.open_reservations.remove(taken)
-        chunks = taken.prefix[taken.first :]
-        sums = write(self.node, chunks, taken.offsets, taken.part, taken.version)
+        sums = []
         count = 0
-        for i, (key, offset) in enumerate(zip(chunks, taken.offsets, strict=True)):
-            if not written[i]:
-                sums[i] = bytes(16)
-            elif offset >= 0 and key not in taken.cleared:
+        for (key, offset), wanted in zip(taken.objects, written, strict=False):
+            nbytes = NBYTES[key, taken.part]
+            data = payload(key, taken.part, taken.version, nbytes)
+            if offset >= 0:
+                self.node.host.pool.view(offset + HEADER_BYTES, nbytes)[:] = data
+            sums.append(checksum(data) if wanted else bytes(16))
+            if wanted and offset >= 0 and key not in taken.cleared:
                 count += 1
-                data = payload(key, taken.part, taken.version)
-                self.model.setdefault((key, taken.part), set()).add(data)
+                name = key, taken.part
+                self.model.setdefault(name, set()).add(data)
+                for one in self.open_matches:
+                    if not one.number and name in one.valid:
+                        one.valid[name].add(data)
 
         async def commit() -> p.Done:
             request = p.Commit(1, taken.number, b"".join(sums))
@@ -188,113 +289,229 @@ class Histories(RuleBasedStateMachine):
 
         assert self.run(commit()).count == count
 
-    @rule(client=clients, prompt=prompts, part=st.integers(0, 1), order=st.sampled_from(ORDERS))
-    def store(self, client: int, prompt: list[bytes], part: int, order: str) -> None:
+    @rule(process=processes, prompt=prompts, part=st.integers(0, 1), order=st.sampled_from(ORDERS))
+    def store(self, process: int, prompt: list[bytes], part: int, order: str) -> None:
         """All of a prompt, reserved and committed at once."""
-        taken = self.reserve(client, prompt, 0, 4, part, order)
+        taken = self.reserve(process, prompt, 0, 4, part, order)
         if taken is not None:
             self.commit(taken, [True] * 4)
 
-    @rule(
-        target=leases,
-        client=clients,
-        prompt=prompts,
-        parts=parts_,
-        orders=st.sampled_from([[ORDER], [OTHER], ORDERS]),
-    )
+    # reading
+
+    @rule(target=leases, process=processes, prompt=prompts, parts=parts_, orders=orders_)
+    def begin_to_match(
+        self, process: int, prompt: list[bytes], parts: list[int], orders: list[str]
+    ) -> Matching | None:
+        """Others may be served before it is answered."""
+        return self.match(process, prompt, parts, orders)
+
+    @rule(target=leases, process=processes, prompt=prompts, parts=parts_, orders=orders_)
+    def match_at_once(
+        self, process: int, prompt: list[bytes], parts: list[int], orders: list[str]
+    ) -> Matching | None:
+        one = self.match(process, prompt, parts, orders)
+        self.run(asyncio.wait([one.answer]))
+        self.harvest()
+        return one
+
     def match(
-        self, client: int, prompt: list[bytes], parts: list[int], orders: list[str]
-    ) -> Leased | None:
-        async def ask() -> p.Matched:
-            return match(self.node, self.clients[client], prompt, parts, orders)
+        self, process: int, prompt: list[bytes], parts: list[int], orders: list[str]
+    ) -> Matching:
+        client = self.processes[process].client
+        lengths = [NBYTES[prompt[0], part] for part in parts]
+        request = p.Match(1, b"".join(prompt), parts, orders, lengths)
 
-        matched = self.run(ask())
-        assert (matched.lease == 0) == (not matched.tiers)
-        if not matched.lease:
-            return None
-        keys = prompt[: len(matched.tiers)]
-        objects = [(key, part) for key in keys for part in parts]
-        valid = {name: set(self.model.get(name, ())) for name in objects}
-        lease = Leased(self.clients[client], matched.lease, keys, parts, orders, valid, 0, {})
-        self.open_leases.append(lease)
-        for (key, part), offset in zip(objects, offsets_of(matched.offsets), strict=True):
-            assert self.model.get((key, part)), "a hit on what was never stored, or cleared"
-            if offset >= 0:
-                self.see(lease, key, part, offset)
-        return lease
+        async def ask() -> asyncio.Future[p.Matched]:
+            answer = self.node.match(client, request)
 
-    def see(self, lease: Leased, key: bytes, part: int, offset: int) -> None:
+            async def later() -> p.Matched:
+                return answer if isinstance(answer, p.Matched) else await answer
+
+            return asyncio.ensure_future(later())
+
+        valid = {
+            (key, part): set(self.model.get((key, part), ())) for key in prompt for part in parts
+        }
+        one = Matching(client, prompt, parts, orders, valid, self.run(ask()))
+        self.open_matches.append(one)
+        self.harvest()
+        return one
+
+    def harvest(self) -> None:
+        """Look at the matches that have been answered."""
+        for one in [one for one in self.open_matches if one.answer.done() and not one.number]:
+            matched = one.answer.result()
+            assert (matched.lease == 0) == (not matched.tiers)
+            if not matched.lease:
+                self.open_matches.remove(one)
+                continue
+            assert not one.client.ended
+            one.number, one.keys = matched.lease, one.keys[: len(matched.tiers)]
+            objects = [(key, part) for key in one.keys for part in one.parts]
+            for name, offset in zip(objects, offsets_of(matched.offsets), strict=True):
+                assert one.valid[name], "a hit on what was never stored, or cleared"
+                if offset >= 0:
+                    self.see(one, name, offset)
+
+    def see(self, one: Matching, name: Name, offset: int) -> None:
         """What is leased is what was there at the match, also if it has been cleared since."""
-        data = stored_payload(self.node, offset)
+        data = stored_payload(self.node, offset, NBYTES[name])
         header = decode(self.node.host.pool.view(offset, HEADER_BYTES))
-        assert (header.key, header.rank) == (key, part)
-        assert header.order in lease.orders
-        assert data in lease.valid[key, part], "other bytes came back"
-        lease.seen[offset] = data
+        assert (header.key, header.rank) == name
+        assert header.order in one.orders
+        assert data in one.valid[name], "other bytes came back"
+        one.seen[offset] = data
 
-    @rule(lease=leases)
-    def load(self, lease: Leased | None) -> None:
+    @rule(one=leases)
+    def load(self, one: Matching | None) -> None:
         """Wait until all has come, or will not come."""
-        if lease is None or lease not in self.open_leases:
+        if one is None or one not in self.open_matches:
+            return
+        self.open_gates()
+        if one not in self.open_matches:
             return
 
         async def load() -> None:
-            while lease.ready < len(lease.keys):
-                arrived = await arrive(self.node, lease.client, lease.number, lease.ready)
-                chunks = lease.keys[lease.ready : arrived.ready]
-                objects = [(key, part) for key in chunks for part in lease.parts]
-                for (key, part), offset in zip(objects, offsets_of(arrived.offsets), strict=True):
-                    self.see(lease, key, part, offset)
-                lease.ready = arrived.ready
+            while one.ready < len(one.keys):
+                arrived = await arrive(self.node, one.client, one.number, one.ready)
+                chunks = one.keys[one.ready : arrived.ready]
+                objects = [(key, part) for key in chunks for part in one.parts]
+                for name, offset in zip(objects, offsets_of(arrived.offsets), strict=True):
+                    self.see(one, name, offset)
+                one.ready = arrived.ready
                 if arrived.failed:
                     break
 
         self.run(load())
 
-    @rule(lease=leases, keep=st.integers(0, 3))
-    def release(self, lease: Leased | None, keep: int) -> None:
-        if lease is None or lease not in self.open_leases:
+    @rule(one=leases, keep=st.integers(0, 3))
+    def release(self, one: Matching | None, keep: int) -> None:
+        if one is None or not one.number or not self.may_use(one, self.open_matches):
             return
-        release(self.node, lease.client, lease.number, keep)
-        lease.keys = lease.keys[:keep]
-        lease.ready = min(lease.ready, keep)
-        lease.seen.clear()  # not known which offset belongs to which chunk
-        if not keep:
-            self.open_leases.remove(lease)
 
-    @rule(client=clients)
-    def die(self, client: int) -> None:
-        dead = self.clients[client]
-        self.node.end(dead)
-        assert not dead.holds_something
-        self.open_leases = [lease for lease in self.open_leases if lease.client is not dead]
-        self.open_reservations = [r for r in self.open_reservations if r.client is not dead]
-        self.clients[client] = Client("pid 9")
+        async def end() -> None:
+            release(self.node, one.client, one.number, keep)
+
+        self.run(end())
+        one.keys = one.keys[:keep]
+        one.ready = min(one.ready, keep)
+        one.seen.clear()  # not known which offset belongs to which chunk
+        if not keep:
+            self.open_matches.remove(one)
+
+    @rule(process=processes)
+    def abort(self, process: int) -> None:
+        """Many requests at once, given up before anything has come."""
+        for prompt in PROMPTS:
+            one = self.match_at_once(process, prompt, [0, 1], ORDERS)
+            if one is not None and one in self.open_matches:
+                self.release(one, 0)
+
+    # ends
+
+    @rule(process=processes)
+    def drop(self, process: int) -> None:
+        """A connection sends garbage: it is hung up on, and what it holds stays in force."""
+        self.processes[process].connect_again()
+
+    @rule(process=processes)
+    def die(self, process: int) -> None:
+        dead = self.processes[process].connections
+
+        async def end() -> None:
+            for client in dead:
+                self.node.end(client)
+                assert not client.holds_something
+
+        self.run(end())
+        for one in [one for one in self.open_matches if one.client in dead]:
+            if not one.number:
+                assert self.run(one.answer).lease == 0
+            self.open_matches.remove(one)
+        self.open_reservations = [r for r in self.open_reservations if r.client not in dead]
+        self.processes[process] = Process()
+
+    @rule()
+    def restart(self) -> None:
+        """A node that is stopped in good order, and the next one over the same tiers."""
+        self.open_gates()
+        for process in range(3):
+            self.die(process)
+        self.run(flush(self.node, Client("pid 2")))
+        self.node.check_integrity(contents=True)
+        self.run(self.node.stop(drain_s=5.0))
+        for name, versions in self.undead.items():
+            self.model.setdefault(name, set()).update(versions)
+        self.undead.clear()
+        self.start()
+
+    # forgetting
 
     @rule(chosen=st.none() | st.lists(st.sampled_from(ALL), max_size=5))
     def clear(self, chosen: list[bytes] | None) -> None:
+        """Nothing of it is found from now on, even where a tier hangs."""
         gone = set(ALL if chosen is None else chosen)
         for taken in self.open_reservations:
             taken.cleared |= gone
-        for key in gone:
-            self.model.pop((key, 0), None)
-            self.model.pop((key, 1), None)
-        with contextlib.suppress(TierUnavailable):
-            self.run(clear(self.node, self.clients[0], chosen))
+        for name in NBYTES:
+            if name[0] in gone and (versions := self.model.pop(name, None)):
+                self.undead.setdefault(name, set()).update(versions)
+
+        async def begin() -> asyncio.Future[int]:
+            return asyncio.ensure_future(clear(self.node, Client("pid 2"), chosen))
+
+        self.clears.append(self.run(begin()))
+        self.tick(3)
+
+    @rule(count=st.integers(1, 20))
+    def tick(self, count: int) -> None:
+        """Let the node go on a little."""
+
+        async def turns() -> None:
+            for _ in range(count):
+                await asyncio.sleep(0)
+
+        self.run(turns())
+        self.harvest()
+        for done in [one for one in self.clears if one.done()]:
+            self.clears.remove(done)
+            with contextlib.suppress(TierUnavailable):
+                done.result()
 
     @rule()
     def forget_host(self) -> None:
-        """So that the slower tier is asked."""
-        self.run(flush(self.node, self.clients[0]))
+        """So that the slower tiers are asked."""
+        self.flush()
         for taken in self.open_reservations:
             taken.cleared |= set(ALL)
-        self.run(clear(self.node, self.clients[0], None, ["host"]))
+        self.run(clear(self.node, Client("pid 2"), None, ["host"]))
 
     @rule()
     def flush(self) -> None:
-        self.run(flush(self.node, self.clients[0]))
+        self.open_gates()
+        self.run(flush(self.node, Client("pid 2")))
+
+    # trouble
+
+    @rule(tier=tiers_, verb=st.sampled_from(["read", "write", "delete", "clear", "touch"]))
+    def shut(self, tier: int, verb: str) -> None:
+        """What is asked of a tier from now on hangs."""
+        self.inner[tier].shut(verb)
+
+    @rule()
+    def hang(self) -> None:
+        """So long that the deadlines pass of all that hangs."""
+        self.clock.advance(2 * DEADLINE_S)
+        self.run(asyncio.sleep(0.03))
+        self.harvest()
+
+    @rule(tier=tiers_, target_s=st.sampled_from([0.0, 1e-6, 1e-3, 10.0]))
+    def aim(self, tier: int, target_s: float) -> None:
+        """Loads from a tier have a target from now on."""
+        self.node.backings[tier].load_target_s = target_s
 
     @rule(
+        tier=tiers_,
         fault=st.sampled_from(
             [
                 ("write", FlipBit(8 * 5000)),
@@ -308,14 +525,16 @@ class Histories(RuleBasedStateMachine):
                 ("delete", Raise(TierUnavailable("gone"))),
                 ("clear", Raise(TierUnavailable("gone"))),
             ]
-        )
+        ),
     )
-    def hurt(self, fault: tuple[Any, Any]) -> None:
-        self.tier.inject(*fault, times=1)
+    def hurt(self, tier: int, fault: tuple[Any, Any]) -> None:
+        self.tiers[tier].inject(*fault, times=1)
 
     @rule()
     def heal(self) -> None:
-        self.tier.heal()
+        self.open_gates()
+        for tier in self.tiers:
+            tier.heal()
         self.clock.advance(100.0)
 
     @invariant()
@@ -324,22 +543,27 @@ class Histories(RuleBasedStateMachine):
             return
         self.node.check_integrity()
         assert self.node.host.allocated_bytes <= HOST_SLOTS * SLOT
-        assert self.inner.most <= TIER_SLOTS * SLOT
-        for lease in self.open_leases:
-            for offset, data in lease.seen.items():
-                assert stored_payload(self.node, offset, RAW) == data, "leased bytes have moved"
+        for inner, slots in zip(self.inner, TIER_SLOTS, strict=True):
+            assert inner.most <= slots * SLOT
+        for one in self.open_matches:
+            for offset, data in one.seen.items():
+                found = stored_payload(self.node, offset, len(data))
+                assert found == data, "leased bytes have moved"
 
     def teardown(self) -> None:
         if not hasattr(self, "node"):
             return
-        self.tier.heal()
-        for client in self.clients:
-            self.node.end(client)
-        self.run(flush(self.node, self.clients[0]))
+        for tier in self.tiers:
+            tier.heal()
+        self.open_gates()
+        for process in range(3):
+            self.die(process)
+        self.run(flush(self.node, Client("pid 2")))
         self.node.check_integrity()
         assert not list(self.node.reservations.filling())
         self.run(self.node.stop(drain_s=1.0))
         self.loop.close()
+        self.patches.undo()
 
 
 Histories.TestCase.settings = settings(

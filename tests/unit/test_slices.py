@@ -324,3 +324,17 @@ def test_a_match_that_is_called_off_leaves_nothing() -> None:
         await node.stop()
 
     asyncio.run(main())
+
+
+def test_of_more_parts_than_a_slice_takes_every_slice_takes_a_chunk() -> None:
+    async def test(node: Node) -> None:
+        me, parts = Client(ME), list(range(6))
+        keys = chunk_keys(3, 5)
+        for part in parts:
+            assert nodes.store(node, me, keys[:2], part=part) == 2
+        for asked, found in ((keys, 2), (keys[2:], 0)):
+            answer = node.match(me, p.Match(1, b"".join(asked), parts, [ORDER], [RAW] * 6))
+            matched = await answer if isinstance(answer, Awaitable) else answer
+            assert len(matched.tiers) == found
+
+    on_node(test, slots=12)

@@ -213,26 +213,28 @@ class Matcher:
         """One slice of a search that has taken all keys in; whether it was the last."""
         if search.client.ended:
             return True
-        room_in_slice = self._take_head(search)
-        if room_in_slice and not search.ended:
+        if self._take_head(search):
             self._take_more(search)
         search.ended = search.ended or len(search.tiers) == len(search.keys)
         return search.ended
 
     def _take_head(self, search: Search) -> bool:
-        """Lease the next chunks that lie in host memory, whole; whether others ended it."""
+        """Lease the next chunks that lie in host memory, whole; whether another is next."""
         parts, orders, place = search.parts, search.orders, len(search.tiers)
         known, room = self._host.rows_of(parts), self._leases.room_for(search.client)
         rows: list[Row] = []
-        left = SLICE
+        left, others = SLICE, False
         for key in search.keys[place : place + SLICE]:
             row = known.get(key)
             if row is None:
                 row = self._host.ready_row(key, parts)
                 left -= len(parts)
-            if row is None or row.num_filling:
-                break
-            if row.order not in orders and not row.in_orders(orders):
+            if (
+                row is None
+                or row.num_filling
+                or (row.order not in orders and not row.in_orders(orders))
+            ):
+                others = True
                 break
             if row.payer is None:
                 room -= row.nbytes
@@ -244,7 +246,7 @@ class Matcher:
             if left <= 0:
                 break
         self._lease(search, rows, bytes(len(rows)))
-        return left > 0
+        return others
 
     def _take_more(self, search: Search) -> None:
         """Look for the next chunks in all tiers, promote what they lack, and lease them."""

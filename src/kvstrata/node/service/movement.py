@@ -247,10 +247,11 @@ class Movement:
         """Raise AssertionError unless every promotion has a place, and is wanted."""
         waiting: set[Promotion] = set()
         for lane in self._lanes.values():
-            waiting.update(one for one in lane.waiting if not one.settled)
+            mine = [one for one in lane.waiting if not one.settled]
+            waiting.update(mine)
             assert len(lane.busy) <= lane.backing.num_threads
             assert all(one.begun for one in lane.busy)
-            assert lane.backing.readable is False or not waiting or len(lane.busy) > 0
+            assert lane.busy or not mine or not lane.backing.readable, "nobody reads"
         for slot, one in self._promotions.items():
             assert slot.holds > 0
             assert one.slot is slot
