@@ -76,8 +76,10 @@ Name = tuple[bytes, int]
 prompts = st.sampled_from(PROMPTS)
 processes = st.integers(0, 2)
 tiers_ = st.integers(0, 1)
-parts_ = st.sampled_from([[0], [1], [0, 1]])
-orders_ = st.sampled_from([[ORDER], [OTHER], ORDERS])
+parts_ = st.sampled_from([[0], [1], [0, 1], [0, 1]])
+seldom = st.sampled_from([False, False, True])
+some_order = st.sampled_from([ORDER, ORDER, ORDER, OTHER])
+orders_ = st.sampled_from([[ORDER], [OTHER], ORDERS, ORDERS])
 
 
 class Lasting(GatedTier):
@@ -148,7 +150,6 @@ class Histories(RuleBasedStateMachine):
     # What was not granted enters its bundle as None: whether it is depends on how fast threads
     # are, and what hypothesis may draw next must not.
     reservations = Bundle("reservations")
-    leases = Bundle("leases")
 
     @initialize(
         policy=st.sampled_from(["lru", "s3fifo", "cost"]),
@@ -173,6 +174,9 @@ class Histories(RuleBasedStateMachine):
         self.versions = 0
         self.processes = [Process() for _ in range(3)]
         self.start()
+        for number, prompt in enumerate(PROMPTS):
+            self.store(number, prompt, [0, 1], ORDER)
+            self.flush()
 
     def start(self) -> None:
         self.open_reservations: list[Reserved] = []
@@ -223,7 +227,7 @@ class Histories(RuleBasedStateMachine):
         first=st.integers(0, 3),
         length=st.integers(1, 4),
         part=st.integers(0, 1),
-        order=st.sampled_from(ORDERS),
+        order=some_order,
     )
     def begin_to_store(
         self, process: int, prompt: list[bytes], first: int, length: int, part: int, order: str
@@ -256,12 +260,12 @@ class Histories(RuleBasedStateMachine):
 
     @rule(taken=consumes(reservations), written=st.lists(st.booleans(), min_size=4, max_size=4))
     def end_storing(self, taken: Reserved | None, written: list[bool]) -> None:
-        if taken is not None and self.may_use(taken, self.open_reservations):
+        if taken is not None and taken in self.open_reservations and self.may_use(taken):
             self.commit(taken, written)
 
-    def may_use(self, taken: Reserved | Matching, among: list[Any]) -> bool:
-        """Whether its node and the connection that it came by still stand."""
-        return taken in among and any(taken.client is one.client for one in self.processes)
+    def may_use(self, taken: Reserved | Matching) -> bool:
+        """Whether the connection that it came by still stands."""
+        return any(taken.client is one.client for one in self.processes)
 
     def commit(self, taken: Reserved, written: list[bool]) -> None:
         self.open_reservations.remove(taken)
@@ -289,30 +293,28 @@ class Histories(RuleBasedStateMachine):
 
         assert self.run(commit()).count == count
 
-    @rule(process=processes, prompt=prompts, part=st.integers(0, 1), order=st.sampled_from(ORDERS))
-    def store(self, process: int, prompt: list[bytes], part: int, order: str) -> None:
+    @rule(process=processes, prompt=prompts, parts=parts_, order=some_order)
+    def store(self, process: int, prompt: list[bytes], parts: list[int], order: str) -> None:
         """All of a prompt, reserved and committed at once."""
-        taken = self.reserve(process, prompt, 0, 4, part, order)
-        if taken is not None:
-            self.commit(taken, [True] * 4)
+        for part in parts:
+            taken = self.reserve(process, prompt, 0, 4, part, order)
+            if taken is not None:
+                self.commit(taken, [True] * 4)
 
     # reading
 
-    @rule(target=leases, process=processes, prompt=prompts, parts=parts_, orders=orders_)
-    def begin_to_match(
-        self, process: int, prompt: list[bytes], parts: list[int], orders: list[str]
-    ) -> Matching | None:
-        """Others may be served before it is answered."""
-        return self.match(process, prompt, parts, orders)
-
-    @rule(target=leases, process=processes, prompt=prompts, parts=parts_, orders=orders_)
-    def match_at_once(
-        self, process: int, prompt: list[bytes], parts: list[int], orders: list[str]
-    ) -> Matching | None:
+    @rule(process=processes, prompt=prompts, parts=parts_, orders=orders_, wait=st.booleans())
+    def ask(
+        self, process: int, prompt: list[bytes], parts: list[int], orders: list[str], wait: bool
+    ) -> None:
+        """Begin a match; others may be served before it is answered."""
         one = self.match(process, prompt, parts, orders)
+        if wait:
+            self.wait_for(one)
+
+    def wait_for(self, one: Matching) -> None:
         self.run(asyncio.wait([one.answer]))
         self.harvest()
-        return one
 
     def match(
         self, process: int, prompt: list[bytes], parts: list[int], orders: list[str]
@@ -362,14 +364,13 @@ class Histories(RuleBasedStateMachine):
         assert data in one.valid[name], "other bytes came back"
         one.seen[offset] = data
 
-    @rule(one=leases)
-    def load(self, one: Matching | None) -> None:
+    @rule(number=st.integers(0, 9))
+    def load(self, number: int) -> None:
         """Wait until all has come, or will not come."""
-        if one is None or one not in self.open_matches:
-            return
         self.open_gates()
-        if one not in self.open_matches:
+        if not self.open_matches:
             return
+        one = self.open_matches[number % len(self.open_matches)]
 
         async def load() -> None:
             while one.ready < len(one.keys):
@@ -384,11 +385,13 @@ class Histories(RuleBasedStateMachine):
 
         self.run(load())
 
-    @rule(one=leases, keep=st.integers(0, 3))
-    def release(self, one: Matching | None, keep: int) -> None:
-        if one is None or not one.number or not self.may_use(one, self.open_matches):
-            return
+    @rule(number=st.integers(0, 9), keep=st.integers(0, 3))
+    def release(self, number: int, keep: int) -> None:
+        mine = [one for one in self.open_matches if one.number and self.may_use(one)]
+        if mine:
+            self.end_match(mine[number % len(mine)], keep)
 
+    def end_match(self, one: Matching, keep: int = 0) -> None:
         async def end() -> None:
             release(self.node, one.client, one.number, keep)
 
@@ -403,9 +406,10 @@ class Histories(RuleBasedStateMachine):
     def abort(self, process: int) -> None:
         """Many requests at once, given up before anything has come."""
         for prompt in PROMPTS:
-            one = self.match_at_once(process, prompt, [0, 1], ORDERS)
-            if one is not None and one in self.open_matches:
-                self.release(one, 0)
+            one = self.match(process, prompt, [0, 1], ORDERS)
+            self.wait_for(one)
+            if one in self.open_matches:
+                self.end_match(one)
 
     # ends
 
@@ -414,8 +418,12 @@ class Histories(RuleBasedStateMachine):
         """A connection sends garbage: it is hung up on, and what it holds stays in force."""
         self.processes[process].connect_again()
 
-    @rule(process=processes)
-    def die(self, process: int) -> None:
+    @rule(process=processes, really=seldom)
+    def die(self, process: int, really: bool) -> None:
+        if really:
+            self.kill(process)
+
+    def kill(self, process: int) -> None:
         dead = self.processes[process].connections
 
         async def end() -> None:
@@ -431,12 +439,14 @@ class Histories(RuleBasedStateMachine):
         self.open_reservations = [r for r in self.open_reservations if r.client not in dead]
         self.processes[process] = Process()
 
-    @rule()
-    def restart(self) -> None:
+    @rule(really=seldom)
+    def restart(self, really: bool) -> None:
         """A node that is stopped in good order, and the next one over the same tiers."""
+        if not really:
+            return
         self.open_gates()
         for process in range(3):
-            self.die(process)
+            self.kill(process)
         self.run(flush(self.node, Client("pid 2")))
         self.node.check_integrity(contents=True)
         self.run(self.node.stop(drain_s=5.0))
@@ -447,18 +457,21 @@ class Histories(RuleBasedStateMachine):
 
     # forgetting
 
-    @rule(chosen=st.none() | st.lists(st.sampled_from(ALL), max_size=5))
-    def clear(self, chosen: list[bytes] | None) -> None:
-        """Nothing of it is found from now on, even where a tier hangs."""
+    @rule(
+        chosen=st.none() | st.lists(st.sampled_from(ALL), max_size=5),
+        tiers=st.sampled_from([[], [], ["host"], ["memory"], ["disk", "host"]]),
+    )
+    def clear(self, chosen: list[bytes] | None, tiers: list[str]) -> None:
+        """Nothing of it is found from now on in these tiers, even where one hangs."""
         gone = set(ALL if chosen is None else chosen)
         for taken in self.open_reservations:
             taken.cleared |= gone
-        for name in NBYTES:
+        for name in NBYTES if not tiers else ():
             if name[0] in gone and (versions := self.model.pop(name, None)):
                 self.undead.setdefault(name, set()).update(versions)
 
         async def begin() -> asyncio.Future[int]:
-            return asyncio.ensure_future(clear(self.node, Client("pid 2"), chosen))
+            return asyncio.ensure_future(clear(self.node, Client("pid 2"), chosen, tiers))
 
         self.clears.append(self.run(begin()))
         self.tick(3)
@@ -498,9 +511,11 @@ class Histories(RuleBasedStateMachine):
         """What is asked of a tier from now on hangs."""
         self.inner[tier].shut(verb)
 
-    @rule()
-    def hang(self) -> None:
+    @rule(really=seldom)
+    def hang(self, really: bool) -> None:
         """So long that the deadlines pass of all that hangs."""
+        if not really:
+            return
         self.clock.advance(2 * DEADLINE_S)
         self.run(asyncio.sleep(0.03))
         self.harvest()
@@ -557,7 +572,7 @@ class Histories(RuleBasedStateMachine):
             tier.heal()
         self.open_gates()
         for process in range(3):
-            self.die(process)
+            self.kill(process)
         self.run(flush(self.node, Client("pid 2")))
         self.node.check_integrity()
         assert not list(self.node.reservations.filling())
@@ -567,7 +582,7 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=150,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

@@ -9,6 +9,7 @@ from tests.support.nodes import (
     SLOT,
     GatedTier,
     arrive,
+    at_once,
     chunk_keys,
     clear,
     flush,
@@ -19,10 +20,13 @@ from tests.support.nodes import (
     reserve,
     store,
     until,
+    write,
 )
 
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 
 THREADS = 2
 
@@ -168,3 +172,29 @@ def test_a_chunk_without_room_for_all_its_parts_takes_none() -> None:
         node.reservations.abort(node.reservations[number])
 
     on_node(test, slots=5, tier=GatedTier())
+
+
+def test_what_is_given_up_before_the_match_is_answered_is_not_there() -> None:
+    """A target that cannot be met: the answer has a place for each object, and none of them."""
+
+    async def test(node: Node) -> None:
+        me, keys = Client("pid 1"), chunk_keys(4)
+        backing = node.backings[0]
+        for part in range(2):
+            number, offsets = reserve(node, me, keys, part=part, cost=1e-9)
+            at_once(
+                node.commit(me, p.Commit(1, number, b"".join(write(node, keys, offsets, part))))
+            )
+        await flush(node, me)
+        await clear(node, me, keys[1:], ["host"])
+        backing.load_target_s = 1e-9
+        backing.bandwidth._bytes, backing.bandwidth._seconds = 1.0, 1.0  # a byte a second
+        matched = match(node, me, keys, parts=(0, 1))
+        assert matched.tiers == b"\0\1\1\1"
+        there = [offset >= 0 for offset in offsets_of(matched.offsets)]
+        assert there == [True] * 2 + [False] * 6
+        arrived = await arrive(node, me, matched.lease, 3)
+        assert arrived.failed
+        assert arrived.ready < 4
+
+    on_node(test, tier=GatedTier())

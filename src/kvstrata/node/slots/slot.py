@@ -102,11 +102,10 @@ class Row:
         )
 
     def packed_offsets(self) -> bytes:
-        """Offsets of its slots as signed 64-bit numbers, `ARRIVING` for those to be filled."""
-        if not self.num_filling:
+        """Offsets of its slots as signed 64-bit numbers, `ARRIVING` for those not filled yet."""
+        if self.offsets:
             return self.offsets
-        filling = SlotState.FILLING
-        numbers = [p.ARRIVING if slot.state is filling else slot.offset for slot in self.slots]
+        numbers = [p.ARRIVING if slot.order is None else slot.offset for slot in self.slots]
         return array("q", numbers).tobytes()
 
     def _complete(self) -> None:
