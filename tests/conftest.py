@@ -1,4 +1,4 @@
-"""What holds for every test: an engine that was asked for must be there."""
+"""What holds for every test: an engine that was asked for must be there; no example has a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import importlib.util
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Not one test is of a time, and a busy machine makes any example a slow one.
+settings.register_profile("kvstrata", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvstrata")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,18 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.engine.engine import LENGTHS, Place, Plain, Prompt, Texts
+from tests.engine.engine import Prompt
+from tests.engine.plain import LENGTHS, Plain, Texts
+from tests.engine.shared import Engines, Shared
 
 from kvstrata.testing import models
 
 # vLLM reads these when it is imported, in this process and in those that it starts.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# With a connector vLLM leaves one core more unused, and another number of threads is another
-# rounding: answers are only comparable under one fixed binding.
-os.environ.setdefault(
-    "VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
-)
 
 _HERE = Path(__file__).parent
 
@@ -64,20 +61,42 @@ def tiny_llama() -> Path:
     return models.tiny_llama()
 
 
-@pytest.fixture(scope="session")
-def texts(smollm2: Path) -> Texts:
-    """Prompts of real text in SmolLM2's tokens."""
-    return Texts(smollm2)
+@pytest.fixture(scope="package")
+def engines() -> Iterator[Engines]:
+    """The engines that tests share; they end with the last test of this folder."""
+    engines = Engines()
+    yield engines
+    engines.close()
+
+
+@pytest.fixture(scope="package")
+def plain(engines: Engines, tiny_llama: Path) -> Plain:
+    """Plain vLLM with the tiny Llama: what most answers are compared with."""
+    return engines.plain(tiny_llama)
+
+
+@pytest.fixture(scope="package")
+def shared(engines: Engines, tiny_llama: Path) -> Shared:
+    """The engine that most tests use: the tiny Llama with KVStrata."""
+    return engines.shared(tiny_llama)
 
 
 @pytest.fixture(scope="session")
+def tokenizer(smollm2: Path) -> models.Tokenizer:
+    """SmolLM2's, which is the tiny Llama's too."""
+    from transformers import AutoTokenizer
+
+    tokenizer: models.Tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return tokenizer
+
+
+@pytest.fixture
+def texts(tokenizer: models.Tokenizer, request: pytest.FixtureRequest) -> Texts:
+    """Documents of real text that no other test asks about."""
+    return Texts(tokenizer, request.node.nodeid)
+
+
+@pytest.fixture
 def prompts(texts: Texts) -> list[Prompt]:
-    """The prompts whose plain answers most tests compare with; a whole chunk hits in 31 of them."""
+    """Documents of every length; a whole chunk hits in 31 of them."""
     return texts.of(*LENGTHS)
-
-
-@pytest.fixture(scope="session")
-def plain(smollm2: Path) -> Iterator[Plain]:
-    """Plain vLLM with SmolLM2: what every answer is compared with."""
-    with Place(smollm2) as place:
-        yield Plain(place.engine(with_kvstrata=False))

@@ -1,8 +1,8 @@
 """The child's side of `tests.engine.engine`: one vLLM, and what a test may ask of it.
 
-Run as a script with the number of a connected socket; requests and replies are lines of JSON. It
-steps the engine itself, so that a test can stop between two steps, and looks into the engine where
-it runs in this process: which blocks hold a prompt, which requests were preempted.
+Requests and replies are lines of JSON on a connected socket. It steps the engine itself, so that a
+test can stop between two steps, and looks into the engine where it runs in this process: which
+blocks hold a prompt, which requests were preempted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 import types
 from collections.abc import Callable
@@ -265,9 +264,9 @@ class Child:
         scheduler._preempt_request = counting
 
 
-def serve(fd: int) -> None:
+def serve(connected: socket.socket) -> None:
     """Answer until the other end hangs up."""
-    with socket.socket(fileno=fd) as connected, connected.makefile("rw") as pipe:
+    with connected, connected.makefile("rw") as pipe:
 
         def say(message: Reply) -> None:
             pipe.write(json.dumps(message) + "\n")
@@ -279,7 +278,3 @@ def serve(fd: int) -> None:
             request = json.loads(line)
             verb: Callable[..., Reply] = getattr(child, request.pop("verb"))
             say(verb(**request))
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]))

@@ -7,26 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.engine import Engine, Place, Plain, Prompt, known_tokens, whole_chunks
+from tests.engine.engine import Engine, Prompt, whole_chunks
+from tests.engine.place import Place, known_tokens
+from tests.engine.plain import Plain, Texts
+from tests.engine.shared import Engines
 
 from kvstrata.codecs import codec_named
 from kvstrata.identity import weights_identity
 from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.quality import table as tables
+from kvstrata.testing import models
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 
+NEW = 8
+
+
 @pytest.fixture(scope="module")
-def some(prompts: list[Prompt]) -> list[Prompt]:
-    return prompts[-5:]
+def plain(engines: Engines, smollm2: Path) -> Plain:
+    """Plain vLLM with the real model, whose numbers are what a lossy codec is made for."""
+    return engines.plain(smollm2, new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def some(tokenizer: models.Tokenizer) -> list[Prompt]:
+    return Texts(tokenizer, "codecs").of(300, 400, 550, 700, 1000)
 
 
 def fill(place: Place, engine: Engine, prompts: list[Prompt]) -> None:
     """Have every whole chunk of these prompts in every tier."""
     cold = engine.answers(prompts)
     place.await_stored(engine, [known_tokens(*pair) for pair in zip(prompts, cold, strict=True)])
-    place.node.flush()
+    place.flush()
 
 
 def hits(place: Place, tier: str) -> float:
@@ -41,7 +54,7 @@ def exact(smollm2: Path, some: list[Prompt]) -> Iterator[tuple[Place, Engine]]:
         place.set("memory.capacity", "1GiB")
         place.set("disk.coarser", "cachegen-3")
         place.set("disk.load_target", "60s")
-        engine = place.engine()
+        engine = place.engine(new_tokens=NEW)
         fill(place, engine, some)
         yield place, engine
 
@@ -98,7 +111,7 @@ def test_auto_without_a_table_is_exact_and_with_one_keeps_the_bound(
         place.use_disk()
         place.set("disk.codec", "auto")
         place.set("quality", "kl <= 0.01")
-        engine = place.engine()
+        engine = place.engine(new_tokens=NEW)
         fill(place, engine, some)
         place.node.clear(tiers=["host"])
         engine.forget()
@@ -116,7 +129,7 @@ def test_auto_without_a_table_is_exact_and_with_one_keeps_the_bound(
         )  # fmt: skip
         tables.save(table, tables.path_for(weights))
         place.set("disk.path", str(place.folder / "another"))
-        engine = place.engine()
+        engine = place.engine(new_tokens=NEW)
         fill(place, engine, some)
         assert place.node.status()["tiers"][0]["codec"] == "auto (cachegen-2)"
         files = sorted((place.folder / "another" / "objects").rglob("*.kvo"))
@@ -134,6 +147,6 @@ def test_auto_without_a_table_is_exact_and_with_one_keeps_the_bound(
         # vLLM has lossy KV in its own cache now. Asked again it offers that to be stored again.
         place.node.clear(tiers=["host"])
         assert [answer.tokens for answer in engine.answers(some)] == [a.tokens for a in lossy]
-        place.node.flush()
+        place.flush()
         assert place.count("tier_writes_total") == written, "lossy KV was encoded once more"
         place.check()

@@ -1,13 +1,7 @@
-"""A hit never changes an answer: cold, warm from host memory, in part, in a chat, and from disk.
-
-One engine serves the tests up to `test_warm_from_disk_after_restart`; node and engine are then
-restarted, and the tests behind it run on what came back from disk.
-"""
+"""A hit never changes an answer of a real model: cold, warm from host memory, and from disk."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,29 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.engine.engine import (
-    CHUNK,
-    NEW_TOKENS,
-    Answer,
-    Engine,
-    Place,
-    Plain,
-    Prompt,
-    Texts,
-    eventually,
-    known_tokens,
-    request,
-    whole_chunks,
-)
+from tests.engine.engine import CHUNK, Answer, Engine, Prompt, whole_chunks
+from tests.engine.place import Place, known_tokens
+from tests.engine.plain import LENGTHS, Plain, Texts
+from tests.engine.shared import Engines
+
+from kvstrata.testing import models
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
-MULTIPLES = (128, 256, 384, 512, 640, 1024)
+NEW = 16
 
 
 @dataclass
 class Story:
-    """What happened so far in this file: prompts, their cold answers, and who gave them."""
+    """One engine, its node, what it was asked cold and what it answered."""
 
     place: Place
     engine: Engine
@@ -46,20 +32,27 @@ class Story:
 
     def restart(self) -> None:
         """End engine and node, and start both again over the same disk."""
-        self.place.node.flush()
+        self.place.flush()
         self.place.end()
-        self.engine = self.place.engine()
-        self.engine.wait()
+        # Every process derives the same keys, whatever the seed of Python's own hashes.
+        self.engine = self.place.engine(fresh=True, new_tokens=NEW)
+        self.place.await_ready(self.engine)
 
 
 @pytest.fixture(scope="module")
-def story(smollm2: Path, prompts: list[Prompt], plain: Plain) -> Iterator[Story]:
+def plain(engines: Engines, smollm2: Path) -> Plain:
+    """Plain vLLM with the real model."""
+    return engines.plain(smollm2, new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def story(smollm2: Path, tokenizer: models.Tokenizer, plain: Plain) -> Iterator[Story]:
+    prompts = Texts(tokenizer, "story").of(*LENGTHS)
     with Place(smollm2) as place, ThreadPoolExecutor(1) as aside:
         # Plain vLLM computes on the other core meanwhile.
         reference = aside.submit(plain.cold, prompts)
         place.use_disk()
-        place.set("deadlines.load", "3s")
-        engine = place.engine()
+        engine = place.engine(new_tokens=NEW)
         cold = engine.answers(prompts)
         place.await_stored(
             engine, [known_tokens(*pair) for pair in zip(prompts, cold, strict=True)]
@@ -81,16 +74,11 @@ def check_warm(story: Story, plain: Plain, tier: str) -> None:
     place.check()
 
 
-def await_keys(place: Place, keys: list[bytes]) -> None:
-    """Wait until all of these chunks are stored."""
-    eventually(lambda: 255 not in place.node.lookup(keys, [0]), "stored")
-
-
 def test_cold(story: Story, plain: Plain) -> None:
     assert len(story.prompts) >= 30
     assert {answer.cached for answer in story.cold} == {0}
     assert [answer.tokens for answer in story.cold] == plain.cold(story.prompts)
-    assert {len(answer.tokens) for answer in story.cold} == {NEW_TOKENS}
+    assert {len(answer.tokens) for answer in story.cold} == {NEW}
     story.place.check()
 
 
@@ -109,89 +97,6 @@ def test_loaded_bytes_are_plain_vllm_s(story: Story, plain: Plain) -> None:
         assert np.array_equal(loaded, computed)
 
 
-def test_hit_of_the_whole_prompt(story: Story, plain: Plain, texts: Texts) -> None:
-    """One token is left to compute, where vLLM's own hit would leave a block: first tokens."""
-    place, engine = story.place, story.engine
-    prompts = texts.of(*MULTIPLES)
-    cold = engine.answers(prompts)
-    assert [answer.tokens for answer in cold] == plain.cold(prompts)
-    place.await_stored(engine, prompts)
-    engine.forget()
-    warm = engine.answers(prompts)
-    assert [answer.cached for answer in warm] == [len(prompt) - 1 for prompt in prompts]
-    for one, other in zip(warm, cold, strict=True):
-        assert one.tokens[:2] == other.tokens[:2]
-    engine.forget()
-    # Several at once are loaded in the background, whole, and vLLM itself backs off one token.
-    together = engine.answers(prompts, in_turn=False)
-    for one, other in zip(together, cold, strict=True):
-        assert one.tokens[0] == other.tokens[0]
-        assert one.cached > 0
-    place.check()
-
-
-def test_only_what_lies_beyond_vllm_s_own_hit_is_loaded(
-    story: Story, plain: Plain, texts: Texts
-) -> None:
-    place, engine = story.place, story.engine
-    prompts = texts.of(*(5 * CHUNK + 7 + i for i in range(4)))
-    cold = engine.answers(prompts)
-    place.await_stored(engine, prompts)
-    for local, prompt, before in zip((1, 2, 4, 5), prompts, cold, strict=True):
-        engine.forget()
-        engine.answer(prompt[: local * CHUNK + 3], 1)
-        answer = engine.answer(prompt)
-        assert answer.cached == 5 * CHUNK
-        record = place.last_record(len(prompt) + NEW_TOKENS)
-        assert record["loaded_tokens"] == (5 - local) * CHUNK
-        assert answer.tokens == plain.warm([prompt])[0]
-        assert answer.tokens[0] == before.tokens[0]
-    place.check()
-
-
-def test_chat_of_six_turns(story: Story, plain: Plain, texts: Texts) -> None:
-    """Tokens that were generated hit in the next turn."""
-    place, engine = story.place, story.engine
-    plain.engine.forget()
-    for number in range(5):
-        (history,) = texts.of(180 + 17 * number)
-        (follow,) = texts.of(700)
-        prompted = spoken = 0
-        for turn in range(6):
-            # Each question ends shortly before a chunk does, and the answer goes beyond it.
-            length = (len(history) + 30) // CHUNK * CHUNK + 110 if turn else CHUNK + 110
-            history = (history + follow)[:length]
-            engine.forget()
-            ours, theirs = engine.answer(history), plain.engine.answer(history)
-            assert ours == theirs
-            if turn:
-                assert ours.cached == whole_chunks(spoken)
-                assert ours.cached > prompted, "the hit ends in the last turn's prompt"
-            left = known_tokens(history, ours)
-            place.await_stored(engine, [left])
-            prompted, spoken = len(history), len(left)
-            history = [*history, *ours.tokens]
-    place.check()
-
-
-def test_salts_never_share(story: Story, plain: Plain, texts: Texts) -> None:
-    place, engine = story.place, story.engine
-    prompts = texts.of(*(300 + 11 * i for i in range(4)))
-    for salt in ("", "alice", "bob"):
-        engine.forget()
-        answers = engine.answers([request(prompt, salt=salt) for prompt in prompts])
-        assert {answer.cached for answer in answers} == {0}, f"salt {salt!r} hit another's"
-        assert [answer.tokens for answer in answers] == plain.cold(prompts)
-        for prompt in prompts:
-            await_keys(place, engine.keys(prompt, salt))
-    for salt in ("bob", "", "alice"):
-        engine.forget()
-        answers = engine.answers([request(prompt, salt=salt) for prompt in prompts])
-        assert [answer.cached for answer in answers] == [whole_chunks(len(p)) for p in prompts]
-        assert [answer.tokens for answer in answers] == plain.warm(prompts)
-    place.check()
-
-
 def test_warm_from_disk_after_restart(story: Story, plain: Plain) -> None:
     before = story.place.node.hello.pid, story.engine.pid
     story.restart()
@@ -199,94 +104,3 @@ def test_warm_from_disk_after_restart(story: Story, plain: Plain) -> None:
     assert story.engine.pid != before[1]
     check_warm(story, plain, "disk")
     assert story.place.count('promotions_total{outcome="done"}') > 0
-
-
-def test_flipped_bit_on_disk(story: Story, plain: Plain, texts: Texts) -> None:
-    """A counted miss, the right answer, and the object can be stored again, and hit."""
-    place, engine = story.place, story.engine
-    prompts = texts.of(*(290 + 130 * (i % 4) for i in range(8)))
-    engine.answers(prompts)
-    place.await_stored(engine, prompts)
-    place.node.flush()
-    for number, prompt in enumerate(prompts):
-        keys = engine.keys(prompt)
-        place.node.clear(keys, ["host"])
-        broken = number % len(keys)
-        flip(place.file(keys[broken]), 8 * (4096 + 1000 * number) + number)
-        corrupt = place.count("corrupt_objects_total")
-        engine.forget()
-        answer = engine.answer(prompt)
-        assert place.count("corrupt_objects_total") == corrupt + 1
-        loaded = place.loaded(prompt, answer)
-        assert loaded <= broken * CHUNK
-        assert answer.tokens == plain.upon_hit(prompt, loaded)[0].tokens
-        place.await_stored(engine, [prompt])
-        place.node.flush()
-        place.node.clear(keys, ["host"])
-        engine.forget()
-        assert engine.answer(prompt) == plain.upon_hit(prompt, loaded)[1]
-        assert place.count("corrupt_objects_total") == corrupt + 1
-    place.check()
-
-
-def test_node_that_stops_while_it_loads(story: Story, plain: Plain) -> None:
-    """The deadline of a load passes: computed, right, and warm again when the node goes on."""
-    place, engine = story.place, story.engine
-    prompts = story.prompts[-4:]
-    place.was_stopped = True
-    for prompt in prompts:
-        pid = place.node.hello.pid
-        place.node.clear(engine.keys(prompt), ["host"])
-        engine.forget()
-        engine.call("stop_at_load", pid=pid)
-        try:
-            answer = engine.answer(prompt)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        assert answer.tokens == plain.cold([prompt])[0]
-        place.check()
-        engine.forget()
-        assert engine.answer(prompt) == plain.both(prompt)[1]
-    place.check()
-
-
-def test_after_eviction_of_half_the_chunks(story: Story, plain: Plain) -> None:
-    """Tails of half the prompts, and one chunk in the middle of the others; on disk too."""
-    place, engine = story.place, story.engine
-    expected = []
-    for number, prompt in enumerate(story.prompts):
-        keys = engine.keys(prompt)
-        half = len(keys) // 2
-        place.node.clear(keys[half:] if number % 2 else keys[half : half + 1])
-        expected.append(half * CHUNK)
-    engine.forget()
-    with ThreadPoolExecutor(1) as aside:
-        plainly = [aside.submit(plain.upon_hit, *asked)
-                   for asked in zip(story.prompts, expected, strict=True)]  # fmt: skip
-        answers = engine.answers(story.prompts)
-        assert [answer.cached for answer in answers] == expected
-        # What was missing was computed, and is stored again.
-        place.await_stored(engine, story.prompts)
-        engine.forget()
-        again = engine.answers(story.prompts)
-        for number, (answer, second, reference) in enumerate(
-            zip(answers, again, plainly, strict=True)
-        ):
-            first, then = reference.result()
-            assert answer == first
-            assert second.cached == then.cached
-            # A gap in the middle: what is behind it was not stored again, and stayed as it was
-            # computed at first, in another batch than plain vLLM's.
-            assert (
-                second.tokens == then.tokens if number % 2 else second.tokens[0] == then.tokens[0]
-            )
-    place.check()
-
-
-def flip(path: Path, bit: int) -> None:
-    """Change one bit of a file."""
-    with path.open("r+b") as file:
-        file.seek(bit // 8)
-        (byte,) = file.read(1)
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ 1 << bit % 8]))

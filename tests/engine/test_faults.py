@@ -19,23 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.engine import Answer, Engine, Place, Prompt, Texts, eventually, request
+from tests.engine.engine import Answer, Engine, Prompt, request, whole_chunks
+from tests.engine.place import Place, eventually
+from tests.engine.plain import Texts
 
 from kvstrata.errors import KVStrataError, NodeUnavailable, UsageError
 from kvstrata.objects import HEADER_BYTES, object_id
+from kvstrata.testing import models
 from kvstrata.wire.client import NodeClient
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 NEW = 6
 LENGTHS = (300, 700, 1100, 1500, 900, 2000, 500, 1300)
-LOAD_S, REQUEST_S = 1.0, 0.1
+LOAD_S, REQUEST_S = 1.0, 0.5
 # What a request may take beyond its deadlines on a machine that others use too.
 SLACK_S = 60.0
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_model_len": 4096, "num_gpu_blocks_override": 96}
 SETTINGS = {
     "deadlines.load": "1s",
-    "deadlines.request": "100ms",
+    "deadlines.request": "500ms",
     "host.capacity": "256MiB",
     "linger": "20s",
 }
@@ -77,6 +80,11 @@ class World:
     def await_hits(self, engine: Engine, prompts: Sequence[Prompt]) -> None:
         """Hits come back by themselves: the first ask stores what a later one finds."""
         eventually(lambda: self.hits(engine, prompts) > 0, "hits are back")
+
+    def await_all(self, engine: Engine, prompts: Sequence[Prompt]) -> None:
+        """Every whole chunk hits."""
+        whole = sum(whole_chunks(len(prompt)) for prompt in prompts)
+        eventually(lambda: self.hits(engine, prompts) == whole, "it all hits")
 
 
 def start(place: Place, **more: Any) -> Engine:
@@ -123,9 +131,16 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def no_bug_in(engine: Engine) -> None:
+    """In all that happened here, it met no exception that nobody had thought of."""
+    log = engine.log
+    assert "of a bug" not in log
+    assert "Traceback" not in log
+
+
 @pytest.fixture(scope="module")
-def world(tiny_llama: Path) -> World:
-    prompts = Texts(tiny_llama).of(*LENGTHS)
+def world(tiny_llama: Path, tokenizer: models.Tokenizer) -> World:
+    prompts = Texts(tokenizer, "faults").of(*LENGTHS)
     place = Place(tiny_llama)
     with place:
         engine = start(place, with_kvstrata=False)
@@ -144,52 +159,64 @@ def pair(tiny_llama: Path, world: World) -> Iterator[tuple[Place, Engine, Engine
         for engine in engines:
             engine.wait()
         yield place, *engines
+        for engine in engines:
+            no_bug_in(engine)
+        kill(node_of(place).hello.pid)  # it would linger
+
+
+@contextlib.contextmanager
+def nowhere(model: Path) -> Iterator[Place]:
+    """A place whose node is not there, and is started by nobody but the test."""
+    with Place(model, SETTINGS) as place:
+        place.set("node", f"unix:{place.folder}/node.sock")
+        yield place
+        end_service(place)
 
 
 @pytest.fixture(scope="module")
-def lonely(
-    tiny_llama: Path, world: World, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Place, Engine, float]]:
-    """An engine whose node is not there, and how many seconds its start took."""
-    place = Place(tiny_llama, SETTINGS)
-    with place:
-        place.set("node", f"unix:{place.folder}/node.sock")
-        begun = time.monotonic()
+def lonely(tiny_llama: Path, world: World) -> Iterator[tuple[Place, Engine]]:
+    """An engine that began without a node."""
+    with nowhere(tiny_llama) as place:
         engine = start(place)
         engine.wait()
-        yield place, engine, time.monotonic() - begun
+        yield place, engine
+        no_bug_in(engine)
 
 
 # a node that is not there, comes, goes, and comes back as another
 
 
-def test_without_a_node_an_engine_starts_and_answers(
-    lonely: tuple[Place, Engine, float], world: World, tiny_llama: Path
-) -> None:
-    _, engine, seconds = lonely
-    # The same start without KVStrata, now: what others do on this machine counts for both.
-    other = Place(tiny_llama)
-    with other:
+def test_without_a_node_an_engine_starts_and_answers(tiny_llama: Path, world: World) -> None:
+    with nowhere(tiny_llama) as place, Place(tiny_llama) as aside:
+        # Side by side: what others do on this machine counts for both.
+        plain, engine = start(aside, with_kvstrata=False), start(place)
+        plain.wait()
         begun = time.monotonic()
-        start(other, with_kvstrata=False).wait()
-        assert seconds < time.monotonic() - begun + 5.0 + 10.0
-    assert sum(answer.cached for answer in world.ask(engine, world.prompts)) == 0
-    assert engine.log.count("has no node") == 2, "the scheduler and the worker say it, once"
+        engine.wait()
+        assert time.monotonic() - begun < 5.0 + 10.0
+        assert sum(answer.cached for answer in world.ask(engine, world.prompts)) == 0
+        assert engine.log.count("has no node") == 2, "the scheduler and the worker say it, once"
+        no_bug_in(engine)
+        with pytest.raises(NodeUnavailable):
+            place.client()
 
 
-def test_a_node_that_appears_is_joined(lonely: tuple[Place, Engine, float], world: World) -> None:
-    place, engine, _ = lonely
+def test_a_node_that_appears_is_joined(lonely: tuple[Place, Engine], world: World) -> None:
+    place, engine = lonely
     end_service(place)
+    world.ask(engine, world.prompts[:2])
     place._serve()
     world.await_hits(engine, world.prompts[:2])
     quiet(place)
 
 
 def test_a_service_may_be_killed_and_started_again(
-    lonely: tuple[Place, Engine, float], world: World
+    lonely: tuple[Place, Engine], world: World
 ) -> None:
-    place, engine, _ = lonely
+    place, engine = lonely
     for _ in range(2):
+        end_service(place)
+        place._serve()
         world.await_hits(engine, world.prompts)
         engine.forget()
         asked = world.begin(engine, world.prompts)
@@ -198,16 +225,15 @@ def test_a_service_may_be_killed_and_started_again(
         asked.result()
         engine.forget()
         world.ask(engine, world.prompts, in_turn=False)
-        place._serve()
+    place._serve()
     world.await_hits(engine, world.prompts)
     quiet(place)
 
 
 def test_a_full_disk_makes_a_tier_read_only_and_nothing_worse(
-    lonely: tuple[Place, Engine, float], world: World
+    tiny_llama: Path, world: World, tmp_path: Path
 ) -> None:
-    place, engine, _ = lonely
-    folder = place.folder / "small"
+    folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], check=False
@@ -215,33 +241,39 @@ def test_a_full_disk_makes_a_tier_read_only_and_nothing_worse(
     if mounted.returncode:
         pytest.skip("this user may not mount a small file system")
     try:
-        place.set("disk.path", str(folder / "disk"))
-        place.set("disk.capacity", "7MiB")
-        (folder / "filler").write_bytes(bytes(4 << 20))
-        end_service(place)
-        place._serve()
-        node = node_of(place)
-        asked = world.begin(engine, world.prompts, in_turn=True)
-        states: set[str] = set()
-
-        def read_only() -> bool:
-            nonlocal asked
-            (tier,) = node.status()["tiers"]
-            states.add(tier["state"].partition(":")[0])
-            if asked.done():
-                asked.result()
-                engine.forget()
-                node.clear()
-                asked = world.begin(engine, world.prompts, in_turn=True)
-            return "read only" in states
-
-        eventually(read_only, "the status says that the disk is full")
-        asked.result()
-        world.await_hits(engine, world.prompts)
-        quiet(place)
+        with nowhere(tiny_llama) as place:
+            fill_the_disk(place, folder, world)
     finally:
-        end_service(place)
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_the_disk(place: Place, folder: Path, world: World) -> None:
+    """On a file system of 8 MiB with 4 MiB in use, a tier that was promised 7."""
+    place.set("disk.path", str(folder / "disk"))
+    place.set("disk.capacity", "7MiB")
+    (folder / "filler").write_bytes(bytes(4 << 20))
+    place._serve()
+    engine = start(place)
+    node = node_of(place)
+    asked = world.begin(engine, world.prompts, in_turn=True)
+    states: set[str] = set()
+
+    def read_only() -> bool:
+        nonlocal asked
+        (tier,) = node.status()["tiers"]
+        states.add(tier["state"].partition(":")[0])
+        if asked.done():
+            asked.result()
+            engine.forget()
+            node.clear()
+            asked = world.begin(engine, world.prompts, in_turn=True)
+        return "read only" in states
+
+    eventually(read_only, "the status says that the disk is full")
+    asked.result()
+    world.await_hits(engine, world.prompts)
+    quiet(place)
+    no_bug_in(engine)
 
 
 # a node on demand, and two engines
@@ -361,7 +393,7 @@ def test_a_node_that_stops_and_goes_again_and_again(
 def test_a_broken_file_is_a_counted_miss(pair: tuple[Place, Engine, Engine], world: World) -> None:
     place, engine, _ = pair
     prompts = world.prompts[1:5]
-    world.await_hits(engine, world.prompts)
+    world.await_all(engine, prompts)
     quiet(place)
     node = node_of(place)
     node.flush()
@@ -408,23 +440,22 @@ def test_a_broken_file_is_a_counted_miss(pair: tuple[Place, Engine, Engine], wor
         engine.forget()
         before = lost()
         (answer,) = world.ask(engine, [prompt])
-        whole = len(prompt) // 128 * 128
-        assert place.loaded(prompt, answer) < whole, damage.__name__
+        assert place.loaded(prompt, answer) < whole_chunks(len(prompt)), damage.__name__
         assert lost() > before, damage.__name__
         # What was broken is gone, so a recompute stores it again, here and on disk.
-        eventually(lambda p=prompt, w=whole: world.hits(engine, [p]) == w, "it hits again")  # type: ignore[misc]
+        world.await_all(engine, [prompt])
         node.flush()
         node.clear(engine.keys(prompt), ["host"])
-        assert world.hits(engine, [prompt]) == whole
+        assert world.hits(engine, [prompt]) == whole_chunks(len(prompt))
     quiet(place)
 
 
 @pytest.mark.parametrize("what", ["stores", "loads"])
 def test_a_killed_engine_leaves_nothing_behind(
-    pair: tuple[Place, Engine, Engine], world: World, what: str, tiny_llama: Path
+    pair: tuple[Place, Engine, Engine], world: World, what: str
 ) -> None:
-    place, other, first = pair
-    victim = first if what == "stores" else start(place)
+    place, other, _ = pair
+    victim = start(place)
     victim.wait()
     node = node_of(place)
 
@@ -451,20 +482,8 @@ def test_a_killed_engine_leaves_nothing_behind(
     died = time.monotonic()
     quiet(place)
     # A second is promised; the rest is for the two cores that everybody here shares.
-    assert time.monotonic() - died < 1.0 + 4.0
+    assert time.monotonic() - died < 1.0 + 14.0
     with pytest.raises(UsageError):
         asked.result(SLACK_S)
     world.await_hits(other, world.prompts)
     quiet(place)
-
-
-def test_nothing_died_of_a_bug(
-    pair: tuple[Place, Engine, Engine], lonely: tuple[Place, Engine, float]
-) -> None:
-    """The last test here: no engine met an exception that nobody had thought of."""
-    for engine in (*pair[1:], lonely[1]):
-        log = engine.log
-        assert "of a bug" not in log
-        assert "Traceback" not in log
-    with pytest.raises(NodeUnavailable):
-        lonely[0].client()

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.engine import (
-    CHUNK,
-    Place,
-    Plain,
-    Texts,
-    eventually,
-    request,
-    whole_chunks,
-)
+from tests.engine.engine import CHUNK, request, whole_chunks
+from tests.engine.place import Place, eventually
+from tests.engine.plain import Plain, Texts
+from tests.engine.shared import Engines, Shared
 
 from kvstrata.testing import models
 
 pytestmark = pytest.mark.engine
 
 
-def test_hybrid_model_is_left_alone(gemma3: Path) -> None:
+def test_hybrid_model_is_left_alone(gemma3: Path, engines: Engines) -> None:
     """Gemma 3 mixes sliding windows with full attention: uncached, said so, and right."""
-    prompts = Texts(gemma3).of(100, 300, 700, 900, 1100)
+    from transformers import AutoTokenizer
+
+    prompts = Texts(AutoTokenizer.from_pretrained(gemma3), "gemma").of(100, 700, 1100)
     with Place(gemma3) as place:
-        options: dict[str, Any] = {"max_model_len": 2048}
-        plain = Plain(place.engine(with_kvstrata=False, **options))
+        options: dict[str, Any] = {"max_model_len": 2048, "new_tokens": 8}
+        plain = engines.plain(gemma3, **options)
         engine = place.engine(**options)
         about = plain.engine.wait(), engine.wait()
         for one in about:
@@ -45,21 +43,21 @@ def test_hybrid_model_is_left_alone(gemma3: Path) -> None:
 
 
 def adapter(folder: Path, seed: int) -> Path:
-    """A LoRA adapter for SmolLM2 with random weights that change every answer."""
+    """A LoRA adapter for the tiny Llama with random weights that change every answer."""
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    rank, hidden, kv = 8, 576, 192
+    rank, hidden, kv = 8, 256, 128
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
         "lora_dropout": 0.0, "bias": "none", "target_modules": ["k_proj", "v_proj"],
-        "base_model_name_or_path": "smollm2", "inference_mode": True,
+        "base_model_name_or_path": "tiny", "inference_mode": True,
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for layer in range(30):
+    for layer in range(3):
         for module in ("k_proj", "v_proj"):
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
             for part, shape in (("lora_A", (rank, hidden)), ("lora_B", (kv, rank))):
@@ -69,17 +67,24 @@ def adapter(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_adapters_never_share(smollm2: Path, texts: Texts, tmp_path: Path) -> None:
+def test_adapters_never_share(shared: Shared, texts: Texts, tmp_path: Path) -> None:
     """Two adapters and the base share no hit; a copy of an adapter elsewhere does share."""
     first, second = adapter(tmp_path / "a" / "lora", 1), adapter(tmp_path / "b" / "lora", 2)
     copy = tmp_path / "c" / "lora"
     shutil.copytree(first, copy)
     prompts = texts.of(200, 300, 500, 700)
-    with Place(smollm2) as place:
-        engine = place.engine(enable_lora=True, max_lora_rank=8, max_loras=1, max_model_len=2048)
+    place = shared.place
+    options: dict[str, Any] = {
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "max_loras": 1,
+        "max_model_len": 2048,
+    }
+    with closing(place.engine(**options)) as engine:
+        engine.wait()
         cold: dict[str, Any] = {}
         for lora in ("", str(first), str(second)):
-            stored = place.count("stored_objects_total") if cold else 0
+            stored = place.count("stored_objects_total")
             asked = [request(prompt, lora=lora) for prompt in prompts]
             answers = engine.answers(asked)
             assert {answer.cached for answer in answers} == {0}, lora
@@ -101,14 +106,14 @@ def test_adapters_never_share(smollm2: Path, texts: Texts, tmp_path: Path) -> No
             known = str(first) if lora == str(copy) else lora
             assert [answer.cached for answer in warm] == [whole_chunks(len(p)) for p in prompts]
             assert [a.tokens for a in warm] == [a.tokens for a in cold[known + "warm"]]
-        place.check()
+    place.check()
 
 
-def test_prompt_embeddings_are_left_alone(smollm2: Path, plain: Plain, texts: Texts) -> None:
+def test_prompt_embeddings_are_left_alone(shared: Shared, plain: Plain, texts: Texts) -> None:
     """They have no token ids to be found by; requests with tokens beside them hit as ever."""
     prompts = texts.of(200, 300, 500)
-    with Place(smollm2) as place:
-        engine = place.engine(enable_prompt_embeds=True)
+    place = shared.place
+    with closing(place.engine(enable_prompt_embeds=True)) as engine:
         engine.answers(prompts)
         place.await_stored(engine, prompts)
         matches = place.count("matches_total")
@@ -121,7 +126,7 @@ def test_prompt_embeddings_are_left_alone(smollm2: Path, plain: Plain, texts: Te
         both = [request(prompt, embeds=embeds) for prompt in prompts for embeds in (True, False)]
         answers = engine.answers(both)
         assert [answer.tokens for answer in answers[1::2]] == plain.warm(prompts)
-        place.check()
+    place.check()
 
 
 def test_other_weights_in_a_folder_of_the_same_name(

@@ -8,18 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.engine import (
-    CHUNK,
-    Engine,
-    Place,
-    Plain,
-    Prompt,
-    Texts,
-    eventually,
-    known_tokens,
-    request,
-    whole_chunks,
-)
+from tests.engine.engine import CHUNK, Engine, Prompt, request, whole_chunks
+from tests.engine.place import Place, eventually, known_tokens
+from tests.engine.plain import Plain, Texts
 
 pytestmark = pytest.mark.engine
 
@@ -118,19 +109,22 @@ def test_preemption(narrow: tuple[Place, Engine], texts: Texts) -> None:
     assert num_equal > num_answers // 2
 
 
-TP_OPTIONS: dict[str, Any] = {"tensor_parallel_size": 2, "max_model_len": 4096}
+# Where a token takes long: several processes for each.
+FEWER = (90, 129, 255, 300, 450, 600, 700, 1100)
+TP_OPTIONS: dict[str, Any] = {"tensor_parallel_size": 2, "max_model_len": 4096, "new_tokens": 12}
 TP_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
-def test_two_ranks(tiny_llama: Path, prompts: list[Prompt]) -> None:
+def test_two_ranks(tiny_llama: Path, texts: Texts) -> None:
     """Each rank its own shard; a chunk without one of them is absent."""
+    prompts = texts.of(*FEWER)
     with Place(tiny_llama) as place, Place(tiny_llama) as aside:
         place.use_disk()
         plain = Plain(aside.engine(with_kvstrata=False, environment=TP_ENVIRONMENT, **TP_OPTIONS))
         plain.engine.wait()
         engine = place.engine(environment=TP_ENVIRONMENT, **TP_OPTIONS)
         check_cold_and_warm(place, engine, plain, prompts, ranks=2)
-        place.node.flush()
+        place.flush()
 
         # A shard that vanishes behind the node's back.
         prompt = prompts[-1]
@@ -153,6 +147,7 @@ def test_two_ranks(tiny_llama: Path, prompts: list[Prompt]) -> None:
             found[len(prompt)] = CHUNK
         place.end()
         engine = place.engine(environment=TP_ENVIRONMENT, **TP_OPTIONS)
+        place.await_ready(engine)
         answers = engine.answers(prompts[:-1])
         assert [answer.cached for answer in answers] == list(found.values())
         for prompt, answer in zip(prompts, answers, strict=False):
@@ -167,31 +162,32 @@ def test_two_ranks(tiny_llama: Path, prompts: list[Prompt]) -> None:
 def test_speculative_decoding(smollm2: Path, texts: Texts) -> None:
     """Drafts out of the prompt itself: rejected ones are never stored."""
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    # Texts that repeat themselves, so that many drafts are right and many are not.
-    prompts = [text * 2 for text in texts.of(*(90 + 37 * i for i in range(6)))]
-    prompts = [prompt for prompt in prompts if len(prompt) % CHUNK]
+    # Texts that repeat themselves, so that many drafts are right and many are not. Each ends
+    # shortly before a chunk does, and the answer goes beyond it.
+    prompts = [text * 2 for text in texts.of(50, 114, 178, 242)]
     with Place(smollm2) as place:
         engine = place.engine(speculative_config=drafts)
         check_cold_and_warm(place, engine, Plain(engine), prompts)
         # What decode stored is right too: the next turn hits on it.
         for prompt in prompts:
             with detached(engine):
-                first = engine.answer(prompt, 140)
+                first = engine.answer(prompt)
                 follow = [*known_tokens(prompt, first), 198]
                 expected = engine.answer(follow)
             engine.forget()
-            assert engine.answer(prompt, 140).tokens[0] == first.tokens[0]
+            assert engine.answer(prompt).tokens[0] == first.tokens[0]
             place.await_stored(engine, [known_tokens(prompt, first)])
             engine.forget()
             answer = engine.answer(follow)
-            assert answer.cached == whole_chunks(len(follow))
+            assert answer.cached == whole_chunks(len(follow)) > len(prompt)
             assert answer.tokens == expected.tokens
         place.check()
 
 
-def test_compiled_in_several_processes(tiny_llama: Path, prompts: list[Prompt]) -> None:
+def test_compiled_in_several_processes(tiny_llama: Path, texts: Texts) -> None:
     """torch.compile, and the engine core in a process of its own, as a server runs it."""
-    options: dict[str, Any] = {"enforce_eager": False}
+    prompts = texts.of(*FEWER)
+    options: dict[str, Any] = {"enforce_eager": False, "new_tokens": 12}
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with Place(tiny_llama) as place:
         plain = Plain(place.engine(with_kvstrata=False, environment=environment, **options))

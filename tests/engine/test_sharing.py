@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tests.engine.engine import (
-    CHUNK,
-    Engine,
-    Place,
-    Plain,
-    Prompt,
-    Texts,
-    request,
-    whole_chunks,
-)
+from tests.engine.engine import CHUNK, Engine, Prompt, request, whole_chunks
+from tests.engine.place import Place
+from tests.engine.plain import Plain, Texts
+from tests.engine.shared import Engines
 
 pytestmark = pytest.mark.engine
 
 
 class Pair(NamedTuple):
-    """Two engines that were started at once and found no node."""
+    """Two engines on one node."""
 
     place: Place
     one: Engine
@@ -33,21 +24,12 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_llama: Path) -> Iterator[Plain]:
-    """Plain vLLM with the model of these tests."""
-    with Place(tiny_llama) as place:
-        yield Plain(place.engine(with_kvstrata=False))
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_llama: Path) -> Iterator[Pair]:
-    with Place(tiny_llama) as place:
-        place.use_disk()
-        place.set("deadlines.load", "3s")
-        pair = Pair(place, place.engine(), place.engine())
-        pair.one.wait()
-        pair.other.wait()
-        yield pair
+def pair(engines: Engines, tiny_llama: Path) -> Pair:
+    place, one = engines.shared(tiny_llama)
+    pair = Pair(place, one, engines.shared(tiny_llama, number=1).engine)
+    pair.one.wait()
+    pair.other.wait()
+    return pair
 
 
 def test_one_stores_and_the_other_hits(pair: Pair, plain: Plain, prompts: list[Prompt]) -> None:
@@ -60,7 +42,7 @@ def test_one_stores_and_the_other_hits(pair: Pair, plain: Plain, prompts: list[P
     warm = other.answers(prompts)
     assert [answer.cached for answer in warm] == [whole_chunks(len(p)) for p in prompts]
     assert [answer.tokens for answer in warm] == plain.warm(prompts)
-    # Both began with no node at all, and it was one that they started.
+    # Whoever came first started a node, and the other joined it.
     assert len(list(place.folder.rglob("*.sock"))) == 1
     place.check()
 
@@ -91,7 +73,7 @@ def test_two_requests_for_one_document_load_it_once(pair: Pair, plain: Plain, te
     for prompt in texts.of(700, 1100, 1300):
         cold = engine.answer(prompt)
         place.await_stored(engine, [prompt])
-        place.node.flush()
+        place.flush()
         place.node.clear(engine.keys(prompt), ["host"])
         engine.forget()
         promoted = place.count("promotions_total")
@@ -140,23 +122,17 @@ def test_aborted_while_the_node_stands_still(pair: Pair, plain: Plain, texts: Te
     prompts = texts.of(600, 800, 1000)
     engine.answers(prompts)
     place.await_stored(engine, prompts)
-    place.node.flush()
+    place.flush()
     engine.forget()
     whole = engine.free_blocks()
     for steps in (1, 2, 3):
         for prompt in prompts:
             place.node.clear(engine.keys(prompt), ["host"])
-        pid = place.node.hello.pid
-        place.was_stopped = True
-        engine.call("stop_at_load", pid=pid)
-        try:
+        with place.stopped_at_load(engine):
             ids = engine.call("add", requests=[request(prompt) for prompt in prompts])["ids"]
             engine.call("step", count=steps)
             engine.call("abort", ids=ids)
             engine.call("finish")
-        finally:
-            engine.call("stop_no_more")
-            os.kill(pid, signal.SIGCONT)
         engine.forget()
         assert engine.free_blocks() == whole
         place.check()
@@ -166,7 +142,8 @@ def test_aborted_while_the_node_stands_still(pair: Pair, plain: Plain, texts: Te
 
 def test_reset_of_the_connector_s_cache(pair: Pair, plain: Plain, texts: Texts) -> None:
     """The engine that reset finds nothing from before, the other one still does."""
-    place, one, other = pair
+    place, _, other = pair
+    one = place.engine()  # it leaves the namespace of the others for good
     prompts = texts.of(300, 500, 700, 900)
     one.answers(prompts)
     place.await_stored(one, prompts)
@@ -179,6 +156,7 @@ def test_reset_of_the_connector_s_cache(pair: Pair, plain: Plain, texts: Texts) 
     place.await_stored(one, prompts)
     one.forget()
     assert [answer.tokens for answer in one.answers(prompts)] == plain.warm(prompts)
+    one.close()
     place.check()
 
 
@@ -200,7 +178,7 @@ def test_queue_longer_than_the_pool(tiny_llama: Path, plain: Plain, texts: Texts
             engine.forget()
             assert engine.free_blocks() == whole
             place.check()
-            place.node.flush()
+            place.flush()
         # One after the other all of what the disk has is hit.
         answers = engine.answers([request(prompt, 1) for prompt in prompts])
         firsts = [answer.tokens[0] for answer in answers]

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, ClassVar, TypeVar
+from typing import IO, Any, ClassVar, Protocol, TypeVar
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
@@ -75,6 +75,25 @@ class Answer:
     cached_tokens: int
 
 
+class Process(Protocol):
+    """What an engine needs of its child: a `subprocess.Popen`, or what is used like one."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended, by a signal if negative; None before anyone waited for it."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its `returncode`, once it has ended; `subprocess.TimeoutExpired` if that takes longer."""
+        ...
+
+    def kill(self) -> None:
+        """Send it SIGKILL."""
+        ...
+
+
 class Engine:
     """A vLLM in a child process; starts at once, `wait` returns when it can answer.
 
@@ -95,8 +114,17 @@ class Engine:
     ) -> None:
         self._log = log
         ours, theirs = socket.socketpair()
-        with theirs, log.open("ab") as output:
-            self._process = subprocess.Popen(
+        with theirs:
+            self._process = self._start(theirs, environment)
+        self._socket = ours
+        self._pipe: IO[str] = ours.makefile("rw")
+        self._say({"model": str(model), **ENGINE_OPTIONS, **options})
+        self._about: dict[str, Any] | None = None
+
+    def _start(self, theirs: socket.socket, environment: Mapping[str, str]) -> Process:
+        """Begin the child at the other end of this socket."""
+        with self._log.open("ab") as output:
+            return subprocess.Popen(
                 [sys.executable, "-m", self.program, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -104,10 +132,6 @@ class Engine:
                 pass_fds=[theirs.fileno()],
                 env=engine_environment(environment),
             )
-        self._socket = ours
-        self._pipe: IO[str] = ours.makefile("rw")
-        self._say({"model": str(model), **ENGINE_OPTIONS, **options})
-        self._about: dict[str, Any] | None = None
 
     @property
     def pid(self) -> int:
@@ -190,7 +214,7 @@ class Engine:
             raise UsageError(f"the engine does not answer ({error}); see {self._log}") from error
         if not line:
             self.close()
-            status = self._process.returncode
+            status = self._process.returncode or 0
             how = f"by signal {-status}" if status < 0 else f"with status {status}"
             raise UsageError(f"the engine ended {how}: {_last_words(self._log)}")
         reply: dict[str, Any] = json.loads(line)

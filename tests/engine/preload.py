@@ -1,0 +1,18 @@
+"""What every engine imports, imported once: the fork server of `children.py` runs this.
+
+Nothing here may start a thread: a fork would lose it.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import compressed_tensors  # type: ignore[import-untyped]  # noqa: F401
+import vllm.entrypoints.llm
+import vllm.model_executor.models.llama
+import vllm.v1.executor.uniproc_executor
+import vllm.v1.worker.cpu_worker  # noqa: F401
+
+# A child's collector need not look at what is here, and a page that it never touches stays shared.
+gc.collect()
+gc.freeze()
