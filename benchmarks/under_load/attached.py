@@ -78,7 +78,7 @@ def rows_of(in_flight: int, times: Times) -> list[Row]:
 def measure(options: Options) -> list[Row]:
     """The rows of vLLM's own hits."""
     prompts = Prompts(options.seed)
-    documents, rounds = (8, 3) if options.quick else (MOST_DOCUMENTS, 18)
+    documents, rounds = (8, 3) if options.quick else (MOST_DOCUMENTS, 12)
     rng = random.Random(options.seed)
     order = list(range(documents))
     times = {in_flight: Times() for in_flight in IN_FLIGHT}

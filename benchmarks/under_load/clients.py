@@ -24,6 +24,8 @@ NAME = "under_load"
 IN_FLIGHT = (2, 4, 8)
 MAX_TOKENS = 8
 STORE_PASSES = 4
+# Of answers, if nothing tells how many it is in plain vLLM.
+LEAST_SAME = 0.7
 MOST_DOCUMENTS = 16
 # A prompt takes 24 blocks of 128 tokens. All documents stay in vLLM's own cache until it is reset.
 ENGINE = {"num_gpu_blocks_override": 30 * MOST_DOCUMENTS}
@@ -81,9 +83,9 @@ class Clients:
             Wrong: clearly fewer where the KV was loaded.
         """
         share = {who: self._same[who] / self._asked[who] for who in self._asked}
-        words = ", ".join(f"{who} {part:.0%}" for who, part in share.items())
-        expect(share.get("warm", 1.0) > share["own"] - 0.2, f"answers as alone: {words}")
-        return f"answers as alone: {words}"
+        words = "answers as alone: " + ", ".join(f"{who} {part:.0%}" for who, part in share.items())
+        expect(share.get("warm", 1.0) > share.get("own", LEAST_SAME) - 0.2, words)
+        return words
 
     def _turn(
         self,
