@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 
-import compressed_tensors  # type: ignore[import-untyped]  # noqa: F401
+import compressed_tensors  # noqa: F401
 import vllm.entrypoints.llm
 import vllm.model_executor.models.llama
 import vllm.v1.executor.uniproc_executor
