@@ -34,7 +34,8 @@ class TestSlotAllocator:
     def test_lowest_first_then_full(self) -> None:
         allocator = SlotAllocator(3 * PAGE)
         assert [allocator.allocate(PAGE) for _ in range(4)] == [0, PAGE, 2 * PAGE, None]
-        assert (allocator.free_bytes, allocator.largest_free) == (0, 0)
+        assert allocator.allocated_bytes == allocator.capacity_bytes
+        assert allocator.allocate(1) is None
 
     def test_capacity_is_rounded_down_and_sizes_up(self) -> None:
         allocator = SlotAllocator(3 * PAGE - 1)
@@ -63,8 +64,8 @@ class TestSlotAllocator:
         for i in order:
             allocator.free(i * PAGE)
             allocator.check_integrity()
-        assert allocator.largest_free == 3 * PAGE
         assert len(allocator) == 0
+        assert allocator.allocate(3 * PAGE) == 0
 
     def test_last_freed_is_reused_first(self) -> None:
         allocator = SlotAllocator(8 * PAGE)
@@ -171,8 +172,6 @@ class AllocatorMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         used = sum(owner is not None for owner in self.owner) * PAGE
         assert self.allocator.allocated_bytes == used
-        assert self.allocator.free_bytes == self.PAGES * PAGE - used
-        assert self.allocator.largest_free == max(self.holes(), default=0) * PAGE
         self.allocator.check_integrity()
 
 
@@ -477,4 +476,4 @@ def test_everything_freed_is_one_range_again(sizes: list[int], draw: random.Rand
     for offset in offsets:
         allocator.free(offset)
     allocator.check_integrity()
-    assert allocator.largest_free == allocator.capacity_bytes
+    assert allocator.allocate(allocator.capacity_bytes) == 0

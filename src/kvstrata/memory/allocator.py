@@ -45,15 +45,6 @@ class SlotAllocator:
     def allocated_bytes(self) -> int:
         return self._allocated_bytes
 
-    @property
-    def free_bytes(self) -> int:
-        return self.capacity_bytes - self._allocated_bytes
-
-    @property
-    def largest_free(self) -> int:
-        """The largest size that `allocate` can satisfy now, in bytes; 0 if full."""
-        return self._sizes[-1] if self._sizes else 0
-
     def __len__(self) -> int:
         """The number of live allocations."""
         return len(self._live)

@@ -17,7 +17,7 @@ from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.reservations import ReservationTable
 from kvstrata.wire import protocol as p
 
-SLICE = 16
+SLICE = 8
 
 
 class Clearer:

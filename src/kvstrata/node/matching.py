@@ -30,9 +30,9 @@ from kvstrata.wire import protocol as p
 
 SLICE = 1024
 """Rows that host memory knows which one slice takes, and chunks whose use it notes."""
-SLICE_OBJECTS = 64
+SLICE_OBJECTS = 48
 """Objects behind them that one slice looks for and promotes: that costs more."""
-SLICE_LOOKUPS = 256
+SLICE_LOOKUPS = 128
 """Objects that one slice of a lookup looks for."""
 SLICE_KEYS = 4096
 """Keys that one slice takes out of the message."""

@@ -25,7 +25,7 @@ from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import at_level, order_name
 
-CALL_OFF_SLICE = 128
+CALL_OFF_SLICE = 64
 SPENDABLE = 0.9
 """Of a load's target: the rest is for decoding what came last, and for a link that slows down."""
 
