@@ -154,7 +154,8 @@ class TestEnds:
         before = set(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as patch:
             patch.setattr(socket.socket, "getsockopt", option)
-            patch.setattr(os, "pidfd_open", refuse)
+            if of == "process":
+                patch.setattr(os, "pidfd_open", refuse)
             with pytest.raises(NodeUnavailable):
                 node.connect()
         assert node.run(lambda: node.server.num_clients) == 0
