@@ -35,7 +35,7 @@ from tests.support.real_nodes import load as load_real
 from tests.support.real_nodes import store as store_real
 
 from kvstrata.codecs.lossless import Lossless
-from kvstrata.errors import TierFull
+from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.common.background import Threads
 from kvstrata.node.node import Node
@@ -160,7 +160,13 @@ class TestOneObjectAtATime:
         on_node(test, tier=tier)
 
     @pytest.mark.parametrize(
-        "fault", [FlipBit(8 * 5000), Answer(Outcome.FAILED), Answer(Outcome.MISS)]
+        "fault",
+        [
+            FlipBit(8 * 5000),
+            FlipBit(8 * 8),  # of a later release
+            Answer(Outcome.FAILED),
+            Answer(Outcome.MISS),
+        ],
     )
     def test_a_late_read_does_not_condemn_what_has_taken_its_place(self, fault: Any) -> None:
         inner = GatedTier()
@@ -269,6 +275,25 @@ class TestBytesThatCount:
             clock.advance(100.0)
             await node.backings[0].upkeep()
             assert inner.held == node.backings[0].index.used_bytes == 0
+
+        on_node(test, tier=tier, clock=clock)
+
+    def test_a_tier_that_is_off_is_not_asked_to_delete(self) -> None:
+        clock, inner = ManualClock(), Recorder()
+        tier = FaultyTier(inner)
+
+        async def test(node: Node) -> None:
+            (key,), backing = chunk_keys(1), node.backings[0]
+            store(node, ME, [key])
+            await flush(node, ME)
+            tier.inject("delete", Raise(TierUnavailable("no route")), times=1)
+            with pytest.raises(Exception, match="no route"):
+                await clear(node, ME, [key])
+            await backing.upkeep()
+            assert not inner.batches
+            clock.advance(100.0)
+            await backing.upkeep()
+            assert inner.batches == [1]
 
         on_node(test, tier=tier, clock=clock)
 
@@ -537,6 +562,22 @@ class TestPriority:
 
         monkeypatch.setattr(Lossless, "encode_layer", noted)
         on_node(test, tier=Noting(), codec="lossless")
+
+    def test_threads_yield_to_whoever_starts_them(self) -> None:
+        def nice() -> int:
+            return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+        def niced() -> tuple[int, int]:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(nice() + 3, 19))
+            threads = Threads(1, "test", nice=NICE)
+            there = threads.submit(nice).result(10)
+            threads.close()
+            return nice(), there
+
+        outer = Threads(1, "test")
+        mine, theirs = outer.submit(niced).result(10)
+        outer.close()
+        assert theirs == min(mine + NICE, 19)
 
     def test_threads_are_used_again(self) -> None:
         threads = Threads(8, "test")

@@ -103,6 +103,17 @@ def test_eviction_passes_over_what_is_held_and_what_is_spared(host: HostMemory) 
         host.unhold(slot)
 
 
+def test_no_more_is_evicted_than_is_lacking(host: HostMemory) -> None:
+    for key in KEYS[:3]:
+        ready(host, key)
+    slots = host.allocate_many(PAGE, 2)
+    assert len(slots) == 2
+    assert [key in host.index for key in KEYS[:3]] == [False, True, True], "one was free"
+    for slot in slots:
+        host.discard(slot)
+        host.unhold(slot)
+
+
 def test_a_row_is_known_as_long_as_its_chunk_stays_as_it_is(host: HostMemory) -> None:
     a, b = ready(host, KEYS[0], 0), ready(host, KEYS[0], 1)
     row = host.ready_row(KEYS[0], (0, 1))

@@ -119,8 +119,10 @@ class Threads:
 
     def _run(self) -> None:
         if self._nice:
+            thread = threading.get_native_id()
             with contextlib.suppress(OSError):  # of Linux alone is a thread's priority its own
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+                nice = os.getpriority(os.PRIO_PROCESS, thread) + self._nice
+                os.setpriority(os.PRIO_PROCESS, thread, min(19, nice))
         while (item := self._calls.get()) is not None:
             future, call = item
             if future.set_running_or_notify_cancel():
