@@ -102,8 +102,8 @@ def check_release(hello: Hello) -> Check:
         return Check(
             "version",
             "warn",
-            f"the node runs KVStrata {hello.release}, this is {__version__}: they understand each "
-            "other, but restart the node to have one release on both sides",
+            f"the node runs KVStrata {hello.release}, this is {__version__}: they speak one "
+            "protocol; restart the node to have one release on both sides",
         )
     return Check("version", "ok", f"KVStrata {__version__} on both sides")
 
