@@ -532,6 +532,23 @@ def test_closing_is_repeatable_and_ends_what_runs(make_rig: Make) -> None:
     rig.side._end_load(load.request_id, failed=False)
 
 
+def test_closing_ends_loads_that_have_not_begun(make_rig: Make) -> None:
+    rig = make_rig()
+    worker, load = stored(rig, 128)
+    copier = slow(rig)
+    transfers, names = worker._transfers, [f"load-{i}" for i in range(5)]
+    assert len(names) > transfers_module.NUM_LOAD_THREADS
+    transfers.begin_loads([replace(load, request_id=name) for name in names], worker._client)
+    assert copier.begun.wait(TIMEOUT_S)
+    timer = open_later(copier)
+    worker.close()
+    timer.join()
+    ended, failed = transfers.loads_ended(0.0)
+    assert ended == set(names)
+    assert len(failed) >= len(names) - transfers_module.NUM_LOAD_THREADS
+    rig.side._end_load(load.request_id, failed=False)
+
+
 def test_a_cancelled_store_is_not_waited_for_again() -> None:
     job = StoreJob(Store(namespace=b"", prefix=[], first=0, blocks=[1]), None, 0.0)
     assert not job.settle(0.0)

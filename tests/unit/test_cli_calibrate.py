@@ -90,7 +90,7 @@ def test_keys_that_turn_otherwise_are_noticed() -> None:
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UsageError, match=r"kvstrata\[transformers\]"):
+    with pytest.raises(UsageError, match=r"kvstrata\[quality\]"):
         calibrate.learn("model", 2048, "text")
 
 

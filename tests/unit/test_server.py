@@ -378,14 +378,19 @@ class TestLong:
         client, other = node.connect(), node.connect()
         store(client, KEYS)
         packed = b"".join(self.MANY[: p.MAX_KEYS])
-        for call in (
-            client.begin(p.Lookup, p.Found, packed, [0, 1, 2, 3]),
-            client.begin(p.Clear, p.Done, packed, []),
-        ):
-            served = 0
-            while not call.ready():
-                assert other.lookup(KEYS, [0]) == bytes(3)
-                served += 1
+        calls: list[tuple[Any, ...]] = [
+            (p.Lookup, p.Found, packed, [0, 1, 2, 3]),
+            (p.Clear, p.Done, packed, []),
+        ]
+        for asked in calls:
+            # Of one call a busy machine may let this thread see the end alone.
+            for _ in range(50):
+                call, served = client.begin(*asked), 0
+                while not call.ready():
+                    assert other.lookup(KEYS, [0]) == bytes(3)
+                    served += 1
+                if served > 2:
+                    break
             assert served > 2
         other.close()
         client.close()

@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from kvstrata.config import DeadlineConfig
@@ -133,7 +134,8 @@ class Transfers:
                 self._num_loading += 1
                 self._num_copying += not arriving
             threads = self._awaiting if arriving else self._loading
-            threads.submit(self._load, load, client, after, deadline, arriving)
+            future = threads.submit(self._load, load, client, after, deadline, arriving)
+            future.add_done_callback(partial(self._called_off, load, arriving))
 
     def loads_ended(self, wait_s: float, *, idle: bool = True) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last call, and those of them that failed.
@@ -232,17 +234,25 @@ class Transfers:
         except Exception:
             logger.exception("KVStrata: a load died of a bug, request %s", load.request_id)
         finally:
-            with self._changed:
-                self._num_loading -= 1
-                self._num_copying -= not arriving
-                self._loaded.add(load.request_id)
-                if came < len(load.keys):
-                    rest = load.blocks[came * len(load.blocks) // len(load.keys) :]
-                    missing = {block for block in rest if block >= 0}
-                    self._cut[load.request_id] = load.first_chunk + came, missing
-                if failed:
-                    self._failed.add(load.request_id)
-                self._changed.notify_all()
+            self._load_ended(load, arriving, came, failed=failed)
+
+    def _called_off(self, load: Load, arriving: bool, future: Future[None]) -> None:
+        """A load that had not begun when its threads ended has ended all the same, and failed."""
+        if future.cancelled():
+            self._load_ended(load, arriving, len(load.keys), failed=True)
+
+    def _load_ended(self, load: Load, arriving: bool, came: int, *, failed: bool) -> None:
+        with self._changed:
+            self._num_loading -= 1
+            self._num_copying -= not arriving
+            self._loaded.add(load.request_id)
+            if came < len(load.keys):
+                rest = load.blocks[came * len(load.blocks) // len(load.keys) :]
+                missing = {block for block in rest if block >= 0}
+                self._cut[load.request_id] = load.first_chunk + came, missing
+            if failed:
+                self._failed.add(load.request_id)
+            self._changed.notify_all()
 
     def _load_chunks(
         self, load: Load, client: NodeClient | None, after: Any, deadline: float
