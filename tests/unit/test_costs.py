@@ -48,6 +48,7 @@ def test_what_was_promoted_does_not_outlive_what_is_dear(tier_policy: str) -> No
             await clear(node, ME, chunk_keys(1, 9))
         await clear(node, ME, A, ["host"])
         assert await load(node, ME, A) == 1
+        assert node.host.index.cost_of(A[0]) == CHEAP
         store(node, C, DEAR)
         assert [key in node.host.index for (key,) in (A, B, C)] == [False, True, True]
 
