@@ -112,7 +112,10 @@ class Transfers:
         self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", _use_given_cores)
         # What waits for a slower tier must not hold up what is there.
         self._awaiting = ThreadPoolExecutor(NUM_AWAITING_THREADS, "kvstrata-wait", _use_given_cores)
-        self._storing = ThreadPoolExecutor(1, "kvstrata-store", _yield_to_the_engine)
+        # Ranks spin while they wait for each other: beside that a thread that yields would starve,
+        # and its store be dropped.
+        yields = _yield_to_the_engine if world == 1 else _use_given_cores
+        self._storing = ThreadPoolExecutor(1, "kvstrata-store", yields)
         self._jobs: list[StoreJob] = []
         self._changed = threading.Condition()
         self._num_loading = 0
