@@ -16,16 +16,16 @@ from pathlib import Path
 def given_cores() -> set[int]:
     """Cores of all threads of this process and of those it comes from, as far as they are ours."""
     cores = os.sched_getaffinity(0)
-    for pid in _ancestors():
+    for pid in _processes():
         for thread in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):  # it has ended
                 cores |= os.sched_getaffinity(int(thread.name))
     return cores
 
 
-def _ancestors() -> Iterator[int]:
-    """Upwards, while it is the same program: beyond that is who started the engine, a shell say."""
-    program, pid = os.readlink("/proc/self/exe"), os.getppid()
+def _processes() -> Iterator[int]:
+    """This one and those above it, while the program is the same: beyond is a shell, say."""
+    program, pid = os.readlink("/proc/self/exe"), os.getpid()
     with contextlib.suppress(OSError, ValueError):
         while os.readlink(f"/proc/{pid}/exe") == program:
             yield pid

@@ -146,6 +146,24 @@ def test_a_node_has_the_cores_of_its_engine_and_not_of_one_thread(operator_binds
     assert ast.literal_eval(said) == given
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_thread_of_an_engine_that_bound_itself_has_the_cores_of_the_others() -> None:
+    code = (
+        "import os, threading; from kvstrata.cores import given_cores; "
+        "given = os.sched_getaffinity(0); ended = threading.Event(); "
+        "threading.Thread(target=ended.wait, daemon=True).start(); "
+        "os.sched_setaffinity(0, {min(given)}); print(given_cores() == given)"
+    )
+    said = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -c \"$1\"; true", "sh", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said == "True\n"
+
+
 def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_folder(tmp_path / "a")
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700

@@ -42,7 +42,6 @@ class RequestState:
         self.local_tokens = 0
         self.num_local = 0  # tokens that vLLM itself had when it asked last
         self.sync = False
-        self.loading: bytes = b""
         self.failed = False
         self.came: int | None = None  # chunks of a load that ended early
         # chunks that are known to be stored, or were handed to the workers to store
@@ -83,7 +82,6 @@ class RequestState:
         self.tiers = b""
         self.offsets = array("q")
         self.matched = False
-        self.loading = b""
         self.sync = False
 
     def record(self, outcome: str, chunk_tokens: int) -> dict[str, Any]:
