@@ -40,7 +40,7 @@ from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.common.background import Threads
 from kvstrata.node.node import Node
 from kvstrata.node.service import scrub as scrub_module
-from kvstrata.node.service.calls import NICE
+from kvstrata.node.service.calls import ENCODE_NICE, NICE
 from kvstrata.node.service.scrub import scrub
 from kvstrata.node.service.uses import Uses
 from kvstrata.node.slots.clients import Client
@@ -553,7 +553,7 @@ class TestPriority:
             await clear(node, ME, tiers=["host"])
             assert await load(node, ME, keys) == 1
             assert nice == {
-                "encode": min(here + NICE, 19), "write": min(here + NICE, 19), "read": here,
+                "encode": min(here + ENCODE_NICE, 19), "write": min(here + NICE, 19), "read": here,
             }  # fmt: skip
             size = backing.find(keys[0], 0, None)
             assert size is not None

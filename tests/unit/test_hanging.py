@@ -282,7 +282,36 @@ def test_a_codec(monkeypatch: pytest.MonkeyPatch) -> None:
         await works_again(node, tier, clock)
 
     monkeypatch.setattr(calls, "ENCODE_DEADLINE_S", 0.0)
+    monkeypatch.setattr(calls, "half_the_cores", lambda: 2)
     on_hanging_node(test, tier, clock, codec="lossless")
+
+
+@pytest.mark.parametrize(("half", "num_encodes"), [(1, 1), (2, 2), (8, 2)])
+def test_encoding_takes_half_the_cores_and_no_more_threads_than_the_tier_has(
+    monkeypatch: pytest.MonkeyPatch, half: int, num_encodes: int
+) -> None:
+    gate, begun = threading.Event(), []
+
+    def work() -> None:
+        begun.append(0)
+        gate.wait()
+
+    async def test() -> None:
+        node = make_node()
+        lanes = calls.TierCalls(
+            "slow", 2, 1000.0, counters=node.counters, clock=ManualClock(), trip=print
+        )
+        ended = asyncio.gather(*[lanes.encode(work) for _ in range(4)])
+        await until(lambda: len(begun) == num_encodes)
+        await asyncio.sleep(0.05)
+        assert len(begun) == num_encodes
+        gate.set()
+        await ended
+        lanes.close()
+        node.host.close()
+
+    monkeypatch.setattr(calls, "half_the_cores", lambda: half)
+    asyncio.run(test())
 
 
 def test_a_codec_has_more_time_than_a_tier() -> None:

@@ -7,6 +7,7 @@ that long, however many wait. What a hung call holds stays held until its thread
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,6 +23,13 @@ ENCODE_DEADLINE_S = 60.0
 NICE = 5
 """What may take its time yields to engines, but not so much that a thread which holds the
 interpreter's lock for a moment keeps the node's loop waiting."""
+ENCODE_NICE = 10
+"""Encoding is work for the processor, not for a device: it takes what engines leave."""
+
+
+def half_the_cores() -> int:
+    """Of those that this process may use; what computes leaves the others to engines."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def nothing() -> None:
@@ -125,7 +133,7 @@ class TierCalls:
 
     Args:
         name: of the tier.
-        num_threads: threads of each lane.
+        num_threads: threads of each lane; for encoding, half as many as there are cores at most.
         deadline_s: a lane in which no call ends for this long is taken as hung.
         counters: the node's.
         clock: monotonic seconds.
@@ -145,13 +153,14 @@ class TierCalls:
         self._name = name
         self._counters = counters
 
-        def lane(kind: str, nice: int, deadline_s: float) -> Lane:
+        def lane(kind: str, num_threads: int, nice: int, deadline_s: float) -> Lane:
             name = f"kvstrata-{self._name}-{kind}"
             return Lane(name, num_threads, nice, deadline_s, clock, trip)
 
-        self._reads = lane("read", 0, deadline_s)
-        self._others = lane("write", NICE, deadline_s)
-        self._encodes = lane("encode", NICE, max(deadline_s, ENCODE_DEADLINE_S))
+        patient_s = max(deadline_s, ENCODE_DEADLINE_S)
+        self._reads = lane("read", num_threads, 0, deadline_s)
+        self._others = lane("write", num_threads, NICE, deadline_s)
+        self._encodes = lane("encode", min(num_threads, half_the_cores()), ENCODE_NICE, patient_s)
 
     @property
     def stuck(self) -> bool:
