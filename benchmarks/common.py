@@ -26,8 +26,9 @@ import numpy as np
 from kvstrata.cli.counting import total
 from kvstrata.errors import KVStrataError
 from kvstrata.memory.machine import total_bytes
-from kvstrata.testing.engine import compute_cores, wait_ready, wait_stored
+from kvstrata.testing.engine import compute_cores
 from kvstrata.testing.models import documents, smollm2
+from kvstrata.testing.workplace import wait_ready, wait_stored
 from kvstrata.tiers.disk.folder import file_system_of
 from kvstrata.wire.client import NodeClient
 

@@ -27,7 +27,8 @@ from benchmarks.common import (
     spread,
 )
 
-from kvstrata.testing.engine import Engine, Workplace
+from kvstrata.testing.engine import Engine
+from kvstrata.testing.workplace import Workplace
 
 NAME = "cold_overhead"
 BOUND = 1.03

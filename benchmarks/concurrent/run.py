@@ -18,7 +18,7 @@ from benchmarks.common import (
     spread,
 )
 
-from kvstrata.testing.engine import Workplace
+from kvstrata.testing.workplace import Workplace
 
 NAME = "concurrent"
 NUM_DOCUMENTS = 8

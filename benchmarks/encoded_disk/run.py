@@ -25,7 +25,7 @@ from benchmarks.common import (
 )
 from benchmarks.long_document_qa.run import start, stored_files
 
-from kvstrata.testing.engine import SERVE, Workplace
+from kvstrata.testing.workplace import SERVE, Workplace
 
 NAME = "encoded_disk"
 NUM_DOCUMENTS = 4

@@ -27,8 +27,9 @@ from benchmarks.lmcache_client.servers import (
     native,
 )
 
-from kvstrata.testing.engine import Workplace, engine_environment
+from kvstrata.testing.engine import engine_environment
 from kvstrata.testing.models import smollm2
+from kvstrata.testing.workplace import Workplace
 
 NAME = "lmcache_client"
 OURS, NATIVE, LMCACHE = "KVStrata", "vLLM's native offloading", "LMCache's daemon"

@@ -31,7 +31,8 @@ from benchmarks.common import (
 
 from kvstrata.memory.pool import Pool
 from kvstrata.objects import verify_object
-from kvstrata.testing.engine import Answer, Engine, Workplace
+from kvstrata.testing.engine import Answer, Engine
+from kvstrata.testing.workplace import Workplace
 
 NAME = "long_document_qa"
 NUM_DOCUMENTS = 8

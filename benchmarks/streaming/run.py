@@ -26,7 +26,8 @@ from benchmarks.common import (
 from benchmarks.encoded_disk.run import QUESTION
 from benchmarks.long_document_qa.run import Asker, start
 
-from kvstrata.testing.engine import SERVE, Answer, Workplace
+from kvstrata.testing.engine import Answer
+from kvstrata.testing.workplace import SERVE, Workplace
 
 NAME = "streaming"
 NUM_DOCUMENTS = 4

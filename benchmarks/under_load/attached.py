@@ -23,7 +23,7 @@ from benchmarks.under_load.clients import (
 )
 from benchmarks.under_load.serving import Serving
 
-from kvstrata.testing.engine import Workplace
+from kvstrata.testing.workplace import Workplace
 
 WITH, WITHOUT, CONTROL = "with KVStrata", "without", "without, second process"
 BOUND = 1.03

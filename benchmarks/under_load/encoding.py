@@ -34,7 +34,7 @@ from benchmarks.under_load.serving import Serving
 
 from kvstrata.errors import KVStrataError
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, decode
-from kvstrata.testing.engine import Workplace
+from kvstrata.testing.workplace import Workplace
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 

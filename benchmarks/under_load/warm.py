@@ -22,7 +22,7 @@ from benchmarks.under_load.clients import (
 )
 from benchmarks.under_load.serving import Serving
 
-from kvstrata.testing.engine import Workplace
+from kvstrata.testing.workplace import Workplace
 
 WARM, OWN, AGAIN, LAST = "warm", "own", "own again", "warm again"
 NUM_RUNNING = 2

@@ -21,17 +21,18 @@ from kvstrata.layout import native_order
 def inspect(kv_caches: Any, vllm_config: Any, kv_cache_config: Any, index: int) -> dict[str, Any]:
     """Describe and test one group, with the claimed order and with wrong ones."""
     from kvstrata.connectors.vllm import pages as subject
+    from kvstrata.connectors.vllm import proof
     from kvstrata.errors import LayoutMismatch
 
     pages = subject.describe(kv_caches, vllm_config, kv_cache_config, index)
     layers = subject.attention_layers(pages, vllm_config)
-    tensors = subject.page_tensors(pages, kv_caches)
+    tensors = proof.page_tensors(pages, kv_caches)
     tensors[0][1] = 7
     before = [tensor.clone() for tensor in tensors]
 
     def outcome(of: Any) -> str | None:
         try:
-            subject.self_test(of, kv_caches, layers)
+            proof.self_test(of, kv_caches, layers)
         except LayoutMismatch as error:
             return str(error)
         return None
@@ -132,10 +133,11 @@ def run(asked: dict[str, Any]) -> None:
         use_tqdm=False,
     )
     from kvstrata.connectors.vllm import pages as subject
+    from kvstrata.connectors.vllm import proof
 
     kv_caches, vllm_config, kv_cache_config = seen["caches"]
     pages = subject.describe(kv_caches, vllm_config, kv_cache_config)
-    native = [t[seen["blocks"]].numpy() for t in subject.page_tensors(pages, kv_caches)]
+    native = [t[seen["blocks"]].numpy() for t in proof.page_tensors(pages, kv_caches)]
     shape = pages.native_shape(len(seen["blocks"]) * pages.block_tokens)
     np.save(Path(asked["out"]) / "native.npy", np.stack(native).reshape(shape))
     report = {"groups": seen["groups"], "blocks": list(seen["blocks"])}

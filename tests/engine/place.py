@@ -13,20 +13,21 @@ from typing import Any
 from tests.engine.engine import NEW_TOKENS, Answer, Engine
 
 from kvstrata.objects import object_id
-from kvstrata.testing import engine as base
+from kvstrata.testing.engine import CONNECTOR
+from kvstrata.testing.workplace import Workplace, wait_ready
 from kvstrata.wire.client import NodeClient
 
 PATIENCE_S = 240.0
 
 
-class Place(base.Workplace):
+class Place(Workplace):
     """Engines of one node, in a folder of their own; leaving it ends them all."""
 
     def __init__(
         self, model: Path, settings: Mapping[str, Any] | None = None, service: bool = False
     ) -> None:
-        # On a busy machine 250 ms may pass before the node has its turn; that is no one's fault.
-        defaults = {"host.capacity": "1GiB", "deadlines.request": "5s"}
+        # On a busy machine seconds may pass before the node has its turn; that is no one's fault.
+        defaults = {"host.capacity": "1GiB", "deadlines.request": "30s"}
         super().__init__(model, {**defaults, **(settings or {})}, service)
         self._node: NodeClient | None = None
         self._was_stopped = False
@@ -45,7 +46,7 @@ class Place(base.Workplace):
         """Begin to start an engine; the first one with KVStrata starts the node."""
         if with_kvstrata:
             options["kv_transfer_config"] = {
-                **base.CONNECTOR,
+                **CONNECTOR,
                 "kv_connector_extra_config": {**self._settings, **(settings or {})},
             }
         log = self.folder / f"engine-{len(self._engines)}-{os.urandom(2).hex()}.log"
@@ -112,7 +113,7 @@ class Place(base.Workplace):
     def await_ready(self, engine: Engine) -> None:
         """Return once the engine is up and its node knows what is on the disk."""
         engine.wait()
-        base.wait_ready(self.node, PATIENCE_S)
+        wait_ready(self.node, PATIENCE_S)
 
     def flush(self) -> None:
         """Return once everything is written behind."""

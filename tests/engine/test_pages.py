@@ -256,11 +256,12 @@ def allocate(layout: str, kernel_block: int = BLOCK, heads: int = HEADS, mla: bo
 
 def accept(caches: Any, vllm_config: Any, config: Any) -> Any:
     from kvstrata.connectors.vllm import pages as subject
+    from kvstrata.connectors.vllm.proof import self_test
 
     pages = subject.describe(caches, vllm_config, config)
     for cache in caches.values():
         cache.fill_(3)
-    subject.self_test(pages, caches, subject.attention_layers(pages, vllm_config))
+    self_test(pages, caches, subject.attention_layers(pages, vllm_config))
     assert all(bool((cache == 3).all()) for cache in caches.values())
     return pages
 
@@ -287,6 +288,7 @@ def test_strided_layouts(layout: str, order: str) -> None:
 @pytest.mark.parametrize(("layout", "other"), [("LBNHC", "HNC"), ("LBHNC", "NHC")])
 def test_strided_self_test_refuses_the_other(layout: str, other: str) -> None:
     from kvstrata.connectors.vllm import pages as subject
+    from kvstrata.connectors.vllm.proof import self_test
     from kvstrata.errors import LayoutMismatch
 
     caches, vllm_config, config = allocate(layout)
@@ -294,11 +296,12 @@ def test_strided_self_test_refuses_the_other(layout: str, other: str) -> None:
     wrong = native_order(f"vllm/strided-{other}/b32/bfloat16")
     layers = subject.attention_layers(pages, vllm_config)
     with pytest.raises(LayoutMismatch, match=f"strided-{other}.*elements are elsewhere"):
-        subject.self_test(dataclasses.replace(pages, order=wrong), caches, layers)
+        self_test(dataclasses.replace(pages, order=wrong), caches, layers)
 
 
 def test_self_test_sees_two_swapped_elements() -> None:
     from kvstrata.connectors.vllm import pages as subject
+    from kvstrata.connectors.vllm.proof import self_test
     from kvstrata.errors import LayoutMismatch
 
     class Swapping(Impl):
@@ -313,11 +316,12 @@ def test_self_test_sees_two_swapped_elements() -> None:
     layers = subject.attention_layers(pages, vllm_config)
     layers[pages.layer_names[-1]].impl = Swapping()
     with pytest.raises(LayoutMismatch, match=r"layers\.10\..*: 2 of 8192 elements are elsewhere"):
-        subject.self_test(pages, caches, layers)
+        self_test(pages, caches, layers)
 
 
 def test_engine_that_cannot_be_tested_is_refused() -> None:
     from kvstrata.connectors.vllm import pages as subject
+    from kvstrata.connectors.vllm.proof import self_test
     from kvstrata.errors import LayoutMismatch
 
     caches, vllm_config, config = allocate("LBNHC")
@@ -325,7 +329,7 @@ def test_engine_that_cannot_be_tested_is_refused() -> None:
     layers = subject.attention_layers(pages, vllm_config)
     layers[pages.layer_names[0]].impl = object()
     with pytest.raises(LayoutMismatch, match="no cache write of its own"):
-        subject.self_test(pages, caches, layers)
+        self_test(pages, caches, layers)
 
     class Broken(Impl):
         def do_kv_cache_update(self, *args: Any) -> None:
@@ -333,7 +337,7 @@ def test_engine_that_cannot_be_tested_is_refused() -> None:
 
     layers[pages.layer_names[0]].impl = Broken()
     with pytest.raises(LayoutMismatch, match="failed in the self-test: wrong arguments"):
-        subject.self_test(pages, caches, layers)
+        self_test(pages, caches, layers)
 
 
 @pytest.mark.parametrize("layout", ["LBNHC", "LBHNC"])

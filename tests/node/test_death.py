@@ -77,7 +77,7 @@ def test_a_socket_closed_without_a_word(config: Config, start: Start) -> None:
     process = start(
         """
         client = hold()
-        client._lose("the cable was cut")
+        client._connection.lose("the cable was cut")
         say("closed")
         sys.stdin.readline()
         """

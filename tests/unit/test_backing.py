@@ -37,10 +37,10 @@ from tests.support.real_nodes import store as store_real
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.node.coding.scratch import Scratch
-from kvstrata.node.common.background import Threads
+from kvstrata.node.common.background import NICE, Threads
 from kvstrata.node.node import Node
 from kvstrata.node.service import scrub as scrub_module
-from kvstrata.node.service.calls import ENCODE_NICE, NICE
+from kvstrata.node.service.calls import ENCODE_NICE
 from kvstrata.node.service.scrub import scrub
 from kvstrata.node.service.uses import Uses
 from kvstrata.node.slots.clients import Client

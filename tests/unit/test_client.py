@@ -22,7 +22,8 @@ from kvstrata.errors import (
 )
 from kvstrata.memory.pool import Pool
 from kvstrata.wire import protocol as p
-from kvstrata.wire.client import MAX_UNSENT_BYTES, NodeClient, offsets_of
+from kvstrata.wire.client import NodeClient, offsets_of
+from kvstrata.wire.connection import MAX_UNSENT_BYTES
 
 KEYS = chunk_keys(3)
 
@@ -218,7 +219,7 @@ class TestLoss:
         with pytest.raises(NodeUnavailable, match="takes no messages"):  # noqa: PT012
             while True:
                 calls.append(node.client.match(KEYS * 1000, [0], []))
-        assert len(node.client._unsent) >= MAX_UNSENT_BYTES
+        assert node.client._connection.num_unsent >= MAX_UNSENT_BYTES
         assert time.monotonic() - begun < 5
         assert node.client.alive
         # It comes back: every message arrives, whole.

@@ -24,21 +24,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.errors import ConfigError, Incompatible, TierFull, TierUnavailable
-from kvstrata.testing.tiers import (
+from kvstrata.testing.stores import (
     FAILED,
     HIT,
     MISS,
     PAGE,
-    OwnedTierContract,
     empty,
     filled,
     has,
     object_id,
     outcomes,
     read_one,
-    scan_all,
     write,
 )
+from kvstrata.testing.tiers import OwnedTierContract, scan_all
 from kvstrata.tiers.base import OwnedTier, Put
 from kvstrata.tiers.disk import folder as disk_folder
 from kvstrata.tiers.disk import tier as disk_module
@@ -294,6 +293,7 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path, kind: str) -> None
 AS_NOBODY = """
 import os, sys, logging, encodings.idna
 from kvstrata.errors import *
+from kvstrata.testing.stores import *
 from kvstrata.testing.tiers import *
 from kvstrata.tiers.disk.tier import DiskTier
 logging.disable()
@@ -434,6 +434,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     code = """
 import os, sys
 from kvstrata.errors import *
+from kvstrata.testing.stores import *
 from kvstrata.testing.tiers import *
 from kvstrata.tiers.disk.tier import DiskTier
 tier = DiskTier(sys.argv[1])
@@ -482,6 +483,7 @@ def test_a_read_only_mount(tmp_path: Path) -> None:
     code = f"""
 import os, subprocess, sys, logging
 from kvstrata.errors import *
+from kvstrata.testing.stores import *
 from kvstrata.testing.tiers import *
 from kvstrata.tiers.disk.tier import DiskTier
 folder, REASON = sys.argv[1], "mounted read only"

@@ -29,7 +29,7 @@ from kvstrata.node.service.probe import PROBE_KEY
 from kvstrata.objects import stored_bytes
 from kvstrata.parts import identity
 from kvstrata.quality.choice import Candidate, Place
-from kvstrata.testing.tiers import put
+from kvstrata.testing.stores import put
 from kvstrata.tiers.base import Outcome
 from kvstrata.tiers.disk import tier as disk
 from kvstrata.tiers.throttled import ThrottledTier

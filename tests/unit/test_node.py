@@ -1024,6 +1024,29 @@ class TestClear:
         on_node(test, tier=tier)
 
     @pytest.mark.parametrize("everything", [True, False])
+    def test_who_asks_after_a_clear_does_not_share_what_it_has_forgotten(
+        self, everything: bool
+    ) -> None:
+        tier = GatedTier()
+
+        async def test(node: Node) -> None:
+            me, you, keys = Client(ME), Client(YOU), chunk_keys(2)
+            store(node, me, keys)
+            await flush(node, me)
+            await clear(node, me, tiers=["host"])
+            tier.shut("read")
+            forgotten = match(node, me, keys)
+            await until(lambda: tier.waiting == 2)
+            await clear(node, me, None if everything else keys, ["host"])
+            loading = asyncio.ensure_future(load(node, you, keys))
+            await asyncio.sleep(0)
+            tier.open()
+            assert await loading == 2
+            assert (await arrive(node, me, forgotten.lease)).failed
+
+        on_node(test, tier=tier)
+
+    @pytest.mark.parametrize("everything", [True, False])
     @pytest.mark.parametrize("tiers", [[], ["memory"]])
     def test_a_write_that_a_clear_overtakes_leaves_nothing(
         self, everything: bool, tiers: list[str]

@@ -93,7 +93,7 @@ class TestEnds:
         store(client, KEYS)
         client.match(KEYS, [0], [ORDER]).wait(5)
         client.reserve(NAMESPACE, chunk_keys(2, 1), 0, 0, template()).wait(5)
-        client._lose("the cable was cut")
+        client._connection.lose("the cable was cut")
         client.close()
         for _ in range(100):
             assert holdings(watcher) == (1, 1)
@@ -130,7 +130,7 @@ class TestEnds:
         client = node.connect()
         store(client, KEYS)
         client.match(KEYS, [0], [ORDER]).wait(5)
-        client._lose("the cable was cut")
+        client._connection.lose("the cable was cut")
         wait_until(watcher, (0, 0))
         client.close()
         watcher.close()
@@ -207,7 +207,7 @@ class TestGarbage:
             reserved = first.reserve(NAMESPACE, chunk_keys(3, 1), 0, 0, template()).wait(5)
             assert min(offsets_of(reserved.offsets)) >= 0
             assert len(first.match(KEYS, [0], [ORDER]).wait(5).tiers) == 3
-            first._socket.send(b"GET / HTTP/1.1\r\n\r\n")
+            first._connection._socket.send(b"GET / HTTP/1.1\r\n\r\n")
             with pytest.raises(NodeUnavailable):
                 first.status()
             second = node.connect()

@@ -27,6 +27,7 @@ from tests.support.nodes import (
 )
 
 from kvstrata.node import clearing, matching
+from kvstrata.node.common import slices
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.node import Node
 from kvstrata.node.service import movement
@@ -43,6 +44,7 @@ KEYS = chunk_keys(40)
 @pytest.fixture(autouse=True)
 def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few chunks are many."""
+    monkeypatch.setattr(slices, "HOLD_S", 0.0)
     monkeypatch.setattr(matching, "SLICE", 4)
     monkeypatch.setattr(matching, "SLICE_OBJECTS", 3)
     monkeypatch.setattr(matching, "SLICE_LOOKUPS", 4)
@@ -284,7 +286,9 @@ def test_many_promotions_are_called_off_in_slices(monkeypatch: pytest.MonkeyPatc
     on_node(test, slots=40, tier=tier)
 
 
-def test_work_in_one_slice_is_done_at_once_and_errors_are_raised() -> None:
+def test_work_in_one_slice_is_done_at_once_and_errors_are_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def short() -> Generator[None, None, int]:
         if not KEYS:
             yield
@@ -303,10 +307,14 @@ def test_work_in_one_slice_is_done_at_once_and_errors_are_raised() -> None:
         assert await later(in_slices(long(False))) == 8
         with pytest.raises(ValueError, match="in the end"):
             await later(in_slices(long(True)))
+        monkeypatch.setattr(slices, "HOLD_S", 60.0)
+        assert in_slices(long(False)) == 8
+        with pytest.raises(ValueError, match="in the end"):
+            in_slices(long(True))
 
     done: list[str] = []
     asyncio.run(run())
-    assert len(done) == 6
+    assert len(done) == 12
 
 
 def test_a_match_that_is_called_off_leaves_nothing() -> None:

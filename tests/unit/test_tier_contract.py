@@ -9,21 +9,20 @@ import pytest
 
 from kvstrata.errors import TierFull, TierUnavailable, UsageError
 from kvstrata.testing.clock import ManualClock
-from kvstrata.testing.tiers import (
+from kvstrata.testing.stores import (
     FAILED,
     HIT,
     MISS,
     PAGE,
-    OwnedTierContract,
     empty,
     filled,
     has,
     object_id,
     outcomes,
     read_one,
-    scan_all,
     write,
 )
+from kvstrata.testing.tiers import OwnedTierContract, scan_all
 from kvstrata.tiers.base import Outcome, OwnedTier
 from kvstrata.tiers.faulty import Answer, Delay, Effect, FaultyTier, FlipBit, Raise, ShortRead
 from kvstrata.tiers.faulty import Verb as FaultyVerb

@@ -135,8 +135,8 @@ class Demo:
         import shutil
         import tempfile
 
-        from kvstrata.testing.engine import Workplace
         from kvstrata.testing.models import smollm2
+        from kvstrata.testing.workplace import Workplace
 
         self._say("the model: SmolLM2-135M, unpacked to bfloat16 (once)")
         model = smollm2()
@@ -180,7 +180,7 @@ class Demo:
         return tokenizer
 
     def _started(self, engine: Engine, client: NodeClient) -> None:
-        from kvstrata.testing.engine import wait_ready
+        from kvstrata.testing.workplace import wait_ready
 
         about = engine.wait()
         self.machine = {"cores": os.cpu_count(), **about}
@@ -194,7 +194,7 @@ class Demo:
         engine.ask(self._warm_up)
 
     def _first_life(self, engine: Engine, client: NodeClient, tokenizer: Any) -> None:
-        from kvstrata.testing.engine import wait_stored
+        from kvstrata.testing.workplace import wait_stored
 
         stored = len(self._warm_up) // CHUNK_TOKENS
         for asked, prompt in zip(self.asked, self._prompts, strict=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import select
 import socket
 import threading
 import time
@@ -23,18 +22,11 @@ from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeU
 from kvstrata.memory.pool import PoolMapping
 from kvstrata.objects import NOBODY
 from kvstrata.wire import protocol as p
+from kvstrata.wire.connection import Connection
 
-RECEIVE_BYTES = 1 << 20
-# What may wait here for a node that takes no messages, before it counts as gone for new ones.
-MAX_UNSENT_BYTES = 1 << 20
 # Of a long clear or lookup: fewer than a request may name, and each is back soon.
 PIECE_KEYS = 4096
-CLOSE_S = 0.25
 TEND_S = 0.05
-# What is never refused: a lease or reservation that is not given back is held for good.
-_GIVES_BACK = (p.Release, p.Commit, p.Bye)
-
-_IN_AND_OUT = select.POLLIN | select.POLLOUT
 
 
 class Call:
@@ -104,40 +96,28 @@ class NodeClient:
     """
 
     def __init__(self, connected: socket.socket, timeout_s: float) -> None:
-        self._socket = connected
+        self._connection = Connection(connected)
         self._timeout_s = timeout_s
-        self._frames = p.Frames()
         self._calls: dict[int, Call] = {}
         self._numbers = itertools.count(1)
         self._state = threading.Condition()
-        self._sending = threading.Lock()
-        self._unsent = bytearray()
         self._receiving = False
         self._tending = False
-        self._pid = os.getpid()
-        self._lost: str | None = None
-        self._poll = select.poll()
-        connected.setblocking(False)
-        self._poll.register(connected, select.POLLIN)
         try:
-            hello, fd = self._greet()
+            self.hello, fd = self._connection.greet(timeout_s)
+            try:
+                #: the node's memory, mapped into this process
+                self.pool = PoolMapping.attach(fd, self.hello.capacity_bytes)
+            finally:
+                os.close(fd)
         except BaseException:
-            connected.close()
+            self._connection.lose("the node did not introduce itself")
             raise
-        self.hello = hello
-        #: the node's memory, mapped into this process
-        try:
-            self.pool = PoolMapping.attach(fd, hello.capacity_bytes)
-        except BaseException:
-            connected.close()
-            raise
-        finally:
-            os.close(fd)
 
     @property
     def alive(self) -> bool:
         """Whether the connection still stands, as far as is known without asking."""
-        return self._lost is None
+        return self._connection.lost is None
 
     def begin(self, message_type: type, reply_type: type, *fields: Any) -> Call:
         """Send a request and do not wait.
@@ -273,17 +253,7 @@ class NodeClient:
 
     def close(self) -> None:
         """Say that no copy is under way, and hang up. Repeatable; never raises."""
-        if self._lost is None and self._pid == os.getpid():
-            with contextlib.suppress(NodeUnavailable):
-                self.send(p.Bye())
-                deadline = time.monotonic() + CLOSE_S
-                # select() knows no descriptors beyond 1023, and an engine may have as many
-                writable = select.poll()
-                writable.register(self._socket, select.POLLOUT)
-                while self._unsent and (left := deadline - time.monotonic()) > 0:
-                    writable.poll(left * 1e3)
-                    self._flush()
-        self._lose("this client was closed")
+        self._connection.hang_up()
         self.pool.close()
 
     def send(self, message: p.Request) -> None:
@@ -292,20 +262,8 @@ class NodeClient:
         Raises:
             NodeUnavailable: the node has gone, or has taken nothing for too many messages.
         """
-        if self._pid != os.getpid():
-            raise NodeUnavailable("a forked process must connect to the node itself")
-        with self._sending:
-            if self._lost is not None:
-                raise NodeUnavailable(self._lost)
-            if len(self._unsent) > MAX_UNSENT_BYTES:
-                self._flush_locked()
-            if len(self._unsent) > MAX_UNSENT_BYTES and not isinstance(message, _GIVES_BACK):
-                raise NodeUnavailable("the node takes no messages")
-            self._unsent += p.encode(message)
-            self._flush_locked()
-        if self._lost is not None:
-            raise NodeUnavailable(self._lost)
-        if self._unsent:
+        self._connection.send(message)
+        if self._connection.num_unsent:
             self._tend_later()
 
     def pump(self, call: Call, timeout_s: float) -> None:
@@ -313,8 +271,8 @@ class NodeClient:
         deadline = time.monotonic() + timeout_s
         with self._state:
             while call.reply is None:
-                if self._lost is not None:
-                    raise NodeUnavailable(self._lost)
+                if self._connection.lost is not None:
+                    raise NodeUnavailable(self._connection.lost)
                 left = deadline - time.monotonic()
                 if left < 0 and timeout_s > 0:
                     return
@@ -325,7 +283,7 @@ class NodeClient:
                 self._receiving = True
                 self._state.release()
                 try:
-                    replies = self._receive(max(0.0, left))
+                    replies = self._connection.receive(max(0.0, left))
                 finally:
                     self._state.acquire()
                     self._receiving = False
@@ -347,7 +305,7 @@ class NodeClient:
     def _tend_later(self) -> None:
         """See to it that late answers are taken in, and messages sent, if nobody asks again."""
         with self._state:
-            if not self._tending and self._lost is None:
+            if not self._tending and self.alive:
                 self._tending = True
                 threading.Thread(target=self._tend, name="kvstrata-late", daemon=True).start()
 
@@ -355,13 +313,13 @@ class NodeClient:
         while True:
             with self._state:
                 late = next((call for call in self._calls.values() if call.abandoned), None)
-                if self._lost is not None or (late is None and not self._unsent):
+                if not self.alive or (late is None and not self._connection.num_unsent):
                     self._tending = False
                     return
             # In slices: what is queued meanwhile must not wait for an answer to something else.
             if late is None:
                 time.sleep(TEND_S)
-                self._flush()
+                self._connection.flush()
             else:
                 with contextlib.suppress(NodeUnavailable):
                     self.pump(late, TEND_S)
@@ -379,84 +337,6 @@ class NodeClient:
         elif isinstance(reply, p.Reserved):
             with contextlib.suppress(NodeUnavailable):
                 self.send(p.Commit(0, reply.reservation, bytes(2 * len(reply.offsets))))
-
-    def _flush(self) -> None:
-        with self._sending:
-            self._flush_locked()
-
-    def _flush_locked(self) -> None:
-        """Send what the node takes now."""
-        try:
-            while self._unsent:
-                del self._unsent[: self._socket.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self._lose(f"the node is gone: {error}")
-
-    def _receive(self, timeout_s: float) -> list[p.Reply] | None:
-        """What has come, waiting for it this long; None if nothing has."""
-        deadline = time.monotonic() + timeout_s
-        try:
-            while True:
-                if self._unsent:
-                    self._flush()
-                # poll() rounds up to whole milliseconds, so an answer may be that late.
-                left = max(0.0, deadline - time.monotonic())
-                self._poll.modify(self._socket, _IN_AND_OUT if self._unsent else select.POLLIN)
-                events = self._poll.poll(left * 1e3)
-                if not events:
-                    return None
-                if events[0][1] != select.POLLOUT:
-                    break
-            data = self._socket.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return []
-        except (OSError, ValueError) as error:
-            self._lose(f"the node is gone: {error}")
-            return []
-        if not data:
-            self._lose("the node hung up")
-            return []
-        try:
-            return [p.decode_reply(body) for body in self._frames.feed(data)]
-        except Incompatible as error:
-            self._lose(str(error))
-            return []
-
-    def _greet(self) -> tuple[p.Hello, int]:
-        """The node's first frame, and the pool's descriptor that comes with it."""
-        deadline = time.monotonic() + self._timeout_s
-        fds: list[int] = []
-        try:
-            while True:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._poll.poll(left * 1e3):
-                    raise NodeUnavailable("the node says nothing")
-                try:
-                    data, got, _, _ = socket.recv_fds(self._socket, 4096, 4)
-                except OSError as error:
-                    raise NodeUnavailable(f"the node is gone: {error}") from error
-                fds += got
-                if not data:
-                    raise NodeUnavailable("the node hung up")
-                for body in self._frames.feed(data):
-                    hello = p.decode_hello(body)
-                    if len(fds) != 1:
-                        raise Incompatible("the node sent no pool with its hello")
-                    return hello, fds.pop()
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def _lose(self, why: str) -> None:
-        if self._lost is None:
-            self._lost = why
-            if self._pid == os.getpid():
-                # A thread that waits for an answer hears of it; close alone would not tell it.
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
-            self._socket.close()
 
 
 def offsets_of(packed: bytes) -> array[int]:

@@ -1,9 +1,8 @@
-"""Where vLLM keeps the bytes of a block, in which order, and a proof that the order is right.
+"""Where vLLM keeps the bytes of a block, and in which order, as far as its tensors tell.
 
 A page is one block of one layer. vLLM's tensors all advertise ``[blocks, H, N, C]``, but a backend
 may pack the inside of a block otherwise, so the advertised shape proves nothing: ``describe`` names
-the order, and ``self_test`` writes known keys and values through the engine's own cache-write
-operation and looks where each of them went. Until that has passed no byte may be served.
+the order, and until ``proof.self_test`` has passed no byte may be served.
 """
 
 from __future__ import annotations
@@ -31,16 +30,7 @@ _CPU_ORDERS = {"vec": "cpu-vec", "vec16": "cpu-vec", "amx": "cpu-amx"}
 
 _FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
-_EXACT = {
-    "float32": 1 << 24,
-    "float16": 1 << 11,
-    "bfloat16": 1 << 8,
-    "float8_e4m3fn": 1 << 4,
-    "float8_e5m2": 1 << 3,
-}
-"""All integers below this are exact in that dtype."""
-
-_REMEDY = (
+REMEDY = (
     "KVStrata would store and serve wrong bytes here, so it refuses to start: run without it, or "
     "report this line with the vLLM version and the attention backend"
 )
@@ -126,7 +116,7 @@ def describe(
         vllm_config, kv_cache_config: what the connector's constructor got.
         group: index into ``kv_cache_config.kv_cache_groups``.
     Returns:
-        Addresses and a claimed order; only ``self_test`` makes it a fact.
+        Addresses and a claimed order; only ``proof.self_test`` makes it a fact.
     Raises:
         LayoutMismatch: a block is not one dense run, the layers differ, or the cache is of a kind
             that KVStrata cannot read; the message says which.
@@ -151,11 +141,11 @@ def describe(
         except KeyError as error:
             raise LayoutMismatch(f"vLLM did not register layer {name} ({error})") from error
         except Incompatible as error:
-            raise LayoutMismatch(f"layer {name}: {error}. {_REMEDY}") from error
+            raise LayoutMismatch(f"layer {name}: {error}. {REMEDY}") from error
         if found[-1][:-2] != found[0][:-2]:
             raise LayoutMismatch(
                 f"layers {names[0]} and {name} of one group keep different pages: "
-                f"{found[0][:-2]}, {found[-1][:-2]}. {_REMEDY}"
+                f"{found[0][:-2]}, {found[-1][:-2]}. {REMEDY}"
             )
     order, shape, window, block_tokens, page_bytes, *_ = found[0]
     heads, head_dim, states = shape
@@ -172,11 +162,11 @@ def describe(
     try:
         kernel_page = order.page_bytes(layer_group)
     except LayoutMismatch as error:
-        raise LayoutMismatch(f"{error}. {_REMEDY}") from error
+        raise LayoutMismatch(f"{error}. {REMEDY}") from error
     if page_bytes * order.block_tokens != kernel_page * block_tokens:
         raise LayoutMismatch(
             f"a block of {block_tokens} tokens takes {page_bytes} bytes where {order.name} needs "
-            f"{kernel_page} for {order.block_tokens}. {_REMEDY}"
+            f"{kernel_page} for {order.block_tokens}. {REMEDY}"
         )
     return Pages(
         group=layer_group,
@@ -196,120 +186,6 @@ def attention_layers(pages: Pages, vllm_config: Any) -> dict[str, Any]:
     """The engine's attention layers behind the pages, by name."""
     context = vllm_config.compilation_config.static_forward_context
     return {name: context[name] for name in pages.layer_names}
-
-
-def page_tensors(pages: Pages, kv_caches: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The pages as tensors: for each layer (num_blocks, page_bytes) uint8 on the device.
-
-    Views of the engine's memory built from the addresses alone, so what is read through them is
-    what a copy by address would read.
-
-    Raises:
-        LayoutMismatch: the addresses leave the registered storage.
-    """
-    tensors = []
-    for layer, name in enumerate(pages.layer_names):
-        storage = kv_caches[name].untyped_storage()
-        start = int(pages.bases[layer]) - storage.data_ptr()
-        stride = int(pages.strides[layer])
-        end = start + stride * (pages.num_blocks - 1) + pages.page_bytes
-        if start < 0 or end > storage.nbytes():
-            raise LayoutMismatch(f"layer {name}: pages {start}..{end} leave the cache's memory")
-        raw = torch.empty(0, dtype=torch.uint8, device=pages.device).set_(storage)
-        tensors.append(raw.as_strided((pages.num_blocks, pages.page_bytes), (stride, 1), start))
-    return tensors
-
-
-@torch.no_grad()
-def self_test(
-    pages: Pages, kv_caches: Mapping[str, torch.Tensor], layers: Mapping[str, Any]
-) -> None:
-    """Prove addresses and byte order of every layer against the engine's own cache write.
-
-    Every element of two blocks gets a number of its own, written digit by digit in integers that
-    the dtype holds exactly, in as many rounds as there are digits. Read back through the addresses
-    and the named order each must be in its place: any other order, even one that swaps two
-    elements, fails. The two blocks are restored, whatever happens.
-
-    Must run when nothing else uses the cache: at registration. Blocks; on the CPU a few
-    milliseconds a layer.
-
-    Args:
-        layers: the engine's attention layers, by name.
-    Raises:
-        LayoutMismatch: an element was elsewhere, or the engine offers no way to write.
-    """
-    group, order = pages.group, pages.order
-    blocks = sorted({min(1, pages.num_blocks - 1), pages.num_blocks - 1})
-    tokens = len(blocks) * pages.block_tokens
-    slots = torch.tensor(blocks).repeat_interleave(pages.block_tokens) * pages.block_tokens
-    slots = (slots + torch.arange(pages.block_tokens).repeat(len(blocks))).to(pages.device)
-    shape = (group.states, group.num_kv_heads, tokens, group.head_dim)
-    numbers = torch.arange(int(np.prod(shape))).reshape(shape)
-    rounds, place = [], 1
-    while place <= numbers.numel():
-        rounds.append((numbers // place % _EXACT[group.dtype]).to(torch.float32))
-        place *= _EXACT[group.dtype]
-    for name, tensor in zip(pages.layer_names, page_tensors(pages, kv_caches), strict=True):
-        # Saved by the engine's own index, so that wrong addresses are only ever read.
-        cache = kv_caches[name]
-        touched = cache.unflatten(0, (pages.num_blocks, -1))
-        saved = touched[blocks].clone()
-        try:
-            for digits in rounds:
-                _write(layers[name], digits.to(pages.device), slots, pages)
-                native = tensor[blocks].cpu().numpy().reshape(pages.native_shape(tokens)[1:])
-                wrong = np.count_nonzero(order.unpack(native, group) != _words(digits, group))
-                if wrong:
-                    raise LayoutMismatch(
-                        f"layer {name} does not keep its KV in the byte order {order.name}: "
-                        f"{wrong} of {digits.numel()} elements are elsewhere. {_REMEDY}"
-                    )
-        finally:
-            touched[blocks] = saved
-
-
-def _write(layer: Any, kv: torch.Tensor, slots: torch.Tensor, pages: Pages) -> None:
-    """Write (S, H, T, D) float32 as the model's forward would; slots are (T,) int64."""
-    update = getattr(layer.impl, "do_kv_cache_update", None)
-    if update is None:
-        raise LayoutMismatch(
-            f"{type(layer.impl).__name__} has no cache write of its own to test against. {_REMEDY}"
-        )
-    # fp8 backends divide by the scale on the way in.
-    scales = [1.0] * len(kv)
-    if pages.group.item_bytes == 1:
-        scales = [float(layer._k_scale), float(layer._v_scale)][: len(kv)]
-    rows = [
-        (state * scale).transpose(0, 1).to(pages.compute_dtype).contiguous()
-        for state, scale in zip(kv, scales, strict=True)
-    ]
-    try:
-        if len(rows) == 2:
-            update(layer, *rows, layer.kv_cache, slots)
-        else:
-            latent, rope = rows[0].split([layer.kv_lora_rank, layer.qk_rope_head_dim], dim=-1)
-            update(
-                latent.squeeze(1).contiguous(),
-                rope.contiguous(),
-                layer.kv_cache,
-                slots,
-                layer.kv_cache_dtype,
-                layer._k_scale,
-            )
-    except Exception as error:
-        raise LayoutMismatch(
-            f"the cache write of {type(layer.impl).__name__} failed in the self-test: {error}. "
-            f"{_REMEDY}"
-        ) from error
-
-
-def _words(digits: torch.Tensor, group: LayerGroup) -> npt.NDArray[Any]:
-    """The bytes of these numbers in the cache's dtype, as unsigned integers."""
-    stored = digits.to(getattr(torch, group.dtype)).contiguous()
-    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32}[group.item_bytes]
-    array: npt.NDArray[Any] = stored.view(signed).numpy()
-    return array.view(f"u{group.item_bytes}")
 
 
 def _layer(

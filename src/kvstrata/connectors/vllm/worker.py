@@ -18,7 +18,8 @@ from kvstrata.connectors.vllm.copies import Copier, copy_runs, make_copier
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.pace import WAIT_SHARE
-from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe, self_test
+from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe
+from kvstrata.connectors.vllm.proof import self_test
 from kvstrata.connectors.vllm.transfers import Transfers
 from kvstrata.errors import Incompatible, KVStrataError
 from kvstrata.wire import protocol as p

@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+NICE = 5
+"""What may take its time yields to engines, but not so much that a thread which holds the
+interpreter's lock for a moment keeps the node's loop waiting."""
+
 
 class Tasks:
     """Tasks on the running loop; one that dies of a bug is logged and counted.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Generator
 from typing import TypeVar
 
 R = TypeVar("R")
 
+HOLD_S = 0.0005
+"""How long work goes on before others have their turn; then it ends at its next yield."""
+
 
 def in_slices(work: Generator[None, None, R]) -> R | Awaitable[R]:
-    """Do work that yields wherever others may be served: at once if it never does.
+    """Do work that yields wherever others may be served: at once if it takes no longer than a hold.
 
     Whatever it leaves between two slices others see, and may change.
     """
     try:
-        next(work)
+        _hold(work)
     except StopIteration as end:
         answer: R = end.value
         return answer
@@ -26,9 +30,18 @@ async def _go_on(work: Generator[None, None, R]) -> R:
     try:
         while True:
             await asyncio.sleep(0)
-            next(work)
+            _hold(work)
     except StopIteration as end:
         answer: R = end.value
         return answer
     finally:
         work.close()
+
+
+def _hold(work: Generator[None, None, R]) -> None:
+    """Go on for a while; raises StopIteration at the end of the work."""
+    stop = time.perf_counter() + HOLD_S
+    while True:
+        next(work)
+        if time.perf_counter() >= stop:
+            return

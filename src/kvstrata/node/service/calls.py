@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
-from kvstrata.node.common.background import Threads, report_bug
+from kvstrata.node.common.background import NICE, Threads, report_bug
 from kvstrata.observe.counters import Counters
 
 R = TypeVar("R")
@@ -20,9 +20,6 @@ R = TypeVar("R")
 GRACE_S = 0.2
 ENCODE_DEADLINE_S = 60.0
 """At least, for a codec: its first object may have to wait for a compiler."""
-NICE = 5
-"""What may take its time yields to engines, but not so much that a thread which holds the
-interpreter's lock for a moment keeps the node's loop waiting."""
 ENCODE_NICE = 10
 """Encoding is work for the processor, not for a device: it takes what engines leave."""
 

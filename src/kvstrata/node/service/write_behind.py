@@ -79,17 +79,18 @@ class WriteBehind:
         that the tier, now and after a restart, finds heads more recently used than their tails.
         """
         backing = self.backing
+        if not backing.writable:
+            self._skipped(len(objects), "tier")
+            return
         commit = _Commit(origin, 0)
-        jobs = []
+        jobs, room = [], backing.queue_bytes - self.queued_bytes
         for key, slot in objects:
-            if not backing.writable:
-                self._counters.add("write_behind_skipped_total", tier=backing.name, why="tier")
-            elif self.queued_bytes + slot.nbytes > backing.queue_bytes:
-                self._counters.add("write_behind_skipped_total", tier=backing.name, why="queue")
-            else:
+            if slot.nbytes <= room:
+                room -= slot.nbytes
                 self._host.hold(slot)
-                self.queued_bytes += slot.nbytes
                 jobs.append(_Job(commit, key, slot))
+        self.queued_bytes = backing.queue_bytes - room
+        self._skipped(len(objects) - len(jobs), "queue")
         commit.num_left = len(jobs)
         self._jobs.update(jobs)
         self._queue.extend(reversed(jobs))
@@ -107,6 +108,11 @@ class WriteBehind:
         if self._struck and not self._striking:
             self._striking = True
             self._tasks.spawn("an end of writes", self._strike_rest())
+
+    def _skipped(self, count: int, why: str) -> None:
+        if count:
+            name = self.backing.name
+            self._counters.add("write_behind_skipped_total", count, tier=name, why=why)
 
     def _strike_some(self) -> None:
         for _ in range(min(len(self._struck), STRIKE_SLICE)):

@@ -7,8 +7,8 @@ import logging
 import random
 from collections.abc import Sequence
 
-from kvstrata.errors import CorruptObject, Incompatible
-from kvstrata.node.common.background import Tasks, Threads
+from kvstrata.errors import CorruptObject, Incompatible, KVStrataError
+from kvstrata.node.common.background import NICE, Tasks, Threads
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Row, Slot, SlotState
 from kvstrata.objects import verify_object
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sampler:
-    """Verifies one host hit in ``every``, in a thread of its own, while the slot is held.
+    """Verifies one host hit in ``every``, in a thread of its own, while its slot is held.
 
     Args:
         host: whose slots.
@@ -32,14 +32,14 @@ class Sampler:
         self._every = every
         self._counters = counters
         self._tasks = Tasks(counters)
-        self._thread = Threads(1, "kvstrata-verify")
+        self._thread = Threads(1, "kvstrata-verify", NICE)
         self._skip = 0
 
     def note_hits(self, keys: Sequence[bytes], parts: Sequence[int], rows: Sequence[Row]) -> None:
         """Hear of a match: ``rows`` are those of these parts of ``keys``, leased."""
         if not self._every:
             return
-        num_slots = len(rows) * len(parts)
+        num_slots, taken = len(rows) * len(parts), []
         while self._skip < num_slots:
             chunk, place = divmod(self._skip, len(parts))
             slot = rows[chunk].slots[place]
@@ -47,23 +47,43 @@ class Sampler:
             self._skip += random.randint(1, 2 * self._every - 1)
             if slot.state is SlotState.READY:  # what is being promoted is verified anyway
                 self._host.hold(slot)
-                self._tasks.spawn("a verification", self._verify(keys[chunk], parts[place], slot))
+                taken.append((keys[chunk], parts[place], slot))
         self._skip -= num_slots
+        if taken:
+            self._tasks.spawn("a verification", self._verify(taken))
 
     async def close(self) -> None:
         """Verify no more."""
         self._thread.close()
         await self._tasks.cancel()
 
-    async def _verify(self, key: bytes, part: int, slot: Slot) -> None:
-        view, name = self._host.pool.view(slot.offset, slot.nbytes), identity(key, part)
+    async def _verify(self, taken: Sequence[tuple[bytes, int, Slot]]) -> None:
+        """Verify slots that are held, one after the other, and end the holds."""
+        views = [self._host.pool.view(slot.offset, slot.nbytes) for _, _, slot in taken]
+        names = [identity(key, part) for key, part, _ in taken]
+
+        def work() -> list[KVStrataError | None]:
+            return [_fault(view, name) for view, name in zip(views, names, strict=True)]
+
         try:
-            await asyncio.wrap_future(self._thread.submit(lambda: verify_object(view, name)))
-            self._counters.add("verified_objects_total", tier="host")
-        except (CorruptObject, Incompatible) as error:
-            logger.error("host: object %s is rejected: %s", name.hex(), error)
-            self._counters.add("corrupt_objects_total", tier="host")
-            if self._host.get(key, part) is slot:
-                self._host.drop_object(key, part)
+            faults = await asyncio.wrap_future(self._thread.submit(work))
+            for (key, part, slot), name, fault in zip(taken, names, faults, strict=True):
+                if fault is None:
+                    self._counters.add("verified_objects_total", tier="host")
+                    continue
+                logger.error("host: object %s is rejected: %s", name.hex(), fault)
+                self._counters.add("corrupt_objects_total", tier="host")
+                if self._host.get(key, part) is slot:
+                    self._host.drop_object(key, part)
         finally:
-            self._host.unhold(slot)
+            for _, _, slot in taken:
+                self._host.unhold(slot)
+
+
+def _fault(view: memoryview, name: bytes) -> KVStrataError | None:
+    """What is wrong with an object in a slot, if anything is."""
+    try:
+        verify_object(view, name)
+    except (CorruptObject, Incompatible) as error:
+        return error
+    return None
