@@ -28,13 +28,13 @@ from kvstrata.observe.counters import Counters
 from kvstrata.parts import MAX_PART, PORTABLE
 from kvstrata.wire import protocol as p
 
-SLICE = 256
+SLICE = 1024
 """Rows that host memory knows which one slice takes, and chunks whose use it notes."""
 SLICE_OBJECTS = 16
 """Objects behind them that one slice looks for and promotes: that costs more."""
 SLICE_LOOKUPS = 32
 """Objects that one slice of a lookup looks for."""
-SLICE_KEYS = 1024
+SLICE_KEYS = 4096
 """Keys that one slice takes out of the message."""
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 R = TypeVar("R")
 
-HOLD_S = 0.0005
+HOLD_S = 0.001
 """How long work goes on before others have their turn; then it ends at its next yield."""
 
 
