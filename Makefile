@@ -30,7 +30,7 @@ demo: $(ENGINE_STAMP)  ## a real vLLM answers long documents: cold, warm from me
 test: $(ENGINE_STAMP)  ## every test, those on the real engine included
 	KVSTRATA_REQUIRE_ENGINE=1 $(PYTEST)
 
-test-unit: $(DEV_STAMP)  ## the tests that need no engine: seconds
+test-unit: $(DEV_STAMP)  ## the tests that need no engine: minutes
 	$(PYTEST) -m "not engine and not wheel"
 
 check: $(DEV_STAMP)  ## format, lint, types, documentation; needs no engine
