@@ -92,7 +92,10 @@ class MemoryConfig(TierPart):
     policy: str = option(kinds.one_of(tuple(POLICIES)), "lru", "Whom to evict.", shared=True)
     codec: str = option(kinds.CODEC, "lossless", _CODEC, shared=True)
     io_threads: int = option(
-        kinds.whole(1, 64), "4", "Threads that encode, and as many that decode.", shared=True
+        kinds.whole(1, 64),
+        "4",
+        "Threads that decode, and as many that encode, on half the cores at most.",
+        shared=True,
     )
     write_queue: int = option(kinds.SIZE, "256MiB", _QUEUE, shared=True)
     scrub_rate: int = option(kinds.RATE, "32MiB/s", _SCRUB, shared=True)
@@ -139,7 +142,7 @@ class DiskConfig(TierPart):
     io_threads: int = option(
         kinds.whole(1, 64),
         "8",
-        "Threads that read and write; a hung disk costs no more.",
+        "Threads that read, as many that write, and for encoding half the cores at most.",
         shared=True,
     )
     write_queue: int = option(kinds.SIZE, "256MiB", _QUEUE, shared=True)

@@ -42,7 +42,7 @@ class Backing(ABC):
 
     Args:
         store: where the objects are.
-        num_threads: threads for reads, and as many for writes, and for encoding.
+        num_threads: threads for reads, and as many for writes; for encoding see `TierCalls`.
         choice: how new objects are stored, where that makes them smaller; None: as they are.
         coarser: how coarser copies of them are stored besides, finest first.
         load_target_s: within it a request's load should end; coarser copies are read for it, or
