@@ -45,6 +45,8 @@ _PREFIX = struct.Struct("<8sH")
 _PAGE = struct.Struct("<8sHBBHH 16s 32s32s32s QII QQ16s16s QQ 8Q 64s32s32s 256s")
 _SINCE_2 = struct.Struct("<16s IB3x Q16s16s I300x 3072s")
 _CHECKSUM = slice(16, 32)
+NAMESPACE_FIELD = slice(32, 64)
+"""Of a header page: what the object belongs to."""
 
 
 class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from kvstrata.config import Config, HostConfig, LeaseConfig
 from kvstrata.memory.pool import Pool
 from kvstrata.node.coding.choosing import Always
 from kvstrata.node.node import Node
+from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
@@ -96,12 +97,19 @@ def make_node(
         host=HostConfig(capacity=slots * SLOT, policy=policy, verify_every=verify_every),
         leases=LeaseConfig(per_client=Fraction(per_client), total=Fraction(total)),
     )
-    backings = []
+    backings: list[Backing] = []
     if tier is not None:
         backings.append(
             make_backing(tier, tier_slots, counters=counters, clock=clock, policy=policy, **backing)
         )
     return Node(config, Pool.create(slots * SLOT), backings, counters, clock=clock)
+
+
+def owned(node: Node, number: int = 0) -> OwnedBacking:
+    """A slower tier that is the node's alone."""
+    backing = node.backings[number]
+    assert isinstance(backing, OwnedBacking)
+    return backing
 
 
 def on_node(test: Callable[[Node], Coroutine[Any, Any, None]], **options: Any) -> None:

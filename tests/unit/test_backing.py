@@ -25,6 +25,7 @@ from tests.support.nodes import (
     make_node,
     match,
     on_node,
+    owned,
     release,
     store,
     until,
@@ -90,7 +91,7 @@ class TestOneObjectAtATime:
             tier.open()
             await flush(node, ME)
             assert tier.asked[2:] == [("write", key)]
-            assert node.backings[0].find(key, 0, [OTHER]) == 3 * 4096 + 4096
+            assert owned(node).find(key, 0, [OTHER]) == 3 * 4096 + 4096
             node.check_integrity(contents=True)
 
         on_node(test, tier=tier, num_threads=3)
@@ -107,8 +108,8 @@ class TestOneObjectAtATime:
             await until(lambda: tier.waiting == 1)
             store(node, ME, [key])
             store(node, ME, chunk_keys(1, 1))
-            await until(lambda: chunk_keys(1, 1)[0] in node.backings[0].index)
-            assert key not in node.backings[0].index
+            await until(lambda: chunk_keys(1, 1)[0] in owned(node).index)
+            assert key not in owned(node).index
             tier.open()
             await clearing
             await flush(node, ME)
@@ -197,8 +198,8 @@ class TestOneObjectAtATime:
             inner.open()
             assert (await arrive(node, ME, matched.lease)).failed
             release(node, ME, matched.lease)
-            await until(lambda: not len(node.backings[0]._turns))
-            assert node.backings[0].find(key, 0, [OTHER]) == SLOT
+            await until(lambda: not len(owned(node)._turns))
+            assert owned(node).find(key, 0, [OTHER]) == SLOT
             assert inner.held == SLOT
 
         on_node(test, tier=tier)
@@ -232,10 +233,10 @@ class TestOneObjectAtATime:
             tier.inject("write", Answer(Outcome.FAILED), times=1)
             store(node, YOU, [key], order=OTHER)
             await flush(node, YOU)
-            assert key not in node.backings[0].index
+            assert key not in owned(node).index
             node.check_integrity(contents=True)
-            await node.backings[0].upkeep()
-            assert inner.held == node.backings[0].index.used_bytes == 0
+            await owned(node).upkeep()
+            assert inner.held == owned(node).index.used_bytes == 0
 
         on_node(test, tier=tier, clock=clock)
 
@@ -246,7 +247,7 @@ class TestBytesThatCount:
         tier = FaultyTier(inner)
 
         async def test(node: Node) -> None:
-            (key,), backing = chunk_keys(1), node.backings[0]
+            (key,), backing = chunk_keys(1), owned(node)
             store(node, ME, [key])
             await flush(node, ME)
             tier.inject("delete", Answer(Outcome.FAILED), times=1)
@@ -273,8 +274,8 @@ class TestBytesThatCount:
             with pytest.raises(Exception, match="may be there again after a restart: no room"):
                 await clear(node, ME)
             clock.advance(100.0)
-            await node.backings[0].upkeep()
-            assert inner.held == node.backings[0].index.used_bytes == 0
+            await owned(node).upkeep()
+            assert inner.held == owned(node).index.used_bytes == 0
 
         on_node(test, tier=tier, clock=clock)
 
@@ -283,7 +284,7 @@ class TestBytesThatCount:
         tier = FaultyTier(inner)
 
         async def test(node: Node) -> None:
-            (key,), backing = chunk_keys(1), node.backings[0]
+            (key,), backing = chunk_keys(1), owned(node)
             store(node, ME, [key])
             await flush(node, ME)
             tier.inject("delete", Raise(TierUnavailable("no route")), times=1)
@@ -299,7 +300,7 @@ class TestBytesThatCount:
 
     def test_laws_are_laws(self) -> None:
         async def test(node: Node) -> None:
-            (key,), backing = chunk_keys(1), node.backings[0]
+            (key,), backing = chunk_keys(1), owned(node)
             store(node, ME, [key])
             await flush(node, ME)
             assert backing.index.claim(4096)
@@ -327,7 +328,7 @@ class TestBytesThatCount:
             tier.open()
             await flush(node, ME)
             assert tier.asked == [("write", first), ("write", key)]
-            assert node.backings[0].find(key, 0, [OTHER]) is not None
+            assert owned(node).find(key, 0, [OTHER]) is not None
 
         on_node(test, tier=tier, num_threads=1)
 
@@ -347,7 +348,7 @@ class TestBytesThatCount:
             tier.open()
             await clearing
             await flush(node, ME)
-            assert list(node.backings[0].index.keys()) == chunk_keys(1, 1)
+            assert list(owned(node).index.keys()) == chunk_keys(1, 1)
             assert tier.most <= 2 * SLOT
 
         on_node(test, tier=tier, tier_slots=2)
@@ -376,7 +377,7 @@ class TestLimits:
             store(node, ME, chunk_keys(1))
             store(node, ME, chunk_keys(1, 1), nbytes=2 * RAW)
             await flush(node, ME)
-            assert list(node.backings[0].index.keys()) == chunk_keys(1)
+            assert list(owned(node).index.keys()) == chunk_keys(1)
 
         on_node(test, tier=Small())
 
@@ -400,13 +401,13 @@ class TestCorruption:
             await flush(node, REAL_ME)
             assert node.counters.get("corrupt_objects_total", tier="host") == 1
             assert node.host.get(KEYS[1], 0) is None
-            assert node.backings[0].find(KEYS[1], 0, None) is None
-            assert node.backings[0].index.num_objects == 2
+            assert owned(node).find(KEYS[1], 0, None) is None
+            assert owned(node).index.num_objects == 2
             await clear(node, REAL_ME, tiers=["host"])
             assert (await load_real(node))[0] == [1]
             assert store_real(node) == 1
             await flush(node, REAL_ME)
-            assert node.backings[0].index.num_objects == 3
+            assert owned(node).index.num_objects == 3
 
         on_real_node(test, {"memory.capacity": "8MiB", "memory.codec": codec})
 
@@ -421,8 +422,8 @@ class TestCorruption:
             await flush(node, REAL_ME)
             assert node.counters.get("corrupt_objects_total", tier="host") == 1
             assert node.host.get(KEYS[2], 0) is None
-            assert node.backings[0].index.num_objects == 2
-            assert node.backings[0].state == "ok"
+            assert owned(node).index.num_objects == 2
+            assert owned(node).state == "ok"
 
         on_real_node(test, {"memory.capacity": "8MiB", "memory.codec": codec})
 
@@ -462,13 +463,13 @@ class TestCorruption:
                 store(node, YOU, [key], order=OTHER)
                 return await encoded(*arguments)
 
-            node.backings[0].write = replaced_meanwhile  # type: ignore[method-assign,assignment]
+            owned(node).write = replaced_meanwhile  # type: ignore[method-assign,assignment]
             tier.open()
             await until(lambda: node.counters.get("corrupt_objects_total", tier="host") == 1)
             fresh = node.host.get(key, 0)
             assert fresh is not None
             assert fresh.order == OTHER
-            del node.backings[0].write
+            del owned(node).write
             await flush(node, ME)
 
         on_node(test, tier=tier, num_threads=1)
@@ -480,7 +481,7 @@ class TestScrub:
         monkeypatch.setattr(scrub_module, "IDLE_S", 0.0)
 
         async def test(node: Node) -> None:
-            backing, keys = node.backings[0], chunk_keys(3)
+            backing, keys = owned(node), chunk_keys(3)
             store(node, ME, keys)
             await flush(node, ME)
             for number, key in enumerate(keys, 1):
@@ -510,7 +511,7 @@ class TestScrub:
         async def test(node: Node) -> None:
             store_real(node)
             await flush(node, REAL_ME)
-            tier = node.backings[0].tier
+            tier = owned(node).tier
             assert isinstance(tier, MemoryTier)
             tier._objects[identity(KEYS[1], 0)].data[6000] ^= 1
             await until(lambda: node.counters.get("corrupt_objects_total", tier="memory") == 1)
@@ -547,7 +548,7 @@ class TestPriority:
                 return super().read(ids, into)
 
         async def test(node: Node) -> None:
-            backing, keys = node.backings[0], chunk_keys(1)
+            backing, keys = owned(node), chunk_keys(1)
             store(node, ME, keys)
             await flush(node, ME)
             await clear(node, ME, tiers=["host"])
@@ -614,7 +615,7 @@ class TestScratch:
 
     def test_a_node_at_rest_keeps_none(self) -> None:
         async def test(node: Node) -> None:
-            backing = node.backings[0]
+            backing = owned(node)
             store(node, ME, chunk_keys(4))
             await flush(node, ME)
             (state,) = node.status(ME, p.Status(1)).state["tiers"]
@@ -665,11 +666,11 @@ def test_orders_are_learnt_from_what_is_read() -> None:
     tier = MemoryTier()
 
     async def test(node: Node) -> None:
-        keys, backing = chunk_keys(1), node.backings[0]
+        keys, backing = chunk_keys(1), owned(node)
         store(node, ME, keys)
         await flush(node, ME)
         again = make_backing(tier)
-        await again.scan()
+        await again.run()
         assert again.find(keys[0], 0, [OTHER]) == SLOT
         view = node.host.pool.view(node.host.get(keys[0], 0).offset, SLOT)  # type: ignore[union-attr]
         assert await again.read(keys[0], 0, SLOT, view) is not None

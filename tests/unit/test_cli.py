@@ -19,6 +19,7 @@ import pytest
 import typer.main
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.nodes import owned
 
 import kvstrata
 from kvstrata import cli
@@ -129,7 +130,7 @@ def store(serving: Serving, num_chunks: int = 4) -> None:
 def objects(serving: Serving) -> list[int]:
     """How many objects each tier holds."""
     node = serving.node
-    return [node.host.index.num_objects, *(b.index.num_objects for b in node.backings)]
+    return [node.host.index.num_objects, *(b.holdings()["num_objects"] for b in node.backings)]
 
 
 def stored_files(serving: Serving) -> list[Path]:
@@ -212,7 +213,7 @@ def test_status_for_people(
     client.match([bytes(32)], [0], ["portable"]).wait(5.0)
     client.close()
     serving.inprocess.run(lambda: serving.node.counters.add("corrupt_objects_total", tier="disk"))
-    serving.inprocess.run(lambda: serving.node.backings[0].trip(TierUnavailable("it fell down")))
+    serving.inprocess.run(lambda: owned(serving.node).trip(TierUnavailable("it fell down")))
     code, out, _ = command("status", *serving.arguments)
     assert code == 0
     for words in (
@@ -319,7 +320,7 @@ def test_clear_of_a_tier_that_is_off_does_not_pass_as_done(
     def broken() -> None:
         raise TierUnavailable("disk: cannot clear it: Input/output error")
 
-    monkeypatch.setattr(serving.node.backings[0].tier, "clear", broken)
+    monkeypatch.setattr(owned(serving.node).tier, "clear", broken)
     code, _, err = command("clear", "--yes", *serving.arguments)
     assert code == 1
     assert "not cleared for good" in err

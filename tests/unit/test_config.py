@@ -26,7 +26,7 @@ from kvstrata.config import (
     load_config,
 )
 from kvstrata.config.files import read_file
-from kvstrata.config.tiers import DiskConfig, file_system_bytes
+from kvstrata.config.owned import DiskConfig, file_system_bytes
 from kvstrata.errors import ConfigError
 from kvstrata.policies import POLICIES
 from kvstrata.wire.protocol import PROTOCOL_VERSION

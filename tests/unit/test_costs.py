@@ -13,6 +13,7 @@ from tests.support.nodes import (
     load,
     make_backing,
     on_node,
+    owned,
     write,
 )
 
@@ -37,9 +38,7 @@ def test_what_was_promoted_does_not_outlive_what_is_dear(tier_policy: str) -> No
     """Its cost comes from the tier's index, or is what a chunk of its size took last."""
 
     async def test(node: Node) -> None:
-        node.backings[0].index._policy = make_backing(
-            MemoryTier(), policy=tier_policy
-        ).index._policy
+        owned(node).index._policy = make_backing(MemoryTier(), policy=tier_policy).index._policy
         store(node, A, CHEAP)
         store(node, B, DEAR)
         await flush(node, ME)
@@ -63,7 +62,7 @@ def test_a_tier_minds_what_its_chunks_cost() -> None:
         await flush(node, ME)
         store(node, C, (CHEAP + DEAR) / 2)
         await flush(node, ME)
-        index = node.backings[0].index
+        index = owned(node).index
         assert [key in index for (key,) in (A, B, C)] == [True, False, True]
         assert index.cost_of(A[0]) == DEAR
 
@@ -86,7 +85,7 @@ def test_what_a_scan_enters_is_neither_cheap_nor_dear() -> None:
         for keys, cost in ((B, DEAR), (C, CHEAP), (D, DEAR)):
             store(node, keys, cost)
             await flush(node, ME)
-        index = node.backings[0].index
+        index = owned(node).index
         assert [key in index for (key,) in (A, B, C, D)] == [True, True, False, True]
         store(node, E, DEAR)
         await flush(node, ME)

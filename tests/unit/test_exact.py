@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.nodes import clear, flush, until
+from tests.support.nodes import clear, flush, owned, until
 from tests.support.real_nodes import (
     KEYS,
     ME,
@@ -145,7 +145,7 @@ def test_what_is_there_is_read_and_nothing_is_evicted(options: dict[str, Any]) -
     async def second(node: Node) -> None:
         await timed(node)
         assert used(node)["disk"] == 3 * stored_bytes(NBYTES)
-        assert node.backings[0].find(KEYS[2], 0, None)
+        assert owned(node).find(KEYS[2], 0, None)
 
     full = options | {"disk.capacity": "1MiB", "disk.codec": "raw"}
     on_real_node(first, full)
@@ -158,7 +158,7 @@ def test_what_a_killed_node_measured_on_is_deleted(options: dict[str, Any]) -> N
     async def test(node: Node) -> None:
         await timed(node)
         assert used(node)["disk"] == 0
-        assert node.backings[0].tier.stat([name]) == [Outcome.MISS]
+        assert owned(node).tier.stat([name]) == [Outcome.MISS]
 
     left = disk.DiskTier(options["disk.path"])
     left.write([put(name, memoryview(bytes(4096)))])
@@ -178,10 +178,10 @@ def test_a_disk_that_hangs_while_it_is_timed_is_off(
 
     async def test(node: Node) -> None:
         try:
-            await until(lambda: node.backings[0].state.startswith("off: no read has ended"))
+            await until(lambda: owned(node).state.startswith("off: no read has ended"))
         finally:
             hanging.set()
-        await until(lambda: node.backings[0].state == "ok")
+        await until(lambda: owned(node).state == "ok")
         store(node)
         await flush(node, ME)
 

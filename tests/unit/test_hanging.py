@@ -16,6 +16,7 @@ from tests.support.nodes import (
     load,
     make_node,
     on_node,
+    owned,
     store,
     until,
 )
@@ -40,23 +41,23 @@ def on_hanging_node(test: Any, tier: GatedTier, clock: ManualClock, **options: A
 async def works_again(node: Node, tier: GatedTier, clock: ManualClock) -> None:
     """Once the tier does, it is filled and read as if nothing had been."""
     tier.open()
-    await until(lambda: not node.movement.queued_bytes and not len(node.backings[0]._turns))
+    await until(lambda: not node.movement.queued_bytes and not len(owned(node)._turns))
     clock.advance(100.0)
-    await until(lambda: node.backings[0].state == "ok")
+    await until(lambda: owned(node).state == "ok")
     keys = chunk_keys(2, 99)
     store(node, ME, keys)
     await flush(node, ME)
     await clear(node, ME, tiers=["host"])
     assert await load(node, ME, keys) == 2
-    await node.backings[0].upkeep()
-    assert node.backings[0].index.claimed_bytes == 0
+    await owned(node).upkeep()
+    assert owned(node).index.claimed_bytes == 0
 
 
 def test_a_write() -> None:
     clock, tier = ManualClock(), GatedTier()
 
     async def test(node: Node) -> None:
-        keys, backing = chunk_keys(6), node.backings[0]
+        keys, backing = chunk_keys(6), owned(node)
         tier.shut("write")
         store(node, ME, keys)
         await until(lambda: tier.waiting == 2)
@@ -95,7 +96,7 @@ def test_one_write_of_many() -> None:
             return super().write(puts)
 
     async def test(node: Node) -> None:
-        backing = node.backings[0]
+        backing = owned(node)
         store(node, ME, chunk_keys(1))
         await until(lambda: backing.index.claimed_bytes == SLOT)
         clock.advance(1.0)
@@ -134,7 +135,7 @@ def test_a_clear_while_writes_hang() -> None:
         with pytest.raises(TierUnavailable, match="no clear has ended"):
             await clearing
         await works_again(node, tier, clock)
-        assert set(node.backings[0].index.keys()) == set(chunk_keys(2, 99))
+        assert set(owned(node).index.keys()) == set(chunk_keys(2, 99))
 
     on_hanging_node(test, tier, clock)
 
@@ -143,7 +144,7 @@ def test_a_deletion() -> None:
     clock, tier = ManualClock(), GatedTier()
 
     async def test(node: Node) -> None:
-        backing = node.backings[0]
+        backing = owned(node)
         store(node, ME, chunk_keys(3))
         await flush(node, ME)
         tier.shut("delete")
@@ -174,7 +175,7 @@ def test_a_clear() -> None:
     clock, tier = ManualClock(), GatedTier()
 
     async def test(node: Node) -> None:
-        backing = node.backings[0]
+        backing = owned(node)
         store(node, ME, chunk_keys(3))
         await flush(node, ME)
         tier.shut("clear")
@@ -201,7 +202,7 @@ def test_a_note_of_use() -> None:
     clock, tier = ManualClock(), GatedTier()
 
     async def test(node: Node) -> None:
-        backing = node.backings[0]
+        backing = owned(node)
         store(node, ME, chunk_keys(3))
         await flush(node, ME)
         await load(node, ME, chunk_keys(3))
@@ -222,7 +223,7 @@ def test_a_scan() -> None:
     tier.shut("scan")
 
     async def test(node: Node) -> None:
-        backing = node.backings[0]
+        backing = owned(node)
         store(node, ME, chunk_keys(3))
         flushing = asyncio.ensure_future(flush(node, ME))
         await until(lambda: tier.waiting == 1)
@@ -244,7 +245,7 @@ def test_a_check() -> None:
     clock, tier = ManualClock(), GatedTier()
 
     async def test(node: Node) -> None:
-        backing, (key,) = node.backings[0], chunk_keys(1)
+        backing, (key,) = owned(node), chunk_keys(1)
         store(node, ME, [key])
         await flush(node, ME)
         tier.shut("read")
@@ -269,7 +270,7 @@ def test_a_codec(monkeypatch: pytest.MonkeyPatch) -> None:
         return encode(*arguments)
 
     async def test(node: Node) -> None:
-        keys, backing = chunk_keys(5), node.backings[0]
+        keys, backing = chunk_keys(5), owned(node)
         monkeypatch.setattr(Lossless, "encode_layer", hang)
         store(node, ME, keys)
         await until(lambda: len(waiting) == 2)
@@ -354,7 +355,7 @@ def test_a_tier_may_promise_to_be_quicker() -> None:
         await until(lambda: tier.waiting == 1)
         clock.advance(1.0)
         await flush(node, ME)
-        assert node.backings[0].state == "off: no write has ended for 0.02 s"
+        assert owned(node).state == "off: no write has ended for 0.02 s"
         tier.open()
 
     on_node(test, tier=tier, clock=clock, deadline_s=1000.0)
@@ -364,7 +365,7 @@ def test_a_tier_that_is_only_written_to_recovers_its_patience() -> None:
     clock = ManualClock()
 
     async def test(node: Node) -> None:
-        backing = node.backings[0]
+        backing = owned(node)
         for prompt in range(4):
             backing.trip(TierUnavailable("again"))
             assert backing._health.off_s == 1.0

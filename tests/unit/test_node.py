@@ -27,6 +27,7 @@ from tests.support.nodes import (
     make_node,
     match,
     on_node,
+    owned,
     payload,
     release,
     reserve,
@@ -388,7 +389,7 @@ class TestEviction:
     def test_so_it_is_in_slower_tiers(self, num_threads: int) -> None:
         async def test(node: Node) -> None:
             me, keys = Client(ME), chunk_keys(6)
-            backing = node.backings[0]
+            backing = owned(node)
             for part in (0, 1):
                 store(node, me, keys[:3], part=part)
                 await flush(node, me)
@@ -429,7 +430,7 @@ class TestEviction:
             store(node, me, keys)
             await flush(node, me)
             await load(node, me, keys)
-            await node.backings[0].upkeep()
+            await owned(node).upkeep()
             assert tier.touched == [identity(key, 0) for key in reversed(keys)]
 
         on_node(test, tier=tier)
@@ -446,11 +447,11 @@ class TestEviction:
             store(node, me, chunk_keys(4, 1))
             await until(lambda: tier.waiting == 2)
             assert tier.held <= 5 * SLOT
-            assert node.backings[0].index.used_bytes <= 5 * SLOT
+            assert owned(node).index.used_bytes <= 5 * SLOT
             node.check_integrity()
             tier.open()
             await flush(node, me)
-            assert tier.held == node.backings[0].index.used_bytes <= 5 * SLOT
+            assert tier.held == owned(node).index.used_bytes <= 5 * SLOT
             assert tier.most <= 5 * SLOT
 
         on_node(test, slots=10, tier=tier, tier_slots=5, policy=policy)
@@ -522,7 +523,7 @@ class TestSlowerTiers:
             await flush(node, you)
             await clear(node, me, tiers=["host"])
             assert match(node, me, keys).lease == 0
-            assert node.backings[0].index.used_bytes == 12 * 1024 + 4096  # replaced, counted once
+            assert owned(node).index.used_bytes == 12 * 1024 + 4096  # replaced, counted once
             assert len(match(node, you, keys, orders=[OTHER]).tiers) == 1
 
         on_node(test, tier=MemoryTier())
@@ -534,7 +535,7 @@ class TestSlowerTiers:
             me, keys = Client(ME), chunk_keys(1)
             store(node, me, keys)
             await flush(node, me)
-            backing = node.backings[0]
+            backing = owned(node)
             backing.index.amend(keys[0], 0, SLOT)  # as after a scan
             await clear(node, me, tiers=["host"])
             matched = match(node, me, keys, orders=[OTHER])
@@ -551,8 +552,9 @@ class TestSlowerTiers:
             store(node, me, keys)
             await flush(node, me)
             await clear(node, me, tiers=["host"])
-            assert isinstance(node.backings[0].tier, FaultyTier)
-            node.backings[0].tier.inject("read", Answer(Outcome.MISS))
+            tier = owned(node).tier
+            assert isinstance(tier, FaultyTier)
+            tier.inject("read", Answer(Outcome.MISS))
             matched = match(node, me, keys, orders=["", ORDER])
             arrived = await arrive(node, me, matched.lease)
             assert (arrived.ready, arrived.failed) == (0, True)
@@ -573,7 +575,7 @@ class TestSlowerTiers:
             assert await load(node, me, keys[:1]) == 0
             assert node.counters.get("corrupt_objects_total", tier="disk") == 1
             assert at_once(node.lookup(me, p.Lookup(1, keys[0], [0]))).tiers == b"\xff"
-            await until(lambda: node.backings[0].index.used_bytes == 0)
+            await until(lambda: owned(node).index.used_bytes == 0)
             assert store(node, me, keys[:1]) == 1
             await flush(node, me)
             await clear(node, me, tiers=["host"])
@@ -597,7 +599,7 @@ class TestSlowerTiers:
             assert node.counters.get("incompatible_objects_total", tier="disk") == 1
             assert node.counters.get("corrupt_objects_total", tier="disk") == 0
             assert file.exists()
-            assert node.backings[0].index.used_bytes == SLOT, "it still counts"
+            assert owned(node).index.used_bytes == SLOT, "it still counts"
             assert await load(node, me, keys[:1]) == 0
             assert node.counters.get("incompatible_objects_total", tier="disk") == 1, "not asked"
             assert at_once(node.lookup(me, p.Lookup(1, keys[0], [0]))).tiers == b"\xff"
@@ -619,7 +621,7 @@ class TestSlowerTiers:
             tier.inject("write", Raise(TierFull("no space left")), times=1)
             store(node, me, chunk_keys(1, 1))
             await flush(node, me)
-            assert node.backings[0].state == "read only: no space left"
+            assert owned(node).state == "read only: no space left"
             store(node, me, chunk_keys(1, 2))
             assert node.counters.get("write_behind_skipped_total", tier="memory", why="tier") == 1
             await clear(node, me, tiers=["host"])
@@ -628,7 +630,7 @@ class TestSlowerTiers:
             store(node, me, chunk_keys(1, 3))
             await flush(node, me)
             assert at_once(node.lookup(me, p.Lookup(1, chunk_keys(1, 3)[0], [0]))).tiers == b"\0"
-            assert chunk_keys(1, 3)[0] in node.backings[0].index
+            assert chunk_keys(1, 3)[0] in owned(node).index
 
         on_node(test, tier=tier, clock=clock)
 
@@ -642,13 +644,13 @@ class TestSlowerTiers:
             me = Client(ME)
             await asyncio.sleep(0.05)  # the scan ends
             for _ in range(2):
-                assert node.backings[0].state == "read only: mounted read only"
+                assert owned(node).state == "read only: mounted read only"
                 store(node, me, chunk_keys(1))
                 await flush(node, me)
                 clock.advance(1000.0)
             assert node.counters.get("write_behind_skipped_total", tier="memory", why="tier") == 1
             assert node.counters.get("tier_trips_total", tier="memory") == 0
-            assert node.backings[0].index.num_objects == 0
+            assert owned(node).index.num_objects == 0
 
         on_node(test, tier=ReadOnly(), clock=clock)
 
@@ -671,14 +673,14 @@ class TestSlowerTiers:
             elif verb == "write":
                 store(node, me, chunk_keys(2, 1))
                 await flush(node, me)
-                assert chunk_keys(2, 1)[1] not in node.backings[0].index
+                assert chunk_keys(2, 1)[1] not in owned(node).index
             elif verb == "touch":
                 await load(node, me, keys)
-                await node.backings[0].upkeep()
+                await owned(node).upkeep()
             else:
                 with pytest.raises(TierUnavailable):
                     await clear(node, me, None if verb == "clear" else keys)
-            assert node.backings[0].state.startswith("off")
+            assert owned(node).state.startswith("off")
             node.check_integrity()
             bugs = node.counters.get("bugs_total", where="tier memory")
             assert (bugs > 0) == isinstance(error, ValueError)
@@ -705,7 +707,7 @@ class TestSlowerTiers:
                 tier.inject("scan", Raise(error), times=1)
                 again = make_backing(tier)
                 assert again.state == "scanning"
-                await again.scan()
+                await again.run()
                 assert (again.state, again.index.num_objects) == ("ok", 3)
 
         on_node(test, tier=tier)
@@ -716,7 +718,7 @@ class TestSlowerTiers:
         tier = FaultyTier(inner)
 
         async def test(node: Node) -> None:
-            me, index = Client(ME), node.backings[0].index
+            me, index = Client(ME), owned(node).index
             store(node, me, chunk_keys(3))
             await flush(node, me)
             tier.inject("delete", Answer(Outcome.FAILED))
@@ -742,7 +744,7 @@ class TestSlowerTiers:
             for _ in range(20):
                 await asyncio.sleep(0)
             assert not writing.done()
-            await backing.scan()
+            await backing.run()
             assert await writing
             backing.close()
 
@@ -756,7 +758,7 @@ class TestSlowerTiers:
             store(node, me, keys)
             await flush(node, me)
             small = make_backing(tier, 3)
-            await small.scan()
+            await small.run()
             assert tier.held == small.index.used_bytes == 3 * SLOT
             assert [key in small.index for key in keys] == [True] * 3 + [False] * 5
             small.check_integrity()
@@ -772,7 +774,7 @@ class TestDeadlines:
         tier = GatedTier()
 
         async def test(node: Node) -> None:
-            me, keys, backing = Client(ME), chunk_keys(4), node.backings[0]
+            me, keys, backing = Client(ME), chunk_keys(4), owned(node)
             store(node, me, keys)
             await flush(node, me)
             await clear(node, me, tiers=["host"])
@@ -837,11 +839,11 @@ class TestDeadlines:
             await asyncio.sleep(0.05)
             clock.advance(1.0)
             assert (await arrive(node, me, matched.lease)).failed
-            assert not node.backings[0].readable
+            assert not owned(node).readable
             # However long it stays so, the others are read.
             clock.advance(100.0)
             assert await load(node, me, others) == 3
-            assert node.backings[0].state == "ok"
+            assert owned(node).state == "ok"
             assert node.counters.get("tier_trips_total", tier="memory") == 1
             stuck.set()
 
@@ -852,7 +854,7 @@ class TestDeadlines:
 
         async def test(node: Node) -> None:
             me, you, keys = Client(ME), Client(YOU), chunk_keys(1)
-            backing = node.backings[0]
+            backing = owned(node)
             store(node, me, keys)
             await flush(node, me)
             await clear(node, me, tiers=["host"])
@@ -955,7 +957,7 @@ class TestClear:
         tier = FaultyTier(gated)
 
         async def test(node: Node) -> None:
-            me, backing = Client(ME), node.backings[0]
+            me, backing = Client(ME), owned(node)
             entered = asyncio.Event()
             make_room = backing._make_room
 
@@ -996,7 +998,7 @@ class TestClear:
                 count = at_once(node.commit(me, p.Commit(1, number, b"".join(sums)))).count
                 assert count == (0 if cleared is None else 1)
                 await flush(node, me)
-                assert len(node.backings[0].index) == count
+                assert len(owned(node).index) == count
             assert len(match(node, me, keys).tiers) == 1
 
         on_node(test, tier=MemoryTier())
@@ -1064,7 +1066,7 @@ class TestClear:
             tier.open()
             await clearing
             await flush(node, me)
-            assert tier.held == node.backings[0].index.used_bytes == 0
+            assert tier.held == owned(node).index.used_bytes == 0
             assert len(match(node, me, keys).tiers) == (5 if tiers else 0)
 
         on_node(test, tier=tier)
@@ -1078,7 +1080,7 @@ class TestClear:
             await flush(node, me)
             later = make_backing(tier)
             await later.drop(keys[:2])
-            await later.scan()
+            await later.run()
             assert [key in later.index for key in keys] == [False, False, True, True]
             assert tier.held == 2 * SLOT
             later.check_integrity()
@@ -1100,14 +1102,12 @@ class TestClear:
                 await clear(node, me)
             clock.advance(10)
             assert match(node, me, keys).lease == 0
-            assert inner.held == node.backings[0].index.used_bytes == 3 * SLOT
+            assert inner.held == owned(node).index.used_bytes == 3 * SLOT
             await clear(node, me)
             store(node, me, keys)
             await flush(node, me)
             assert await load(node, me, keys) == 3
-            assert node.backings[0].index.used_bytes - node.backings[0].index.claimed_bytes == (
-                inner.held
-            )
+            assert owned(node).index.used_bytes - owned(node).index.claimed_bytes == (inner.held)
 
         on_node(test, tier=tier, clock=clock)
 
@@ -1118,7 +1118,7 @@ class TestClear:
                 assert store(node, me, keys) == 3
                 await flush(node, me)
                 assert await clear(node, me) == 6
-            assert node.host.allocated_bytes == node.backings[0].index.used_bytes == 0
+            assert node.host.allocated_bytes == owned(node).index.used_bytes == 0
 
         on_node(test, tier=MemoryTier())
 
@@ -1139,7 +1139,7 @@ class TestWriteBehind:
             await asyncio.sleep(0)
             store(node, me, chunk_keys(3, 1))
             turns.release(2)
-            await until(lambda: node.backings[0].index.num_objects == 2)
+            await until(lambda: owned(node).index.num_objects == 2)
             assert not first.done()
             turns.release(1)
             await first
@@ -1148,7 +1148,7 @@ class TestWriteBehind:
             assert not later.done()
             turns.release(3)
             await later
-            assert node.backings[0].index.num_objects == 6
+            assert owned(node).index.num_objects == 6
 
         on_node(test, tier=OneByOne(), num_threads=1)
 
@@ -1161,7 +1161,7 @@ class TestWriteBehind:
             store(node, me, keys)
             tier.open()
             await flush(node, me)
-            assert [key in node.backings[0].index for key in keys] == [True] * 3 + [False] * 2
+            assert [key in owned(node).index for key in keys] == [True] * 3 + [False] * 2
             skipped = node.counters.get("write_behind_skipped_total", tier="memory", why="queue")
             assert skipped == 2
 

@@ -19,6 +19,7 @@ from tests.support.nodes import (
     flush,
     match,
     on_node,
+    owned,
     payload,
     release,
     store,
@@ -203,7 +204,7 @@ def test_a_tier_keeps_more_with_a_codec_and_gives_back_the_same_bytes() -> None:
         client = Client("pid 1")
         assert store(node, client, keys) == 4
         await flush(node, Client("pid 1"))
-        backing = node.backings[0]
+        backing = owned(node)
         assert backing.index.num_objects == 4
         assert backing.index.used_bytes < 4 * stored_bytes(RAW)
         for key in keys:
@@ -229,7 +230,7 @@ def test_objects_of_an_earlier_codec_stay_readable() -> None:
 
     async def read(node: Node) -> None:
         client = Client("pid 1")
-        await until(lambda: node.backings[0].state == "ok")
+        await until(lambda: owned(node).state == "ok")
         matched = match(node, client, keys)
         assert (await arrive(node, client, matched.lease, 1)).ready == 2
         release(node, client, matched.lease)
@@ -290,8 +291,8 @@ def test_a_codec_that_fails_costs_nothing_but_space(monkeypatch: pytest.MonkeyPa
         client = Client("pid 1")
         store(node, client, keys)
         await flush(node, Client("pid 1"))
-        assert node.backings[0].index.used_bytes == 2 * stored_bytes(RAW)
-        assert node.backings[0].writable
+        assert owned(node).index.used_bytes == 2 * stored_bytes(RAW)
+        assert owned(node).writable
 
     on_node(test, tier=MemoryTier(), codec="lossless")
 

@@ -21,6 +21,7 @@ from tests.support.nodes import (
     make_node,
     match,
     on_node,
+    owned,
     release,
     reserve,
     until,
@@ -177,7 +178,7 @@ def test_a_commit_is_seen_as_it_goes_and_ends_once() -> None:
         assert await clear(node, me, [KEYS[0], KEYS[8]]) == 1
         node.end(me)  # too late to take the commit back
         await flushed
-        assert node.backings[0].index.num_objects == 8
+        assert owned(node).index.num_objects == 8
         done: p.Done = await committing
         assert done.count == 9
         assert [node.host.get(key, 0) is not None for key in KEYS[:10]] == [
@@ -247,10 +248,10 @@ def test_promotions_in_slices_are_one_load() -> None:
         assert await store(node, me, KEYS) == 40
         await flush(node, me)
         await clear(node, me, tiers=["host"])
-        node.backings[0].load_target_s = 100.0
+        owned(node).load_target_s = 100.0
         tier.shut("read")
         matched = await begin_match(node, me, KEYS)
-        lane = node.movement._lanes[node.backings[0].name]
+        lane = node.movement._lanes[owned(node).name]
         (stream,) = lane.streams
         assert len(stream._sizes) == 40
         tier.open()

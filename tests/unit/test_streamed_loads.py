@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.nodes import arrive, at_once, clear, flush, until
+from tests.support.nodes import arrive, at_once, clear, flush, owned, until
 from tests.support.real_nodes import (
     KEYS,
     ME,
@@ -62,7 +62,7 @@ class Believed(Bandwidth):
 
 
 def slow_down(node: Node, clock: ManualClock, bytes_per_s: float) -> ThrottledTier:
-    backing = node.backings[-1]
+    backing = owned(node, -1)
     inner = backing.tier.inner if isinstance(backing.tier, ThrottledTier) else backing.tier
     tier = ThrottledTier(inner, bytes_per_s, clock=clock, sleep=clock.advance)
     backing.tier, backing.bandwidth = tier, Believed(bytes_per_s)
@@ -238,10 +238,10 @@ def test_copies_are_found_after_a_restart_and_go_with_their_chunk(options: dict[
     async def first(node: Node) -> None:
         await prepare(node)
         before.update(used(node))
-        assert node.backings[0].index.num_objects == 9
+        assert owned(node).index.num_objects == 9
 
     async def second(node: Node) -> None:
-        backing = node.backings[0]
+        backing = owned(node)
         await timed(node)
         assert (await load(node))[0] == [1, 1, 1]
         assert backing.index.num_objects == 9

@@ -16,6 +16,7 @@ from tests.support.nodes import (
     load,
     match,
     on_node,
+    owned,
     release,
     reserve,
     store,
@@ -39,7 +40,7 @@ async def stored_below(node: Node, client: Client, count: int) -> list[list[byte
     await flush(node, client)
     await clear(node, client, tiers=["host"])
     assert node.host.allocated_bytes == 0
-    tier = node.backings[0].tier
+    tier = owned(node).tier
     assert isinstance(tier, GatedTier)
     tier.shut("read")
     return prompts
@@ -47,7 +48,7 @@ async def stored_below(node: Node, client: Client, count: int) -> list[list[byte
 
 async def ended(node: Node) -> None:
     """Let what hangs come to its end."""
-    tier = node.backings[0].tier
+    tier = owned(node).tier
     assert isinstance(tier, GatedTier)
     tier.open()
     await until(lambda: not list(node.movement.under_way()))
@@ -58,7 +59,7 @@ async def ended(node: Node) -> None:
 def test_ten_matches_released_at_once_fill_nothing_for_nobody(how: str, target_s: float) -> None:
     async def test(node: Node) -> None:
         me, you = Client("pid 1"), Client("pid 2")
-        node.backings[0].load_target_s = target_s
+        owned(node).load_target_s = target_s
         prompts = await stored_below(node, me, 10)
         leases = [match(node, you, prompt).lease for prompt in prompts]
         assert node.host.allocated_bytes == you.leased_bytes == 10 * SLOT
@@ -108,12 +109,12 @@ def test_what_cannot_stop_counts_against_the_caps() -> None:
 def test_what_somebody_else_waits_for_goes_on(target_s: float) -> None:
     async def test(node: Node) -> None:
         me, you = Client("pid 1"), Client("pid 2")
-        node.backings[0].load_target_s = target_s
+        owned(node).load_target_s = target_s
         keys = chunk_keys(6)
         store(node, me, keys)
         await flush(node, me)
         await clear(node, me, tiers=["host"])
-        tier = node.backings[0].tier
+        tier = owned(node).tier
         assert isinstance(tier, GatedTier)
         tier.shut("read")
         first, second = match(node, me, keys).lease, match(node, you, keys[:4]).lease
@@ -179,7 +180,7 @@ def test_what_is_given_up_before_the_match_is_answered_is_not_there() -> None:
 
     async def test(node: Node) -> None:
         me, keys = Client("pid 1"), chunk_keys(4)
-        backing = node.backings[0]
+        backing = owned(node)
         for part in range(2):
             number, offsets = reserve(node, me, keys, part=part, cost=1e-9)
             at_once(

@@ -12,8 +12,10 @@ from kvstrata.config.options import (
     host_capacity_bytes,
     load_config,
 )
+from kvstrata.config.owned import DiskConfig, MemoryConfig
 from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig
-from kvstrata.config.tiers import TIERS, DiskConfig, MemoryConfig, TierPart
+from kvstrata.config.tierparts import TierPart
+from kvstrata.config.tiers import TIERS
 
 __all__ = [
     "MAY_BE_MISSING",

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 from kvstrata import units
 from kvstrata.config import kinds
 from kvstrata.config.files import read_file
+from kvstrata.config.owned import file_system_bytes
 from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig, about, option
-from kvstrata.config.tiers import TIERS, Room, TierPart, check_fits, file_system_bytes
+from kvstrata.config.tierparts import Room, TierPart, check_fits
+from kvstrata.config.tiers import TIERS
 from kvstrata.errors import ConfigError, did_you_mean
 from kvstrata.memory.machine import total_bytes
 

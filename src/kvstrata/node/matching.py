@@ -1,21 +1,23 @@
 """What a match is: the leading chunks of a prompt that exist, leased, and on their way if need be.
 
 The local head, whose rows host memory knows already, costs next to nothing a chunk. Behind it each
-chunk is looked for part by part, and what lies in slower tiers is promoted. A long prompt is
+chunk is looked for part by part, and what lies in slower tiers is promoted. Where no tier of this
+node goes on, the shared ones are asked for all the rest, at the same time. A long prompt is
 matched in slices, between which others are served: every slice leases what it found before it
 ends, so nothing that was found can go, and no cap is passed, while others are served.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Generator, Iterable, Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 from kvstrata.errors import UsageError
-from kvstrata.keys import OWNER_BYTES
-from kvstrata.node.common.slices import in_slices
-from kvstrata.node.service.backing import Backing
+from kvstrata.keys import KEY_BYTES, OWNER_BYTES
+from kvstrata.node.common.slices import Work, in_slices
+from kvstrata.node.service.backing import Backing, Question
 from kvstrata.node.service.movement import Load, Movement, Wanted
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
@@ -79,6 +81,8 @@ class Search:
         self.parts = tuple(checked_parts(message.parts))
         self.sizes = _sizes(message.lengths, message.parts)
         self.orders = frozenset(message.orders)
+        self.preferred = tuple(dict.fromkeys(message.orders))
+        self.namespace = checked_namespace(message.namespace)
         if len(message.owner) != OWNER_BYTES:
             raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
         self.keys: list[bytes] = []
@@ -86,7 +90,7 @@ class Search:
         self.tiers = bytearray()  # of the chunks that were found and leased so far
         self.lease: Lease | None = None
         self.load: Load | None = None
-        self.ended = False
+        self.ended = self.absent = False  # at its end, and because nobody has the next chunk
         self._packed = message.keys
         self._num_keys = p.count(message.keys, 32)
 
@@ -135,35 +139,64 @@ class Matcher:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
         return in_slices(self._match(Search(client, message)))
 
-    def _match(self, search: Search) -> Generator[None, None, p.Matched]:
+    def _match(self, search: Search) -> Work[p.Matched]:
         try:
             while not search.take_in():
-                yield
+                yield None
             while not self._step(search):
-                yield
+                yield None
+            if search.absent and search.namespace:
+                yield from self._ask(search)
             # Tails before heads: what is used last is evicted last.
             for stop in range(len(search.tiers), 0, -SLICE):
                 self._note_use(search.keys[max(0, stop - SLICE) : stop])
                 if stop > SLICE:
-                    yield
+                    yield None
         except BaseException:
             self.release(search.lease)
             raise
         return self._answer(search)
 
+    def _ask(self, search: Search) -> Work[None]:
+        """Ask the shared tiers for what no tier of this node has, and go on with what they have."""
+        keys = search.keys[len(search.tiers) :]
+        question = Question(search.namespace, keys, search.parts, search.preferred)
+        asked = [backing for backing in self._backings if backing.must_be_asked]
+        answers = [asyncio.ensure_future(backing.resolve(question)) for backing in asked]
+        # All were asked at once; the fastest is heard first, and it may have everything.
+        for answer in answers:
+            yield answer
+            search.ended = search.absent = False
+            while not self._step(search):
+                yield None
+            if not search.absent:
+                return
+
     def lookup(self, message: p.Lookup) -> p.Found | Awaitable[p.Found]:
         """Say where each chunk is; changes nothing."""
         parts, num_keys = tuple(checked_parts(message.parts)), p.count(message.keys, 32)
+        namespace, orders = checked_namespace(message.namespace), tuple(message.orders)
         most = max(1, SLICE_LOOKUPS // len(parts))
 
-        def work() -> Generator[None, None, p.Found]:
-            tiers = bytearray()
-            for start in range(0, num_keys, most):
+        def look(keys: bytes) -> Work[bytearray]:
+            tiers, wanted = bytearray(), frozenset(orders) or None
+            for start in range(0, len(keys) // 32, most):
                 if start:
-                    yield
-                for key in p.split(message.keys[32 * start : 32 * (start + most)], 32):
-                    located = self.locate(key, parts)
+                    yield None
+                for key in p.split(keys[32 * start : 32 * (start + most)], 32):
+                    located = self.locate(key, parts, wanted)
                     tiers.append(p.ABSENT if located is None else located.tier)
+            return tiers
+
+        def work() -> Work[p.Found]:
+            tiers = yield from look(message.keys)
+            place = tiers.find(p.ABSENT)
+            if place >= 0 and namespace and orders:
+                rest = message.keys[32 * place :]
+                question = Question(namespace, p.split(rest, 32), parts, orders)
+                yield asyncio.gather(*[one.resolve(question) for one in self._backings])
+                tiers[place:] = yield from look(rest)
+            assert len(tiers) == num_keys
             return p.Found(message.id, bytes(tiers))
 
         return in_slices(work())
@@ -280,7 +313,7 @@ class Matcher:
         for key in search.keys[place : place + most]:
             one = self.locate(key, search.parts, search.orders, search.sizes)
             if one is None:
-                search.ended = True
+                search.ended = search.absent = True
                 break
             room -= one.new_bytes
             if room < 0:
@@ -328,6 +361,13 @@ def checked_parts(parts: list[int]) -> list[int]:
     if not all(0 <= part <= MAX_PART for part in parts):
         raise UsageError(f"not all of {parts} are parts: group << 16 | rank")
     return parts
+
+
+def checked_namespace(namespace: bytes) -> bytes:
+    """Raises `UsageError` for one that is neither given nor left out."""
+    if len(namespace) not in (0, KEY_BYTES):
+        raise UsageError(f"a namespace of {len(namespace)} bytes, not {KEY_BYTES}")
+    return namespace
 
 
 def _sizes(lengths: list[int], parts: list[int]) -> dict[int, int]:

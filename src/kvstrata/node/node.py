@@ -12,8 +12,8 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Any
 
 import msgspec
 
@@ -27,8 +27,10 @@ from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.matching import Matcher
 from kvstrata.node.opening import open_backings
+from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.service.origin import Origin
+from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.service.scrub import scrub
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
@@ -40,9 +42,6 @@ from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE
 from kvstrata.policies import create_policy
 from kvstrata.wire import protocol as p
-
-if TYPE_CHECKING:
-    from kvstrata.node.service.owned import OwnedBacking
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class Node:
         self,
         config: Config,
         pool: Pool,
-        backings: list[OwnedBacking],
+        backings: Sequence[Backing],
         counters: Counters,
         left_out: dict[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -130,7 +129,7 @@ class Node:
         """Begin the background work: fault the pool in, scan the tiers, scrub them."""
         self.host.pool.populate()
         for backing in self.backings:
-            self._tasks.spawn(f"the scan of {backing.name}", self._scan(backing))
+            self._tasks.spawn(f"the tier {backing.name}", self._run(backing))
             self._tasks.spawn(f"the upkeep of {backing.name}", self._maintain(backing))
 
     async def stop(self, drain_s: float = 10.0) -> None:
@@ -242,6 +241,7 @@ class Node:
                 reservation.order,
                 reservation.cost,
                 reservation.weights,
+                reservation.namespace,
             )
             self.movement.write_behind(origin, written)
         for _, slot in written:
@@ -323,10 +323,7 @@ class Node:
                         "name": backing.name,
                         "codec": backing.choice.name if backing.choice else "raw",
                         "state": backing.state,
-                        "capacity_bytes": backing.index.capacity_bytes,
-                        "used_bytes": backing.index.used_bytes,
-                        "num_chunks": len(backing.index),
-                        "num_objects": backing.index.num_objects,
+                        **backing.holdings(),
                         "queued_bytes": behind.queued_bytes,
                         "scratch_bytes": backing.scratch_bytes,
                     }
@@ -350,7 +347,7 @@ class Node:
         self.reservations.check_integrity()
         for backing in self.backings:
             backing.check_integrity()
-            if contents:
+            if contents and isinstance(backing, OwnedBacking):
                 backing.check_contents()
 
     # how
@@ -366,15 +363,14 @@ class Node:
         slot = self.host.get(key, part)
         if slot is not None:
             return p.PRESENT if slot.order in orders else 0
-        if any(backing.find(key, part, orders) is not None for backing in self.backings):
-            return p.PRESENT
-        return 0
+        return p.PRESENT if any(one.has(key, part, orders) for one in self.backings) else 0
 
-    async def _scan(self, backing: OwnedBacking) -> None:
-        await backing.scan()
-        await scrub(backing)
+    async def _run(self, backing: Backing) -> None:
+        await backing.run()
+        if isinstance(backing, OwnedBacking):
+            await scrub(backing)
 
-    async def _maintain(self, backing: OwnedBacking) -> None:
+    async def _maintain(self, backing: Backing) -> None:
         while True:
             await asyncio.sleep(UPKEEP_S)
             await backing.upkeep()

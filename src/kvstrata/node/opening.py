@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvstrata.config import Config
+from kvstrata.config.owned import OwnedPart
+from kvstrata.config.shared import SharedPart
+from kvstrata.config.tierparts import TierPart
 from kvstrata.errors import KVStrataError, TierUnavailable
 from kvstrata.node.coding.auto import Auto, Tables
 from kvstrata.node.coding.choosing import NO_CODEC, Always, Choice, Exact
 from kvstrata.node.coding.recoding import warm_up
 from kvstrata.node.common.background import report_bug
+from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.owned import OwnedBacking
+from kvstrata.node.service.shared import SharedBacking
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.table import cache_folder
+from kvstrata.tiers.base import OwnedTier, SharedTier
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
@@ -26,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 def open_backings(
     config: Config, counters: Counters, clock: Callable[[], float]
-) -> tuple[list[OwnedBacking], dict[str, str]]:
+) -> tuple[list[Backing], dict[str, str]]:
     """The slower tiers, fastest first, and why those that cannot be opened are left out."""
-    backings: list[OwnedBacking] = []
+    backings: list[Backing] = []
     left_out: dict[str, str] = {}
     bound = Bound.parse(config.quality) if config.quality != "none" else Bound(())
     tables = Tables(bound, cache_folder() / "quality", clock)
@@ -45,25 +51,25 @@ def open_backings(
             left_out[part.name] = str(error)
             counters.add("tiers_left_out_total", tier=part.name)
             continue
-        backings.append(
-            OwnedBacking(
-                tier,
-                part.capacity,
-                create_policy(part.policy, part.capacity, clock),
-                num_threads=part.io_threads,
-                queue_bytes=part.write_queue,
-                deadline_s=config.deadlines.load,
-                scrub_bytes_per_s=part.scrub_rate,
-                counters=counters,
-                clock=clock,
-                choice=choice,
-                coarser=coarser,
-                load_target_s=part.load_target,
-            )
-        )
+        backing = _in_service(part, tier,
+            num_threads=part.io_threads, queue_bytes=part.write_queue,
+            deadline_s=config.deadlines.load, counters=counters, clock=clock,
+            choice=choice, coarser=coarser, load_target_s=part.load_target,
+        )  # fmt: skip
+        backings.append(backing)
         if part.codec == "auto":
-            tables.backings.append(backings[-1])
+            tables.backings.append(backing)
     return backings, left_out
+
+
+def _in_service(part: TierPart, tier: OwnedTier | SharedTier, **common: Any) -> Backing:
+    if isinstance(part, SharedPart):
+        assert isinstance(tier, SharedTier)
+        return SharedBacking(tier, lookup_timeout_s=part.lookup_timeout, **common)
+    assert isinstance(part, OwnedPart)
+    assert isinstance(tier, OwnedTier)
+    policy = create_policy(part.policy, part.capacity, common["clock"])
+    return OwnedBacking(tier, part.capacity, policy, scrub_bytes_per_s=part.scrub_rate, **common)
 
 
 def _choice(codec: str, tier: str, tables: Tables) -> Choice | None:

@@ -1,8 +1,8 @@
 """What a tier is: a place for whole objects, with a few batched verbs and three outcomes.
 
 A store keeps bytes and says what became of each request. It decides nothing: promotion, eviction,
-byte budgets, verification and deadlines are the node's, once for all. A `Store` may be shared: what
-it holds is known by asking. An `OwnedTier` belongs to one node, which therefore knows.
+byte budgets, verification and deadlines are the node's, once for all. An `OwnedTier` belongs to one
+node, which therefore knows what it holds. A `SharedTier` is a fleet's, and has to be asked.
 """
 
 from __future__ import annotations
@@ -76,12 +76,15 @@ class Limits:
         batch_bytes: bytes of one call, at most; an object that is larger cannot be stored.
         concurrency: calls at once, at most.
         timeout_s: every call returns within it, by failing if it must; `inf`: no such promise.
+        round_objects: ids that ``stat`` tells of in the time of one round trip; of a store that
+            takes many in one message, all that a batch may have.
     """
 
     batch_objects: int = 256
     batch_bytes: int = 1 << 40
     concurrency: int = 64
     timeout_s: float = math.inf
+    round_objects: int = 1 << 30
 
 
 class Store(ABC):
@@ -155,3 +158,54 @@ class OwnedTier(Store):
 
     def touch(self, ids: Sequence[bytes]) -> None:
         """Note that these were used, for the order of a later scan. Best effort."""
+
+
+ID_BYTES = 36
+"""Of an object's id, as an owned tier is given it."""
+MAX_NAME_BYTES = 64
+"""Of what a shared tier is given for an id."""
+EPOCH_BYTES = 8
+"""With which such a name begins: the epoch that it was written in, big endian."""
+
+
+class Epoch(NamedTuple):
+    """What a fleet has agreed to call the present.
+
+    Args:
+        number: 64 bits, like no other epoch's of that store.
+        lasts_s: for how long, after somebody began to ask for it, he may take it for the present.
+    """
+
+    number: int
+    lasts_s: float
+
+
+class SharedTier(Store):
+    """A store that a fleet writes to: what it holds is known by asking, its room is its own.
+
+    Objects go by *names*: ids of up to `MAX_NAME_BYTES` that begin with an epoch. The store keeps
+    the present epoch in a small object of its own. Nobody asks for names of another one, so
+    whoever begins a new epoch clears the store for all, once nobody can take the old one for the
+    present any more.
+    """
+
+    capacity_bytes: int = 1 << 62
+    """What it is meant to hold; as good as no bound where that is its own affair."""
+
+    @abstractmethod
+    def epoch(self) -> Epoch:
+        """The present epoch; of those who ask a new store at once, one begins it for all."""
+
+    @abstractmethod
+    def begin_epoch(self) -> Epoch:
+        """Begin a new epoch, and say which. It lasts as the one before."""
+
+    @abstractmethod
+    def forget(self, epoch: int) -> int:
+        """Remove the objects of a past epoch, to have their room; says how many. Best effort."""
+
+    def touch(self, ids: Sequence[bytes]) -> None:
+        """Note that these were used, for a store that evicts by use. Best effort."""
+
+    def upkeep(self) -> None:
+        """Do what is due now and then; called every few seconds, one call at a time."""

@@ -149,6 +149,7 @@ class NodeClient:
         orders: list[str],
         lengths: Sequence[int] = (),
         owner: bytes = NOBODY,
+        namespace: bytes = b"",
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -159,9 +160,11 @@ class NodeClient:
             lengths: payload bytes of each part; without them nothing arrives that a tier keeps
                 encoded, for nobody knows how large it will be.
             owner: `kvstrata.keys.owner_digest` of who asks.
+            namespace: what the KV belongs to, 32 bytes; without it no shared tier is asked.
         """
         packed = b"".join(keys[: _most_keys(parts)])
-        return self.begin(p.Match, p.Matched, packed, parts, orders, list(lengths), owner)
+        fields = (packed, parts, orders, list(lengths), owner, namespace)
+        return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:
         """Begin to wait for more than ``have`` chunks of a lease; answers `Arrived`."""
@@ -204,11 +207,24 @@ class NodeClient:
         """Begin to publish what was written; answers `Done`. 16 zero bytes give a slot back."""
         return self.begin(p.Commit, p.Done, reservation, b"".join(checksums))
 
-    def lookup(self, keys: Sequence[bytes], parts: list[int]) -> bytes:
-        """The tier of each chunk, one byte each, 255 where absent."""
+    def lookup(
+        self,
+        keys: Sequence[bytes],
+        parts: list[int],
+        orders: Sequence[str] = (),
+        namespace: bytes = b"",
+    ) -> bytes:
+        """The tier of each chunk, one byte each, 255 where absent.
+
+        Args:
+            keys: of the chunks; the leading ones of a prompt, as far as shared tiers are asked.
+            parts: what makes up a chunk.
+            orders: in one of which an object has to be; empty: any will do.
+            namespace: as of `match`; with it and ``orders`` the shared tiers are asked too.
+        """
         tiers = b""
         for some in _pieces(keys, parts):
-            call = self.begin(p.Lookup, p.Found, b"".join(some), parts)
+            call = self.begin(p.Lookup, p.Found, b"".join(some), parts, list(orders), namespace)
             found: p.Found = call.wait(self._timeout_s)
             tiers += found.tiers
         return tiers

@@ -62,6 +62,9 @@ class Match(_Message, tag="match", frozen=True):
     orders: _Strings
     lengths: _Numbers = msgspec.field(default_factory=list)
     owner: bytes = NOBODY
+    namespace: bytes = b""
+    chunk_s: float = 0.0
+    pair_s: float = 0.0
 
 
 class Matched(_Message, tag="matched", frozen=True):
@@ -69,6 +72,10 @@ class Matched(_Message, tag="matched", frozen=True):
     lease: int
     tiers: bytes
     offsets: bytes
+    found: int = 0
+    load_s: float = 0.0
+    rest_s: float = 0.0
+    compute_s: float = 0.0
 
 
 class Await(_Message, tag="await", frozen=True):
@@ -133,6 +140,8 @@ class Lookup(_Message, tag="lookup", frozen=True):
     id: int
     keys: bytes
     parts: _Numbers
+    orders: _Strings = msgspec.field(default_factory=list)
+    namespace: bytes = b""
 
 
 class Found(_Message, tag="found", frozen=True):

@@ -128,7 +128,7 @@ class Lookups:
             return True
         try:
             state.call = client.match(
-                state.keys, self.parts, self.orders, self.lengths, state.owner
+                state.keys, self.parts, self.orders, self.lengths, state.owner, state.namespace
             )
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,11 @@ from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
+
+_HERE = ("host", "memory")
+"""Tiers that are in host memory, the one of encoded objects too."""
+_SOURCES = {"disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
+_ELSEWHERE = CacheHitSource.EXTERNAL_UNSPECIFIED
 
 
 class SchedulerSide:
@@ -254,12 +260,13 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None or not num_external_tokens:
             return {}
-        # The tier of encoded objects is in host memory, too.
-        slower = min(num_external_tokens, state.hit_chunks["disk"] * self._chunk)
-        sources = {
-            CacheHitSource.HOST: num_external_tokens - slower,
-            CacheHitSource.DISK: slower,
-        }
+        sources, left = Counter[CacheHitSource](), num_external_tokens
+        for tier, chunks in state.hit_chunks.items():
+            if tier not in _HERE:
+                count = min(left, chunks * self._chunk)  # a load may be cut within a chunk
+                sources[_SOURCES.get(tier, _ELSEWHERE)] += count
+                left -= count
+        sources[CacheHitSource.HOST] = left
         return {source: count for source, count in sources.items() if count}
 
     def reset_cache(self) -> bool:

@@ -129,7 +129,7 @@ def restored_object(data: memoryview, object_id: bytes, into: memoryview) -> Obj
     Args:
         data: header page, payload as stored, and padding.
         object_id: the 36 bytes it was asked for by.
-        into: the slot; ``data`` itself where the object is as long as the slot, so may be raw.
+        into: the slot; perhaps ``data`` itself, where that is as long as the slot.
     Returns:
         The header that now stands in the slot.
     Raises:
@@ -143,6 +143,8 @@ def restored_object(data: memoryview, object_id: bytes, into: memoryview) -> Obj
     if stored_bytes(header.raw_length) != len(into):
         raise UsageError(f"an object of {header.raw_length} bytes, for a slot of {len(into)}")
     if header.codec == "raw":
+        if data is not into:
+            into[:] = data
         return header
     if len(data) >= len(into):
         raise CorruptObject(f"{header.codec} made {len(into)} bytes no smaller: {len(data)}")

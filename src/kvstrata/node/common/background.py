@@ -37,11 +37,12 @@ class Tasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def spawn(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, what: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run ``work``; ``what`` names it in the log."""
         task = asyncio.get_running_loop().create_task(work, name=what)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     async def wait(self, timeout_s: float) -> None:
         """Give what runs this long to end by itself."""

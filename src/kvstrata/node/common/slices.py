@@ -1,36 +1,41 @@
-"""Long work on the node's loop, cut into slices between which others are served."""
+"""Long work on the node's loop, cut into slices between which others are served.
+
+Work is a generator. It yields None where others may be served, or what has to be waited for.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Awaitable, Generator
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 R = TypeVar("R")
+
+Work: TypeAlias = Generator[Awaitable[Any] | None, None, R]
 
 HOLD_S = 0.001
 """How long work goes on before others have their turn; then it ends at its next yield."""
 
 
-def in_slices(work: Generator[None, None, R]) -> R | Awaitable[R]:
-    """Do work that yields wherever others may be served: at once if it takes no longer than a hold.
+def in_slices(work: Work[R]) -> R | Awaitable[R]:
+    """Do work: at once if it takes no longer than a hold and waits for nothing.
 
     Whatever it leaves between two slices others see, and may change.
     """
     try:
-        _hold(work)
+        first = _hold(work)
     except StopIteration as end:
         answer: R = end.value
         return answer
-    return _go_on(work)
+    return _go_on(work, first)
 
 
-async def _go_on(work: Generator[None, None, R]) -> R:
+async def _go_on(work: Work[R], awaited: Awaitable[Any] | None) -> R:
     try:
         while True:
-            await asyncio.sleep(0)
-            _hold(work)
+            await (asyncio.sleep(0) if awaited is None else awaited)
+            awaited = _hold(work)
     except StopIteration as end:
         answer: R = end.value
         return answer
@@ -38,10 +43,13 @@ async def _go_on(work: Generator[None, None, R]) -> R:
         work.close()
 
 
-def _hold(work: Generator[None, None, R]) -> None:
-    """Go on for a while; raises StopIteration at the end of the work."""
+def _hold(work: Work[R]) -> Awaitable[Any] | None:
+    """Go on for a while, or until something must be waited for: this.
+
+    Raises StopIteration at the end of the work.
+    """
     stop = time.perf_counter() + HOLD_S
     while True:
-        next(work)
-        if time.perf_counter() >= stop:
-            return
+        awaited = next(work)
+        if awaited is not None or time.perf_counter() >= stop:
+            return awaited

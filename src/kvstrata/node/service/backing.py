@@ -1,40 +1,47 @@
-"""A slower tier as the node runs it: what holds for every one, whoever else writes to it.
+"""A slower tier in the node's service: what all the rest of the node sees of one.
 
-The tier itself only stores bytes. Here every call has a deadline, every read is verified, objects
-are encoded and decoded on their way, every failure becomes a counted miss, and a tier that fails
-is left alone for a while. What the tier holds, and how one knows, is a subclass's.
+The tier itself only stores bytes. In service every call has a deadline, every read is verified,
+objects are encoded and decoded on their way, every failure becomes a counted miss, and a tier that
+fails is left alone for a while. What the tier holds, and how one knows, is a subclass's.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
 from kvstrata.node.coding.choosing import Choice
-from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object, stamped
 from kvstrata.node.coding.scratch import Scratch
-from kvstrata.node.common.background import Tasks, report_bug
+from kvstrata.node.common.background import Tasks
 from kvstrata.node.service.bandwidth import Bandwidth
 from kvstrata.node.service.calls import TierCalls, nothing
 from kvstrata.node.service.health import Health
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.turns import Turns
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, verify_object
+from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
-from kvstrata.parts import at_level, identity
+from kvstrata.parts import at_level
 from kvstrata.quality.choice import Place
-from kvstrata.tiers.base import Outcome, Put, Store
+from kvstrata.tiers.base import Store
 
-logger = logging.getLogger(__name__)
 
-HIT = Outcome.HIT
+class Question(NamedTuple):
+    """What a match asks of tiers that have to be asked.
 
-UNKNOWN_S = 1.0
-"""What computing a chunk is taken to cost, for the choice of a codec, where nobody has said."""
+    Args:
+        namespace: what the chunks belong to, 32 bytes.
+        keys: of the chunks, in their order in the prompt.
+        parts: that make up a chunk.
+        orders: that the reader reads, the one that it likes best first.
+    """
+
+    namespace: bytes
+    keys: Sequence[bytes]
+    parts: tuple[int, ...]
+    orders: tuple[str, ...]
 
 
 class Backing(ABC):
@@ -54,6 +61,8 @@ class Backing(ABC):
     """
 
     capacity_bytes: int
+    must_be_asked = False
+    """Whether what it holds is known only by asking, so that `find` knows what `resolve` learnt."""
 
     def __init__(
         self,
@@ -87,15 +96,28 @@ class Backing(ABC):
         )  # fmt: skip
         self._turns = Turns()
         self._tasks = Tasks(counters)
+        self._timed = False  # whether its speed is known as far as the choice of a codec needs it
 
     # what it holds
 
     @abstractmethod
     def find(self, key: bytes, part: int, orders: Iterable[str] | None) -> int | None:
-        """Size of an object that can be asked for now; None if it is absent.
+        """Size of an object that can be asked for now, as far as it is known; None: it is absent.
 
         One known to be in none of these byte orders (None: any will do) counts as absent too.
         """
+
+    def has(self, key: bytes, part: int, orders: Iterable[str]) -> bool:
+        """Whether an object is there for sure, so that nobody need store it."""
+        return self.find(key, part, orders) is not None
+
+    async def resolve(self, question: Question) -> None:
+        """Ask for chunks, so that `find` knows of them; in time, whatever is known by then."""
+        return
+
+    async def spared(self, keys: Sequence[bytes], origin: Origin) -> set[bytes]:
+        """Which chunks of a commit need not be written, since others have done so."""
+        return set()
 
     @abstractmethod
     def cost_of(self, key: bytes) -> float:
@@ -108,6 +130,28 @@ class Backing(ABC):
     @abstractmethod
     def written(self, prefix: list[bytes]) -> None:
         """Hear that all objects of a commit have been written, or given up."""
+
+    @abstractmethod
+    async def read(
+        self,
+        key: bytes,
+        part: int,
+        nbytes: int,
+        into: memoryview,
+        give_up: Callable[[], None] = nothing,
+    ) -> ObjectHeader | None:
+        """Read one object into a slot, raw and verified; None when it cannot be had.
+
+        Counts what went wrong. Returns only when no thread touches ``into`` any more; ``give_up``
+        is called before, when the deadline passes.
+
+        Args:
+            key: of the chunk.
+            part: which of the chunk's objects.
+            nbytes: its size in this tier, as `find` said, or more.
+            into: the slot, as long as the object is when it is raw.
+            give_up: says that the slot will not be filled in time.
+        """
 
     @abstractmethod
     async def write(
@@ -141,24 +185,8 @@ class Backing(ABC):
         """
 
     @abstractmethod
-    def _seen(self, key: bytes, part: int) -> int | None:
-        """What tells the object that is there now from all others of its name."""
-
-    @abstractmethod
-    def _reject(self, key: bytes, part: int, seen: int | None) -> None:
-        """Take an object out of service that was read and found corrupt, if it is still there."""
-
-    @abstractmethod
-    def _leave(self, key: bytes, part: int, seen: int | None) -> None:
-        """An object was read that this release does not know: absent, but for its bytes."""
-
-    @abstractmethod
-    def _missed(self, key: bytes, part: int, seen: int | None, outcome: Outcome) -> None:
-        """An object could not be read: it was not there, or the tier failed with it."""
-
-    @abstractmethod
-    def _learn(self, key: bytes, part: int, header: ObjectHeader) -> None:
-        """An object was read; this is its header, as it is raw."""
+    async def run(self) -> None:
+        """What goes on for as long as the tier is in service, or until it has been done."""
 
     @abstractmethod
     def _when_off(self) -> None:
@@ -190,6 +218,8 @@ class Backing(ABC):
 
     def place(self) -> Place | None:
         """What the choice of a codec depends on; None while the tier's speed is not known."""
+        if not self._timed:
+            return None
         speed, cores = self.bandwidth.bytes_per_s, min(self.num_threads, os.cpu_count() or 1)
         return Place(self.name, self.capacity_bytes, speed, cores) if speed else None
 
@@ -197,6 +227,14 @@ class Backing(ABC):
         """Size of an object at each level, the object itself first; `inf` where there is none."""
         parts = [at_level(part, level) for level in range(1 + len(self.coarser))]
         return [self.find(key, one, None) or math.inf for one in parts]
+
+    @abstractmethod
+    def holdings(self) -> dict[str, Any]:
+        """What is known of its contents, for the operator."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the conservation laws hold."""
 
     def trip(self, error: Exception) -> None:
         """Leave the tier alone for a while: off, or read only when it is merely full."""
@@ -215,159 +253,3 @@ class Backing(ABC):
         """Release the tier; threads that hang are left behind."""
         self._calls.close()
         self.tier.close()
-
-    # reading
-
-    async def read(
-        self,
-        key: bytes,
-        part: int,
-        nbytes: int,
-        into: memoryview,
-        give_up: Callable[[], None] = nothing,
-    ) -> ObjectHeader | None:
-        """Read one object into a slot, raw and verified; None when it cannot be had.
-
-        Counts what went wrong. Returns only when no thread touches ``into`` any more; ``give_up``
-        is called before, when the deadline passes.
-
-        Args:
-            key: of the chunk.
-            part: which of the chunk's objects.
-            nbytes: its size in this tier, as `find` said.
-            into: the slot, as long as the object is when it is raw.
-            give_up: says that the slot will not be filled in time.
-        """
-        name = identity(key, part)
-
-        def work() -> tuple[Outcome, ObjectHeader | None]:
-            if nbytes == len(into):
-                outcome = self._fetch(name, into)
-                return outcome, restored_object(into, name, into) if outcome is HIT else None
-            with self._scratch.buffer(nbytes) as stored:
-                outcome = self._fetch(name, stored)
-                return outcome, restored_object(stored, name, into) if outcome is HIT else None
-
-        return await self._judge(key, part, nbytes, lambda: self._calls.read(work, give_up))
-
-    async def verify(self, key: bytes, part: int, nbytes: int) -> None:
-        """Read one object as it is stored, to see whether it is still good; nobody waits for it."""
-        name = identity(key, part)
-
-        def work() -> tuple[Outcome, ObjectHeader | None]:
-            with self._scratch.buffer(nbytes) as stored:
-                outcome = self._ask(name, stored)  # alone, so it says nothing of the link
-                return outcome, verify_object(stored, name) if outcome is HIT else None
-
-        await self._judge(key, part, nbytes, lambda: self._calls.call("check", work))
-
-    async def _judge(
-        self,
-        key: bytes,
-        part: int,
-        nbytes: int,
-        read: Callable[[], Awaitable[tuple[Outcome, ObjectHeader | None]]],
-    ) -> ObjectHeader | None:
-        """Read, count, and see to it that what is no good is not read again."""
-        name, seen = identity(key, part), self._seen(key, part)
-        try:
-            outcome, header = await read()
-        except CorruptObject as error:
-            logger.error("%s: object %s is rejected: %s", self.name, name.hex(), error)
-            self._counters.add("corrupt_objects_total", tier=self.name)
-            self._reject(key, part, seen)
-            return None
-        except Incompatible as error:
-            # Of a later release, perhaps, which wants to find it again.
-            logger.warning("%s: object %s is left alone: %s", self.name, name.hex(), error)
-            self._counters.add("incompatible_objects_total", tier=self.name)
-            self._leave(key, part, seen)
-            return None
-        except UsageError as error:
-            logger.warning("%s: object %s is not for this reader: %s", self.name, name.hex(), error)
-            return None
-        except TierUnavailable as error:
-            self.trip(error)
-            return None
-        self._counters.add("tier_reads_total", tier=self.name, outcome=outcome.value)
-        if header is None:
-            self._missed(key, part, seen, outcome)
-        else:
-            self._health.worked()
-            self._counters.add("tier_read_bytes_total", nbytes, tier=self.name)
-            self._learn(key, part, header)
-        return header
-
-    def _fetch(self, name: bytes, into: memoryview) -> Outcome:
-        """Read one object as it is stored, and measure how fast that goes."""
-        brought = 0
-        self.bandwidth.begin()
-        try:
-            outcome = self._ask(name, into)
-            brought = len(into) if outcome is HIT else 0
-        finally:
-            self.bandwidth.end(brought)
-        return outcome
-
-    def _ask(self, name: bytes, into: memoryview) -> Outcome:
-        (answer,) = self.tier.read([name], [into])
-        if isinstance(answer, Outcome):
-            return answer
-        return HIT if answer == len(into) else Outcome.FAILED  # replaced by a shorter one
-
-    # writing
-
-    async def _encoded(
-        self,
-        choice: Choice | None,
-        data: memoryview,
-        origin: Origin,
-        level: int,
-        give_up: Callable[[], None],
-    ) -> Encoded | None:
-        """The object as this tier stores it; None where it stays as it is.
-
-        Raises:
-            CorruptObject: ``data`` is not what its writer made a checksum of.
-            TierUnavailable: encoding hangs.
-        """
-        if choice is None:
-            return None
-        place = self.place()
-
-        def work() -> Encoded | None:
-            codec = choice.of(origin.weights, (origin.cost or UNKNOWN_S) / len(data), place)
-            if codec is None:
-                return None
-            return encoded_object(codec, data, self._scratch, level)
-
-        try:
-            encoded = await self._calls.encode(work, give_up)
-        except (CorruptObject, TierUnavailable):
-            raise
-        except Exception as error:
-            report_bug(self._counters, f"codec {choice.name}", error)
-            return None
-        if encoded is not None:
-            stored = len(encoded.data)
-            self._counters.add("encoded_bytes_total", len(data), tier=self.name, of="raw")
-            self._counters.add("encoded_bytes_total", stored, tier=self.name, of="stored")
-        return encoded
-
-    async def _put(
-        self, name: bytes, data: memoryview, epoch: int, give_up: Callable[[], None]
-    ) -> Outcome:
-        """Write one object, under an epoch of this tier's.
-
-        Raises:
-            CorruptObject: its header is damaged.
-            TierUnavailable: as `TierCalls.read`.
-        """
-
-        def work() -> Outcome:
-            with self._pages.buffer(HEADER_BYTES) as page:
-                page[:] = stamped(data[:HEADER_BYTES], epoch)
-                (outcome,) = self.tier.write([Put(name, page, data[HEADER_BYTES:])])
-            return outcome
-
-        return await self._calls.call("write", work, give_up)

@@ -20,6 +20,7 @@ R = TypeVar("R")
 GRACE_S = 0.2
 ENCODE_DEADLINE_S = 60.0
 """At least, for a codec: its first object may have to wait for a compiler."""
+ASK_THREADS = 4
 ENCODE_NICE = 10
 """Encoding is work for the processor, not for a device: it takes what engines leave."""
 
@@ -126,7 +127,7 @@ class Lane:
 
 
 class TierCalls:
-    """The lanes of one tier: reads that somebody waits for, all other calls, and encoding.
+    """The lanes of one tier: reads and questions that somebody waits for, all else, and encoding.
 
     Args:
         name: of the tier.
@@ -156,6 +157,7 @@ class TierCalls:
 
         patient_s = max(deadline_s, ENCODE_DEADLINE_S)
         self._reads = lane("read", num_threads, 0, deadline_s)
+        self._questions = lane("ask", ASK_THREADS, 0, deadline_s)
         self._others = lane("write", num_threads, NICE, deadline_s)
         self._encodes = lane("encode", min(num_threads, half_the_cores()), ENCODE_NICE, patient_s)
 
@@ -171,7 +173,11 @@ class TierCalls:
             TierUnavailable: the tier said so, hangs, or raised what it should not.
             CorruptObject, Incompatible, UsageError: from ``work``.
         """
-        return await self._ask(self._reads, "read", work, give_up)
+        return await self._run(self._reads, "read", work, give_up)
+
+    async def ask(self, work: Callable[[], R]) -> R:
+        """Run a short question that somebody waits for, past all that is being read; as `read`."""
+        return await self._run(self._questions, "answer", work, nothing)
 
     async def call(
         self, what: str, work: Callable[[], R], give_up: Callable[[], None] = nothing
@@ -183,7 +189,7 @@ class TierCalls:
             work: the call.
             give_up: see `Lane.run`.
         """
-        return await self._ask(self._others, what, work, give_up)
+        return await self._run(self._others, what, work, give_up)
 
     async def encode(self, work: Callable[[], R], give_up: Callable[[], None] = nothing) -> R:
         """Run a codec, likewise; what it raises is the caller's to judge."""
@@ -191,10 +197,10 @@ class TierCalls:
 
     def close(self) -> None:
         """Cancel what has not begun; threads that hang are left behind."""
-        for lane in (self._reads, self._others, self._encodes):
+        for lane in (self._reads, self._questions, self._others, self._encodes):
             lane.close()
 
-    async def _ask(
+    async def _run(
         self, lane: Lane, what: str, work: Callable[[], R], give_up: Callable[[], None]
     ) -> R:
         try:

@@ -340,24 +340,25 @@ class Movement:
                 # It serves the loads that wait for it; the next one may be in time for a finer one.
                 self._host.drop_object(key, part)
             elif slot.state is SlotState.READY and header is not None:
-                self._copy_up(promotion, order_name(header.kind, header.order))
+                self._copy_up(promotion, header)
         finally:
             give_up()
             self._end(promotion)
 
-    def _copy_up(self, promotion: Promotion, order: str) -> None:
+    def _copy_up(self, promotion: Promotion, header: ObjectHeader) -> None:
         """Let the tiers between host memory and the one it came from have it too.
 
         Not those with a lossy codec: what comes back may have been through one already.
         """
         key, part = promotion.wanted.key, promotion.wanted.part
+        order = order_name(header.kind, header.order)
         for behind in self.behind:
             backing = behind.backing
             if backing is promotion.wanted.backing:
                 break
             lossless = backing.choice is None or backing.choice.lossless
             if lossless and backing.find(key, part, None) is None:
-                origin = Origin([key], part, order, promotion.cost)
+                origin = Origin([key], part, order, promotion.cost, "", header.namespace)
                 behind.add(origin, [(key, promotion.slot)])
 
     def _settle(

@@ -14,6 +14,7 @@ class Origin(NamedTuple):
         order: as readers will ask for it, see `kvstrata.parts.order_name`.
         cost: what computing a chunk took, in seconds; 0: unknown.
         weights: what computed it, see `kvstrata.wire.client.NodeClient.reserve`.
+        namespace: what it belongs to, 32 bytes; empty: unknown.
     """
 
     prefix: list[bytes]
@@ -21,3 +22,4 @@ class Origin(NamedTuple):
     order: str
     cost: float = 0.0
     weights: str = ""
+    namespace: bytes = b""

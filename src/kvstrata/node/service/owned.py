@@ -17,10 +17,8 @@ from functools import partial
 from typing import Any
 
 from kvstrata.errors import TierUnavailable
-from kvstrata.node.coding.choosing import Choice
 from kvstrata.node.common.index import Index
-from kvstrata.node.service.backing import HIT, Backing
-from kvstrata.node.service.calls import nothing
+from kvstrata.node.service.carrier import HIT, Carrier, Writing
 from kvstrata.node.service.clears import Clears
 from kvstrata.node.service.entries import (
     UNKNOWN_TO_US,
@@ -30,16 +28,14 @@ from kvstrata.node.service.entries import (
     same_object,
     size_of,
 )
-from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.probe import Probe
 from kvstrata.node.service.removals import Removals, Verb
 from kvstrata.node.service.scan import Scan
-from kvstrata.node.service.turns import Name, Turn
+from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
 from kvstrata.objects import ObjectHeader
-from kvstrata.parts import at_level, identity, named, order_name
+from kvstrata.parts import identity, named, order_name
 from kvstrata.policies.base import Policy
-from kvstrata.quality.choice import Place
 from kvstrata.tiers.base import Outcome, OwnedTier
 
 logger = logging.getLogger(__name__)
@@ -47,19 +43,7 @@ logger = logging.getLogger(__name__)
 SLICE = 256
 
 
-class Writing:
-    """A write under way, and the bytes set aside for it; not wanted once its chunk is cleared."""
-
-    __slots__ = ("claimed", "key", "name", "wanted")
-
-    def __init__(self, key: bytes) -> None:
-        self.key = key
-        self.name: Name | None = None  # of the object whose turn it waits for, or has
-        self.claimed = 0
-        self.wanted = True
-
-
-class OwnedBacking(Backing):
+class OwnedBacking(Carrier):
     """An owned tier in the node's service.
 
     Args:
@@ -102,9 +86,7 @@ class OwnedBacking(Backing):
         )  # fmt: skip
         self._orders = Orders()
         self._generations = itertools.count(1)
-        self._writes: set[Writing] = set()
         self._uses = Uses()
-        self._timed = False
 
     # what it holds
 
@@ -140,10 +122,7 @@ class OwnedBacking(Backing):
         state = super().state
         return "scanning" if state == "ok" and not self._scan.done else state
 
-    def place(self) -> Place | None:
-        return super().place() if self._timed else None
-
-    async def scan(self) -> None:
+    async def run(self) -> None:
         """Enter what an earlier process left; a tier that fails meanwhile is scanned again."""
         while True:
             try:
@@ -177,6 +156,14 @@ class OwnedBacking(Backing):
         if self.readable and self._scan.done and (doomed := self._removals.idle()):
             await self._removals.run(doomed)
 
+    def holdings(self) -> dict[str, Any]:
+        return {
+            "capacity_bytes": self.index.capacity_bytes,
+            "used_bytes": self.index.used_bytes,
+            "num_chunks": len(self.index),
+            "num_objects": self.index.num_objects,
+        }
+
     # forgetting
 
     def clear(self) -> Awaitable[int]:
@@ -206,60 +193,8 @@ class OwnedBacking(Backing):
 
     # writing
 
-    async def write(
-        self, key: bytes, data: memoryview, origin: Origin, give_up: Callable[[], None] = nothing
-    ) -> bool:
-        """See `Backing.write`. Evicts what it must; waits for the scan."""
-        writing = Writing(key)
-        self._writes.add(writing)
-        try:
-            if not await self._scan.ended():
-                return False
-            stored = await self._write(writing, data, origin, self.choice, 0, give_up)
-            for level, choice in enumerate(self.coarser, 1):
-                if stored:
-                    await self._write(writing, data, origin, choice, level, give_up)
-        finally:
-            self._writes.discard(writing)
-        return stored
-
-    async def _write(
-        self,
-        writing: Writing,
-        data: memoryview,
-        origin: Origin,
-        choice: Choice | None,
-        level: int,
-        give_up: Callable[[], None],
-    ) -> bool:
-        name = writing.name = writing.key, at_level(origin.part, level)
-        with self._turns.take([name]) as turn:
-
-            def hang() -> None:
-                turn.hang()
-                give_up()
-
-            try:
-                await turn.come()
-                if not (writing.wanted and self.writable):
-                    return False
-                encoded = await self._encoded(choice, data, origin, level, hang)
-            except TierUnavailable:  # which has been said already
-                return False
-            if encoded is None:
-                # A copy that is no smaller is none: the object itself has to do.
-                return not level and await self._store(
-                    writing, turn, data, origin.order, origin.cost, hang
-                )
-            order = order_name(encoded.header.kind, encoded.header.order)
-            try:
-                return await self._store(writing, turn, encoded.data, order, origin.cost, hang)
-            except asyncio.CancelledError:
-                encoded = None  # a thread may still read its buffer
-                raise
-            finally:
-                if encoded is not None:
-                    self._scratch.give(encoded.buffer)
+    async def _may_write(self) -> bool:
+        return await self._scan.ended()
 
     async def _store(
         self,
@@ -270,7 +205,7 @@ class OwnedBacking(Backing):
         cost: float,
         hang: Callable[[], None],
     ) -> bool:
-        """Put the object whose turn it is into the tier and then into the index."""
+        """See `Backing._store`; then it is in the index. Evicts what it must."""
         (name,), nbytes, outcome = turn.names, len(data), Outcome.MISS
         if not await self._make_room(nbytes):
             return False
@@ -327,15 +262,15 @@ class OwnedBacking(Backing):
     def _seen(self, key: bytes, part: int) -> int | None:
         return self.index.get(key, part)
 
-    def _reject(self, key: bytes, part: int, seen: int | None) -> None:
+    def _reject(self, key: bytes, part: int, seen: Any) -> None:
         self._take_out(key, part, seen, lambda ids: self.tier.reject(ids))
 
-    def _leave(self, key: bytes, part: int, seen: int | None) -> None:
+    def _leave(self, key: bytes, part: int, seen: Any) -> None:
         entry = self.index.get(key, part)
         if entry is not None and same_object(entry, seen):
             self.index.amend(key, part, entry | UNKNOWN_TO_US)
 
-    def _missed(self, key: bytes, part: int, seen: int | None, outcome: Outcome) -> None:
+    def _missed(self, key: bytes, part: int, seen: Any, outcome: Outcome) -> None:
         # What the tier failed with must not stand in the way of a fresh copy.
         self._take_out(key, part, seen, lambda ids: self.tier.delete(ids))
 
@@ -346,7 +281,7 @@ class OwnedBacking(Backing):
             order = self._orders.number(order_name(header.kind, header.order))
             self.index.amend(key, part, entry | order)
 
-    def _take_out(self, key: bytes, part: int, seen: int | None, verb: Verb) -> None:
+    def _take_out(self, key: bytes, part: int, seen: Any, verb: Verb) -> None:
         """Delete an object unless it has been replaced since it was seen; nobody waits for it."""
 
         async def work(turn: Turn) -> None:

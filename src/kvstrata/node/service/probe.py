@@ -18,7 +18,7 @@ from kvstrata.node.service.removals import Removals
 from kvstrata.node.service.turns import Turns
 from kvstrata.objects import HEADER_BYTES
 from kvstrata.parts import identity
-from kvstrata.tiers.base import Outcome, Put
+from kvstrata.tiers.base import Put
 
 PROBE_BYTES, PROBE_READS = 1 << 20, 16
 PROBE_KEY = blake3(b"kvstrata probe").digest()
@@ -46,7 +46,7 @@ class Probe:
         calls: TierCalls,
         scratch: Scratch,
         write: Callable[[list[Put]], object],
-        fetch: Callable[[bytes, memoryview], Outcome],
+        fetch: Callable[[bytes, memoryview], object],
     ) -> None:
         self._index = index
         self._removals = removals

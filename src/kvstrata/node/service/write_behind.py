@@ -29,11 +29,13 @@ STRIKE_SLICE = 256
 class _Commit:
     """The objects of one commit on their way into the tier."""
 
-    __slots__ = ("num_left", "origin")
+    __slots__ = ("keys", "num_left", "origin", "spared")
 
-    def __init__(self, origin: Origin, num_left: int) -> None:
+    def __init__(self, origin: Origin) -> None:
         self.origin = origin
-        self.num_left = num_left
+        self.keys: list[bytes] = []
+        self.num_left = 0
+        self.spared: asyncio.Task[set[bytes]] | None = None  # which of them need no writing
 
 
 class _Job:
@@ -82,7 +84,7 @@ class WriteBehind:
         if not backing.writable:
             self._skipped(len(objects), "tier")
             return
-        commit = _Commit(origin, 0)
+        commit = _Commit(origin)
         jobs, room = [], backing.queue_bytes - self.queued_bytes
         for key, slot in objects:
             if slot.nbytes <= room:
@@ -91,7 +93,7 @@ class WriteBehind:
                 jobs.append(_Job(commit, key, slot))
         self.queued_bytes = backing.queue_bytes - room
         self._skipped(len(objects) - len(jobs), "queue")
-        commit.num_left = len(jobs)
+        commit.num_left, commit.keys = len(jobs), [job.key for job in jobs]
         self._jobs.update(jobs)
         self._queue.extend(reversed(jobs))
         for _ in range(min(len(self._queue), backing.num_threads - self._num_writers)):
@@ -161,7 +163,7 @@ class WriteBehind:
 
     async def _write_one(self, job: _Job, give_up: Callable[[], None]) -> None:
         slot, commit = job.slot, job.commit
-        if slot.state is SlotState.READY:
+        if slot.state is SlotState.READY and not await self._is_spared(job):
             view = self._host.pool.view(slot.offset, slot.nbytes)
             try:
                 await self.backing.write(job.key, view, commit.origin, give_up)
@@ -169,6 +171,18 @@ class WriteBehind:
                 self._reject(job, error)
         if commit.num_left == 1:
             self.backing.written(commit.origin.prefix)
+
+    async def _is_spared(self, job: _Job) -> bool:
+        """Whether others have written it already; asked once for a whole commit."""
+        commit = job.commit
+        if not self.backing.must_be_asked:
+            return False
+        if commit.spared is None:
+            asking = self.backing.spared(commit.keys, commit.origin)
+            commit.spared = asyncio.ensure_future(asking)
+        spared = job.key in await asyncio.shield(commit.spared)
+        self._skipped(spared, "there")
+        return spared
 
     def _reject(self, job: _Job, error: CorruptObject) -> None:
         """The slot does not hold what its writer made a checksum of: nobody may have it."""

@@ -1,0 +1,202 @@
+"""What a shared store has of a prompt, in as few round trips as it takes.
+
+A store that answers for many objects in one round trip is asked for all of them. One where each is
+a call of its own is asked for a few at once, and where the prompt ends there is found by galloping.
+That holds for full attention, whose chunks are stored head first; whatever is not like that has to
+ask for all that it needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from kvstrata.node.service.backing import Question
+from kvstrata.node.service.calls import TierCalls
+from kvstrata.node.service.gallop import Gallop
+from kvstrata.node.service.hints import Hints
+from kvstrata.node.service.names import Where
+from kvstrata.observe.counters import Counters
+from kvstrata.parts import PORTABLE, at_level
+from kvstrata.tiers.base import Stat, Store
+
+MAX_ASKED = 1 << 14
+"""Objects of one question that are asked for at most; what lies behind them waits for the next."""
+NOTE_SLICE = 256
+
+Places = list[tuple[int, int, Where]]
+"""Of objects: number of the chunk, part, and where."""
+
+
+class Asking:
+    """Asks one shared tier, and notes what it hears; lives on the node's loop.
+
+    Args:
+        store: the tier.
+        num_levels: copies of an object that may be there, the object itself included.
+        calls: into the tier.
+        hints: where the answers go.
+        counters: the node's.
+    """
+
+    def __init__(
+        self, store: Store, num_levels: int, *, calls: TierCalls, hints: Hints, counters: Counters
+    ) -> None:
+        self._store = store
+        self._num_levels = num_levels
+        self._calls = calls
+        self._hints = hints
+        self._counters = counters
+        self._liked: dict[bytes, str] = {}  # by namespace: the byte order of what was found last
+
+    async def ask(self, question: Question, epoch: int, still: Callable[[], bool]) -> None:
+        """Note what is there of the leading chunks of a question.
+
+        Args:
+            question: what is asked.
+            epoch: in which it is asked.
+            still: whether that is still the present, so that an answer is worth a note.
+        Raises:
+            TierUnavailable: the store cannot be asked.
+        """
+        wheres = [Where(epoch, question.namespace, order) for order in question.orders]
+        limits = self._store.limits
+        each = len(wheres) * len(question.parts) * self._num_levels
+        if len(question.keys) * each <= limits.round_objects:
+            await self._ask_for_all(question, wheres, limits.batch_objects, each, still)
+        else:
+            await self._gallop(question, wheres, limits.round_objects, still)
+
+    async def _ask_for_all(
+        self,
+        question: Question,
+        wheres: Sequence[Where],
+        batch: int,
+        each: int,
+        still: Callable[[], bool],
+    ) -> None:
+        """Several batches side by side; of what is not there nothing is noted behind it."""
+        count = min(len(question.keys), max(1, MAX_ASKED // each))
+        size = max(1, batch // each)
+        starts = range(0, count, size)
+        batches = [
+            self._look(question, [
+                (number, part, where)
+                for number in range(start, min(start + size, count))
+                for part, where in self._copies(question.parts, wheres)
+            ])
+            for start in starts
+        ]  # fmt: skip
+        for start, found in zip(starts, await asyncio.gather(*batches), strict=True):
+            wanted = {
+                number: set(question.parts) for number in range(start, min(start + size, count))
+            }
+            for number, part, _, _ in found:
+                wanted[number].discard(part)
+            end = next((number for number, lacking in wanted.items() if lacking), count)
+            await self._note(question, [one for one in found if one[0] < end], still)
+            if end < count:
+                return
+
+    def _copies(self, parts: Sequence[int], wheres: Sequence[Where]) -> list[tuple[int, Where]]:
+        """A chunk's objects in any order, the one liked least first, and their coarser copies."""
+        whole = [(part, where) for where in reversed(wheres) for part in parts]
+        coarser = [
+            (at_level(part, level), where)
+            for where in wheres
+            if where.order == PORTABLE
+            for part in parts
+            for level in range(1, self._num_levels)
+        ]
+        return whole + coarser
+
+    async def _gallop(
+        self,
+        question: Question,
+        wheres: Sequence[Where],
+        width: int,
+        still: Callable[[], bool],
+    ) -> None:
+        parts, gallop = question.parts, Gallop(len(question.keys))
+        liked = self._liked.get(question.namespace)
+        wheres = sorted(wheres, key=lambda where: where.order != liked)
+        # The first chunk in every order: the rest is in the one that it is in.
+        others = [(0, parts[0], where) for where in wheres[1:]]
+        where, nbytes, noted = wheres[0], dict[int, int](), 0
+        while not gallop.ended:
+            numbers = gallop.places(max(1, width - len(others)))
+            # Which part is asked for changes from chunk to chunk: each must have come so far.
+            asked = [(number, parts[number % len(parts)], where) for number in numbers]
+            found = {one[:3]: one[3] for one in await self._look(question, asked + others)}
+            elsewhere, others = next((one for one in others if one in found), None), []
+            if elsewhere is not None and (0, parts[0], where) not in found:
+                where, gallop = elsewhere[2], Gallop(len(question.keys))
+                gallop.low = 1
+                nbytes[parts[0]] = found[elsewhere]
+            else:
+                nbytes.update({one[1]: size for one, size in found.items()})
+                gallop.learn({one[0]: one in found for one in asked})
+            guess = max(nbytes.values(), default=0)
+            if gallop.low > noted:
+                await self._note(question, [
+                    (number, part, where, nbytes.get(part, guess))
+                    for number in range(noted, gallop.low)
+                    for part in parts
+                ], still)  # fmt: skip
+                noted = gallop.low
+        if noted:
+            self._liked[question.namespace] = where.order
+        if noted and self._num_levels > 1:
+            await self._note_coarser(question, noted, still)
+
+    async def _note_coarser(
+        self, question: Question, count: int, still: Callable[[], bool]
+    ) -> None:
+        """Whether the last chunk has coarser copies says whether those before it do."""
+        asked: Places = [
+            (count - 1, at_level(part, level), Where(0, question.namespace, PORTABLE))
+            for part in question.parts[:1]
+            for level in range(1, self._num_levels)
+        ]
+        hint = self._hints.last(question.keys[count - 1], question.parts[0])
+        if hint is None:
+            return
+        where = hint.where._replace(order=PORTABLE)
+        found = await self._look(question, [(number, part, where) for number, part, _ in asked])
+        levels = [(part ^ question.parts[0], nbytes) for _, part, _, nbytes in found]
+        await self._note(question, [
+            (number, part | level, where, nbytes)
+            for number in range(count)
+            for part in question.parts
+            for level, nbytes in levels
+        ], still)  # fmt: skip
+
+    async def _look(self, question: Question, places: Places) -> list[tuple[int, int, Where, int]]:
+        """One round: which of these are there, and how large they are."""
+        keys = question.keys
+
+        def work() -> list[Stat | object]:
+            names = [where.name(keys[number], part) for number, part, where in places]
+            return list(self._store.stat(names))
+
+        stats = await self._calls.ask(work)
+        self._counters.add("lookup_rounds_total", tier=self._store.name)
+        return [
+            (*place, stat.nbytes)
+            for place, stat in zip(places, stats, strict=True)
+            if isinstance(stat, Stat)
+        ]
+
+    async def _note(
+        self,
+        question: Question,
+        found: Sequence[tuple[int, int, Where, int]],
+        still: Callable[[], bool],
+    ) -> None:
+        for start in range(0, len(found), NOTE_SLICE):
+            if start:
+                await asyncio.sleep(0)
+            if not still():
+                return
+            for number, part, where, nbytes in found[start : start + NOTE_SLICE]:
+                self._hints.note(question.keys[number], part, where, nbytes)

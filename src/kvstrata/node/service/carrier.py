@@ -1,0 +1,313 @@
+"""Objects on their way into a slower tier and out of it: verified, encoded, timed and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
+from kvstrata.node.coding.choosing import Choice
+from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object, stamped
+from kvstrata.node.common.background import report_bug
+from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.calls import nothing
+from kvstrata.node.service.origin import Origin
+from kvstrata.node.service.turns import Name, Turn
+from kvstrata.objects import HEADER_BYTES, ObjectHeader, verify_object
+from kvstrata.parts import at_level, identity, order_name
+from kvstrata.tiers.base import Outcome, Put, Store
+
+logger = logging.getLogger(__name__)
+
+HIT = Outcome.HIT
+
+UNKNOWN_S = 1.0
+"""What computing a chunk is taken to cost, for the choice of a codec, where nobody has said."""
+
+
+class Writing:
+    """A write under way, and the bytes set aside for it; not wanted once its chunk is cleared."""
+
+    __slots__ = ("claimed", "key", "name", "wanted")
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.name: Name | None = None  # of the object whose turn it waits for, or has
+        self.claimed = 0
+        self.wanted = True
+
+
+class Read(NamedTuple):
+    """What became of a read: with HIT the object's header as it is raw, and its size as stored."""
+
+    outcome: Outcome
+    header: ObjectHeader | None = None
+    nbytes: int = 0
+
+
+class Carrier(Backing):
+    """What moves a tier's objects; the arguments are those of `Backing`."""
+
+    def __init__(self, store: Store, **others: Any) -> None:
+        super().__init__(store, **others)
+        self._writes: set[Writing] = set()
+
+    # what a subclass knows of an object
+
+    def _name(self, key: bytes, part: int) -> bytes | None:
+        """What the store knows an object by; None: nothing, so it is absent."""
+        return identity(key, part)
+
+    @abstractmethod
+    def _seen(self, key: bytes, part: int) -> object:
+        """What tells the object that is there now from all others of its name."""
+
+    @abstractmethod
+    def _reject(self, key: bytes, part: int, seen: object) -> None:
+        """Take an object out of service that was read and found corrupt, if it is still there."""
+
+    @abstractmethod
+    def _leave(self, key: bytes, part: int, seen: object) -> None:
+        """An object was read that this release does not know: absent, but for its bytes."""
+
+    @abstractmethod
+    def _missed(self, key: bytes, part: int, seen: object, outcome: Outcome) -> None:
+        """An object could not be read: it was not there, or the tier failed with it."""
+
+    @abstractmethod
+    def _learn(self, key: bytes, part: int, header: ObjectHeader) -> None:
+        """An object was read; this is its header, as it is raw."""
+
+    async def _may_write(self) -> bool:
+        """Wait until the tier takes writes at all; False: it will not."""
+        return True
+
+    @abstractmethod
+    async def _store(
+        self,
+        writing: Writing,
+        turn: Turn,
+        data: memoryview,
+        order: str,
+        cost: float,
+        hang: Callable[[], None],
+    ) -> bool:
+        """Put the object whose turn it is into the tier."""
+
+    # reading
+
+    async def read(
+        self,
+        key: bytes,
+        part: int,
+        nbytes: int,
+        into: memoryview,
+        give_up: Callable[[], None] = nothing,
+    ) -> ObjectHeader | None:
+        """See `Backing.read`."""
+        name, stored_as = identity(key, part), self._name(key, part)
+
+        def work() -> Read:
+            if stored_as is None:
+                return Read(Outcome.MISS)
+            if nbytes == len(into):
+                length = self._fetch(stored_as, into)
+                if length == len(into):
+                    return Read(HIT, restored_object(into, name, into), length)
+                if isinstance(length, Outcome):
+                    return Read(length)
+                with self._scratch.buffer(length) as stored:
+                    stored[:] = into[:length]
+                    return Read(HIT, restored_object(stored, name, into), length)
+            with self._scratch.buffer(nbytes) as stored:
+                length = self._fetch(stored_as, stored)
+                if isinstance(length, Outcome):
+                    return Read(length)
+                return Read(HIT, restored_object(stored[:length], name, into), length)
+
+        return await self._judge(key, part, lambda: self._calls.read(work, give_up))
+
+    async def verify(self, key: bytes, part: int, nbytes: int) -> None:
+        """Read one object as it is stored, to see whether it is still good; nobody waits for it."""
+        name, stored_as = identity(key, part), self._name(key, part)
+
+        def work() -> Read:
+            if stored_as is None:
+                return Read(Outcome.MISS)
+            with self._scratch.buffer(nbytes) as stored:
+                length = self._ask(stored_as, stored)  # alone, so it says nothing of the link
+                if isinstance(length, Outcome):
+                    return Read(length)
+                return Read(HIT, verify_object(stored[:length], name), length)
+
+        await self._judge(key, part, lambda: self._calls.call("check", work))
+
+    async def _judge(
+        self, key: bytes, part: int, read: Callable[[], Awaitable[Read]]
+    ) -> ObjectHeader | None:
+        """Read, count, and see to it that what is no good is not read again."""
+        name, seen = identity(key, part), self._seen(key, part)
+        try:
+            outcome, header, nbytes = await read()
+        except CorruptObject as error:
+            logger.error("%s: object %s is rejected: %s", self.name, name.hex(), error)
+            self._counters.add("corrupt_objects_total", tier=self.name)
+            self._reject(key, part, seen)
+            return None
+        except Incompatible as error:
+            # Of a later release, perhaps, which wants to find it again.
+            logger.warning("%s: object %s is left alone: %s", self.name, name.hex(), error)
+            self._counters.add("incompatible_objects_total", tier=self.name)
+            self._leave(key, part, seen)
+            return None
+        except UsageError as error:
+            logger.warning("%s: object %s is not for this reader: %s", self.name, name.hex(), error)
+            return None
+        except TierUnavailable as error:
+            self.trip(error)
+            return None
+        self._counters.add("tier_reads_total", tier=self.name, outcome=outcome.value)
+        if header is None:
+            self._missed(key, part, seen, outcome)
+        else:
+            self._health.worked()
+            self._counters.add("tier_read_bytes_total", nbytes, tier=self.name)
+            self._learn(key, part, header)
+        return header
+
+    def _fetch(self, name: bytes, into: memoryview) -> int | Outcome:
+        """Read one object as it is stored, and measure how fast that goes."""
+        brought = 0
+        self.bandwidth.begin()
+        try:
+            length = self._ask(name, into)
+            brought = 0 if isinstance(length, Outcome) else length
+        finally:
+            self.bandwidth.end(brought)
+        return length
+
+    def _ask(self, name: bytes, into: memoryview) -> int | Outcome:
+        (length,) = self.tier.read([name], [into])
+        return length
+
+    # writing
+
+    async def write(
+        self, key: bytes, data: memoryview, origin: Origin, give_up: Callable[[], None] = nothing
+    ) -> bool:
+        """See `Backing.write`."""
+        writing = Writing(key)
+        self._writes.add(writing)
+        try:
+            if not await self._may_write():
+                return False
+            stored = await self._write(writing, data, origin, self.choice, 0, give_up)
+            for level, choice in enumerate(self.coarser, 1):
+                if stored:
+                    await self._write(writing, data, origin, choice, level, give_up)
+        finally:
+            self._writes.discard(writing)
+        return stored
+
+    async def _write(
+        self,
+        writing: Writing,
+        data: memoryview,
+        origin: Origin,
+        choice: Choice | None,
+        level: int,
+        give_up: Callable[[], None],
+    ) -> bool:
+        name = writing.name = writing.key, at_level(origin.part, level)
+        with self._turns.take([name]) as turn:
+
+            def hang() -> None:
+                turn.hang()
+                give_up()
+
+            try:
+                await turn.come()
+                if not (writing.wanted and self.writable):
+                    return False
+                encoded = await self._encoded(choice, data, origin, level, hang)
+            except TierUnavailable:  # which has been said already
+                return False
+            if encoded is None:
+                # A copy that is no smaller is none: the object itself has to do.
+                return not level and await self._store(
+                    writing, turn, data, origin.order, origin.cost, hang
+                )
+            order = order_name(encoded.header.kind, encoded.header.order)
+            try:
+                return await self._store(writing, turn, encoded.data, order, origin.cost, hang)
+            except asyncio.CancelledError:
+                encoded = None  # a thread may still read its buffer
+                raise
+            finally:
+                if encoded is not None:
+                    self._scratch.give(encoded.buffer)
+
+    async def _encoded(
+        self,
+        choice: Choice | None,
+        data: memoryview,
+        origin: Origin,
+        level: int,
+        give_up: Callable[[], None],
+    ) -> Encoded | None:
+        """The object as this tier stores it; None where it stays as it is.
+
+        Raises:
+            CorruptObject: ``data`` is not what its writer made a checksum of.
+            TierUnavailable: encoding hangs.
+        """
+        if choice is None:
+            return None
+        place = self.place()
+
+        def work() -> Encoded | None:
+            codec = choice.of(origin.weights, (origin.cost or UNKNOWN_S) / len(data), place)
+            if codec is None:
+                return None
+            return encoded_object(codec, data, self._scratch, level)
+
+        try:
+            encoded = await self._calls.encode(work, give_up)
+        except (CorruptObject, TierUnavailable):
+            raise
+        except Exception as error:
+            report_bug(self._counters, f"codec {choice.name}", error)
+            return None
+        if encoded is not None:
+            stored = len(encoded.data)
+            self._counters.add("encoded_bytes_total", len(data), tier=self.name, of="raw")
+            self._counters.add("encoded_bytes_total", stored, tier=self.name, of="stored")
+        return encoded
+
+    async def _put(
+        self,
+        name: bytes,
+        data: memoryview,
+        epoch: int,
+        give_up: Callable[[], None],
+        *,
+        if_absent: bool = False,
+    ) -> Outcome:
+        """Write one object, under an epoch of this tier's.
+
+        Raises:
+            CorruptObject: its header is damaged.
+            TierUnavailable: as `TierCalls.read`.
+        """
+
+        def work() -> Outcome:
+            with self._pages.buffer(HEADER_BYTES) as page:
+                page[:] = stamped(data[:HEADER_BYTES], epoch)
+                put = Put(name, page, data[HEADER_BYTES:], if_absent)
+                (outcome,) = self.tier.write([put])
+            return outcome
+
+        return await self._calls.call("write", work, give_up)

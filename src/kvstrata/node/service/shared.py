@@ -1,0 +1,370 @@
+"""A slower tier that a fleet writes to: hints of what it holds, and no budget of the node's.
+
+Nobody here knows what such a store holds, so a match asks it, and takes what it answers in time.
+What was heard stays a hint for a while: a read of what has gone since is a miss. Capacity and
+eviction are the store's own. What others have written already is not written again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable
+from kvstrata.node.service.asking import Asking
+from kvstrata.node.service.backing import Question
+from kvstrata.node.service.calls import nothing
+from kvstrata.node.service.carrier import HIT, Carrier, Writing
+from kvstrata.node.service.hints import Hints
+from kvstrata.node.service.link_test import LinkTest
+from kvstrata.node.service.names import Seen, Where
+from kvstrata.node.service.origin import Origin
+from kvstrata.node.service.presence import Presence
+from kvstrata.node.service.turns import Turn
+from kvstrata.node.service.uses import Uses
+from kvstrata.objects import NAMESPACE_FIELD, ObjectHeader, verify_object
+from kvstrata.parts import PORTABLE, identity
+from kvstrata.tiers.base import Outcome, SharedTier, Stat
+
+logger = logging.getLogger(__name__)
+
+MAX_ORDERS = 4
+"""Byte orders that one question is asked in; an engine reads its own, and the portable one."""
+LONGEST_S = 0.15
+"""A store that is far away is waited for longer than its timeout says: one and a half of its round
+trips, but never more than this."""
+TOUCH_SLICE = 256
+
+
+class SharedBacking(Carrier):
+    """A shared tier in the node's service.
+
+    Args:
+        tier: the store.
+        lookup_timeout_s: how long a match waits for its answer.
+        others: as of `Backing`.
+    """
+
+    tier: SharedTier
+    must_be_asked = True
+
+    def __init__(self, tier: SharedTier, *, lookup_timeout_s: float, **others: Any) -> None:
+        super().__init__(tier, **others)
+        self.capacity_bytes = tier.capacity_bytes
+        self._lookup_timeout_s = lookup_timeout_s
+        self._hints = Hints(others["clock"])
+        self._presence = Presence(
+            tier, self._calls, self._health, others["clock"], self._hints.clear
+        )
+        self._asking = Asking(
+            tier, 1 + len(self.coarser),
+            calls=self._calls, hints=self._hints, counters=self._counters,
+        )  # fmt: skip
+        self._seen_so_far = Seen()
+        self._uses = Uses()
+        self._link_test = LinkTest(self._calls, tier, self._scratch, self._fetch)
+
+    # what it holds
+
+    @property
+    def epoch(self) -> int | None:
+        """Number of the present epoch; None while the store is not in use."""
+        return None if self._health.off_s else self._presence.number
+
+    @property
+    def readable(self) -> bool:
+        return super().readable and self.epoch is not None
+
+    @property
+    def state(self) -> str:
+        waiting = not self._health.off_s and self.epoch is None
+        return "waiting for the store to answer" if waiting else super().state
+
+    def find(self, key: bytes, part: int, orders: Iterable[str] | None) -> int | None:
+        """See `Backing.find`: as `resolve` heard lately."""
+        hint = self._hints.fresh(key, part, orders)
+        return hint.nbytes if hint is not None and hint.where.epoch == self.epoch else None
+
+    def has(self, key: bytes, part: int, orders: Iterable[str]) -> bool:
+        """Nothing is there for sure: what an engine has computed is worth having nearer."""
+        return False
+
+    async def resolve(self, question: Question) -> None:
+        """See `Backing.resolve`. What comes too late for this match is there for the next."""
+        epoch = self.epoch
+        question = question._replace(orders=question.orders[:MAX_ORDERS])
+        if epoch is None or not question.keys or not question.orders:
+            return
+        self._seen_so_far.note(question.namespace, question.orders, question.parts)
+        asking = self._tasks.spawn("a question", self._hear(question, epoch))
+        await asyncio.wait({asking}, timeout=self.patience_s)
+        if not asking.done():
+            self._counters.add("late_lookups_total", tier=self.name)
+
+    @property
+    def patience_s(self) -> float:
+        """For how long a match waits for the store's word."""
+        return max(self._lookup_timeout_s, min(LONGEST_S, 1.5 * self._presence.round_s))
+
+    async def _hear(self, question: Question, epoch: int) -> None:
+        try:
+            await self._asking.ask(question, epoch, lambda: self.epoch == epoch)
+        except TierUnavailable as error:
+            self.trip(error)
+
+    async def spared(self, keys: Sequence[bytes], origin: Origin) -> set[bytes]:
+        """See `Backing.spared`: one batch of questions for the whole commit."""
+        epoch = self.epoch
+        orders = dict.fromkeys((origin.order, PORTABLE))
+        if epoch is None or len(origin.namespace) != 32:
+            return set()
+        wheres = [Where(epoch, origin.namespace, order) for order in orders]
+
+        def work() -> set[bytes]:
+            names = [where.name(key, origin.part) for where in wheres for key in keys]
+            size, answers = self.tier.limits.batch_objects, []
+            for start in range(0, len(names), size):
+                answers += self.tier.stat(names[start : start + size])
+            there = zip([*keys] * len(wheres), answers, strict=True)
+            return {key for key, answer in there if isinstance(answer, Stat)}
+
+        try:
+            return await self._calls.call("lookup", work)
+        except TierUnavailable as error:
+            self.trip(error)
+            return set()
+
+    def cost_of(self, key: bytes) -> float:
+        return 0.0
+
+    def use(self, keys: list[bytes]) -> None:
+        self._uses.note(keys)
+
+    def written(self, prefix: list[bytes]) -> None:
+        return
+
+    def holdings(self) -> dict[str, Any]:
+        epoch = self.epoch
+        return {
+            "shared": True,
+            "epoch": None if epoch is None else f"{epoch:016x}",
+            "num_hints": len(self._hints),
+        }
+
+    # service
+
+    async def run(self) -> None:
+        """Keep up with the store's epoch; and see once how fast it is, if a choice needs that."""
+        self._tasks.spawn(f"the epoch of {self.name}", self._presence.run())
+        if self.load_target_s or (self.choice is not None and self.choice.needs_speed):
+            while not self._timed:
+                await asyncio.sleep(0.05)
+                if (epoch := self.epoch) is not None and self.writable:
+                    try:
+                        await self._link_test.run(epoch)
+                        self._timed = True
+                    except TierUnavailable as error:
+                        self.trip(error)
+        self._timed = True
+
+    async def upkeep(self) -> None:
+        """Tell the store what was used, and let it do what is due."""
+        await super().upkeep()
+        names = [
+            hint.where.name(key, part)
+            for key in await self._uses.take()
+            for part, hint in self._hints.of(key)
+            if hint.where.epoch == self.epoch
+        ]
+        try:
+            for start in range(0, len(names), TOUCH_SLICE):
+                some = names[start : start + TOUCH_SLICE]
+                if self.readable:
+                    await self._calls.call("note of use", partial(self.tier.touch, some))
+            if self.readable:
+                await self._calls.call("upkeep", self.tier.upkeep)
+        except TierUnavailable as error:
+            self.trip(error)
+
+    def _when_off(self) -> None:
+        self._presence.lose()
+
+    # forgetting
+
+    def clear(self) -> Awaitable[int]:
+        """See `Backing.clear`; the answer once no node of the fleet uses the old epoch any more."""
+        self._hints.clear()
+        for writing in self._writes:
+            writing.wanted = False
+        return self._cleared(asyncio.ensure_future(self._presence.end()))
+
+    async def _cleared(self, ending: asyncio.Future[Any]) -> int:
+        try:
+            before = await ending
+        except TierUnavailable as error:
+            raise TierUnavailable(
+                f"{self.name}: this node serves nothing of it any more, but others may until the "
+                f"store can be told: {error}"
+            ) from error
+        await asyncio.sleep(self._presence.lasts_s)
+        if before is not None:
+            self._tasks.spawn(f"the end of an epoch of {self.name}", self._forget(before.number))
+        return 0
+
+    async def _forget(self, epoch: int) -> None:
+        try:
+            count = await self._calls.call("removal", partial(self.tier.forget, epoch))
+            logger.info("%s: %d objects of an epoch that has passed are gone", self.name, count)
+        except TierUnavailable as error:
+            self.trip(error)
+
+    def drop(self, keys: Iterable[bytes]) -> Awaitable[int]:
+        gone = set(keys)
+        for key in gone:
+            self._hints.forget_chunk(key)
+        for writing in self._writes:
+            writing.wanted = writing.wanted and writing.key not in gone
+        return self._dropped(gone, self.epoch)
+
+    async def _dropped(self, keys: set[bytes], epoch: int | None) -> int:
+        if epoch is None:
+            raise TierUnavailable(f"{self.name}: cannot be told what to forget: {self.state}")
+        names = list(self._seen_so_far.names(epoch, keys, 1 + len(self.coarser)))
+
+        def work() -> int:
+            size, count = self.tier.limits.batch_objects, 0
+            for start in range(0, len(names), size):
+                answers = self.tier.delete(names[start : start + size])
+                if Outcome.FAILED in answers:
+                    raise TierUnavailable("not all of it could be deleted")
+                count += answers.count(HIT)
+            return count
+
+        try:
+            return await self._calls.call("removal", work)
+        except TierUnavailable as error:
+            raise TierUnavailable(f"{self.name}: {error}; others may still find it") from error
+
+    # writing
+
+    async def _store(
+        self,
+        writing: Writing,
+        turn: Turn,
+        data: memoryview,
+        order: str,
+        cost: float,
+        hang: Callable[[], None],
+    ) -> bool:
+        """See `Carrier._store`; what is there already stays."""
+        (name,), nbytes, epoch = turn.names, len(data), self.epoch
+        if epoch is None or nbytes > self.tier.limits.batch_bytes:
+            return False
+        where = Where(epoch, bytes(data[NAMESPACE_FIELD]), order)
+        self._seen_so_far.note(where.namespace, [order], [name[1]])
+        try:
+            outcome = await self._put(where.name(*name), data, epoch, hang, if_absent=True)
+        except TierUnavailable as error:
+            self.trip(error)
+            return False
+        self._counters.add("tier_writes_total", tier=self.name, outcome=outcome.value)
+        if outcome is Outcome.FAILED:
+            return False
+        self._health.wrote()
+        if not writing.wanted:
+            # A clear of some chunks; after one of all of them nobody asks for this epoch.
+            await self._take_away(turn, where.name(*name), "")
+            return False
+        if outcome is HIT:
+            self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
+        if self.epoch == epoch:
+            self._hints.note(*name, where, nbytes)
+        return True
+
+    async def _take_away(self, turn: Turn, name: bytes, version: str) -> None:
+        try:
+            verb = partial(self.tier.delete, [name], [version])
+            await self._calls.call("removal", verb, turn.hang)
+        except TierUnavailable as error:
+            self.trip(error)
+
+    # reading
+
+    async def read(
+        self,
+        key: bytes,
+        part: int,
+        nbytes: int,
+        into: memoryview,
+        give_up: Callable[[], None] = nothing,
+    ) -> ObjectHeader | None:
+        """See `Backing.read`; ``nbytes`` may be a guess, and the slot is as long as need be."""
+        epoch = self.epoch
+        header = await super().read(key, part, len(into), into, give_up)
+        return header if epoch is not None and self.epoch == epoch else None
+
+    def _name(self, key: bytes, part: int) -> bytes | None:
+        hint = self._hints.last(key, part)
+        if hint is None or hint.where.epoch != self.epoch:
+            return None
+        return hint.where.name(key, part)
+
+    def _seen(self, key: bytes, part: int) -> Where | None:
+        hint = self._hints.last(key, part)
+        return None if hint is None else hint.where
+
+    def _reject(self, key: bytes, part: int, seen: object) -> None:
+        self._hints.forget(key, part)
+        if isinstance(seen, Where):
+            self._tasks.spawn("a removal", self._take_out(key, part, seen.name(key, part)))
+
+    async def _take_out(self, key: bytes, part: int, name: bytes) -> None:
+        """Remove what is corrupt, or it would stand in the way of a fresh copy for ever.
+
+        If it is: bytes may have been damaged on their way, and others need not lose it for that.
+        """
+
+        def corrupt() -> str | None:
+            (stat,) = self.tier.stat([name])
+            if not isinstance(stat, Stat):
+                return None
+            with self._scratch.buffer(stat.nbytes) as data:
+                (length,) = self.tier.read([name], [data])
+                try:
+                    if not isinstance(length, Outcome):
+                        verify_object(data[:length], identity(key, part))
+                except CorruptObject:
+                    return stat.version
+                except Incompatible:
+                    pass
+            return None
+
+        with self._turns.take([(key, part)]) as turn:
+            try:
+                await turn.come()
+                version = await self._calls.call("check", corrupt, turn.hang)
+            except TierUnavailable as error:
+                self.trip(error)
+                return
+            if version is not None:
+                await self._take_away(turn, name, version)
+
+    def _leave(self, key: bytes, part: int, seen: object) -> None:
+        if isinstance(seen, Where):
+            self._hints.refuse(key, part, seen)
+
+    def _missed(self, key: bytes, part: int, seen: object, outcome: Outcome) -> None:
+        self._hints.forget(key, part)
+
+    def _learn(self, key: bytes, part: int, header: ObjectHeader) -> None:
+        if (hint := self._hints.last(key, part)) is not None:
+            self._hints.note(key, part, hint.where, hint.nbytes)
+
+    # laws
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the hints keep to their bound."""
+        self._hints.check_integrity()
