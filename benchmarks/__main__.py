@@ -120,6 +120,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "lmcache_client": ours("lmcache_client"),
     "encoded_disk": ours("encoded_disk"),
     "streaming": ours("streaming"),
+    "planner": ours("planner"),
     "codecs": ours("codecs"),
     "cold_overhead": ours("cold_overhead"),
     "concurrent": ours("concurrent"),

@@ -34,7 +34,7 @@ QUESTION = "\n\nSummary:"
 LINKS = (0, 500, 100)  # MB/s; 0: as fast as the disk is
 # `kvstrata serve`, with the disk tier behind a link.
 THROTTLED = """
-import kvstrata.tiers.disk as disk
+import kvstrata.tiers.disk.tier as disk
 from kvstrata.tiers.throttled import ThrottledTier
 inner = disk.DiskTier
 disk.DiskTier = lambda path: ThrottledTier(inner(path), {rate}e6)
@@ -62,6 +62,7 @@ def measured(options: Options, prompts: Prompts, codec: str, rate: int) -> Measu
     with disk_folder(options) as folder:
         settings = {
             "host.capacity": "1GiB",
+            "planner": "off",
             "disk.path": str(folder),
             "disk.capacity": "4GiB",
             "disk.codec": codec,

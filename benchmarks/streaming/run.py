@@ -46,7 +46,7 @@ LINKS = (
 # `kvstrata serve`, with the disk tier behind a link that may drop; a pause begins a new load.
 THROTTLED = """
 import time
-import kvstrata.tiers.disk as disk
+import kvstrata.tiers.disk.tier as disk
 from kvstrata.tiers.throttled import ThrottledTier
 
 class Dropping(ThrottledTier):
@@ -107,6 +107,7 @@ def measured(options: Options, prompts: Prompts, first: int, then: int, target: 
     with disk_folder(options) as folder:
         settings = {
             "host.capacity": "1GiB",
+            "planner": "off",
             "disk.path": str(folder),
             "disk.capacity": "4GiB",
             "disk.codec": "lossless",

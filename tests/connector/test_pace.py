@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from kvstrata.connectors.vllm.messages import WorkerReport
-from kvstrata.connectors.vllm.pace import COPY_SHARE, NUM_REMEMBERED, WAIT_SHARE, Pace, Rate
+from kvstrata.connectors.vllm.pace import (
+    COPY_SHARE,
+    NUM_REMEMBERED,
+    WAIT_SHARE,
+    Computing,
+    Pace,
+    Rate,
+)
 from kvstrata.testing.clock import ManualClock
 
 
@@ -93,3 +100,40 @@ def test_the_rate_is_the_best_of_the_last_copies_and_the_slowest_workers() -> No
     reports = [WorkerReport({b"n"}, copy_rate=rate) for rate in (0.0, 7.0, 5.0)]
     assert reports[0].aggregate(reports[1]).aggregate(reports[2]).copy_rate == 5.0
     assert reports[0].aggregate(reports[0]).copy_rate == 0.0
+
+
+class TestComputing:
+    def test_nothing_is_known_at_first(self) -> None:
+        assert Computing().speeds() == (0.0, 0.0)
+
+    def test_tokens_and_pairs_are_told_apart(self) -> None:
+        computing = Computing()
+        for tokens, before in ((512, 0), (512, 512), (256, 1024), (512, 4096), (64, 8000)):
+            pairs = tokens * (before + tokens / 2)
+            computing.note(tokens, pairs, 1e-3 * tokens + 1e-7 * pairs)
+        assert computing.speeds() == pytest.approx((1e-3, 1e-7))
+
+    def test_steps_that_are_alike_say_nothing_of_pairs(self) -> None:
+        computing = Computing()
+        for _ in range(5):
+            computing.note(512, 512 * 256, 0.5)
+        token_s, pair_s = computing.speeds()
+        assert pair_s == 0.0
+        assert token_s == pytest.approx(0.5 / 512)
+
+    def test_neither_is_negative(self) -> None:
+        computing = Computing()
+        for tokens, pairs, seconds in ((100, 1e4, 1.0), (100, 1e6, 0.5), (100, 1e5, 0.9)):
+            computing.note(tokens, pairs, seconds)
+        token_s, pair_s = computing.speeds()
+        assert token_s > 0
+        assert pair_s == 0.0
+
+    def test_what_waited_for_something_else_does_not_count(self) -> None:
+        computing = Computing()
+        for before in range(0, 4096, 512):
+            pairs = 512 * (before + 256)
+            computing.note(512, pairs, 1e-3 * 512 + 1e-7 * pairs)
+        computing.note(512, 512 * 256, 20.0)
+        token_s, pair_s = computing.speeds()
+        assert token_s * 512 + pair_s * 512 * 256 == pytest.approx(0.525, rel=0.5)

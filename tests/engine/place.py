@@ -27,7 +27,8 @@ class Place(Workplace):
         self, model: Path, settings: Mapping[str, Any] | None = None, service: bool = False
     ) -> None:
         # On a busy machine seconds may pass before the node has its turn; that is no one's fault.
-        defaults = {"host.capacity": "1GiB", "deadlines.request": "30s"}
+        # And a tiny model computes sooner than a busy disk brings.
+        defaults = {"host.capacity": "1GiB", "deadlines.request": "30s", "planner": "off"}
         super().__init__(model, {**defaults, **(settings or {})}, service)
         self._node: NodeClient | None = None
         self._was_stopped = False

@@ -428,14 +428,17 @@ class Histories(RuleBasedStateMachine):
     def kill(self, process: int) -> None:
         dead = self.processes[process].connections
 
-        async def end() -> None:
+        async def end() -> list[Matching]:
+            # The loop may have come to the end of one just before.
+            unanswered = [one for one in self.open_matches if not one.answer.done()]
             for client in dead:
                 self.node.end(client)
                 assert not client.holds_something
+            return unanswered
 
-        self.run(end())
+        unanswered = self.run(end())
         for one in [one for one in self.open_matches if one.client in dead]:
-            if not one.number:
+            if one in unanswered:
                 assert self.run(one.answer).lease == 0
             self.open_matches.remove(one)
         self.open_reservations = [r for r in self.open_reservations if r.client not in dead]

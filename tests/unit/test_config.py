@@ -44,6 +44,7 @@ SAMPLES: Mapping[str, Any] = {
     "linger": "1min",
     "log": "debug",
     "quality": "kl <= 0.01 and agreement >= 0.98",
+    "planner": "off",
     "host.capacity": "3GiB",
     "host.policy": "s3fifo",
     "host.verify_every": 1,

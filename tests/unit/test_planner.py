@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.node.planner import Link, Plan, Prefill, plan
+from kvstrata.node.common.planner import Link, Plan, Prefill, plan
 
 MB = 1 << 20
-FLAT = Prefill(token_s=0.001)  # a chunk of 100 tokens takes 0.1 s
+FLAT = Prefill(chunk_s=0.1)
 
 
 def keep(tiers: list[int], links: list[Link], prefill: Prefill = FLAT) -> int:
-    return plan(tiers, [MB] * len(tiers), links, prefill, 100).keep
+    return plan(tiers, [MB] * len(tiers), links, prefill).keep
 
 
 def test_a_fast_link_brings_everything() -> None:
@@ -57,7 +57,7 @@ def test_the_slow_one_of_two_is_left_out() -> None:
 
 def test_the_tail_of_a_long_prompt_is_dearer_to_compute() -> None:
     """So a link may be worth it for all of a long prompt, and not for a short one."""
-    prefill, link = Prefill(0.0005, 1e-6), Link(9 * MB)
+    prefill, link = Prefill(0.05, 0.01), Link(9 * MB)
     assert keep([1] * 5, [link], prefill) == 0
     assert keep([1] * 60, [link], prefill) == 60
 
@@ -69,29 +69,36 @@ def test_unknown_speeds_are_held_against_nobody() -> None:
 
 
 def test_the_estimates_are_told() -> None:
-    assert plan([1] * 4, [MB] * 4, [Link(20 * MB)], FLAT, 100) == pytest.approx(
-        Plan(4, 0.2, 0.4, 0.0)
-    )
-    assert plan([1] * 4, [MB] * 4, [Link(MB)], FLAT, 100) == pytest.approx(Plan(0, 0.0, 0.4, 0.4))
-    assert plan([], [], [], FLAT, 100) == Plan(0, 0.0, 0.0, 0.0)
+    assert plan([1] * 4, [MB] * 4, [Link(20 * MB)], FLAT) == pytest.approx(Plan(4, 0.2, 0.0))
+    assert plan([1] * 4, [MB] * 4, [Link(MB)], FLAT) == pytest.approx(Plan(0, 0.0, 0.4))
+    assert plan([], [], [], FLAT) == Plan(0, 0.0, 0.0)
+
+
+def test_the_place_in_the_prompt_counts() -> None:
+    """The same chunks are dearer to compute further back."""
+    prefill, link = Prefill(0.0, 0.01), Link(10 * MB)
+    assert plan([1] * 2, [MB] * 2, [link], prefill, first=1).keep == 0
+    assert plan([1] * 2, [MB] * 2, [link], prefill, first=30).keep == 2
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 8)), max_size=12),
     st.tuples(*[st.tuples(st.floats(0.5, 200), st.floats(0, 1), st.integers(0, 20))] * 2),
-    st.floats(0, 0.01),
-    st.floats(0, 1e-5),
+    st.floats(0, 1.0),
+    st.floats(0, 0.1),
+    st.integers(0, 50),
 )
 def test_no_other_number_is_better(
     chunks: list[tuple[int, int]],
     shapes: tuple[tuple[float, float, int], ...],
-    token_s: float,
+    chunk_s: float,
     pair_s: float,
+    first: int,
 ) -> None:
     tiers, sizes = [tier for tier, _ in chunks], [size * MB for _, size in chunks]
     links = [Link(rate * MB, latency, queued * MB) for rate, latency, queued in shapes]
-    prefill = Prefill(token_s, pair_s)
-    found = plan(tiers, sizes, links, prefill, 100)
+    prefill = Prefill(chunk_s, pair_s)
+    found = plan(tiers, sizes, links, prefill, first)
 
     def time_of(count: int) -> float:
         coming = [
@@ -99,7 +106,7 @@ def test_no_other_number_is_better(
             for number in (1, 2)
         ]
         load = max(link.seconds(nbytes) for link, nbytes in zip(links, coming, strict=True))
-        return load + prefill.seconds(100 * count, 100 * len(chunks))
+        return load + prefill.seconds(first + count, first + len(chunks))
 
     if prefill.known:
         least = min(time_of(count) for count in range(len(chunks) + 1))

@@ -86,6 +86,13 @@ class Config:
         "needed for it.",
         shared=True,
     )
+    planner: str = option(
+        kinds.one_of(("on", "off")),
+        "on",
+        "Whether what the engine computes sooner than a slower tier brings it is left to the "
+        "engine, see docs/planner.md; `off`: all that is found is loaded.",
+        shared=True,
+    )
     host: HostConfig = field(default_factory=HostConfig)
     tiers: tuple[TierPart, ...] = ()
     """Below the pool, fastest first."""

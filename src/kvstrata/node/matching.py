@@ -10,12 +10,14 @@ ends, so nothing that was found can go, and no cap is passed, while others are s
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 from kvstrata.errors import UsageError
 from kvstrata.keys import KEY_BYTES, OWNER_BYTES
+from kvstrata.node.common.planner import Prefill, plan
 from kvstrata.node.common.slices import Work, in_slices
 from kvstrata.node.service.backing import Backing, Question
 from kvstrata.node.service.movement import Load, Movement, Wanted
@@ -83,11 +85,19 @@ class Search:
         self.orders = frozenset(message.orders)
         self.preferred = tuple(dict.fromkeys(message.orders))
         self.namespace = checked_namespace(message.namespace)
+        if not (0 <= message.chunk_s < math.inf and 0 <= message.pair_s < math.inf):
+            raise UsageError(f"{message.chunk_s} and {message.pair_s} s are no times of a chunk")
         if len(message.owner) != OWNER_BYTES:
             raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
         self.keys: list[bytes] = []
         self.distinct: set[bytes] = set()
+        self.prefill = Prefill(message.chunk_s, message.pair_s)
         self.tiers = bytearray()  # of the chunks that were found and leased so far
+        self.coming: list[int] = []  # the bytes that each of them has to bring
+        self.prepared: list[tuple[int, list[Slot]]] = []  # to be brought, once it is decided
+        self.num_decided = 0  # chunks that were decided on
+        self.num_found = 0  # chunks that were found, whatever was decided
+        self.load_s = 0.0
         self.lease: Lease | None = None
         self.load: Load | None = None
         self.ended = self.absent = False  # at its end, and because nobody has the next chunk
@@ -115,6 +125,7 @@ class Matcher:
         sampler: verifies some of what is found.
         backings: the slower tiers, fastest first.
         counters: the node's.
+        planning: whether what is computed sooner than loaded is left to the engine.
     """
 
     def __init__(
@@ -126,6 +137,8 @@ class Matcher:
         sampler: Sampler,
         backings: Sequence[Backing],
         counters: Counters,
+        *,
+        planning: bool = True,
     ) -> None:
         self._host = host
         self._leases = leases
@@ -134,6 +147,7 @@ class Matcher:
         self._sampler = sampler
         self._backings = backings
         self._counters = counters
+        self._planning = planning
 
     def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
@@ -145,6 +159,7 @@ class Matcher:
                 yield None
             while not self._step(search):
                 yield None
+            self._decide(search)
             if search.absent and search.namespace:
                 yield from self._ask(search)
             # Tails before heads: what is used last is evicted last.
@@ -169,6 +184,7 @@ class Matcher:
             search.ended = search.absent = False
             while not self._step(search):
                 yield None
+            self._decide(search)
             if not search.absent:
                 return
 
@@ -278,7 +294,7 @@ class Matcher:
             left -= 1
             if left <= 0:
                 break
-        self._lease(search, rows, bytes(len(rows)))
+        self._lease(search, rows, bytes(len(rows)), [0] * len(rows))
         return others
 
     def _take_more(self, search: Search) -> None:
@@ -293,17 +309,16 @@ class Matcher:
             with self._host.sparing(search.distinct):
                 given = iter(self._movement.promote(search.load, lacking))
         rows: list[Row] = []
-        arriving: list[Slot] = []
         for one in found:
             new = next(given, None) if one.wanted else []
             if new is None:
                 self._cut(search, "room")
                 break
-            arriving += new
+            if new:
+                search.prepared.append((len(search.tiers) + len(rows), new))
             rows.append(self._host.row(one.key, search.parts, _with_slots(one.places, new)))
-        self._lease(search, rows, bytes([one.tier for one in found[: len(rows)]]))
-        if search.load is not None:
-            self._movement.start(search.load, arriving, len(search.parts))
+        coming = [sum(wanted.size for wanted in one.wanted) for one in found[: len(rows)]]
+        self._lease(search, rows, bytes([one.tier for one in found[: len(rows)]]), coming)
 
     def _look(self, search: Search) -> list[Located]:
         """The next chunks that are somewhere, as many as a slice and the caps on leases allow."""
@@ -322,7 +337,39 @@ class Matcher:
             found.append(one)
         return found
 
-    def _lease(self, search: Search, rows: Sequence[Row], tiers: bytes) -> None:
+    def _decide(self, search: Search) -> None:
+        """Begin to bring what is worth it of the chunks that were found, and let go of the rest."""
+        first, count = search.num_decided, len(search.tiers)
+        search.num_found = count
+        if self._planning and search.prepared and not search.client.ended:
+            links = [self._movement.link(backing) for backing in self._backings]
+            best = plan(search.tiers[first:], search.coming[first:], links, search.prefill, first)
+            search.load_s = max(search.load_s, best.load_s)
+            keep = first + best.keep
+            if keep < count:
+                self._let_go(search, keep)
+        search.num_decided = len(search.tiers)
+        slots = [slot for _, some in search.prepared for slot in some]
+        search.prepared = []
+        if search.load is not None and slots:
+            self._movement.start(search.load, slots, len(search.parts))
+
+    def _let_go(self, search: Search, keep: int) -> None:
+        """Leave all but the first chunks to the engine."""
+        self._counters.add("computed_chunks_total", len(search.tiers) - keep)
+        search.ended, search.absent = True, False
+        kept = [(number, slots) for number, slots in search.prepared if number < keep]
+        for slot in next(slots for number, slots in search.prepared if number >= keep)[:1]:
+            self._movement.look_again(slot)
+        search.prepared = kept
+        del search.tiers[keep:]
+        self.release(search.lease, keep)
+        if not keep:
+            search.lease = None
+
+    def _lease(
+        self, search: Search, rows: Sequence[Row], tiers: bytes, coming: Sequence[int]
+    ) -> None:
         if not rows:
             return
         if search.lease is None:
@@ -330,6 +377,7 @@ class Matcher:
         self._leases.extend(search.lease, rows)
         self._sampler.note_hits(search.keys[len(search.tiers) :], search.parts, rows)
         search.tiers += tiers
+        search.coming += coming
 
     def _cut(self, search: Search, why: str) -> None:
         self._counters.add("matches_cut_total", why=why)
@@ -348,10 +396,17 @@ class Matcher:
                 self._counters.add("hit_chunks_total", hits, tier=name)
         if missed := len(search.keys) - len(search.tiers):
             self._counters.add("missed_chunks_total", missed)
+        here = next((i for i, nbytes in enumerate(search.coming) if nbytes), len(search.coming))
+        reckoned = (
+            search.num_found,
+            search.load_s,
+            search.prefill.seconds(len(search.tiers), search.num_found),
+            search.prefill.seconds(here, search.num_found),
+        )
         if search.lease is None or search.client.ended:
-            return p.Matched(search.id, 0, b"", b"")
+            return p.Matched(search.id, 0, b"", b"", *reckoned)
         offsets = offsets_of_rows(search.lease.rows)
-        return p.Matched(search.id, search.lease.id, bytes(search.tiers), offsets)
+        return p.Matched(search.id, search.lease.id, bytes(search.tiers), offsets, *reckoned)
 
 
 def checked_parts(parts: list[int]) -> list[int]:

@@ -91,7 +91,8 @@ class Node:
         self.records: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
         self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
-                                self._sampler, backings, counters)  # fmt: skip
+                                self._sampler, backings, counters,
+                                planning=config.planner == "on")  # fmt: skip
         self._clearer = Clearer(self.host, self.reservations, self.movement, backings)
         self._outcomes: set[str] = set()
         self._clock = clock

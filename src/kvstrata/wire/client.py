@@ -150,6 +150,8 @@ class NodeClient:
         lengths: Sequence[int] = (),
         owner: bytes = NOBODY,
         namespace: bytes = b"",
+        chunk_s: float = 0.0,
+        pair_s: float = 0.0,
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -161,9 +163,11 @@ class NodeClient:
                 encoded, for nobody knows how large it will be.
             owner: `kvstrata.keys.owner_digest` of who asks.
             namespace: what the KV belongs to, 32 bytes; without it no shared tier is asked.
+            chunk_s: seconds that computing a chunk takes; 0: unknown.
+            pair_s: seconds that it takes besides for each chunk before it.
         """
         packed = b"".join(keys[: _most_keys(parts)])
-        fields = (packed, parts, orders, list(lengths), owner, namespace)
+        fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s)
         return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:

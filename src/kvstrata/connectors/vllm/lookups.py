@@ -127,9 +127,11 @@ class Lookups:
             state.matched, state.miss = True, "shorter than a chunk"
             return True
         try:
+            token_s, pair_s = self.pace.computing.speeds()
             state.call = client.match(
-                state.keys, self.parts, self.orders, self.lengths, state.owner, state.namespace
-            )
+                state.keys, self.parts, self.orders, self.lengths, state.owner, state.namespace,
+                token_s * self._chunk, pair_s * self._chunk**2,
+            )  # fmt: skip
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
         except NodeUnavailable:
@@ -157,7 +159,10 @@ class Lookups:
                 reply: p.Matched = state.call.wait(0)
                 state.lease, state.tiers = reply.lease, reply.tiers
                 state.offsets = offsets_of(reply.offsets)
-                if len(reply.tiers) < len(state.keys):
+                state.reckoned = reply
+                if len(reply.tiers) < reply.found:
+                    state.miss = "computing is faster"
+                elif len(reply.tiers) < len(state.keys):
                     state.miss = "not stored" if not reply.tiers else "partly stored"
         except KVStrataError as error:
             state.miss = f"the match failed: {error}"

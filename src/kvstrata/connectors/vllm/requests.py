@@ -9,6 +9,7 @@ from typing import Any
 
 from kvstrata.keys import KeyChain, MediaItem
 from kvstrata.objects import NOBODY
+from kvstrata.wire import protocol as p
 from kvstrata.wire.client import Call
 
 
@@ -38,6 +39,7 @@ class RequestState:
         self.tiers = b""
         self.offsets: array[int] = array("q")
         self.matched = False
+        self.reckoned: p.Matched | None = None  # with what the node thought it would take
         # the load that was decided
         self.local_tokens = 0
         self.num_local = 0  # tokens that vLLM itself had when it asked last
@@ -53,6 +55,8 @@ class RequestState:
         self.loaded_how = ""
         self.stored_chunks = 0
         self.miss = ""
+        self.load_began = self.load_took = 0.0
+        self.computed_at = 0.0  # when the prompt was there, whichever way
 
     def rehash(self) -> bool:
         """Bring the keys up to date with the request's tokens; whether any changed."""
@@ -98,5 +102,22 @@ class RequestState:
             "load": self.loaded_how if self.loaded_tokens else "",
             "stored_chunks": self.stored_chunks,
             "miss": self.bypass or self.miss,
+            **self._plan(),
             "seconds": round(time.monotonic() - self.arrived_at, 4),
+        }
+
+    def _plan(self) -> dict[str, Any]:
+        """What the node reckoned, and what came true."""
+        if self.reckoned is None:
+            return {}
+        reckoned, began = self.reckoned, self.load_began or self.arrived_at
+        ended = began + self.load_took
+        return {
+            "found_chunks": reckoned.found,
+            "kept_chunks": len(reckoned.tiers),
+            "load_s_expected": round(reckoned.load_s, 4),
+            "load_s": round(self.load_took, 4),
+            "rest_s_expected": round(reckoned.rest_s, 4),
+            "all_s_expected": round(reckoned.compute_s, 4),
+            "computed_s": round(max(0.0, self.computed_at - ended), 4),
         }

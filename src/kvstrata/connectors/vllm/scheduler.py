@@ -186,6 +186,7 @@ class SchedulerSide:
         state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
         state.loaded_how = "sync" if state.sync else "async"
+        state.load_began = time.monotonic()
         if state.sync:
             self._pace.copies(self._copy_s(last - first))
         self._loads[request.request_id] = (state.lease, state.keys[first])
@@ -202,16 +203,22 @@ class SchedulerSide:
         meta.fresh_blocks = fresh_blocks(scheduler_output, self._block)
         resolve = scheduler_output.kv_connector_block_state
         storing = client is not None and not self._doubtful()
+        num_pairs = 0.0
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
             self._active.add(request_id)
             state = self._states.get(request_id)
+            if state is not None:
+                before = state.request.num_computed_tokens
+                num_pairs += count * (before + count / 2)
+                if not state.computed_at and before >= state.request.num_prompt_tokens:
+                    state.computed_at = time.monotonic()
             if state is not None and storing and state.chain is not None:
                 # A token that is sampled but not known yet has no key; a draft may be rejected.
                 known = min(state.request.num_computed_tokens + count, state.request.num_tokens)
                 if known // self._chunk > state.num_stored:
                     blocks = resolve.get_block_ids(request_id)[0]
                     meta.stores.append(self._store(state, known // self._chunk, blocks))
-        self._pace.step(meta.num_tokens)
+        self._pace.step(meta.num_tokens, num_pairs)
         return meta
 
     def update_connector_output(self, output: Any) -> None:
@@ -374,6 +381,7 @@ class SchedulerSide:
             self._lookups.client.release(lease)
         state = self._states.get(request_id)
         if state is not None:
+            state.load_took = time.monotonic() - state.load_began
             sync = state.sync
             state.forget_match()
             state.sync = sync

@@ -87,6 +87,7 @@ class Backing(ABC):
         self.queue_bytes = queue_bytes
         self.tier = store
         self._counters = counters
+        self._clock = clock
         self._scratch = Scratch(2 * self.num_threads)
         self._pages = Scratch(self.num_threads)
         self._health = Health(self.name, counters, clock, self._when_off)
@@ -151,6 +152,16 @@ class Backing(ABC):
             nbytes: its size in this tier, as `find` said, or more.
             into: the slot, as long as the object is when it is raw.
             give_up: says that the slot will not be filled in time.
+        """
+
+    @abstractmethod
+    async def time(self, key: bytes, part: int, nbytes: int) -> None:
+        """Read one object for nobody, to see how fast the tier is now.
+
+        Args:
+            key: of the chunk.
+            part: which of the chunk's objects.
+            nbytes: its size, or more.
         """
 
     @abstractmethod

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
 
 MEMORY_S = 0.1
 """Of busy time: long enough to be smooth where objects come by the hundred in a second, and short
 enough to notice a link that slows down while a load is under way."""
+
+
+NUM_TIMES = 32
+"""Reads of which the shortest says how far away a tier is."""
 
 
 class Bandwidth:
@@ -25,6 +30,27 @@ class Bandwidth:
         self._since = 0.0  # counted up to here, while a read is under way
         self._bytes = 0.0
         self._seconds = 0.0
+        self._times: deque[float] = deque(maxlen=NUM_TIMES)
+        self._brought_at = -math.inf
+
+    @property
+    def shortest_s(self) -> float:
+        """What the shortest of the last reads took; 0 before the first."""
+        return min(tuple(self._times), default=0.0)
+
+    @property
+    def age_s(self) -> float:
+        """How long ago a read brought something; `inf` before the first."""
+        return self._clock() - self._brought_at
+
+    def looked(self) -> None:
+        """Somebody looks: others need not for a while, whatever he brings."""
+        self._brought_at = self._clock()
+
+    def took(self, seconds: float) -> None:
+        """One read that brought something took so long, by itself."""
+        self._times.append(seconds)
+        self._brought_at = self._clock()
 
     def begin(self) -> None:
         """A read begins."""

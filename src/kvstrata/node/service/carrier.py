@@ -130,6 +130,20 @@ class Carrier(Backing):
 
         return await self._judge(key, part, lambda: self._calls.read(work, give_up))
 
+    async def time(self, key: bytes, part: int, nbytes: int) -> None:
+        """See `Backing.time`."""
+        stored_as = self._name(key, part)
+
+        def work() -> None:
+            if stored_as is not None:
+                with self._scratch.buffer(nbytes) as stored:
+                    self._fetch(stored_as, stored)
+
+        try:
+            await self._calls.read(work)
+        except TierUnavailable as error:
+            self.trip(error)
+
     async def verify(self, key: bytes, part: int, nbytes: int) -> None:
         """Read one object as it is stored, to see whether it is still good; nobody waits for it."""
         name, stored_as = identity(key, part), self._name(key, part)
@@ -180,13 +194,15 @@ class Carrier(Backing):
 
     def _fetch(self, name: bytes, into: memoryview) -> int | Outcome:
         """Read one object as it is stored, and measure how fast that goes."""
-        brought = 0
+        brought, begun = 0, self._clock()
         self.bandwidth.begin()
         try:
             length = self._ask(name, into)
             brought = 0 if isinstance(length, Outcome) else length
         finally:
             self.bandwidth.end(brought)
+        if brought:
+            self.bandwidth.took(self._clock() - begun)
         return length
 
     def _ask(self, name: bytes, into: memoryview) -> int | Outcome:

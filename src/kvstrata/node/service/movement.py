@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from kvstrata.node.common.background import Tasks
+from kvstrata.node.common.planner import Link
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.streaming import Stream
@@ -26,6 +27,8 @@ from kvstrata.observe.counters import Counters
 from kvstrata.parts import at_level, order_name
 
 CALL_OFF_SLICE = 64
+LOOK_AGAIN_S = 10.0
+"""A tier that is too slow to load from is not loaded from, so nobody would see it become fast."""
 SPENDABLE = 0.9
 """Of a load's target: the rest is for decoding what came last, and for a link that slows down."""
 
@@ -47,6 +50,11 @@ class Wanted(NamedTuple):
     backing: Backing
     stored: int
 
+    @property
+    def size(self) -> int:
+        """What bringing it moves, as far as that is known."""
+        return self.stored or self.nbytes
+
 
 class Promotion:
     """An object on its way into a slot.
@@ -55,7 +63,8 @@ class Promotion:
     ``settled``, and held until nothing writes there any more.
     """
 
-    __slots__ = ("begun", "cost", "level", "number", "settled", "slot", "stream", "wanted")
+    __slots__ = ("begun", "cost", "level", "number", "queued", "settled", "slot", "stream",
+                 "wanted")  # fmt: skip
 
     def __init__(self, wanted: Wanted, slot: Slot, cost: float) -> None:
         self.wanted = wanted
@@ -64,7 +73,7 @@ class Promotion:
         self.level = 0
         self.stream: Stream | None = None
         self.number = 0  # in the stream
-        self.begun = self.settled = False
+        self.queued = self.begun = self.settled = False
 
 
 class Load:
@@ -89,6 +98,7 @@ class Lane:
 
     def __init__(self, backing: Backing) -> None:
         self.backing = backing
+        self.queued_bytes = 0  # of promotions that were started and have not ended
         self.waiting: deque[Promotion] = deque()
         self.busy: set[Promotion] = set()
         self.streams: list[Stream] = []
@@ -171,6 +181,8 @@ class Movement:
             promotion = self._promotions[slot]
             one = promotion.wanted
             lane = self._lanes[one.backing.name]
+            promotion.queued = True
+            lane.queued_bytes += one.size
             if not one.backing.load_target_s:
                 lane.waiting.append(promotion)
                 lanes.add(lane)
@@ -195,6 +207,22 @@ class Movement:
             stream.begin()
         for lane in lanes:
             self._pump(lane)
+
+    def link(self, backing: Backing) -> Link:
+        """How fast a tier brings what is asked of it now."""
+        speed, lane = backing.bandwidth, self._lanes[backing.name]
+        return Link(speed.bytes_per_s, speed.shortest_s, lane.queued_bytes)
+
+    def look_again(self, slot: Slot) -> None:
+        """See how fast a tier is, if nothing was read there for a while.
+
+        Args:
+            slot: for something that it has.
+        """
+        one = self._promotions[slot].wanted
+        if one.backing.bandwidth.age_s > LOOK_AGAIN_S and not self._lanes[one.backing.name].busy:
+            one.backing.bandwidth.looked()
+            self._tasks.spawn("a look", one.backing.time(one.key, one.part, one.size))
 
     def unwanted(self, slots: Iterable[Slot]) -> None:
         """Nobody waits for these promotions any more: those that have not begun are called off."""
@@ -247,6 +275,12 @@ class Movement:
         """Raise AssertionError unless every promotion has a place, and is wanted."""
         waiting: set[Promotion] = set()
         for lane in self._lanes.values():
+            queued = [
+                one.wanted.size
+                for one in self._promotions.values()
+                if one.queued and not one.settled and one.wanted.backing is lane.backing
+            ]
+            assert lane.queued_bytes == sum(queued)
             mine = [one for one in lane.waiting if not one.settled]
             waiting.update(mine)
             assert len(lane.busy) <= lane.backing.num_threads
@@ -259,7 +293,7 @@ class Movement:
             assert one.settled == (slot.state is not SlotState.FILLING)
             if not one.begun:
                 assert is_wanted(slot) or slot in self._unwanted, "a promotion for nobody"
-                assert one in waiting or one.stream is not None
+                assert one in waiting or one.stream is not None or not one.queued
         for name, slot in self.arriving.items():
             one = self._promotions[slot]
             assert (one.wanted.key, one.wanted.part) == name
@@ -368,6 +402,8 @@ class Movement:
         if promotion.settled:
             return
         promotion.settled = True
+        if promotion.queued:
+            self._lanes[promotion.wanted.backing.name].queued_bytes -= promotion.wanted.size
         slot, key, part = promotion.slot, promotion.wanted.key, promotion.wanted.part
         wanted = self.arriving.get((key, part)) is slot
         if wanted:

@@ -157,18 +157,16 @@ class SharedBacking(Carrier):
     # service
 
     async def run(self) -> None:
-        """Keep up with the store's epoch; and see once how fast it is, if a choice needs that."""
+        """Keep up with the store's epoch; and see once how fast it is."""
         self._tasks.spawn(f"the epoch of {self.name}", self._presence.run())
-        if self.load_target_s or (self.choice is not None and self.choice.needs_speed):
-            while not self._timed:
-                await asyncio.sleep(0.05)
-                if (epoch := self.epoch) is not None and self.writable:
-                    try:
-                        await self._link_test.run(epoch)
-                        self._timed = True
-                    except TierUnavailable as error:
-                        self.trip(error)
-        self._timed = True
+        while not self._timed:
+            await asyncio.sleep(0.05)
+            if (epoch := self.epoch) is not None and self.writable:
+                try:
+                    await self._link_test.run(epoch)
+                    self._timed = True
+                except TierUnavailable as error:
+                    self.trip(error)
 
     async def upkeep(self) -> None:
         """Tell the store what was used, and let it do what is due."""

@@ -20,22 +20,22 @@ class Prefill(NamedTuple):
     """How fast an engine computes a prompt, as it measured itself; all zero: unknown.
 
     Args:
-        token_s: seconds a token takes.
-        pair_s: seconds that it takes besides for each token before it, which it attends to.
+        chunk_s: seconds a chunk takes.
+        pair_s: seconds that it takes besides for each chunk before it, which it attends to.
     """
 
-    token_s: float = 0.0
+    chunk_s: float = 0.0
     pair_s: float = 0.0
 
     @property
     def known(self) -> bool:
         """Whether there is anything to reckon with."""
-        return self.token_s > 0 or self.pair_s > 0
+        return self.chunk_s > 0 or self.pair_s > 0
 
     def seconds(self, start: int, stop: int) -> float:
-        """What the tokens from ``start`` up to ``stop`` take."""
+        """What the chunks of a prompt from number ``start`` up to ``stop`` take."""
         pairs = (stop * stop - start * start) / 2
-        return self.token_s * (stop - start) + self.pair_s * pairs
+        return self.chunk_s * (stop - start) + self.pair_s * pairs
 
 
 class Link(NamedTuple):
@@ -64,15 +64,13 @@ class Plan(NamedTuple):
     """What to do with the chunks that were found.
 
     Args:
-        keep: how many to load, from the head on.
+        keep: how many of them to load, from the head on.
         load_s: what loading those takes.
-        compute_s: what computing all that were found would take, from the first not in host memory.
-        rest_s: what computing those takes that are not loaded.
+        rest_s: what computing the others takes.
     """
 
     keep: int
     load_s: float
-    compute_s: float
     rest_s: float
 
 
@@ -81,7 +79,7 @@ def plan(
     nbytes: Sequence[int],
     links: Sequence[Link],
     prefill: Prefill,
-    chunk_tokens: int,
+    first: int = 0,
 ) -> Plan:
     """The best number of chunks to load.
 
@@ -90,20 +88,19 @@ def plan(
         nbytes: for each chunk the bytes to bring.
         links: of the tiers, from number 1 on.
         prefill: of the engine; where it is unknown everything is loaded.
-        chunk_tokens: tokens of a chunk.
+        first: number of the first of these chunks in its prompt.
     """
-    count, coming = len(tiers), [0] * (len(links) + 1)
-    here = next((i for i, tier in enumerate(tiers) if tier), count)
-    stop = count * chunk_tokens
-    best = Plan(here, 0.0, 0.0, prefill.seconds(here * chunk_tokens, stop))
-    compute_s, least, load_s = best.rest_s, best.rest_s, 0.0
-    for number in range(here, count):
+    stop, coming = first + len(tiers), [0] * (len(links) + 1)
+    here = next((i for i, tier in enumerate(tiers) if tier), len(tiers))
+    best = Plan(here, 0.0, prefill.seconds(first + here, stop))
+    least, load_s = best.rest_s, 0.0
+    for number in range(here, len(tiers)):
         tier = tiers[number]
         if tier:
             coming[tier] += nbytes[number]
             load_s = max(load_s, links[tier - 1].seconds(coming[tier]))
-        rest_s = prefill.seconds((number + 1) * chunk_tokens, stop)
+        rest_s = prefill.seconds(first + number + 1, stop)
         if not prefill.known or load_s + rest_s <= least:
             least = load_s + rest_s
-            best = Plan(number + 1, load_s, 0.0, rest_s)
-    return best._replace(compute_s=compute_s)
+            best = Plan(number + 1, load_s, rest_s)
+    return best
