@@ -20,6 +20,7 @@ STOREYS = (
     "memory",
     "codecs",
     "policies",
+    "transfer",
     "tiers",
     "quality",
     "config",

@@ -60,6 +60,10 @@ class TierFull(TierUnavailable):
     """A tier takes no more objects; what it holds can still be read."""
 
 
+class PeerRefused(TierUnavailable):
+    """Another node does not take this one for one of its deployment, or the other way round."""
+
+
 class DeadlineExceeded(KVStrataError):
     """The wait ended before the answer came."""
 

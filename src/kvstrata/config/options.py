@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from kvstrata import units
 from kvstrata.config import kinds
 from kvstrata.config.files import read_file
+from kvstrata.config.network import NetworkConfig, PeerConfig
 from kvstrata.config.owned import file_system_bytes
 from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig, about, option
 from kvstrata.config.tierparts import Room, TierPart, check_fits
@@ -94,6 +95,7 @@ class Config:
         shared=True,
     )
     host: HostConfig = field(default_factory=HostConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     tiers: tuple[TierPart, ...] = ()
     """Below the pool, fastest first."""
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
@@ -142,6 +144,7 @@ PARTS: Mapping[str, type] = {
     "": Config,
     "host": HostConfig,
     **{part.name: part for part in TIERS},
+    "network": NetworkConfig,
     "deadlines": DeadlineConfig,
     "leases": LeaseConfig,
 }
@@ -257,8 +260,12 @@ def _check_sums(
     if pool:
         check_fits("host.capacity", pool, in_all(), "memory this machine has")
     room = Room(lambda: max(0, in_all() - pool), disk_bytes)
+    config.network.check()
     for part in config.tiers:
         part.check(room)
+        if isinstance(part, PeerConfig):
+            for node in part.nodes:
+                config.network.check_way(node, "peer.nodes")
 
 
 def _flatten(

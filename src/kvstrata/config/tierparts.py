@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from kvstrata import units
 from kvstrata.config import kinds
@@ -54,6 +54,10 @@ class TierPart(ABC):
     @abstractmethod
     def check(self, room: Room) -> None:
         """Raise `ConfigError` where options do not go together, or ask for more than there is."""
+
+    def open_in(self, config: Any) -> OwnedTier | SharedTier:
+        """The tier, where the rest of the configuration matters too; otherwise as `open`."""
+        return self.open()
 
     @abstractmethod
     def open(self) -> OwnedTier | SharedTier:

@@ -25,6 +25,7 @@ from kvstrata.memory.pool import Pool
 from kvstrata.node.clearing import Clearer
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.slices import in_slices
+from kvstrata.node.lending import Lender
 from kvstrata.node.matching import Matcher
 from kvstrata.node.opening import open_backings
 from kvstrata.node.service.backing import Backing
@@ -93,6 +94,7 @@ class Node:
         self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
                                 self._sampler, backings, counters,
                                 planning=config.planner == "on")  # fmt: skip
+        self.lender = Lender(self.host, counters)
         self._clearer = Clearer(self.host, self.reservations, self.movement, backings)
         self._outcomes: set[str] = set()
         self._clock = clock
@@ -299,6 +301,7 @@ class Node:
     def status(self, client: Client, message: p.Status) -> p.State:
         """Everything an operator may ask of a node."""
         host = self.host
+        queued = {behind.backing.name: behind.queued_bytes for behind in self.movement.behind}
         return p.State(
             message.id,
             {
@@ -325,10 +328,10 @@ class Node:
                         "codec": backing.choice.name if backing.choice else "raw",
                         "state": backing.state,
                         **backing.holdings(),
-                        "queued_bytes": behind.queued_bytes,
+                        "queued_bytes": queued.get(backing.name, 0),
                         "scratch_bytes": backing.scratch_bytes,
                     }
-                    for backing, behind in zip(self.backings, self.movement.behind, strict=True)
+                    for backing in self.backings
                 ],
                 "tiers_left_out": self.left_out,
                 "counters": self.counters.snapshot(),

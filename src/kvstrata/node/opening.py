@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvstrata.config import Config
+from kvstrata.config.network import PeerConfig
 from kvstrata.config.owned import OwnedPart
 from kvstrata.config.shared import SharedPart
 from kvstrata.config.tierparts import TierPart
@@ -17,12 +18,14 @@ from kvstrata.node.coding.recoding import warm_up
 from kvstrata.node.common.background import report_bug
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.owned import OwnedBacking
+from kvstrata.node.service.peers import PeerBacking
 from kvstrata.node.service.shared import SharedBacking
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.table import cache_folder
 from kvstrata.tiers.base import OwnedTier, SharedTier
+from kvstrata.tiers.peer import PeerTier
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
@@ -43,7 +46,7 @@ def open_backings(
             # First what takes nothing that would have to be given back.
             choice = _choice(part.codec, part.name, tables)
             coarser = [Always(_ready(name)) for name in part.coarser]
-            tier = part.open()
+            tier = part.open_in(config)
         except Exception as error:
             if not isinstance(error, KVStrataError):
                 report_bug(counters, f"opening {part.name}", error)
@@ -63,6 +66,9 @@ def open_backings(
 
 
 def _in_service(part: TierPart, tier: OwnedTier | SharedTier, **common: Any) -> Backing:
+    if isinstance(part, PeerConfig):
+        assert isinstance(tier, PeerTier)
+        return PeerBacking(tier, lookup_timeout_s=part.lookup_timeout, **common)
     if isinstance(part, SharedPart):
         assert isinstance(tier, SharedTier)
         return SharedBacking(tier, lookup_timeout_s=part.lookup_timeout, **common)

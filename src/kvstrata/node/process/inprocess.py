@@ -14,6 +14,7 @@ from typing import Any
 from kvstrata.config import Config
 from kvstrata.keys import load_secret
 from kvstrata.node.node import Node
+from kvstrata.node.process.listening import PeerServer
 from kvstrata.node.process.server import Server
 from kvstrata.wire.client import NodeClient
 
@@ -31,6 +32,8 @@ class InProcessNode:
 
     node: Node
     server: Server
+    peers: PeerServer | None
+    """Answers other nodes, if it is configured."""
 
     def __init__(self, config: Config, make: Callable[[Config], Node] = Node.create) -> None:
         self.config = config
@@ -87,10 +90,13 @@ class InProcessNode:
         self._ending = asyncio.Event()
         self.node = self._make(self.config)
         self.server = Server(self.node, self._secret)
+        self.peers = PeerServer.of(self.config, self._secret, self.node)
         try:
             await self.node.start()
             started.set_result(None)
             await self._ending.wait()
         finally:
             await self.server.close()
+            if self.peers is not None:
+                await self.peers.close()
             await self.node.stop()

@@ -26,6 +26,7 @@ from kvstrata.cores import given_cores
 from kvstrata.errors import KVStrataError
 from kvstrata.keys import load_secret
 from kvstrata.node.node import Node
+from kvstrata.node.process.listening import PeerServer
 from kvstrata.node.process.server import Server
 from kvstrata.wire.sockets import beside, prepare_folder, remove_dead, socket_path
 
@@ -143,6 +144,7 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, door.close)
     node = Node.create(config)
     server = Server(node, secret, door.on_alone)
+    peers = PeerServer.of(config, secret, node)
     try:
         await node.start()
         door.open(server)
@@ -155,6 +157,8 @@ async def _serve(
     finally:
         door.close()
         await server.close()
+        if peers is not None:
+            await peers.close()
         await node.stop()
         logger.info("node %d has ended", os.getpid())
 

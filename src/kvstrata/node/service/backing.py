@@ -61,6 +61,8 @@ class Backing(ABC):
     """
 
     capacity_bytes: int
+    takes_writes = True
+    """Whether anything is ever written to it."""
     must_be_asked = False
     """Whether what it holds is known only by asking, so that `find` knows what `resolve` learnt."""
 

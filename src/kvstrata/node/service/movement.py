@@ -138,9 +138,14 @@ class Movement:
         self._leases = leases
         self._counters = counters
         self._clock = clock
+        self._order = {backing.name: number for number, backing in enumerate(backings)}
         self._lanes = {backing.name: Lane(backing) for backing in backings}
         self._tasks = Tasks(counters)
-        self.behind = [WriteBehind(host, backing, counters, self._tasks) for backing in backings]
+        self.behind = [
+            WriteBehind(host, backing, counters, self._tasks)
+            for backing in backings
+            if backing.takes_writes
+        ]
 
     def promote(self, load: Load, chunks: Sequence[Sequence[Wanted]]) -> list[list[Slot]]:
         """Make slots for objects to be brought into host memory; `start` brings them.
@@ -388,7 +393,7 @@ class Movement:
         order = order_name(header.kind, header.order)
         for behind in self.behind:
             backing = behind.backing
-            if backing is promotion.wanted.backing:
+            if self._order[backing.name] >= self._order[promotion.wanted.backing.name]:
                 break
             lossless = backing.choice is None or backing.choice.lossless
             if lossless and backing.find(key, part, None) is None:

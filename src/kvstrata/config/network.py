@@ -1,0 +1,169 @@
+"""How this node meets others on the network, and the tier that their memory is."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvstrata.config import kinds
+from kvstrata.config.parts import about, option
+from kvstrata.config.shared import LOOKUP
+from kvstrata.config.tierparts import Room, TierPart
+from kvstrata.errors import ConfigError
+from kvstrata.transfer.tcp import Address
+
+if TYPE_CHECKING:
+    from kvstrata.tiers.peer import PeerTier
+
+TRUSTED = "yes, I trust this network"
+MAX_PEERS = 64
+
+_ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
+
+
+def _address(value: Any) -> Address:
+    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if found is None or not int(found[3]) < 1 << 16:
+        raise ValueError(f"{value!r} is no host and port")
+    return Address(found[1] or found[2], int(found[3]))
+
+
+def _listen(value: Any) -> Address | None:
+    return None if value == "none" else _address(value)
+
+
+def _nodes(value: Any) -> tuple[Address, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not 0 < len(names) <= MAX_PEERS:
+        raise ValueError(f"{value!r} is no list of 1 to {MAX_PEERS} addresses")
+    nodes = tuple(_address(name.strip() if isinstance(name, str) else name) for name in names)
+    if len(set(nodes)) != len(nodes):
+        raise ValueError(f"{value!r} names a node twice")
+    return nodes
+
+
+def _file(value: Any) -> Path | None:
+    return None if value == "none" else kinds.PATH.parse(value)
+
+
+LISTEN = kinds.Kind(
+    _listen, lambda value: str(value or "none"), '"none", or an address such as "10.0.0.1:7788"'
+)
+NODES = kinds.Kind(
+    _nodes,
+    lambda value: ", ".join(map(str, value)),
+    'addresses such as "10.0.0.2:7788, 10.0.0.3:7788"',
+)
+FILE = kinds.Kind(_file, lambda value: str(value or "none"), f'"none", or {kinds.PATH.expected}')
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """How this node meets others, see docs/peers.md; on loopback nothing but `listen` is needed."""
+
+    listen: Address | None = option(  # noqa: RUF009 - it calls field()
+        LISTEN, "none", "Where this node answers others; `none`: it does not.", shared=True
+    )
+    trusted: str = option(
+        kinds.one_of(("no", TRUSTED)),
+        "no",
+        "Whether bytes may cross the network in the clear: whoever reads or changes them there "
+        "reads or changes KV. Without these words TLS is needed on anything but loopback.",
+        shared=True,
+    )
+    certificate: Path | None = option(  # noqa: RUF009 - it calls field()
+        FILE, "none", "This node's, for TLS; PEM.", shared=True
+    )
+    key: Path | None = option(  # noqa: RUF009 - it calls field()
+        FILE, "none", "The certificate's private key; PEM.", shared=True
+    )
+    authority: Path | None = option(  # noqa: RUF009 - it calls field()
+        FILE, "none", "Whose certificates others must show; PEM.", shared=True
+    )
+
+    @property
+    def secured(self) -> bool:
+        """Whether everything goes through TLS."""
+        return self.certificate is not None
+
+    def check(self) -> None:
+        """Raise `ConfigError` where options do not go together."""
+        files = {"certificate": self.certificate, "key": self.key, "authority": self.authority}
+        if self.secured or self.key or self.authority:
+            for name, path in files.items():
+                if path is None:
+                    raise ConfigError(
+                        f"network.{name}", "missing; TLS needs certificate, key and authority"
+                    )
+        if self.listen is not None:
+            self.check_way(self.listen, "network.listen")
+
+    def check_way(self, address: Address, path: str) -> None:
+        """Raise `ConfigError` where bytes would cross a network that nobody says is trusted."""
+        if not (self.secured or self.trusted == TRUSTED or _is_loopback(address.host)):
+            raise ConfigError(
+                path,
+                f"{address.host} is no loopback address, and there is neither TLS "
+                f"(network.certificate, key and authority) nor network.trusted = {TRUSTED!r}",
+            )
+
+    def tls(self, *, serving: bool) -> ssl.SSLContext | None:
+        """For one end of a connection; None where there is none.
+
+        Raises:
+            ConfigError: a file cannot be used.
+        """
+        if not self.secured:
+            return None
+        purpose = ssl.Purpose.CLIENT_AUTH if serving else ssl.Purpose.SERVER_AUTH
+        try:
+            context = ssl.create_default_context(purpose, cafile=str(self.authority))
+            context.load_cert_chain(str(self.certificate), str(self.key))
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError("network.certificate", f"TLS cannot be had: {error}") from error
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+@dataclass(frozen=True)
+class PeerConfig(TierPart):
+    """What other nodes have in host memory; off without `nodes`."""
+
+    name: ClassVar[str] = "peer"
+    nodes: tuple[Address, ...] = field(
+        metadata=about(NODES, None, "Where the others answer: their `network.listen`.", True)
+    )
+    io_threads: int = option(
+        kinds.whole(1, 64), "8", "Threads that read, over all peers.", shared=True
+    )
+    lookup_timeout: float = option(kinds.WAIT, "20ms", LOOKUP, shared=True)
+
+    codec = "raw"
+    write_queue = 0
+
+    def check(self, room: Room) -> None:
+        return
+
+    def open(self) -> PeerTier:
+        raise NotImplementedError("a peer needs to know the whole configuration")
+
+    def open_in(self, config: Any) -> PeerTier:
+        from kvstrata.keys import load_secret
+        from kvstrata.tiers.peer import TIMEOUT_S, PeerTier
+        from kvstrata.transfer.tcp import connect
+
+        network, secret = config.network, load_secret(config.secret_file)
+        tls = network.tls(serving=False)
+        return PeerTier(self.nodes, lambda node: connect(node, secret, TIMEOUT_S, tls))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

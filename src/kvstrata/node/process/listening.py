@@ -1,0 +1,210 @@
+"""A node's door for other nodes: a TCP socket, a thread for each connection.
+
+A thread finds what is asked for on the node's loop, where it is held still, and sends it from the
+slot. Nobody gets further than a hello without the deployment's secret.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from kvstrata.config import Config
+from kvstrata.errors import Incompatible, KVStrataError, TierUnavailable
+from kvstrata.node.lending import Lender
+from kvstrata.node.node import Node
+from kvstrata.node.slots.slot import Slot
+from kvstrata.observe.counters import Counters
+from kvstrata.transfer import peers as p
+from kvstrata.transfer.tcp import Address, Channel
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+MAX_CONNECTIONS = 256
+HELLO_S = 5.0
+TIMEOUT_S = 10.0
+IDLE_S = 3600.0
+
+
+class PeerServer:
+    """Answers other nodes; made on the node's loop.
+
+    Args:
+        address: where to listen; port 0: any free one.
+        secret: the deployment's.
+        lender: finds what they ask for.
+        counters: the node's.
+        tls: for a network that is not trusted.
+    Raises:
+        TierUnavailable: one cannot listen there.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        secret: bytes,
+        lender: Lender,
+        counters: Counters,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._secret = secret
+        self._lender = lender
+        self._counters = counters
+        self._tls = tls
+        self._loop = asyncio.get_running_loop()
+        self._connections: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        try:
+            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+            self._listener = socket.create_server(address, family=family, backlog=128)
+        except OSError as error:
+            raise TierUnavailable(f"cannot listen on {address}: {error}") from error
+        host, port = self._listener.getsockname()[:2]
+        self.address = Address(host, port)
+        threading.Thread(target=self._accept, name="kvstrata-peers", daemon=True).start()
+
+    @classmethod
+    def of(cls, config: Config, secret: bytes, node: Node) -> PeerServer | None:
+        """As configured; None where the node answers no others, or cannot.
+
+        Raises:
+            ConfigError: TLS cannot be had.
+        """
+        network = config.network
+        if network.listen is None:
+            return None
+        try:
+            return cls(
+                network.listen, secret, node.lender, node.counters, network.tls(serving=True)
+            )
+        except TierUnavailable as error:
+            logger.error("other nodes get nothing from this one: %s", error)
+            node.left_out["network"] = str(error)
+            return None
+
+    async def close(self) -> None:
+        """Hang up on all, and listen no more; returns when nothing of host memory is being sent."""
+        self._hang_up()
+        for _ in range(100):
+            with self._lock:
+                if not self._connections:
+                    return
+            await asyncio.sleep(0.02)
+
+    def _hang_up(self) -> None:
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            connections = list(self._connections)
+        for one in connections:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connected, _ = self._listener.accept()
+            except OSError:
+                continue
+            with self._lock:
+                crowded = self._closed or len(self._connections) >= MAX_CONNECTIONS
+                if not crowded:
+                    self._connections.add(connected)
+            if crowded:
+                connected.close()
+                continue
+            serve = threading.Thread(
+                target=self._serve, args=(connected,), name="kvstrata-peer", daemon=True
+            )
+            serve.start()
+
+    def _serve(self, connected: socket.socket) -> None:
+        who = "a peer"
+        try:
+            who = "{}:{}".format(*connected.getpeername()[:2])
+            connected.settimeout(HELLO_S)
+            secured = self._tls.wrap_socket(connected, server_side=True) if self._tls else connected
+            with contextlib.closing(Channel(secured, HELLO_S)) as channel:
+                if self._is_one_of_us(channel, who):
+                    channel.timeout_s = TIMEOUT_S
+                    self._answer_all(channel)
+        except (OSError, KVStrataError) as error:
+            if not self._closed:
+                logger.info("%s is disconnected: %s", who, error)
+        finally:
+            connected.close()
+            with self._lock:
+                self._connections.discard(connected)
+
+    def _is_one_of_us(self, channel: Channel, who: str) -> bool:
+        handshake = p.Handshake(self._secret)
+        hello = p.decode_request(channel.receive())
+        if not isinstance(hello, p.Hello):
+            raise Incompatible("it does not say hello")
+        try:
+            channel.send(handshake.answer(hello))
+        except Incompatible as error:
+            channel.send(p.Refused(str(error)))
+            raise
+        proof = p.decode_request(channel.receive())
+        if isinstance(proof, p.Proof) and handshake.check_client(hello, proof):
+            channel.send(p.Welcome())
+            return True
+        self._counters.add("peers_refused_total", why="secret")
+        logger.warning("%s is refused: it has another secret", who)
+        channel.send(p.Refused("another secret; copy the deployment's secret_file"))
+        return False
+
+    def _answer_all(self, channel: Channel) -> None:
+        while body := channel.receive(IDLE_S):
+            match p.decode_request(body):
+                case p.Ping():
+                    channel.send(p.Welcome())
+                case p.Stat(names):
+                    channel.send(p.Stats(self._on_loop(self._lender.sizes(names))))
+                case p.Read(name, most):
+                    self._send(channel, name, most)
+                case other:
+                    raise Incompatible(f"a {type(other).__name__} out of place")
+
+    def _send(self, channel: Channel, name: bytes, most: int) -> None:
+        lent = self._on_loop(self._lend(name))
+        if lent is None:
+            channel.send(p.Data(0))
+            return
+        slot, view = lent
+        sent = False
+        try:
+            if len(view) > most:
+                channel.send(p.Data(-1))
+            else:
+                channel.send(p.Data(len(view)), view)
+                sent = True
+        finally:
+            del view, lent
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and the pool with it
+                self._loop.call_soon_threadsafe(self._give_back, slot, sent)
+
+    async def _lend(self, name: bytes) -> tuple[Slot, memoryview] | None:
+        return self._lender.lend(name)
+
+    def _give_back(self, slot: Slot, sent: bool) -> None:
+        self._lender.give_back(slot, sent=sent)
+
+    def _on_loop(self, work: Coroutine[Any, Any, R]) -> R:
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result(TIMEOUT_S)
+        except RuntimeError as error:
+            work.close()
+            raise ConnectionError("the node has ended") from error

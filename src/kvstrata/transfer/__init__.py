@@ -1,0 +1,1 @@
+"""Bytes between machines: what two nodes say to each other, and how."""

@@ -1,0 +1,162 @@
+"""What two nodes say to each other on TCP: ``docs/peers.md`` as code.
+
+A connection begins with a proof from both ends that they know the deployment's secret. Frames are a
+little-endian 32-bit length and a MessagePack array; behind a `Data` come an object's bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgspec
+from blake3 import blake3
+
+import kvstrata
+from kvstrata.errors import Incompatible, PeerRefused
+
+PEER_VERSION = 1
+MAX_FRAME_BYTES = 1 << 20
+MAX_NAMES = 4096
+NONCE_BYTES = 32
+
+_PROOF_CONTEXT = "KVStrata 1 peers"
+_Bytes = Annotated[bytes, msgspec.Meta(max_length=256)]
+_Names = Annotated[list[_Bytes], msgspec.Meta(max_length=MAX_NAMES)]
+
+
+class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    pass
+
+
+class Hello(_Message, tag="hello", frozen=True):
+    """The first word of both ends; ``proof`` is empty in that of the end that connects."""
+
+    version: int
+    release: str
+    nonce: _Bytes
+    now: float
+    proof: _Bytes = b""
+
+
+class Proof(_Message, tag="proof", frozen=True):
+    proof: _Bytes
+
+
+class Welcome(_Message, tag="welcome", frozen=True):
+    pass
+
+
+class Refused(_Message, tag="refused", frozen=True):
+    why: str
+
+
+class Ping(_Message, tag="ping", frozen=True):
+    pass
+
+
+class Stat(_Message, tag="stat", frozen=True):
+    names: _Names
+
+
+class Stats(_Message, tag="stats", frozen=True):
+    """Sizes of whole objects; 0: it is not there."""
+
+    sizes: Annotated[list[int], msgspec.Meta(max_length=MAX_NAMES)]
+
+
+class Read(_Message, tag="read", frozen=True):
+    """Ask for an object of ``most`` bytes at most."""
+
+    name: _Bytes
+    most: int
+
+
+class Data(_Message, tag="data", frozen=True):
+    """So many bytes follow; 0: it is not there; -1: it is larger."""
+
+    nbytes: int
+
+
+Request = Hello | Proof | Ping | Stat | Read
+Reply = Hello | Welcome | Refused | Stats | Data
+
+encode = msgspec.msgpack.Encoder().encode
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def decode_request(body: bytes) -> Request:
+    """Raises `Incompatible` for anything that is no request of this version."""
+    with _checked():
+        return _requests.decode(body)
+
+
+def decode_reply(body: bytes) -> Reply:
+    """Raises `Incompatible` for anything that is no reply of this version."""
+    with _checked():
+        return _replies.decode(body)
+
+
+@contextlib.contextmanager
+def _checked() -> Iterator[None]:
+    try:
+        yield
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:
+        raise Incompatible(f"not what a node of protocol {PEER_VERSION} says: {error}") from error
+
+
+class Handshake:
+    """One end's part in the proof that both know the secret.
+
+    Args:
+        secret: the deployment's, 32 bytes.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._key = blake3(secret, derive_key_context=_PROOF_CONTEXT).digest()
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+
+    def hello(self, proof: bytes = b"") -> Hello:
+        """This end's first word."""
+        return Hello(PEER_VERSION, kvstrata.__version__, self.nonce, time.time(), proof)
+
+    def answer(self, hello: Hello) -> Hello:
+        """The first word of the end that was connected to."""
+        check_version(hello)
+        return self.hello(self._proof(b"server", hello.nonce, self.nonce))
+
+    def check_server(self, hello: Hello, where: str) -> Proof:
+        """The proof of the end that connects, once the other one has proved itself.
+
+        Raises:
+            Incompatible: another version.
+            PeerRefused: it does not know the secret.
+        """
+        check_version(hello)
+        if not hmac.compare_digest(hello.proof, self._proof(b"server", self.nonce, hello.nonce)):
+            raise PeerRefused(
+                f"{where} has another secret; copy the deployment's secret_file there"
+            )
+        return Proof(self._proof(b"client", self.nonce, hello.nonce))
+
+    def check_client(self, hello: Hello, proof: Proof) -> bool:
+        """Whether the end that connected knows the secret."""
+        return hmac.compare_digest(proof.proof, self._proof(b"client", hello.nonce, self.nonce))
+
+    def _proof(self, who: bytes, client: bytes, server: bytes) -> bytes:
+        return blake3(who + client + server, key=self._key).digest()
+
+
+def check_version(hello: Hello) -> None:
+    """Raises `Incompatible` for an end of another protocol, or one whose nonce is no nonce."""
+    if hello.version != PEER_VERSION or len(hello.nonce) != NONCE_BYTES:
+        raise Incompatible(
+            f"the other node (KVStrata {hello.release[:32]!r}) speaks peer protocol "
+            f"{hello.version}, this one (KVStrata {kvstrata.__version__}) {PEER_VERSION}; install "
+            "one release on both sides"
+        )

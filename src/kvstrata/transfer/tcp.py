@@ -1,0 +1,177 @@
+"""One TCP connection between two nodes: frames, and objects from slot to slot.
+
+Bytes go from the kernel into a slot and from a slot into the kernel; Python copies none. Every call
+ends within a deadline, or the connection is of no use any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import struct
+import time
+from typing import NamedTuple
+
+from kvstrata.errors import Incompatible, PeerRefused, TierUnavailable
+from kvstrata.transfer import peers as p
+
+_LENGTH = struct.Struct("<I")
+SOCKET_BYTES = 4 << 20
+"""What the kernel may keep for a connection: a link with 40 ms of delay needs it."""
+
+
+class Address(NamedTuple):
+    """Where a node answers others."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Channel:
+    """A connected socket; of one thread at a time.
+
+    Args:
+        connected: a blocking socket, owned from now on.
+        timeout_s: what one call may take.
+    """
+
+    def __init__(self, connected: socket.socket, timeout_s: float) -> None:
+        self._socket = connected
+        self.timeout_s = timeout_s
+        self._deadline = 0.0
+        with contextlib.suppress(OSError):  # not of TCP
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, message: p.Request | p.Reply, payload: memoryview | None = None) -> None:
+        """Send a message, and the bytes that belong to it.
+
+        Raises:
+            OSError: the other end has gone, or takes nothing.
+        """
+        body = p.encode(message)
+        self._begin()
+        self._socket.sendall(_LENGTH.pack(len(body)) + body)
+        if payload is not None:
+            # sendall's own deadline is for all of it, which is what is meant.
+            self._socket.settimeout(self._left())
+            self._socket.sendall(payload)
+
+    def receive(self, idle_s: float | None = None) -> bytes:
+        """One frame's body; empty where the other end has hung up between two.
+
+        Args:
+            idle_s: how long to wait for its first byte, where that is another time.
+        Raises:
+            OSError: the other end has gone, or says nothing.
+            Incompatible: a frame that is longer than any.
+        """
+        self._begin(idle_s)
+        head = bytearray(_LENGTH.size)
+        first = self._socket.recv_into(head)
+        if not first:
+            return b""
+        self._begin()
+        self._fill(memoryview(head)[first:])
+        (length,) = _LENGTH.unpack(head)
+        if length > p.MAX_FRAME_BYTES:
+            raise Incompatible(f"a frame of {length} bytes; {p.MAX_FRAME_BYTES} at most")
+        body = bytearray(length)
+        self._fill(memoryview(body))
+        return bytes(body)
+
+    def receive_into(self, into: memoryview) -> None:
+        """Exactly so many bytes, into their place.
+
+        Raises:
+            OSError: they did not come, or not in time.
+        """
+        self._begin()
+        self._fill(into)
+
+    def close(self) -> None:
+        """Hang up. Repeatable."""
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+    def _begin(self, timeout_s: float | None = None) -> None:
+        self._deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        self._socket.settimeout(self._left())
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"nothing within {self.timeout_s:g} s")
+        return left
+
+    def _fill(self, into: memoryview) -> None:
+        place = 0
+        while place < len(into):
+            self._socket.settimeout(self._left())
+            count = self._socket.recv_into(into[place:])
+            if not count:
+                raise ConnectionError("the other end hung up in the middle")
+            place += count
+
+
+def connect(
+    address: Address, secret: bytes, timeout_s: float, tls: ssl.SSLContext | None
+) -> Channel:
+    """A connection to another node, both ends of which have proved that they know the secret.
+
+    Args:
+        address: where it answers.
+        secret: the deployment's, 32 bytes.
+        timeout_s: what each call on the connection may take, connecting included.
+        tls: for a network that is not trusted.
+    Raises:
+        OSError: nobody answers.
+        PeerRefused, Incompatible: somebody does, and is no node of this deployment and release.
+    """
+    connected = socket.create_connection(address, timeout_s)
+    channel = None
+    try:
+        if tls is not None:
+            connected = tls.wrap_socket(connected, server_hostname=address.host)
+        channel = Channel(connected, timeout_s)
+        handshake = p.Handshake(secret)
+        channel.send(handshake.hello())
+        hello = _reply(channel, str(address))
+        if not isinstance(hello, p.Hello):
+            raise Incompatible(f"{address} does not say hello")
+        channel.send(handshake.check_server(hello, str(address)))
+        if not isinstance(_reply(channel, str(address)), p.Welcome):
+            raise Incompatible(f"{address} does not welcome a node that knows the secret")
+    except BaseException:
+        connected.close()
+        raise
+    return channel
+
+
+def ask(channel: Channel, request: p.Request, where: str) -> p.Reply:
+    """Send a request and wait for its answer.
+
+    Raises:
+        OSError: there is none.
+        PeerRefused, Incompatible: another one.
+    """
+    channel.send(request)
+    return _reply(channel, where)
+
+
+def _reply(channel: Channel, where: str) -> p.Reply:
+    body = channel.receive()
+    if not body:
+        raise ConnectionError("the other end hung up")
+    reply = p.decode_reply(body)
+    if isinstance(reply, p.Refused):
+        raise PeerRefused(f"{where} refuses: {reply.why[:200]}")
+    return reply
+
+
+def unavailable(where: str, error: Exception) -> TierUnavailable:
+    """What to say of a peer that failed."""
+    return TierUnavailable(f"{where}: {error or type(error).__name__}")

@@ -1,0 +1,526 @@
+"""Other nodes' host memory: asked over real sockets, by nodes of one deployment alone."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.nodes import NAMESPACE, ORDER, OTHER, RAW, SLOT, chunk_keys, payload, template
+
+from kvstrata.config import load_config
+from kvstrata.config.network import TRUSTED
+from kvstrata.errors import ConfigError, TierUnavailable
+from kvstrata.node.process.inprocess import InProcessNode
+from kvstrata.node.service.names import Where
+from kvstrata.objects import HEADER_BYTES, checksum
+from kvstrata.tiers import peer as peer_tier
+from kvstrata.tiers.base import Outcome, Stat
+from kvstrata.tiers.peer import PeerTier
+from kvstrata.transfer import peers as p
+from kvstrata.transfer import tcp
+from kvstrata.transfer.tcp import Address, Channel
+from kvstrata.wire.client import NodeClient, offsets_of
+
+SECRET = bytes(range(32))
+
+
+class Member:
+    """A node of a deployment, in this process, and a client of it."""
+
+    def __init__(self, folder: Path, peers: Sequence[Address] = (), **options: Any) -> None:
+        secret = folder / "secret"
+        if not secret.exists():
+            secret.write_bytes(SECRET)
+            secret.chmod(0o600)
+        overrides: dict[str, Any] = {
+            "host.capacity": "1MiB",
+            "host.verify_every": 0,
+            "leases.per_client": "80%",
+            "secret_file": str(secret),
+            "network.listen": "127.0.0.1:0",
+            "peer.lookup_timeout": "2s",
+            **({"peer.nodes": ", ".join(map(str, peers))} if peers else {}),
+            **options,
+        }
+        if not peers:
+            del overrides["peer.lookup_timeout"]
+        self.closed = False
+        self.inprocess = InProcessNode(load_config(environ={}, overrides=overrides))
+        self.client: NodeClient = self.inprocess.connect()
+
+    @property
+    def address(self) -> Address:
+        assert self.inprocess.peers is not None
+        return self.inprocess.peers.address
+
+    def store(self, keys: Sequence[bytes], order: str = ORDER) -> None:
+        call = self.client.reserve(NAMESPACE, keys, 0, 0, template(order))
+        reserved = call.wait(5.0)
+        sums = []
+        for key, offset in zip(keys, offsets_of(reserved.offsets), strict=True):
+            data = payload(key)
+            self.client.pool.view(offset + HEADER_BYTES, RAW)[:] = data
+            sums.append(checksum(data))
+        self.client.commit(reserved.reservation, sums).wait(5.0)
+
+    def get(self, keys: Sequence[bytes], namespace: bytes = NAMESPACE) -> list[int]:
+        """Match, load, compare; the tier of each chunk that came."""
+        call = self.client.match(keys, [0], [ORDER], [RAW], namespace=namespace)
+        matched, ready, offsets = call.wait(5.0), 0, [-1] * len(keys)
+        while ready < len(matched.tiers):
+            if -1 not in offsets[: len(matched.tiers)]:
+                break
+            arrived = self.client.await_arrival(matched.lease, ready).wait(20.0)
+            offsets[ready : arrived.ready] = offsets_of(arrived.offsets)
+            ready = arrived.ready
+            if arrived.failed:
+                break
+        for key, offset in zip(keys, offsets[:ready], strict=False):
+            assert bytes(self.client.pool.view(offset + HEADER_BYTES, RAW)) == payload(key)
+        self.client.release(matched.lease)
+        return list(matched.tiers[:ready])
+
+    def counted(self, name: str) -> float:
+        counters = self.client.status()["counters"]
+        return float(sum(count for one, count in counters.items() if one.startswith(name)))
+
+    def state(self) -> str:
+        tiers = self.client.status()["tiers"]
+        return str(next(tier["state"] for tier in tiers if tier["name"] == "peer"))
+
+    def until(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not true():
+            assert time.monotonic() < deadline, "it never came true"
+            time.sleep(0.01)
+
+    def ready(self) -> Member:
+        """Once it has heard of a peer."""
+        self.until(lambda: self.state() == "ok")
+        return self
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.inprocess.check_integrity()
+            self.client.close()
+            self.inprocess.close()
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Callable[..., Member]]:
+    """Makes members, and ends them."""
+    with contextlib.ExitStack() as ends:
+
+        def make(peers: Sequence[Address] = (), folder: Path = tmp_path, **options: Any) -> Member:
+            folder.mkdir(exist_ok=True)
+            member = Member(folder, peers, **options)
+            ends.callback(member.close)
+            return member
+
+        yield make
+
+
+class Liar:
+    """A peer that proves itself, and then answers as it is told; one connection after another."""
+
+    def __init__(self, answer: Callable[[Channel, p.Request], None]) -> None:
+        self._answer = answer
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = Address("127.0.0.1", self._listener.getsockname()[1])
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connected, _ = self._listener.accept()
+                self._open.append(connected)
+                threading.Thread(target=self._serve, args=(connected,), daemon=True).start()
+
+    def _serve(self, connected: socket.socket) -> None:
+        channel, handshake = Channel(connected, 30.0), p.Handshake(SECRET)
+        with contextlib.suppress(Exception):
+            hello = p.decode_request(channel.receive())
+            assert isinstance(hello, p.Hello)
+            channel.send(handshake.answer(hello))
+            channel.receive()
+            channel.send(p.Welcome())
+            while body := channel.receive(60.0):
+                self._answer(channel, p.decode_request(body))
+
+    def close(self) -> None:
+        self._listener.close()
+        for one in self._open:
+            one.close()
+
+
+@pytest.fixture
+def liar() -> Iterator[Callable[[Callable[[Channel, p.Read], None]], Liar]]:
+    """Makes peers that say they have everything, and send it as they are told."""
+    liars: list[Liar] = []
+
+    def make(send: Callable[[Channel, p.Read], None]) -> Liar:
+        def answer(channel: Channel, request: p.Request) -> None:
+            if isinstance(request, p.Stat):
+                channel.send(p.Stats([SLOT] * len(request.names)))
+            elif isinstance(request, p.Read):
+                send(channel, request)
+            else:
+                channel.send(p.Welcome())
+
+        liars.append(Liar(answer))
+        return liars[-1]
+
+    yield make
+    for one in liars:
+        one.close()
+
+
+class TestOneDeployment:
+    def test_what_one_has_in_memory_another_loads(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        b = fleet([a.address]).ready()
+        keys = chunk_keys(8)
+        a.store(keys)
+        assert b.get(keys) == [1] * 8
+        assert b.get(keys) == [0] * 8, "and has it from then on"
+        assert a.counted("peer_sent_bytes_total") == 8 * SLOT
+        assert a.get(keys) == [0] * 8
+
+    def test_only_as_far_as_it_goes(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        b = fleet([a.address]).ready()
+        keys = chunk_keys(8)
+        a.store(keys[:5])
+        assert b.get(keys) == [1] * 5
+        assert b.get(keys, namespace=bytes(32)) == [0] * 5
+
+    def test_another_order_or_namespace_is_not_there(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        b = fleet([a.address]).ready()
+        keys = chunk_keys(3)
+        a.store(keys, order=OTHER)
+        assert b.get(keys) == []
+        a.client.clear()
+        a.store(keys)
+        assert b.get(keys, namespace=bytes(32)) == []
+        assert b.get(keys) == [1] * 3
+
+    def test_each_of_several_peers_gives_what_it_has(self, fleet: Callable[..., Member]) -> None:
+        a, b = fleet(), fleet()
+        c = fleet([a.address, b.address]).ready()
+        keys = chunk_keys(6)
+        a.store(keys[:3])
+        b.store(keys)
+        b.client.clear(keys[:3])
+        assert c.get(keys) == [1] * 6
+        assert a.counted("peer_sent") == b.counted("peer_sent") == 3 * SLOT
+
+    def test_a_clear_is_heard_at_once(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        b = fleet([a.address]).ready()
+        keys = chunk_keys(4)
+        a.store(keys)
+        call = b.client.match(keys, [0], [ORDER], [RAW], namespace=NAMESPACE)
+        b.client.release(call.wait(5.0).lease)
+        a.client.clear()
+        b.client.clear()
+        assert b.get(keys) == []
+
+    def test_nothing_is_written_to_a_peer(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        b = fleet([a.address]).ready()
+        b.store(chunk_keys(3))
+        b.client.flush()
+        assert a.get(chunk_keys(3)) == []
+        assert b.counted("write_behind_skipped_total") == 0
+
+    def test_two_that_are_each_others(self, fleet: Callable[..., Member]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as reserved:
+            port = reserved.getsockname()[1]
+        a = fleet([Address("127.0.0.1", port)])
+        b = fleet([a.address], **{"network.listen": f"127.0.0.1:{port}"}).ready()
+        a.store(chunk_keys(3))
+        assert b.get(chunk_keys(3)) == [1] * 3
+        b.store(chunk_keys(3, 1))
+        a.ready()
+        assert a.get(chunk_keys(3, 1)) == [1] * 3
+
+    def test_what_is_being_sent_is_held_still(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        (key,) = chunk_keys(1)
+        a.store([key])
+
+        def lend() -> None:
+            lender, host = a.inprocess.node.lender, a.inprocess.node.host
+            lent = lender.lend(Where(0, NAMESPACE, ORDER).name(key, 0))
+            assert lent is not None
+            slot, view = lent
+            before = bytes(view)
+            assert host.clear() == 1
+            while host.give_back(10):
+                pass
+            assert host.allocated_bytes == SLOT
+            while (other := host.allocate(SLOT)) is not None:
+                host.pool.view(other.offset, SLOT)[:] = bytes(SLOT)
+                host.discard(other)
+                held.append(other)
+            assert bytes(view) == before
+            lender.give_back(slot, sent=True)
+            for other in held:
+                host.unhold(other)
+            assert host.allocated_bytes == 0
+
+        held: list[Any] = []
+        a.inprocess.run(lend)
+
+
+class TestWhoMayConnect:
+    def test_another_secret_is_refused_on_both_sides(
+        self, fleet: Callable[..., Member], tmp_path: Path
+    ) -> None:
+        a = fleet()
+        strange = tmp_path / "strange"
+        strange.mkdir()
+        (strange / "secret").write_bytes(bytes(32))
+        (strange / "secret").chmod(0o600)
+        b = fleet([a.address], strange)
+        b.until(lambda: "has another secret; copy the deployment's secret_file" in b.state())
+        a.store(chunk_keys(2))
+        assert b.get(chunk_keys(2)) == []
+
+    def test_who_cannot_prove_it_hears_nothing(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        for last in (p.Proof(bytes(32)), p.Ping(), p.Stat([bytes(60)])):
+            channel = Channel(socket.create_connection(a.address), 5.0)
+            channel.send(p.Handshake(bytes(32)).hello())
+            assert isinstance(p.decode_reply(channel.receive()), p.Hello)
+            channel.send(last)
+            assert isinstance(p.decode_reply(channel.receive()), p.Refused)
+            assert channel.receive() == b""
+            channel.close()
+        assert a.counted('peers_refused_total{why="secret"}') == 3
+
+    def test_a_proof_is_good_for_one_connection(self) -> None:
+        """What was heard on one connection proves nothing on another."""
+        mine, theirs = p.Handshake(SECRET), p.Handshake(SECRET)
+        proof = mine.check_server(theirs.answer(mine.hello()), "x")
+        assert theirs.check_client(mine.hello(), proof)
+        again = p.Handshake(SECRET)
+        again.answer(mine.hello())
+        assert not again.check_client(mine.hello(), proof)
+        assert not theirs.check_client(p.Handshake(SECRET).hello(), proof)
+
+    def test_another_version_is_named(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        channel = Channel(socket.create_connection(a.address), 5.0)
+        channel.send(p.Hello(99, "9.9", bytes(32), 0.0))
+        reply = p.decode_reply(channel.receive())
+        assert isinstance(reply, p.Refused)
+        assert "speaks peer protocol 99" in reply.why
+        channel.close()
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_garbage_is_hung_up_on(self, fleet: Callable[..., Member], seed: int) -> None:
+        a, draw = fleet(), random.Random(seed)
+        with socket.create_connection(a.address) as connected:
+            connected.settimeout(5.0)
+            length = draw.choice([0, 5, 100, 1 << 30])
+            with contextlib.suppress(OSError):
+                connected.sendall(struct.pack("<I", length) + draw.randbytes(200))
+                connected.shutdown(socket.SHUT_WR)
+                while connected.recv(4096):
+                    pass
+        a.store(chunk_keys(1))
+        assert a.get(chunk_keys(1)) == [0]
+
+    def test_a_network_needs_tls_or_the_words(self) -> None:
+        def load(**options: Any) -> Any:
+            return load_config(environ={}, overrides=options)
+
+        with pytest.raises(ConfigError, match=r"network.listen: 10.0.0.1 is no loopback address"):
+            load(**{"network.listen": "10.0.0.1:7788"})
+        with pytest.raises(ConfigError, match=r"peer.nodes: node-b is no loopback address"):
+            load(**{"peer.nodes": "node-b:7788"})
+        with pytest.raises(ConfigError, match=r"network.authority: missing; TLS needs"):
+            load(**{"network.certificate": "/a.pem", "network.key": "/b.pem"})
+        load(**{"network.listen": "10.0.0.1:7788", "network.trusted": TRUSTED})
+        load(**{"network.listen": "[::1]:7788", "peer.nodes": "localhost:1, 127.0.0.3:2"})
+
+    def test_tls(self, fleet: Callable[..., Member], tmp_path: Path) -> None:
+        files = certificates(tmp_path)
+        a = fleet(**files)
+        b = fleet([a.address], **files).ready()
+        a.store(chunk_keys(5))
+        assert b.get(chunk_keys(5)) == [1] * 5
+        without = fleet([a.address])
+        without.until(lambda: without.state().startswith("off: "))
+        assert without.get(chunk_keys(5)) == []
+
+
+class TestFailures:
+    def test_a_peer_that_is_not_there(self, fleet: Callable[..., Member]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as reserved:
+            address = Address("127.0.0.1", reserved.getsockname()[1])
+        a = fleet()
+        b = fleet([address, a.address]).ready()
+        a.store(chunk_keys(4))
+        assert b.get(chunk_keys(4)) == [1] * 4, "the other one serves on"
+        alone = fleet([address])
+        alone.until(lambda: alone.state().startswith("off: "))
+        assert "Connection refused" in alone.state()
+
+    def test_a_peer_that_dies_and_comes_back(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        b = fleet([a.address]).ready()
+        a.store(chunk_keys(3))
+        assert b.get(chunk_keys(3)) == [1] * 3
+        a.close()
+        b.client.clear()
+        assert b.get(chunk_keys(3)) == []
+        again = fleet(**{"network.listen": str(a.address)})
+        again.store(chunk_keys(3))
+        b.until(lambda: b.get(chunk_keys(3)) == [1] * 3)
+
+    @pytest.mark.parametrize("how", ["hangs up", "stalls", "sends too much", "says nonsense"])
+    def test_a_peer_that_fails_in_the_middle(
+        self,
+        fleet: Callable[..., Member],
+        liar: Callable[..., Liar],
+        monkeypatch: pytest.MonkeyPatch,
+        how: str,
+    ) -> None:
+        monkeypatch.setattr(peer_tier, "TIMEOUT_S", 0.5)
+
+        def send(channel: Channel, request: p.Read) -> None:
+            if how == "sends too much":
+                channel.send(p.Data(request.most + 4096), memoryview(bytes(request.most + 4096)))
+            elif how == "says nonsense":
+                channel.send(p.Stats([1]))
+            else:
+                channel.send(p.Data(SLOT), memoryview(bytes(SLOT // 2)))
+                if how == "hangs up":
+                    channel.close()
+
+        b = fleet([liar(send).address]).ready()
+        assert b.get(chunk_keys(4)) == []
+        b.until(lambda: not b.inprocess.run(lambda: b.inprocess.node.movement.filling()))
+        assert b.inprocess.run(lambda: b.inprocess.node.host.allocated_bytes) == 0
+        b.store(chunk_keys(4))
+        assert b.get(chunk_keys(4)) == [0] * 4
+
+    def test_a_peer_that_lies(
+        self, fleet: Callable[..., Member], liar: Callable[..., Liar]
+    ) -> None:
+        """Bytes that are not what was asked for count only as what they are."""
+        a = fleet()
+        keys = chunk_keys(3)
+        a.store(keys)
+        host = a.inprocess.node.host
+
+        def stolen(key: bytes) -> bytearray:
+            slot = host.get(key, 0)
+            assert slot is not None
+            return bytearray(host.pool.view(slot.offset, SLOT))
+
+        flipped, exchanged = stolen(keys[0]), stolen(keys[1])
+        flipped[5000] ^= 4
+        wanted = Where(0, NAMESPACE, ORDER).name(keys[0], 0)
+
+        def send(channel: Channel, request: p.Read) -> None:
+            data = flipped if request.name == wanted else exchanged
+            channel.send(p.Data(SLOT), memoryview(bytes(data)))
+
+        b = fleet([liar(send).address]).ready()
+        assert b.get([keys[0]]) == []
+        assert b.get([keys[2]]) == []
+        assert b.counted("corrupt_objects_total") == 2
+        assert b.get([keys[1]]) == [1], "the one that is what it says it is"
+
+    def test_a_stalled_peer_does_not_hide_the_others(
+        self, fleet: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(peer_tier, "STAT_S", 0.2)
+        silent = Liar(lambda channel, request: None)
+        a = fleet()
+        b = fleet([silent.address, a.address]).ready()
+        a.store(chunk_keys(4))
+        assert b.get(chunk_keys(4)) == [1] * 4
+        silent.close()
+
+    def test_after_close_nothing_works(self) -> None:
+        tier = PeerTier([Address("127.0.0.1", 1)], lambda address: None)  # type: ignore[arg-type,return-value]
+        tier.close()
+        tier.close()
+        for verb in (lambda: tier.stat([bytes(60)]), tier.epoch,
+                     lambda: tier.read([bytes(60)], [memoryview(bytearray(10))])):  # fmt: skip
+            with pytest.raises(TierUnavailable):
+                verb()
+
+    def test_a_place_is_remembered_for_the_read(self) -> None:
+        a = Liar(lambda channel, request: channel.send(
+            p.Stats([0] * len(request.names)) if isinstance(request, p.Stat) else p.Data(0)
+        ))  # fmt: skip
+        tier = PeerTier([a.address], lambda address: tcp.connect(address, SECRET, 5.0, None))
+        names = [bytes(60), bytes([1]) * 60]
+        assert tier.stat(names) == [Outcome.MISS] * 2
+        assert tier.read(names, [memoryview(bytearray(9))] * 2) == [Outcome.MISS] * 2
+        assert not isinstance(tier.stat(names)[0], Stat)
+        tier.close()
+        a.close()
+
+
+def certificates(folder: Path) -> dict[str, str]:
+    """An authority, and one certificate for 127.0.0.1 that it signed; as options."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def name(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+
+    def builder(subject: str, key: Any) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name(subject))
+            .issuer_name(name("authority"))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(hours=1))
+        )
+
+    authority, key = (
+        ec.generate_private_key(ec.SECP256R1()),
+        ec.generate_private_key(ec.SECP256R1()),
+    )
+    ca = builder("authority", authority).add_extension(
+        x509.BasicConstraints(ca=True, path_length=None), critical=True
+    )
+    mine = builder("node", key).add_extension(
+        x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+        critical=False,
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "ca.pem").write_bytes(ca.sign(authority, hashes.SHA256()).public_bytes(pem))
+    (folder / "node.pem").write_bytes(mine.sign(authority, hashes.SHA256()).public_bytes(pem))
+    (folder / "node.key").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return {
+        "network.certificate": str(folder / "node.pem"),
+        "network.key": str(folder / "node.key"),
+        "network.authority": str(folder / "ca.pem"),
+    }
