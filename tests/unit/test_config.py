@@ -380,6 +380,8 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
         "disk.capacity": "1GiB",
         "disk.load_target": "1s",
         "memory.capacity": "1GiB",
+        "peer.nodes": "b:1",
+        **{f"network.{name}": "/x.pem" for name in ("certificate", "key", "authority")},
     }
     identity = load(base).node_identity(uid=1)
     clients = {"node", "chunk_tokens", "tenant", "log"}
