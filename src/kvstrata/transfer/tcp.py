@@ -174,4 +174,5 @@ def _reply(channel: Channel, where: str) -> p.Reply:
 
 def unavailable(where: str, error: Exception) -> TierUnavailable:
     """What to say of a peer that failed."""
-    return TierUnavailable(f"{where}: {error or type(error).__name__}")
+    words = str(error) or type(error).__name__
+    return TierUnavailable(words if words.startswith(where) else f"{where}: {words}")

@@ -1,0 +1,94 @@
+"""A fleet: engines with a node each, on machines that share what any of them computed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tests.engine.engine import Engine, Prompt, whole_chunks
+from tests.engine.place import Place, eventually
+from tests.engine.plain import Plain, Texts
+
+pytestmark = pytest.mark.engine
+
+
+class Member(NamedTuple):
+    """A node and an engine of its own."""
+
+    place: Place
+    engine: Engine
+
+    def hears(self, tier: str) -> bool:
+        """Whether a tier of this node is in service."""
+        tiers = self.place.node.status()["tiers"]
+        return any(one["name"] == tier and one["state"] == "ok" for one in tiers)
+
+    def forget(self) -> None:
+        """Have nothing any more that is not somebody else's."""
+        self.place.node.clear(tiers=["host"])
+        self.engine.forget()
+
+
+@pytest.fixture(scope="module")
+def members(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Member, Member]]:
+    """The first one answers other nodes; the second one is such a node."""
+    secret = tmp_path_factory.mktemp("deployment") / "secret"
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+    with ExitStack() as ends:
+        made = []
+        common = {"host.capacity": "256MiB", "secret_file": str(secret)}
+        asks = {"peer.nodes": address, "peer.lookup_timeout": "1s"}
+        for settings in ({"network.listen": address}, asks):
+            place = ends.enter_context(Place(tiny_llama, {**common, **settings}))
+            made.append(Member(place, place.engine()))
+        for member in made:
+            member.engine.wait()
+        eventually(lambda: made[1].hears("peer"), "the second node hears of the first")
+        yield made[0], made[1]
+
+
+def test_what_one_node_has_another_loads(
+    members: tuple[Member, Member], plain: Plain, prompts: list[Prompt]
+) -> None:
+    first, second = members
+    cold = first.engine.answers(prompts)
+    assert [answer.tokens for answer in cold] == plain.cold(prompts)
+    first.place.await_stored(first.engine, prompts)
+    warm = second.engine.answers(prompts)
+    assert [answer.cached for answer in warm] == [whole_chunks(len(p)) for p in prompts]
+    assert [answer.tokens for answer in warm] == plain.warm(prompts)
+    assert second.place.count('hit_chunks_total{tier="peer"}') == sum(
+        whole_chunks(len(prompt)) // 128 for prompt in prompts
+    )
+    assert first.place.count("peer_sent_bytes_total") > 0
+    second.engine.forget()
+    again = second.engine.answers(prompts)
+    assert [answer.tokens for answer in again] == plain.warm(prompts)
+    assert second.place.count('hit_chunks_total{tier="host"}') > 0, "it has them itself now"
+    first.place.check()
+    second.place.check()
+
+
+def test_a_peer_that_dies_costs_a_miss(
+    members: tuple[Member, Member], plain: Plain, texts: Texts
+) -> None:
+    first, second = members
+    prompts = texts.of(700, 900, 1100)
+    cold = [answer.tokens for answer in first.engine.answers(prompts)]
+    assert cold == plain.cold(prompts)
+    first.place.await_stored(first.engine, prompts)
+    second.forget()
+    assert [a.cached for a in second.engine.answers(prompts[:1])] == [whole_chunks(700)]
+    os.kill(first.place.node.hello.pid, signal.SIGKILL)
+    second.forget()
+    answers = second.engine.answers(prompts)
+    assert [answer.cached for answer in answers] == [0] * 3
+    assert [answer.tokens for answer in answers] == cold
+    second.place.check()
