@@ -93,12 +93,19 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
     )
     for tier in state["tiers"]:
         waiting = tier["queued_bytes"]
+        held = (
+            ["", "the fleet's", "", ""]
+            if tier.get("shared")
+            else [
+                approximate_size(tier["used_bytes"]),
+                approximate_size(tier["capacity_bytes"]),
+                str(tier["num_chunks"]),
+                str(tier["num_objects"]),
+            ]
+        )
         tiers.add_row(
             tier["name"],
-            approximate_size(tier["used_bytes"]),
-            approximate_size(tier["capacity_bytes"]),
-            str(tier["num_chunks"]),
-            str(tier["num_objects"]),
+            *held,
             tier["codec"],
             tier["state"] + (f", {approximate_size(waiting)} to write" if waiting else ""),
         )
