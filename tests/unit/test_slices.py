@@ -27,6 +27,7 @@ from tests.support.nodes import (
     until,
 )
 
+from kvstrata.errors import UsageError
 from kvstrata.node import clearing, matching
 from kvstrata.node.common import slices
 from kvstrata.node.common.slices import in_slices
@@ -133,6 +134,29 @@ def test_a_match_leases_as_it_goes() -> None:
         assert me.leased_bytes + you.leased_bytes == 15 * SLOT
 
     on_node(test, slots=20)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_lease_is_not_released_before_it_is_granted(keep: int) -> None:
+    """Whoever guesses its number would otherwise be leased what never ends."""
+
+    async def test(node: Node) -> None:
+        me, you = Client(ME), Client(YOU)
+        assert await store(node, you, KEYS) == 40
+        matching = begin_match(node, me, KEYS)
+        await some_of_it(me)
+        (number,) = me.leases
+        with pytest.raises(UsageError, match="under way"):
+            release(node, me, number, keep)
+        matched = await matching
+        assert (matched.lease, len(matched.tiers)) == (number, 40)
+        assert len(offsets_of(matched.offsets)) == 40
+        node.check_integrity()
+        node.end(me)
+        assert not me.leased_bytes
+        node.check_integrity()
+
+    on_node(test, slots=40)
 
 
 def test_a_client_that_dies_in_the_middle_keeps_nothing() -> None:

@@ -405,6 +405,7 @@ class Matcher:
         )
         if search.lease is None or search.client.ended:
             return p.Matched(search.id, 0, b"", b"", *reckoned)
+        search.lease.whole = True
         offsets = offsets_of_rows(search.lease.rows)
         return p.Matched(search.id, search.lease.id, bytes(search.tiers), offsets, *reckoned)
 

@@ -202,6 +202,8 @@ class Node:
         if lease is not None:
             if lease.client is not client:
                 raise UsageError("a lease is released on the connection that was granted it")
+            if not lease.whole:
+                raise UsageError(f"lease {lease.id} is of a match that is under way")
             self._matcher.release(lease, message.keep)
 
     def lookup(self, client: Client, message: p.Lookup) -> p.Found | Awaitable[p.Found]:

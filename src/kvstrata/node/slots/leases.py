@@ -15,9 +15,10 @@ class Lease:
 
     ``rows`` are those of its chunks, in order. ``ready`` counts the leading ones whose objects all
     lie in host memory, in an order the client reads; ``failed`` says that the next will not come.
+    It is ``whole`` once its match has ended, and nothing is added to it any more.
     """
 
-    __slots__ = ("client", "failed", "id", "listeners", "orders", "ready", "rows")
+    __slots__ = ("client", "failed", "id", "listeners", "orders", "ready", "rows", "whole")
 
     def __init__(self, id: int, client: Client, orders: frozenset[str]) -> None:
         self.id = id
@@ -25,7 +26,7 @@ class Lease:
         self.orders = orders
         self.rows: list[Row] = []
         self.ready = 0
-        self.failed = False
+        self.failed = self.whole = False
         self.listeners: list[tuple[int, Callable[[], None]]] = []
 
     @property
