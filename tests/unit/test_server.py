@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,28 @@ class TestGarbage:
         assert client.status()["counters"]['requests_refused_total{request="match"}'] == 2
         client.close()
 
+    @pytest.mark.parametrize(
+        "request_",
+        [
+            p.Match(7, bytes(32), [(1 << 62) + number for number in range(4000)], [ORDER]),
+            p.Clear(7, None, ["x" * (1 << 20)]),
+        ],
+    )
+    def test_a_refusal_is_short_whatever_was_asked_for(
+        self, node: InProcessNode, request_: p.Request
+    ) -> None:
+        client, raw = node.connect(), raw_client(node)
+        raw.sendall(p.encode(request_))
+        (body,) = p.Frames().feed(raw.recv(1 << 20))
+        reply = p.decode_reply(body)
+        assert isinstance(reply, p.Failed)
+        assert (reply.id, reply.kind) == (7, "UsageError")
+        raw.sendall(p.encode(p.Lookup(8, KEYS[0], [0])))
+        assert raw.recv(1 << 20)
+        raw.close()
+        assert store(client, KEYS) == 3
+        client.close()
+
     def test_a_bug_is_logged_counted_and_answered(
         self,
         node: InProcessNode,
@@ -289,6 +312,71 @@ class TestMany:
         while count < 1000:
             count += sum(1 for _ in answers.feed(raw.recv(1 << 20)))
         raw.close()
+        client.close()
+
+    def test_answers_that_nobody_reads_do_not_pile_up(self, node: InProcessNode) -> None:
+        """Not even those to requests that came in one piece."""
+        client, raw = node.connect(), raw_client(node)
+        for _ in range(32):
+            client.record({"outcome": "hit", "x": "y" * 8000})
+        num_answers = len(client.status()["requests"])
+        assert num_answers == 32
+        raw.sendall(p.encode(p.Status(1)) * 2000)
+        client.status()
+        (slow,) = (
+            one for one in node.run(lambda: node.server._connections) if one._full or one._bodies
+        )
+        assert node.run(lambda: slow._transport.get_write_buffer_size()) < 2 << 20
+        answers, count = p.Frames(), 0
+        while count < 2000:
+            count += sum(1 for _ in answers.feed(raw.recv(1 << 20)))
+        raw.close()
+        client.close()
+
+    def test_many_requests_in_one_piece_hold_up_nobody(self, node: InProcessNode) -> None:
+        client, raw = node.connect(), raw_client(node)
+        order: list[str] = []
+        asked = node.node._handlers[p.Release]
+
+        def slow(who: Any, message: p.Release) -> None:
+            order.append("release")
+            time.sleep(0.002)
+            asked(who, message)
+
+        def other(who: Any, message: p.Lookup) -> Any:
+            order.append("lookup")
+            return node.node.lookup(who, message)
+
+        node.node._handlers[p.Release] = slow
+        node.node._handlers[p.Lookup] = other
+        raw.sendall(p.encode(p.Release(5)) * 500)
+        while not order:
+            time.sleep(0.001)
+        client.lookup(KEYS, [0])
+        assert order.index("lookup") < 400
+        raw.close()
+        client.close()
+
+    @pytest.mark.parametrize("answered", [True, False])
+    def test_what_came_before_the_end_of_a_connection_counts(
+        self, node: InProcessNode, answered: bool
+    ) -> None:
+        client, raw = node.connect(), raw_client(node)
+        for _ in range(32):
+            client.record({"outcome": "hit", "x": "y" * 8000})
+        raw.sendall(p.encode(p.Reserve(1, NAMESPACE, b"".join(KEYS), 0, 0, template())))
+        reply = p.decode_reply(next(p.Frames().feed(raw.recv(1 << 20))))
+        assert isinstance(reply, p.Reserved)
+        for key, offset in zip(KEYS, offsets_of(reply.offsets), strict=True):
+            client.pool.view(offset + HEADER_BYTES, RAW)[:] = payload(key)
+        sums = b"".join(checksum(payload(key)) for key in KEYS)
+        requests = p.encode(p.Status(2)) * (1 if answered else 100)
+        raw.sendall(requests + p.encode(p.Commit(3, reply.reservation, sums)) + p.encode(p.Bye()))
+        if not answered:
+            client.status()
+        raw.close()
+        wait_until(client, (0, 0))
+        assert client.lookup(KEYS, [0]) == bytes(3)
         client.close()
 
     def test_descriptors_and_holdings_after_many_clients(self, node: InProcessNode) -> None:

@@ -13,12 +13,15 @@ import logging
 import os
 import socket
 import struct
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import cast
 
 import kvstrata
 from kvstrata.errors import Incompatible, KVStrataError
 from kvstrata.node.common.background import Tasks, report_bug
+from kvstrata.node.common.slices import HOLD_S
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.wire import protocol as p
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 SO_PEERPIDFD = 77  # Linux 6.5; Python has no name for it yet
 UNKNOWN_TO_THE_KERNEL = (errno.ENOSYS, errno.EINVAL, errno.ENOPROTOOPT)
 ACCEPT_AGAIN_S = 1.0
+MAX_WHY_CHARS = 1000
+"""Of a refusal: it may quote what was asked for, which may be as long as a frame."""
 
 
 class Connection(asyncio.Protocol):
@@ -46,8 +51,11 @@ class Connection(asyncio.Protocol):
         self.pidfd = pidfd
         self._server = server
         self._frames = p.Frames()
+        self._bodies: deque[bytes] = deque()  # of requests that have come and wait for their turn
         self._transport: asyncio.Transport | None = None
-        self._closed = False
+        self._full = False  # of answers that the client has not read
+        self._going_on = False
+        self._lost = self._closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclass of asyncio's
@@ -57,33 +65,76 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            for body in self._frames.feed(data):
-                if self._closed:
-                    return
-                self._answer(p.decode_request(body))
+            self._bodies.extend(self._frames.feed(data))
+            self._answer_some()
         except Incompatible as error:
-            logger.error("%s is disconnected: %s", self.client.name, error)
-            self._server.counters.add("disconnects_total", why="garbage")
-            self.close()
+            self._disconnect(error)
 
     def pause_writing(self) -> None:
         # A client that reads no answers may ask nothing more until it does.
-        if self._transport is not None:
-            self._transport.pause_reading()
+        self._full = True
+        self._read_or_not()
 
     def resume_writing(self) -> None:
-        if self._transport is not None:
-            self._transport.resume_reading()
+        self._full = False
+        self._go_on()
 
     def connection_lost(self, error: Exception | None) -> None:
+        # What it had asked for counts, such as a commit before its end; it needs no answers.
         self._transport = None
-        self._server.disconnected(self)
+        self._lost, self._full = True, False
+        self._go_on()
 
     def close(self) -> None:
         """Hang up."""
         self._closed = True
+        self._bodies.clear()
         if self._transport is not None:
             self._transport.abort()
+        elif self._lost:
+            self._server.disconnected(self)
+
+    def _answer_some(self) -> None:
+        """Answer what has come, until the others on the loop shall have their turn.
+
+        Raises:
+            Incompatible: it was no request.
+        """
+        stop = time.perf_counter() + HOLD_S
+        while self._bodies and not self._full:
+            self._answer(p.decode_request(self._bodies.popleft()))
+            if time.perf_counter() >= stop:
+                break
+        if self._bodies and not (self._full or self._going_on):
+            self._going_on = True
+            asyncio.get_running_loop().call_soon(self._have_turn)
+        self._read_or_not()
+        if self._lost and not self._bodies:
+            self._server.disconnected(self)
+
+    def _have_turn(self) -> None:
+        self._going_on = False
+        self._go_on()
+
+    def _go_on(self) -> None:
+        try:
+            self._answer_some()
+        except Incompatible as error:
+            self._disconnect(error)
+
+    def _read_or_not(self) -> None:
+        """Read on once all that has come is answered, and the answers are on their way."""
+        if self._transport is None or self._closed:
+            return
+        if self._bodies or self._full:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _disconnect(self, error: Incompatible) -> None:
+        logger.error("%s is disconnected: %s", self.client.name, error)
+        self._server.counters.add("disconnects_total", why="garbage")
+        self.close()
 
     def _answer(self, message: p.Request) -> None:
         if isinstance(message, p.Bye):
@@ -109,14 +160,14 @@ class Connection(asyncio.Protocol):
             self._refuse(number, message, error)
 
     def _refuse(self, number: int, message: p.Request, error: Exception) -> None:
-        what = type(message).__name__.lower()
+        what, why = type(message).__name__.lower(), str(error)[:MAX_WHY_CHARS]
         if isinstance(error, KVStrataError):
-            logger.warning("%s: %s is refused: %s", self.client.name, what, error)
+            logger.warning("%s: %s is refused: %s", self.client.name, what, why)
             self._server.counters.add("requests_refused_total", request=what)
         else:
             report_bug(self._server.counters, f"a {what}", error)
         if number:
-            self._send(p.Failed(number, type(error).__name__, str(error)))
+            self._send(p.Failed(number, type(error).__name__, why))
 
     def _send(self, reply: p.Reply) -> None:
         if self._transport is not None:
