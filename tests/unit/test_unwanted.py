@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
 from tests.support.nodes import (
+    NAMESPACE,
+    ORDER,
+    RAW,
     SLOT,
     GatedTier,
     arrive,
@@ -20,11 +25,13 @@ from tests.support.nodes import (
     release,
     reserve,
     store,
+    template,
     until,
     write,
 )
 
 from kvstrata.node.node import Node
+from kvstrata.node.service import movement
 from kvstrata.node.slots.clients import Client
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
@@ -157,6 +164,62 @@ def test_the_turn_of_what_is_unwanted_goes_to_others() -> None:
     on_node(test, tier=Noting(), num_threads=THREADS)
 
 
+@pytest.mark.parametrize("how", ["release", "clear"])
+@pytest.mark.parametrize("target_s", [0.0, 100.0])
+def test_thousands_are_called_off_while_reads_end(
+    how: str, target_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gives its turn in a stream to the next one, which nobody wants either."""
+    monkeypatch.setattr(movement, "CALL_OFF_SLICE", 1)
+    keys = chunk_keys(1500)
+
+    async def test(node: Node) -> None:
+        me, backing = Client("pid 1"), node.backings[0]
+        tier = backing.tier
+        assert isinstance(tier, GatedTier)
+        number, offsets = await all_reserved(node, me, keys)
+        sums = b"".join(write(node, keys, offsets))
+        await answer(node.commit(me, p.Commit(1, number, sums)))
+        await flush(node, me)
+        await clear(node, me, tiers=["host"])
+        backing.load_target_s = target_s
+        tier.shut("read")
+        matched = await answer(node.match(me, p.Match(1, b"".join(keys), [0], [ORDER], [RAW])))
+        assert len(matched.tiers) == 1500
+        await until(lambda: tier.waiting == THREADS)
+        if how == "clear":
+            clearing = asyncio.ensure_future(clear(node, me, tiers=["host"]))
+            await asyncio.sleep(0)
+        else:
+            release(node, me, matched.lease)
+        outcome = "unwanted" if how == "release" else "failed"
+        assert node.counters.get("promotions_total", outcome=outcome) < 100
+        node.check_integrity()
+        await ended(node)
+        assert node.counters.get("promotions_total", outcome=outcome) >= 1500 - THREADS
+        if how == "clear":
+            await clearing
+            assert node.leases[matched.lease].failed
+            release(node, me, matched.lease)
+        assert not me.leased_bytes
+        assert not node.counters.get("bugs_total", where="a promotion")
+        node.check_integrity()
+
+    on_node(test, slots=1500, tier=GatedTier(), tier_slots=1500, num_threads=THREADS,
+            queue_slots=1500)  # fmt: skip
+
+
+async def answer(answer: Any) -> Any:
+    """At once or later."""
+    return await answer if isinstance(answer, Awaitable) else answer
+
+
+async def all_reserved(node: Node, client: Client, keys: list[bytes]) -> tuple[int, list[int]]:
+    request = p.Reserve(1, NAMESPACE, b"".join(keys), 0, 0, template())
+    reserved = await answer(node.reserve(client, request))
+    return reserved.reservation, list(offsets_of(reserved.offsets))
+
+
 def test_a_chunk_without_room_for_all_its_parts_takes_none() -> None:
     async def test(node: Node) -> None:
         me, keys = Client("pid 1"), chunk_keys(2)
@@ -170,7 +233,8 @@ def test_a_chunk_without_room_for_all_its_parts_takes_none() -> None:
         assert node.host.allocated_bytes == 4 * SLOT
         node.check_integrity()
         await ended(node)
-        node.reservations.abort(node.reservations[number])
+        node.end(me)
+        assert not list(node.reservations.filling())
 
     on_node(test, slots=5, tier=GatedTier())
 

@@ -93,7 +93,8 @@ class Load:
 class Lane:
     """The promotions out of one tier: as many are under way as the tier has threads to read.
 
-    One whose deadline has passed is not among the ``busy`` any more.
+    One whose deadline has passed is not among the ``busy`` any more. While it is ``pumping``,
+    somebody is about to begin what waits.
     """
 
     def __init__(self, backing: Backing) -> None:
@@ -102,6 +103,7 @@ class Lane:
         self.waiting: deque[Promotion] = deque()
         self.busy: set[Promotion] = set()
         self.streams: list[Stream] = []
+        self.pumping = False
 
     def share(self) -> float | None:
         """What the tier brings to one of the streams that are under way."""
@@ -133,6 +135,7 @@ class Movement:
         self.arriving: dict[tuple[bytes, int], Slot] = {}
         self._promotions: dict[Slot, Promotion] = {}
         self._unwanted: deque[Slot] = deque()
+        self._struck: deque[Promotion] = deque()  # forgotten before they had begun
         self._calling_off = False
         self._host = host
         self._leases = leases
@@ -233,10 +236,7 @@ class Movement:
         """Nobody waits for these promotions any more: those that have not begun are called off."""
         # The last first: what gives up its turn lets one before it have it, which is unwanted too.
         self._unwanted.extend(reversed(list(slots)))
-        self._call_off_some()
-        if self._unwanted and not self._calling_off:
-            self._calling_off = True
-            self._tasks.spawn("an end of promotions", self._call_off_rest())
+        self._call_off()
 
     def write_behind(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
         """Queue the published objects of a commit, head first, for every slower tier."""
@@ -249,7 +249,8 @@ class Movement:
             slot = self.arriving.pop(name)
             self._host.forget_rows(name[0])
             if not (promotion := self._promotions[slot]).begun:
-                self._call_off(promotion, "failed")
+                self._struck.append(promotion)
+        self._call_off()
         for behind in self.behind:
             behind.forget(keys)
 
@@ -309,7 +310,7 @@ class Movement:
         label = "given up" if level is None else str(level)
         self._counters.add("streamed_objects_total", tier=lane.backing.name, level=label)
         if level is None:
-            self._call_off(promotion, "failed")
+            self._call_off_one(promotion, "failed")
             return
         promotion.level = level
         lane.waiting.append(promotion)
@@ -317,6 +318,16 @@ class Movement:
 
     def _pump(self, lane: Lane) -> None:
         """Begin as many promotions as may be under way; none while the tier is left alone."""
+        # To call one off gives the next of its stream a turn, which comes back here. Not within
+        # each other: a stream may have thousands that nobody wants any more.
+        if not lane.pumping:
+            lane.pumping = True
+            try:
+                self._begin_some(lane)
+            finally:
+                lane.pumping = False
+
+    def _begin_some(self, lane: Lane) -> None:
         for _ in range(CALL_OFF_SLICE):
             if not lane.waiting or len(lane.busy) >= lane.backing.num_threads:
                 return
@@ -324,10 +335,10 @@ class Movement:
             if promotion.settled:
                 continue
             if not is_wanted(promotion.slot):
-                self._call_off(promotion, "unwanted")
+                self._call_off_one(promotion, "unwanted")
                 continue
-            if not lane.backing.readable:
-                self._call_off(promotion, "failed")
+            if not (lane.backing.readable and self._is_arriving(promotion)):
+                self._call_off_one(promotion, "failed")
                 continue
             promotion.begun = True
             lane.busy.add(promotion)
@@ -335,22 +346,33 @@ class Movement:
         # So many were called off that others shall be served first.
         asyncio.get_running_loop().call_soon(self._pump, lane)
 
-    def _call_off(self, promotion: Promotion, outcome: str) -> None:
+    def _call_off_one(self, promotion: Promotion, outcome: str) -> None:
         """End a promotion that has not begun."""
         self._settle(promotion, None, outcome)
         if promotion.stream is not None:
             promotion.stream.done(promotion.number)
         self._end(promotion)
 
+    def _call_off(self) -> None:
+        """Call off what is unwanted or struck: some of it now, the rest soon."""
+        self._call_off_some()
+        if (self._unwanted or self._struck) and not self._calling_off:
+            self._calling_off = True
+            self._tasks.spawn("an end of promotions", self._call_off_rest())
+
     def _call_off_some(self) -> None:
+        for _ in range(min(len(self._struck), CALL_OFF_SLICE)):
+            struck = self._struck.pop()
+            if not (struck.begun or struck.settled):
+                self._call_off_one(struck, "failed")
         for _ in range(min(len(self._unwanted), CALL_OFF_SLICE)):
             slot = self._unwanted.popleft()
             promotion = self._promotions.get(slot)
             if promotion is not None and not promotion.begun and not is_wanted(slot):
-                self._call_off(promotion, "unwanted")
+                self._call_off_one(promotion, "unwanted")
 
     async def _call_off_rest(self) -> None:
-        while self._unwanted:
+        while self._unwanted or self._struck:
             await asyncio.sleep(0)
             self._call_off_some()
         self._calling_off = False
@@ -410,7 +432,7 @@ class Movement:
         if promotion.queued:
             self._lanes[promotion.wanted.backing.name].queued_bytes -= promotion.wanted.size
         slot, key, part = promotion.slot, promotion.wanted.key, promotion.wanted.part
-        wanted = self.arriving.get((key, part)) is slot
+        wanted = self._is_arriving(promotion)
         if wanted:
             del self.arriving[key, part]
         if header is not None and wanted:
@@ -423,6 +445,11 @@ class Movement:
         self._counters.add("promotions_total", outcome=outcome)
         for row in slot.rows or ():
             row.filled(slot)
+
+    def _is_arriving(self, promotion: Promotion) -> bool:
+        """Whether it has not been forgotten."""
+        name = promotion.wanted.key, promotion.wanted.part
+        return self.arriving.get(name) is promotion.slot
 
     def _end(self, promotion: Promotion) -> None:
         """Nothing writes into its slot any more."""
