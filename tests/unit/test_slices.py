@@ -30,11 +30,13 @@ from tests.support.nodes import (
 from kvstrata.errors import UsageError
 from kvstrata.node import clearing, matching
 from kvstrata.node.common import slices
+from kvstrata.node.common.index import Index
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.node import Node
-from kvstrata.node.service import movement
+from kvstrata.node.service import movement, write_behind
 from kvstrata.node.slots import reservations
 from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.slot import offsets_of_rows
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
@@ -54,6 +56,9 @@ def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clearing, "SLICE", 4)
     monkeypatch.setattr(reservations, "GRANT_SLICE", 4)
     monkeypatch.setattr(reservations, "FINISH_SLICE", 3)
+    monkeypatch.setattr(reservations, "KEYS_SLICE", 8)
+    monkeypatch.setattr(reservations, "TOUCH_SLICE", 4)
+    monkeypatch.setattr(write_behind, "TOUCH_SLICE", 4)
 
 
 async def later(answer: Any) -> Any:
@@ -170,16 +175,106 @@ def test_a_client_that_dies_in_the_middle_keeps_nothing() -> None:
         assert (dead.leased_bytes, node.leases.leased_bytes, len(node.leases)) == (0, 0, 0)
         node.check_integrity()
         dead = Client(YOU)
-        request = p.Reserve(1, nodes.NAMESPACE, b"".join(chunk_keys(9, 9)), 0, 0, nodes.template())
+        request = p.Reserve(1, nodes.NAMESPACE, b"".join(chunk_keys(8, 9)), 0, 0, nodes.template())
         begun_reserve = node.reserve(dead, request)
         assert dead.reserved_bytes
         node.end(dead)
         reserved = await later(begun_reserve)
-        assert list(offsets_of(reserved.offsets))[4:] == [p.REFUSED] * 5
+        assert list(offsets_of(reserved.offsets))[4:] == [p.REFUSED] * 4
+        await until(lambda: not dead.reserved_bytes)
         assert (dead.reserved_bytes, len(node.reservations)) == (0, 0)
         node.check_integrity()
 
     on_node(test, slots=60)
+
+
+def test_a_long_prefix_costs_its_writer_slices_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what it names, its uses are noted and its slots are listed a few at a time, too."""
+    sizes: dict[str, list[int]] = {"split": [], "touch": [], "rows": []}
+    split, touch, listed = p.split, Index.touch, offsets_of_rows
+
+    def noting_split(packed: bytes, size: int) -> list[bytes]:
+        sizes["split"].append(len(packed) // size)
+        return split(packed, size)
+
+    def noting_touch(index: Index[Any], keys: list[bytes]) -> None:
+        sizes["touch"].append(len(keys))
+        touch(index, keys)
+
+    def noting_rows(rows: Any) -> bytes:
+        sizes["rows"].append(len(rows))
+        return listed(rows)
+
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS[:38]) == 38
+        await flush(node, me)
+        request = p.Reserve(1, nodes.NAMESPACE, b"".join(KEYS), 38, 0, nodes.template())
+        monkeypatch.setattr(p, "split", noting_split)
+        monkeypatch.setattr(Index, "touch", noting_touch)
+        monkeypatch.setattr(matching, "offsets_of_rows", noting_rows)
+        reserved = await later(node.reserve(me, request))
+        assert max(sizes["split"]) == 8
+        assert sum(sizes["split"]) == 40
+        sums = nodes.write(node, KEYS[38:], list(offsets_of(reserved.offsets)))
+        commit = p.Commit(1, reserved.reservation, b"".join(sums))
+        assert (await later(node.commit(me, commit))).count == 2
+        await flush(node, me)
+        # In host memory what the writer had read, in the tier what it wrote besides.
+        assert max(sizes["touch"]) == 4
+        assert sum(sizes["touch"]) == 38 + 40
+        # Heads are used last, so tails are evicted first.
+        assert list(node.host.index._policy.keys())[-1] == KEYS[0]
+        assert list(node.backings[0].index._policy.keys())[-1] == KEYS[0]
+        matched = await begin_match(node, me, KEYS)
+        assert len(offsets_of(matched.offsets)) == 40
+        assert min(offsets_of(matched.offsets)) >= 0
+        assert (max(sizes["rows"]), sum(sizes["rows"])) == (4, 40)
+        release(node, me, matched.lease)
+
+    on_node(test, slots=40, tier=MemoryTier())
+
+
+def test_a_flush_waits_for_a_commit_that_still_notes_uses() -> None:
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS[:39]) == 39
+        await flush(node, me)
+        request = p.Reserve(1, nodes.NAMESPACE, b"".join(KEYS), 39, 0, nodes.template())
+        reserved = await later(node.reserve(me, request))
+        sums = nodes.write(node, KEYS[39:], list(offsets_of(reserved.offsets)))
+        commit = p.Commit(1, reserved.reservation, b"".join(sums))
+        answer = asyncio.ensure_future(later(node.commit(me, commit)))
+        await asyncio.sleep(0)
+        assert node.host.get(KEYS[39], 0) is not None
+        assert not answer.done()
+        await flush(node, me)
+        assert node.backings[0].find(KEYS[39], 0, None) is not None
+        await answer
+
+    on_node(test, slots=40, tier=MemoryTier())
+
+
+def test_the_end_of_a_writer_is_in_slices() -> None:
+    """Its slots are free soon, and what else it had counts as long as it has it."""
+
+    async def test(node: Node) -> None:
+        me, you = Client(ME), Client(YOU)
+        request = p.Reserve(1, nodes.NAMESPACE, b"".join(KEYS), 0, 0, nodes.template())
+        reserved = await later(node.reserve(me, request))
+        node.end(me)
+        left = node.host.allocated_bytes
+        assert 30 * SLOT < left < 40 * SLOT
+        assert me.reserved_bytes == left
+        node.check_integrity()
+        commit = p.Commit(1, reserved.reservation, b"\1" * 640)
+        assert at_once(node.commit(me, commit)).count == 0
+        await until(lambda: not node.host.allocated_bytes)
+        assert not me.reserved_bytes
+        node.check_integrity()
+        assert await store(node, you, KEYS) == 40
+
+    on_node(test, slots=40)
 
 
 def test_a_commit_is_seen_as_it_goes_and_ends_once() -> None:

@@ -167,10 +167,11 @@ class Matcher:
                 self._note_use(search.keys[max(0, stop - SLICE) : stop])
                 if stop > SLICE:
                     yield None
+            offsets = yield from self._offsets(search)
         except BaseException:
             self.release(search.lease)
             raise
-        return self._answer(search)
+        return self._answer(search, offsets)
 
     def _ask(self, search: Search) -> Work[None]:
         """Ask the shared tiers for what no tier of this node has, and go on with what they have."""
@@ -388,7 +389,17 @@ class Matcher:
         for backing in self._backings:
             backing.use(keys)
 
-    def _answer(self, search: Search) -> p.Matched:
+    def _offsets(self, search: Search) -> Work[bytes]:
+        """Of all that was leased; none if its client has ended meanwhile."""
+        offsets = bytearray()
+        rows = search.lease.rows if search.lease is not None else []
+        for start in range(0, len(search.tiers), SLICE):
+            if start:
+                yield None
+            offsets += offsets_of_rows(rows[start : start + SLICE])
+        return bytes(offsets)
+
+    def _answer(self, search: Search, offsets: bytes) -> p.Matched:
         self._counters.add("matches_total")
         for number in range(1 + len(self._backings)):
             name = self._backings[number - 1].name if number else "host"
@@ -406,7 +417,6 @@ class Matcher:
         if search.lease is None or search.client.ended:
             return p.Matched(search.id, 0, b"", b"", *reckoned)
         search.lease.whole = True
-        offsets = offsets_of_rows(search.lease.rows)
         return p.Matched(search.id, search.lease.id, bytes(search.tiers), offsets, *reckoned)
 
 

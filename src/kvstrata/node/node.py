@@ -162,7 +162,9 @@ class Node:
         for number in list(client.leases):
             self._matcher.release(self.leases[number])
         for number in list(client.reservations):
-            self.reservations.abort(self.reservations[number])
+            rest = in_slices(self.reservations.abort(self.reservations[number]))
+            if rest is not None:
+                self._tasks.spawn("an end of a reservation", _finish(rest))
 
     # reading
 
@@ -380,3 +382,7 @@ class Node:
         while True:
             await asyncio.sleep(UPKEEP_S)
             await backing.upkeep()
+
+
+async def _finish(rest: Awaitable[None]) -> None:
+    await rest

@@ -132,7 +132,11 @@ class Backing(ABC):
 
     @abstractmethod
     def written(self, prefix: list[bytes]) -> None:
-        """Hear that all objects of a commit have been written, or given up."""
+        """Hear that all objects of a commit have been written, or given up.
+
+        Args:
+            prefix: the keys of its prompt, head first; of a long one a piece, the tail's before.
+        """
 
     @abstractmethod
     async def read(

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 STRIKE_SLICE = 256
+TOUCH_SLICE = 1024
 
 
 class _Commit:
@@ -170,7 +171,12 @@ class WriteBehind:
             except CorruptObject as error:
                 self._reject(job, error)
         if commit.num_left == 1:
-            self.backing.written(commit.origin.prefix)
+            prefix = commit.origin.prefix
+            # Tails before heads: what is used last is evicted last.
+            for stop in range(len(prefix), 0, -TOUCH_SLICE):
+                self.backing.written(prefix[max(0, stop - TOUCH_SLICE) : stop])
+                if stop > TOUCH_SLICE:
+                    await asyncio.sleep(0)
 
     async def _is_spared(self, job: _Job) -> bool:
         """Whether others have written it already; asked once for a whole commit."""

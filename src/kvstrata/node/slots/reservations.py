@@ -25,8 +25,10 @@ NO_PARENT = bytes(32)
 NOT_WRITTEN = bytes(16)
 MAX_WEIGHTS_CHARS = 256
 MAX_COSTS = 256
+KEYS_SLICE = 4096
 GRANT_SLICE = 16
 FINISH_SLICE = 8
+TOUCH_SLICE = 1024
 
 
 class Reservation:
@@ -41,11 +43,11 @@ class Reservation:
     __slots__ = ("client", "cost", "distinct", "first", "id", "namespace", "order", "owner",
                  "part", "prefix", "slots", "template", "unwanted", "weights")  # fmt: skip
 
-    def __init__(self, id: int, client: Client, message: p.Reserve) -> None:
+    def __init__(self, id: int, client: Client, message: p.Reserve, prefix: list[bytes]) -> None:
         self.id = id
         self.client = client
         self.namespace = message.namespace
-        self.prefix = p.split(message.prefix, 32)
+        self.prefix = prefix
         self.first = message.first
         self.part = message.part
         self.template = message.template
@@ -141,7 +143,12 @@ class ReservationTable:
         Raises:
             UsageError: the request describes objects that cannot exist.
         """
-        reservation = Reservation(self._next, client, message)
+        prefix: list[bytes] = []
+        for start in range(0, p.count(message.prefix, 32), KEYS_SLICE):
+            if start:
+                yield
+            prefix += p.split(message.prefix[32 * start : 32 * (start + KEYS_SLICE)], 32)
+        reservation = Reservation(self._next, client, message, prefix)
         self._next += 1
         nbytes = stored_bytes(reservation.template.raw_length)
         self._learn_cost(reservation, nbytes)
@@ -246,9 +253,12 @@ class ReservationTable:
                 header = reservation.header(reservation.first + number, checksums[number], now_ns)
                 self._publish(reservation, key, slot, header)
                 written.append((key, slot))
+        # Tails before heads: what is used last is evicted last.
+        for stop in range(reservation.first if written else 0, 0, -TOUCH_SLICE):
+            if stop < reservation.first:
+                yield
+            self._host.index.touch(reservation.prefix[max(0, stop - TOUCH_SLICE) : stop])
         self.finishing.discard(reservation)
-        if written:
-            self._host.index.touch(reservation.prefix[: reservation.first])
         return written[::-1]
 
     def _publish(
@@ -260,10 +270,9 @@ class ReservationTable:
         view[HEADER_BYTES + header.stored_length :] = bytes(padding)
         self._host.publish(key, reservation.part, slot, reservation.order, reservation.cost)
 
-    def abort(self, reservation: Reservation) -> None:
-        """End a reservation unwritten."""
-        for _ in self.finish(reservation, [NOT_WRITTEN] * len(reservation.slots)):
-            pass
+    def abort(self, reservation: Reservation) -> Generator[None, None, None]:
+        """End a reservation unwritten; in slices, as `finish`."""
+        yield from self.finish(reservation, [NOT_WRITTEN] * len(reservation.slots))
 
     def forget(self, keys: set[bytes] | None) -> None:
         """Publish nothing of what is being written of these chunks (None: of all)."""
