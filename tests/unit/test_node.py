@@ -1079,12 +1079,42 @@ class TestClear:
             store(node, me, keys)
             await flush(node, me)
             later = make_backing(tier)
-            await later.drop(keys[:2])
+            dropping = asyncio.ensure_future(later.drop(keys[:2]))
+            nothing = asyncio.ensure_future(later.drop(chunk_keys(1, 1)))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            # A process that is killed now leaves them to the next one.
+            assert not dropping.done()
             await later.run()
+            assert await dropping == 2
+            assert await nothing == 0
             assert [key in later.index for key in keys] == [False, False, True, True]
             assert tier.held == 2 * SLOT
             later.check_integrity()
             later.check_contents()
+
+        on_node(test, tier=tier)
+
+    def test_what_a_scan_that_fails_has_not_found_cannot_be_cleared(self) -> None:
+        inner = GatedTier()
+        tier = FaultyTier(inner)
+
+        async def test(node: Node) -> None:
+            me, keys = Client(ME), chunk_keys(2)
+            store(node, me, keys)
+            await flush(node, me)
+            clock = ManualClock()
+            later = make_backing(tier, clock=clock)
+            tier.inject("scan", Raise(TierUnavailable("gone")), times=1)
+            dropping = asyncio.ensure_future(later.drop(keys))
+            scanning = asyncio.ensure_future(later.run())
+            with pytest.raises(TierUnavailable, match="may be there again"):
+                await dropping
+            clock.advance(100)
+            await scanning
+            assert not any(key in later.index for key in keys)
+            assert not inner.held
+            later.check_integrity()
 
         on_node(test, tier=tier)
 

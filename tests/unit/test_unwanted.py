@@ -227,7 +227,7 @@ def test_a_chunk_without_room_for_all_its_parts_takes_none() -> None:
             store(node, me, keys, part=part)
         await flush(node, me)
         await clear(node, me, tiers=["host"])
-        number, _ = reserve(node, me, chunk_keys(2, 1))
+        reserve(node, me, chunk_keys(2, 1))
         assert len(match(node, me, keys, parts=(0, 1)).tiers) == 1
         assert node.counters.get("matches_cut_total", why="room") == 1
         assert node.host.allocated_bytes == 4 * SLOT

@@ -181,10 +181,19 @@ class OwnedBacking(Carrier):
             writing.wanted = writing.wanted and writing.key not in gone
         # Of a write that is under way nothing is left once it has had its turn.
         names += [one.name for one in self._writes if one.name and one.key in gone]
-        return self._dropped(self._removals.run(names), num_objects)
+        return self._dropped(self._removals.run(names), gone, num_objects)
 
-    async def _dropped(self, removal: asyncio.Future[bool], num_objects: int) -> int:
-        if not await removal:
+    async def _dropped(
+        self, removal: asyncio.Future[bool], keys: set[bytes], num_objects: int
+    ) -> int:
+        all_gone = await removal
+        if not self._scan.done:
+            # What the scan has yet to find is still there, and another process would find it too.
+            all_gone = await self._scan.ended() and all_gone
+            names = [name for key in keys for name in self._scan.struck.get(key, ())]
+            num_objects += len(names)
+            all_gone = await self._removals.run(names) and all_gone
+        if not all_gone:
             raise TierUnavailable(
                 f"{self.name}: not all of it could be deleted; it is not served any more, but may "
                 f"be there again after a restart: {self._health.trouble}"

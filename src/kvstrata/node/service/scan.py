@@ -13,6 +13,7 @@ from kvstrata.node.common.index import Index
 from kvstrata.node.service.calls import TierCalls
 from kvstrata.node.service.probe import PROBE_KEY
 from kvstrata.node.service.removals import Removals
+from kvstrata.node.service.turns import Name
 from kvstrata.parts import named
 from kvstrata.tiers.base import Found
 
@@ -40,6 +41,8 @@ class Scan:
     ) -> None:
         self.done = False
         self.hangs = False
+        #: what was found after its chunk had been forgotten, and is to go: by chunk
+        self.struck: dict[bytes, list[Name]] = {}
         self._index = index
         self._removals = removals
         self._calls = calls
@@ -115,3 +118,5 @@ class Scan:
         if not room:
             self._index.claim_existing(nbytes)
         self._removals.add(key, part, nbytes)
+        if key in self._forgotten:
+            self.struck.setdefault(key, []).append((key, part))
