@@ -141,6 +141,36 @@ def test_a_match_leases_as_it_goes() -> None:
     on_node(test, slots=20)
 
 
+@pytest.mark.parametrize("how", ["clear", "some", "end"])
+@pytest.mark.parametrize("target_s", [0.0, 100.0])
+def test_what_a_match_has_yet_to_bring_may_be_forgotten(how: str, target_s: float) -> None:
+    """Its promotions are made as it goes and begun in the end: some are off by then."""
+
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS) == 40
+        await flush(node, me)
+        await clear(node, me, tiers=["host"])
+        node.backings[0].load_target_s = target_s
+        matching = begin_match(node, me, KEYS)
+        await some_of_it(me)
+        if how == "end":
+            node.end(me)
+            assert (await matching).lease == 0
+        else:
+            await clear(node, me, KEYS[:2] if how == "some" else None, ["host"])
+            matched = await matching
+            assert len(matched.tiers) == 40
+            arrived = await nodes.arrive(node, me, matched.lease, 39)
+            assert arrived.failed
+            release(node, me, matched.lease)
+        await until(lambda: not list(node.movement.under_way()))
+        assert not me.leased_bytes
+        node.check_integrity()
+
+    on_node(test, slots=40, tier=MemoryTier())
+
+
 @pytest.mark.parametrize("keep", [0, 1])
 def test_a_lease_is_not_released_before_it_is_granted(keep: int) -> None:
     """Whoever guesses its number would otherwise be leased what never ends."""
@@ -225,7 +255,7 @@ def test_a_long_prefix_costs_its_writer_slices_only(monkeypatch: pytest.MonkeyPa
         assert sum(sizes["touch"]) == 38 + 40
         # Heads are used last, so tails are evicted first.
         assert list(node.host.index._policy.keys())[-1] == KEYS[0]
-        assert list(node.backings[0].index._policy.keys())[-1] == KEYS[0]
+        assert list(nodes.owned(node).index._policy.keys())[-1] == KEYS[0]
         matched = await begin_match(node, me, KEYS)
         assert len(offsets_of(matched.offsets)) == 40
         assert min(offsets_of(matched.offsets)) >= 0

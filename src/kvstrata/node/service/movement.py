@@ -186,7 +186,9 @@ class Movement:
         """Bring what `promote` made these slots for, of chunks with so many parts."""
         lanes, streams = set(), set()
         for slot in slots:
-            promotion = self._promotions[slot]
+            promotion = self._promotions.get(slot)
+            if promotion is None or not self._is_arriving(promotion):
+                continue  # forgotten, or unwanted, since `promote`
             one = promotion.wanted
             lane = self._lanes[one.backing.name]
             promotion.queued = True
@@ -227,7 +229,9 @@ class Movement:
         Args:
             slot: for something that it has.
         """
-        one = self._promotions[slot].wanted
+        if (promotion := self._promotions.get(slot)) is None:
+            return
+        one = promotion.wanted
         if one.backing.bandwidth.age_s > LOOK_AGAIN_S and not self._lanes[one.backing.name].busy:
             one.backing.bandwidth.looked()
             self._tasks.spawn("a look", one.backing.time(one.key, one.part, one.size))
