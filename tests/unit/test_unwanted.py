@@ -205,7 +205,7 @@ def test_thousands_are_called_off_while_reads_end(
         assert not node.counters.get("bugs_total", where="a promotion")
         node.check_integrity()
 
-    on_node(test, slots=1500, tier=GatedTier(), tier_slots=1500, num_threads=THREADS,
+    on_node(test, slots=1500, tier=GatedTier(), tier_slots=2000, num_threads=THREADS,
             queue_slots=1500)  # fmt: skip
 
 
