@@ -276,7 +276,8 @@ class GatedTier(MemoryTier):
 
     @property
     def held(self) -> int:
-        return sum(len(one.data) for one in self._objects.values())
+        with self._lock:
+            return sum(len(one.data) for one in self._objects.values())
 
     def read(self, ids: Any, into: Any) -> Any:
         self._pass("read")

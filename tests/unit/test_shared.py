@@ -256,8 +256,8 @@ class TestWhatAFleetHas:
         async def test(fleet: Fleet, a: Node, b: Node) -> None:
             backing = a.backings[0]
             await until(lambda: backing.place() is not None)
-            assert not fleet.names, "what it wrote for that is gone"
             await until(lambda: b.backings[0].place() is not None)
+            assert not fleet.names, "what they wrote for that is gone"
 
         of_fleet(test, choice=Exact())
 
