@@ -116,7 +116,7 @@ class Canary:
         begun = time.perf_counter()
         deadline = time.monotonic() + self._timeout_s
         matched: p.Matched = self._client.match(
-            self.keys, [PART], [ORDER], [self.payload_bytes]
+            self.keys, [PART], [ORDER], [self.payload_bytes], namespace=self._namespace
         ).wait(self._timeout_s)
         try:
             found, ready, failed = len(matched.tiers), 0, False
@@ -146,14 +146,14 @@ class Canary:
 
     def where(self) -> list[int]:
         """The number of each chunk's tier: 0 host, 1 and up the slower ones, 255 none."""
-        return list(self._client.lookup(self.keys, [PART]))
+        return list(self._client.lookup(self.keys, [PART], [ORDER], self._namespace))
 
     def round_trip(self, repeats: int = 200) -> Step:
         """Measures ``median`` and ``p99`` of a lookup of all chunks."""
         taken = []
         for _ in range(repeats):
             begun = time.perf_counter()
-            self.where()
+            self._client.lookup(self.keys, [PART])
             taken.append(time.perf_counter() - begun)
         cuts = quantiles(taken, n=100)
         return Step({"median": cuts[49], "p99": cuts[98]})

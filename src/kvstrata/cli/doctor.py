@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,6 +27,7 @@ NUM_CHUNKS = 16
 MAX_PAYLOAD_BYTES = 4 << 20
 HEADER_BYTES = 4096
 SLOW_ROUND_TRIP_S = 2e-3
+FIRST_ANSWER_S = 3.0
 
 
 def run(
@@ -99,7 +101,7 @@ def examine(config: Config) -> Iterator[Check]:
         yield checks.check_secret(config, client.hello)
         yield checks.check_socket(path)
         try:
-            state = client.status()
+            state = settled(client)
             yield checks.check_past(state["counters"])
             yield checks.check_host(state, available_bytes())
             tiers = {tier["name"]: tier for tier in state["tiers"]}
@@ -155,7 +157,8 @@ def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
     from kvstrata.cli.checks import Check
 
     before = client.status()
-    names = ["host", *(tier["name"] for tier in before["tiers"])]
+    names = ["host", *(tier["name"] for tier in before["tiers"] if tier.get("written", True))]
+    numbers = {tier["name"]: number for number, tier in enumerate(before["tiers"], 1)}
     populating = before["host"]["populated_bytes"] < before["host"]["capacity_bytes"]
     num_chunks, payload_bytes = canary_size(before, config)
     with closing(Canary(client, num_chunks, payload_bytes, config.deadlines.load)) as canary:
@@ -177,9 +180,9 @@ def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
             return
         written = canary.write_behind()  # at once, since the node has begun already
         yield judge("host read", "host", canary.read_back(), "copy")
-        for number, name in enumerate(names[1:], 1):
-            canary.drop(names[:number])
-            if missing := sum(where != number for where in canary.where()):
+        for place, name in enumerate(names[1:], 1):
+            canary.drop(names[:place])
+            if missing := sum(where != numbers[name] for where in canary.where()):
                 written.problem = (
                     written.problem or f"{missing} of {num_chunks} chunks did not get there"
                 )
@@ -190,14 +193,25 @@ def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
         yield _clean_up(canary)
 
 
+def settled(client: NodeClient) -> dict[str, Any]:
+    """A node's state, once its stores have had time for their first answer."""
+    deadline = time.monotonic() + FIRST_ANSWER_S
+    while True:
+        state = client.status()
+        waiting = any(tier["state"].startswith("waiting") for tier in state["tiers"])
+        if not waiting or time.monotonic() > deadline:
+            return state
+        time.sleep(0.05)
+
+
 def canary_size(state: Mapping[str, Any], config: Config) -> tuple[int, int]:
     """How many chunks, and bytes of payload in each, fit without crowding anybody out."""
     capacity = state["host"]["capacity_bytes"]
     room = min(capacity // 4, int(config.leases.per_client * capacity))
     for tier in state["tiers"]:
-        room = min(room, tier["capacity_bytes"] // 4)
+        room = min(room, tier.get("capacity_bytes", room * 4) // 4)
     for part in config.tiers:
-        room = min(room, part.write_queue // 2)
+        room = min(room, part.write_queue // 2 or room)
     each = min(MAX_PAYLOAD_BYTES, room // NUM_CHUNKS) // HEADER_BYTES * HEADER_BYTES
     return NUM_CHUNKS, max(HEADER_BYTES, each - HEADER_BYTES)
 

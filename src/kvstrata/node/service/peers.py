@@ -38,7 +38,7 @@ class PeerBacking(SharedBacking):
         return "ok" if self.readable else super().state
 
     def holdings(self) -> dict[str, Any]:
-        return {"shared": True, "num_hints": len(self._hints)}
+        return {"shared": True, "written": False, "num_hints": len(self._hints)}
 
     def _reject(self, key: bytes, part: int, seen: object) -> None:
         # Its own samples will find it; until then it is not asked for that again.
