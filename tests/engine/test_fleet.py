@@ -36,7 +36,9 @@ class Member(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def members(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Member, Member]]:
+def members(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Member, Member]]:
     """The first one answers other nodes; the second one is such a node."""
     secret = tmp_path_factory.mktemp("deployment") / "secret"
     with socket.create_server(("127.0.0.1", 0)) as reserved:

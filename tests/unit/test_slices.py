@@ -28,7 +28,7 @@ from tests.support.nodes import (
 )
 
 from kvstrata.errors import UsageError
-from kvstrata.node import clearing, matching
+from kvstrata.node import clearing, matching, searching
 from kvstrata.node.common import slices
 from kvstrata.node.common.index import Index
 from kvstrata.node.common.slices import in_slices
@@ -52,7 +52,7 @@ def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "SLICE", 4)
     monkeypatch.setattr(matching, "SLICE_OBJECTS", 3)
     monkeypatch.setattr(matching, "SLICE_LOOKUPS", 4)
-    monkeypatch.setattr(matching, "SLICE_KEYS", 8)
+    monkeypatch.setattr(searching, "SLICE_KEYS", 8)
     monkeypatch.setattr(clearing, "SLICE", 4)
     monkeypatch.setattr(reservations, "GRANT_SLICE", 4)
     monkeypatch.setattr(reservations, "FINISH_SLICE", 3)

@@ -10,26 +10,24 @@ ends, so nothing that was found can go, and no cap is passed, while others are s
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from kvstrata.errors import UsageError
-from kvstrata.keys import KEY_BYTES, OWNER_BYTES
-from kvstrata.node.common.planner import Prefill, plan
+from kvstrata.node.common.planner import plan
 from kvstrata.node.common.slices import Work, in_slices
+from kvstrata.node.searching import Search, checked_namespace, checked_parts
 from kvstrata.node.service.backing import Backing, Question
-from kvstrata.node.service.movement import Load, Movement, Wanted
+from kvstrata.node.service.movement import Movement
+from kvstrata.node.service.promotions import Load, Wanted
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import Lease, LeaseTable
 from kvstrata.node.slots.reservations import ReservationTable
 from kvstrata.node.slots.sampling import Sampler
 from kvstrata.node.slots.slot import Row, Slot, offsets_of_rows
-from kvstrata.objects import stored_bytes
 from kvstrata.observe.counters import Counters
-from kvstrata.parts import MAX_PART, PORTABLE
+from kvstrata.parts import PORTABLE
 from kvstrata.wire import protocol as p
 
 SLICE = 1024
@@ -38,8 +36,6 @@ SLICE_OBJECTS = 16
 """Objects behind them that one slice looks for and promotes: that costs more."""
 SLICE_LOOKUPS = 32
 """Objects that one slice of a lookup looks for."""
-SLICE_KEYS = 4096
-"""Keys that one slice takes out of the message."""
 
 
 class Located(NamedTuple):
@@ -68,50 +64,6 @@ class Located(NamedTuple):
         if self.row is not None:
             return 0 if self.row.payer is not None else self.row.nbytes
         return sum(place.nbytes for place in self.places)
-
-
-class Search:
-    """One match under way.
-
-    Raises:
-        UsageError, Incompatible: the request makes no sense.
-    """
-
-    def __init__(self, client: Client, message: p.Match) -> None:
-        self.client = client
-        self.id = message.id
-        self.parts = tuple(checked_parts(message.parts))
-        self.sizes = _sizes(message.lengths, message.parts)
-        self.orders = frozenset(message.orders)
-        self.preferred = tuple(dict.fromkeys(message.orders))
-        self.namespace = checked_namespace(message.namespace)
-        if not (0 <= message.chunk_s < math.inf and 0 <= message.pair_s < math.inf):
-            raise UsageError(f"{message.chunk_s} and {message.pair_s} s are no times of a chunk")
-        if len(message.owner) != OWNER_BYTES:
-            raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
-        self.keys: list[bytes] = []
-        self.distinct: set[bytes] = set()
-        self.prefill = Prefill(message.chunk_s, message.pair_s)
-        self.tiers = bytearray()  # of the chunks that were found and leased so far
-        self.coming: list[int] = []  # the bytes that each of them has to bring
-        self.prepared: list[tuple[int, list[Slot]]] = []  # to be brought, once it is decided
-        self.num_decided = 0  # chunks that were decided on
-        self.num_found = 0  # chunks that were found, whatever was decided
-        self.load_s = 0.0
-        self.lease: Lease | None = None
-        self.load: Load | None = None
-        self.ended = self.absent = False  # at its end, and because nobody has the next chunk
-        self._packed = message.keys
-        self._num_keys = p.count(message.keys, 32)
-
-    def take_in(self) -> bool:
-        """Take further keys out of the message; whether all of them are."""
-        start = len(self.keys)
-        self.keys += p.split(self._packed[32 * start : 32 * (start + SLICE_KEYS)], 32)
-        self.distinct.update(self.keys[start:])
-        if len(self.distinct) != len(self.keys):
-            raise UsageError("no two chunks of a prompt have one key")
-        return len(self.keys) == self._num_keys
 
 
 class Matcher:
@@ -418,31 +370,6 @@ class Matcher:
             return p.Matched(search.id, 0, b"", b"", *reckoned)
         search.lease.whole = True
         return p.Matched(search.id, search.lease.id, bytes(search.tiers), offsets, *reckoned)
-
-
-def checked_parts(parts: list[int]) -> list[int]:
-    """Raises `UsageError` unless these can make up a chunk."""
-    if not parts or len(set(parts)) != len(parts):
-        raise UsageError("name the parts that make up a chunk, each once")
-    if not all(0 <= part <= MAX_PART for part in parts):
-        raise UsageError(f"not all of {parts} are parts: group << 16 | rank")
-    return parts
-
-
-def checked_namespace(namespace: bytes) -> bytes:
-    """Raises `UsageError` for one that is neither given nor left out."""
-    if len(namespace) not in (0, KEY_BYTES):
-        raise UsageError(f"a namespace of {len(namespace)} bytes, not {KEY_BYTES}")
-    return namespace
-
-
-def _sizes(lengths: list[int], parts: list[int]) -> dict[int, int]:
-    """Bytes of each part's object when it is raw, as far as the reader says."""
-    if lengths and len(lengths) != len(parts):
-        raise UsageError(f"{len(parts)} parts, but the lengths of {len(lengths)}")
-    if not all(0 < length < 1 << 48 for length in lengths):
-        raise UsageError("a payload has at least one byte, and less than 2^48")
-    return dict(zip(parts, map(stored_bytes, lengths), strict=False))
 
 
 def _with_slots(places: Iterable[Slot | Wanted], new: Iterable[Slot]) -> list[Slot]:

@@ -1,0 +1,90 @@
+"""What is on its way into host memory: the objects, the load each is part of, the lane it takes."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.streaming import Stream
+from kvstrata.node.slots.slot import Slot
+
+
+class Wanted(NamedTuple):
+    """An object to be brought into host memory.
+
+    Args:
+        key: of the chunk.
+        part: which of its objects.
+        nbytes: of the object when it is raw, so of the slot.
+        backing: the tier it comes from.
+        stored: of the object as it lies there.
+    """
+
+    key: bytes
+    part: int
+    nbytes: int
+    backing: Backing
+    stored: int
+
+    @property
+    def size(self) -> int:
+        """What bringing it moves, as far as that is known."""
+        return self.stored or self.nbytes
+
+
+class Promotion:
+    """An object on its way into a slot.
+
+    Until it is ``begun`` it can be called off at once. Its slot is being filled until it is
+    ``settled``, and held until nothing writes there any more.
+    """
+
+    __slots__ = ("begun", "cost", "level", "number", "queued", "settled", "slot", "stream",
+                 "wanted")  # fmt: skip
+
+    def __init__(self, wanted: Wanted, slot: Slot, cost: float) -> None:
+        self.wanted = wanted
+        self.slot = slot
+        self.cost = cost
+        self.level = 0
+        self.stream: Stream | None = None
+        self.number = 0  # in the stream
+        self.queued = self.begun = self.settled = False
+
+
+class Load:
+    """What one match has promoted; what comes from a tier with a target is one stream.
+
+    Args:
+        chunk_s: what computing the KV of one chunk takes; `inf`: unknown.
+        portable: whether the reader reads the portable order, which coarser copies are in.
+    """
+
+    def __init__(self, chunk_s: float, portable: bool) -> None:
+        self.chunk_s = chunk_s
+        self.portable = portable
+        self.streams: dict[str, Stream] = {}
+
+
+class Lane:
+    """The promotions out of one tier: as many are under way as the tier has threads to read.
+
+    One whose deadline has passed is not among the ``busy`` any more. While it is ``pumping``,
+    somebody is about to begin what waits.
+    """
+
+    def __init__(self, backing: Backing) -> None:
+        self.backing = backing
+        self.queued_bytes = 0  # of promotions that were started and have not ended
+        self.waiting: deque[Promotion] = deque()
+        self.busy: set[Promotion] = set()
+        self.streams: list[Stream] = []
+        self.pumping = False
+
+    def share(self) -> float | None:
+        """What the tier brings to one of the streams that are under way."""
+        if not self.backing.readable:
+            return 0.0
+        rate = self.backing.bandwidth.bytes_per_s
+        return rate and rate / max(1, sum(not stream.ended for stream in self.streams))
