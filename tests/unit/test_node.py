@@ -475,6 +475,23 @@ class TestSlowerTiers:
 
         on_node(test, tier=MemoryTier())
 
+    def test_a_match_counts_where_its_chunks_were_and_how_many_were_nowhere(self) -> None:
+        async def test(node: Node) -> None:
+            me, keys = Client(ME), chunk_keys(9)
+            store(node, me, keys[:5])
+            await flush(node, me)
+            await clear(node, me, keys[2:], ["host"])
+            assert match(node, me, keys).tiers == b"\0\0\1\1\1"
+            counted = node.counters.snapshot()
+            assert counted["matches_total"] == 1
+            assert counted['hit_chunks_total{tier="host"}'] == 2
+            assert counted['hit_chunks_total{tier="memory"}'] == 3
+            assert counted["missed_chunks_total"] == 4
+            match(node, me, keys[:2])
+            assert node.counters.get("missed_chunks_total") == 4
+
+        on_node(test, tier=MemoryTier())
+
     def test_two_matches_share_one_promotion(self) -> None:
         tier = GatedTier()
 

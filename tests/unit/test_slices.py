@@ -194,6 +194,29 @@ def test_a_lease_is_not_released_before_it_is_granted(keep: int) -> None:
     on_node(test, slots=40)
 
 
+@pytest.mark.parametrize(("below", "step"), [(False, 4), (True, 3)])
+def test_a_slice_leases_as_many_as_it_may_and_no_more(below: bool, step: int) -> None:
+    """As many rows that host memory knows, or objects that are to be promoted."""
+
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS[:12]) == 12
+        await flush(node, me)
+        if below:
+            await clear(node, me, tiers=["host"])
+        else:
+            release(node, me, (await begin_match(node, me, KEYS[:12])).lease)  # makes the rows
+        begun = begin_match(node, me, KEYS[:12])
+        steps = {0}
+        while not begun.done():
+            await asyncio.sleep(0)
+            steps.add(me.leased_bytes // SLOT)
+        assert steps == set(range(0, 13, step))
+        release(node, me, begun.result().lease)
+
+    on_node(test, slots=20, tier=MemoryTier())
+
+
 def test_a_client_that_dies_in_the_middle_keeps_nothing() -> None:
     async def test(node: Node) -> None:
         me, dead = Client(ME), Client(YOU)
