@@ -135,6 +135,22 @@ def test_a_bug_in_a_codec_is_counted_once_and_leaves_objects_raw(
     on_real_node(test, options)
 
 
+def test_it_loses_nothing_so_a_faster_tier_gets_copies_of_what_comes_up(
+    options: dict[str, Any],
+) -> None:
+    async def test(node: Node) -> None:
+        await timed(node)
+        store(node)
+        await flush(node, ME)
+        await clear(node, ME, tiers=["host", "memory"])
+        assert (await load(node))[0] == [2, 2, 2]
+        await flush(node, ME)
+        await clear(node, ME, tiers=["host"])
+        assert await load(node) == ([1, 1, 1], [chunk(number) for number in range(3)])
+
+    on_real_node(test, {"memory.capacity": "8MiB", "memory.codec": "exact", **options})
+
+
 def test_what_is_there_is_read_and_nothing_is_evicted(options: dict[str, Any]) -> None:
     """A tier without room for the object that its speed is measured on."""
 

@@ -36,7 +36,14 @@ from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_obje
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, decode, stored_bytes
+from kvstrata.objects import (
+    GROUP_BITS,
+    HEADER_BYTES,
+    ObjectHeader,
+    checksum,
+    decode,
+    stored_bytes,
+)
 from kvstrata.testing.codecs import as_numbers, kv_like
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
@@ -97,6 +104,23 @@ def test_a_native_object_comes_back_bit_for_bit() -> None:
     assert len(encoded.data) % 4096 == 0
     assert encoded.header.codec == "lossless"
     assert encoded.header.order == VEC
+    back = slot(len(whole))
+    header = restored_object(encoded.data, encoded.header.object_id, back)
+    assert back == whole
+    assert header == decode(whole)
+
+
+@pytest.mark.parametrize("shape", [(1, RAW // 2), (1, 1, 1, 1, RAW)])
+def test_group_and_padding_come_back_too(shape: tuple[int, ...]) -> None:
+    """Whatever the shape of a native payload says: it is words to a lossless codec."""
+    whole = an_object(payload(b"a chunk"), shape=shape, group=5)
+    scratch = Scratch(1)
+    with scratch.buffer(len(whole)) as used_before:
+        used_before[:] = b"\xa5" * len(whole)
+    encoded = cast(Encoded, encoded_object(Lossless(), whole, scratch, level=2))
+    assert encoded.header.group == 5 | 2 << GROUP_BITS
+    end = HEADER_BYTES + encoded.header.stored_length
+    assert encoded.data[end:] == bytes(len(encoded.data) - end)
     back = slot(len(whole))
     header = restored_object(encoded.data, encoded.header.object_id, back)
     assert back == whole

@@ -177,6 +177,32 @@ class TestEnds:
             node.connect()
         assert node.run(lambda: node.server.num_clients) == 0
 
+    def test_who_leaves_before_the_welcome_leaves_nothing_behind(self, node: InProcessNode) -> None:
+        client = node.connect()
+        before = set(os.listdir("/proc/self/fd"))
+        ours, theirs = socket.socketpair()
+        ours.close()
+        node.run(lambda: node.server.adopt(theirs))
+        assert set(os.listdir("/proc/self/fd")) == before
+        assert node.run(lambda: node.server.num_clients) == 1
+        client.close()
+
+    def test_a_socket_that_breaks_as_it_is_taken_over_is_no_bug(self, node: InProcessNode) -> None:
+        async def broken(*_: Any) -> Any:
+            raise ConnectionResetError(errno.ECONNRESET, "gone")
+
+        client = node.connect()
+        before = set(os.listdir("/proc/self/fd"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(node._loop, "connect_accepted_socket", broken)
+            raw = raw_client(node)
+            assert ended(raw)
+            raw.close()
+        assert set(os.listdir("/proc/self/fd")) == before
+        assert node.run(lambda: node.server.num_clients) == 1
+        assert 'bugs_total{where="a connection"}' not in client.status()["counters"]
+        client.close()
+
 
 class TestGarbage:
     @pytest.mark.parametrize(
