@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import struct
 import threading
@@ -202,6 +203,45 @@ class TestEnds:
         assert node.run(lambda: node.server.num_clients) == 1
         assert 'bugs_total{where="a connection"}' not in client.status()["counters"]
         client.close()
+
+    def test_who_comes_while_descriptors_lack_is_let_in_later(
+        self,
+        node: InProcessNode,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(server_module, "ACCEPT_AGAIN_S", 0.3)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        path = str(tmp_path / "socket")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen(1)
+        node.run(lambda: node.server.listen(listener))
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(10)
+            highest = max(map(int, os.listdir("/proc/self/fd")))
+            fillers = [os.dup(0)]
+            while fillers[-1] <= highest:
+                fillers.append(os.dup(0))
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1, hard))
+                client.connect(path)
+                deadline = time.monotonic() + 10
+                while "cannot accept a client" not in caplog.text:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.001)
+                for _ in range(50):
+                    node.run(lambda: None)
+                assert caplog.text.count("cannot accept a client") < 10, "it asks at every turn"
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                for one in fillers:
+                    os.close(one)
+            hello, (pool,), _, _ = socket.recv_fds(client, 4096, 1)
+            assert hello
+            os.close(pool)
+        node.run(node.server.stop_listening)
 
 
 class TestGarbage:
