@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +285,7 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path, kind: str) -> None
     (tmp_path / "victim").write_text("precious")
     (folder / kind).unlink(missing_ok=True)
     (folder / kind).symlink_to(tmp_path / "victim")
-    with pytest.raises(TierUnavailable):
+    with pytest.raises(TierUnavailable, match="cannot open" if kind == "lock" else "cannot write"):
         DiskTier(folder).clear()
     assert (tmp_path / "victim").read_text() == "precious"
 
@@ -608,6 +610,45 @@ def test_a_bad_sector_costs_one_object(
     assert len(list((folder / "quarantine").iterdir())) == 1
 
 
+def test_a_bad_sector_on_a_disk_that_takes_no_changes_any_more_is_still_said(
+    tier: DiskTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file system does that goes read only on its first error."""
+    write(tier, [(object_id(1), filled(PAGE, 1))])
+
+    def failing(number: int) -> Callable[..., int]:
+        def fail(*arguments: object) -> int:
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing(errno.EIO))
+        patch.setattr(os, "rename", failing(errno.EROFS))
+        patch.setattr(os, "unlink", failing(errno.EROFS))
+        with pytest.raises(TierUnavailable, match="Input/output error"):
+            read_one(tier, object_id(1), PAGE)
+
+
+def test_changes_of_one_object_have_one_lock(tier: DiskTier) -> None:
+    """So that of a write and a removal at once one is first: a clear has all the locks."""
+    one = bytes(range(36))
+    with contextlib.ExitStack() as held, ThreadPoolExecutor(1) as thread:
+        locks = [lock for number, lock in enumerate(tier._locks) if number]
+        for lock in locks:
+            held.enter_context(lock)
+        try:
+            for call in (
+                lambda: write(tier, [(one, filled(PAGE, 1))]),
+                lambda: tier.reject([one]),
+                lambda: write(tier, [(one, filled(PAGE, 1))]),
+                lambda: tier.delete([one]),
+            ):
+                assert thread.submit(call).result(10) == [HIT]
+        finally:
+            held.close()
+
+
 def test_no_file_for_a_directory(tier: DiskTier, folder: Path) -> None:
     write(tier, [(object_id(1), filled(PAGE, 1))])
     file_of(folder, object_id(1)).unlink()
@@ -737,6 +778,15 @@ def test_no_folder_is_listed_however_many_sizes_there_are(
         assert tier.delete([*ids[1:], object_id(999)]) == [HIT] * 99 + [MISS]
     assert [found.object_id for found in scan_all(tier)] == [ids[0], object_id(200)]
     tier.close()
+
+
+def test_an_empty_tier_needs_no_scan_to_know_what_it_has(
+    tier: DiskTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "listdir")
+    assert has(tier, [object_id(1)]) == [MISS]
+    assert write(tier, [(object_id(1), filled(PAGE, 1))]) == [HIT]
+    assert tier.delete([object_id(1), object_id(257)]) == [HIT, MISS]
 
 
 def test_an_unaligned_buffer_still_works(tier: DiskTier) -> None:
