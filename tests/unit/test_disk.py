@@ -805,9 +805,28 @@ def test_quarantine_keeps_the_last_few(tier: DiskTier, folder: Path) -> None:
     for one in ids:
         assert tier.reject([one]) == [HIT]
     kept = {path.name for path in (folder / "quarantine").iterdir()}
-    assert len(kept) == MAX_QUARANTINED
+    assert len(kept) == MAX_QUARANTINED == 16, "as promised"
     assert file_name(ids[-1], PAGE, 0) in kept
     assert scan_all(tier) == []
+
+
+def test_without_a_quarantine_what_is_rejected_goes_all_the_same(
+    tier: DiskTier, folder: Path
+) -> None:
+    """An operator has looked at it and removed the folder."""
+    write(tier, [(object_id(1), filled(PAGE, 1))])
+    (folder / "quarantine").rmdir()
+    assert tier.reject([object_id(1), object_id(2)]) == [HIT, MISS]
+    assert files(folder) == []
+
+
+def test_what_cannot_be_removed_is_passed_over(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "trash-2").mkdir()
+    process = disk_folder.run_walk("remove", str(folder / "trash-1"), str(folder / "trash-2"))
+    assert process.communicate() == (b"", b"")
+    assert process.returncode == 0
+    assert list(folder.iterdir()) == []
 
 
 def test_scan_passes_over_strangers_and_removes_leftovers(folder: Path) -> None:

@@ -24,8 +24,6 @@ class Quarantine:
         """Move a file here, or remove it where it cannot be moved: out of service, at least."""
         try:
             os.rename(path, os.path.join(self._folder, os.path.basename(path)))
-        except FileNotFoundError:
-            raise
         except OSError:
             os.unlink(path)
 
