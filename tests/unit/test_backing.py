@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 import time
@@ -38,7 +39,7 @@ from tests.support.real_nodes import store as store_real
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.node.coding.scratch import Scratch
-from kvstrata.node.common.background import NICE, Threads
+from kvstrata.node.common.background import NICE, Tasks, Threads
 from kvstrata.node.node import Node
 from kvstrata.node.service import scrub as scrub_module
 from kvstrata.node.service.calls import ENCODE_NICE
@@ -46,6 +47,7 @@ from kvstrata.node.service.scrub import scrub
 from kvstrata.node.service.uses import Uses
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES
+from kvstrata.observe.counters import Counters
 from kvstrata.parts import identity
 from kvstrata.testing.clock import ManualClock
 from kvstrata.tiers.base import Limits, Outcome
@@ -580,6 +582,17 @@ class TestPriority:
         outer.close()
         assert theirs == min(mine + NICE, 19)
 
+    def test_where_no_thread_may_yield_all_work_all_the_same(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: int) -> None:
+            raise PermissionError(errno.EPERM, "not in this sandbox")
+
+        monkeypatch.setattr(os, "setpriority", refuse)
+        threads = Threads(1, "test", nice=NICE)
+        assert threads.submit(lambda: 7).result(10) == 7
+        threads.close()
+
     def test_threads_are_used_again(self) -> None:
         threads = Threads(8, "test")
         used = set()
@@ -590,6 +603,31 @@ class TestPriority:
                 assert time.monotonic() < deadline
         assert len(used) == 1
         threads.close()
+
+
+def test_a_task_that_dies_of_a_bug_is_heard_of_and_one_that_is_called_off_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken() -> None:
+        raise ZeroDivisionError("oops")
+
+    async def endless() -> None:
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        counters = Counters()
+        tasks = Tasks(counters)
+        tasks.spawn("a wait", endless())
+        for _ in range(2):
+            await tasks.cancel()
+            assert len(tasks) == 0
+        tasks.spawn("a walk", broken())
+        await tasks.wait(10)
+        assert counters.snapshot() == {'bugs_total{where="a walk"}': 1}
+
+    asyncio.run(test())
+    assert [record.message for record in caplog.records] == ["a walk died of a bug"]
+    assert "ZeroDivisionError: oops" in caplog.text
 
 
 class TestScratch:
