@@ -23,7 +23,7 @@ from kvstrata.testing.stores import (
     write,
 )
 from kvstrata.testing.tiers import OwnedTierContract, scan_all
-from kvstrata.tiers.base import Outcome, OwnedTier
+from kvstrata.tiers.base import Limits, Outcome, OwnedTier
 from kvstrata.tiers.faulty import Answer, Delay, Effect, FaultyTier, FlipBit, Raise, ShortRead
 from kvstrata.tiers.faulty import Verb as FaultyVerb
 from kvstrata.tiers.memory import MemoryTier
@@ -66,6 +66,21 @@ class TestFaultyTierHealed(OwnedTierContract):
         tier.inject("scan", Raise(TierUnavailable("gone")))
         tier.heal()
         return tier
+
+
+@pytest.mark.parametrize("wrap", [FaultyTier, lambda inner: ThrottledTier(inner, 1e12)])
+def test_a_wrapper_says_of_itself_what_is_so_of_the_inner_tier(
+    wrap: Callable[[OwnedTier], OwnedTier],
+) -> None:
+    class Inner(MemoryTier):
+        name = "inner"
+        limits = Limits(batch_objects=7)
+        read_only_reason = "mounted read only"
+
+    tier = wrap(Inner())
+    assert (tier.name, tier.limits.batch_objects) == ("inner", 7)
+    assert tier.read_only_reason == "mounted read only"
+    tier.close()
 
 
 IDS = [object_id(i) for i in range(4)]
@@ -161,6 +176,8 @@ def test_short_read_zeroes_the_rest(tier: FaultyTier) -> None:
     tier.inject("read", ShortRead(keep=PAGE), times=1)
     assert read_one(tier, IDS[1], 2 * PAGE) == (HIT, DATA[1][:PAGE] + bytes(PAGE))
     assert read_one(tier, IDS[1], 2 * PAGE) == (HIT, DATA[1])
+    tier.inject("read", ShortRead(keep=3 * PAGE), times=1)
+    assert read_one(tier, IDS[1], 2 * PAGE) == (HIT, DATA[1]), "it was no longer"
 
 
 def test_flipped_bit_in_a_read(tier: FaultyTier) -> None:
