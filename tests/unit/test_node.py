@@ -1338,3 +1338,14 @@ class TestInProcess:
 
         with pytest.raises(TierUnavailable, match="no memory"):
             InProcessNode(config, make)
+
+    def test_it_checks_the_laws_and_closes_more_than_once(self, tmp_path: Path) -> None:
+        config = load_config(environ={}, overrides={"secret_file": str(tmp_path / "secret")})
+        node = InProcessNode(config, lambda _: make_node())
+        node.check_integrity()
+        node.node.host.index.num_objects += 1
+        with pytest.raises(AssertionError):
+            node.check_integrity()
+        for _ in range(2):
+            node.close()
+            assert not node._thread.is_alive(), "it is still writing behind"
