@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import socket
 import stat
@@ -174,3 +175,29 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.stat(tmp_path).st_uid:
         with pytest.raises(ConfigError, match="belongs to user"):
             prepare_folder(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"host.capacity": "much"}, "host.capacity: "),  # before it forks
+        ({}, "others may use the secret"),  # and after
+    ],
+)
+def test_a_node_that_cannot_start_says_so_in_one_line(
+    config: Config, changes: dict[str, str], why: str
+) -> None:
+    config.secret_file.write_bytes(bytes(32))
+    config.secret_file.chmod(0o644)
+    ended = subprocess.run(
+        [sys.executable, "-m", "kvstrata.node.process.run"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        input=json.dumps({**config.to_dict(), **changes}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("kvstrata node: ")
+    assert why in line
