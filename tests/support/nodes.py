@@ -14,6 +14,7 @@ from kvstrata.codecs import codec_named
 from kvstrata.config import Config, HostConfig, LeaseConfig
 from kvstrata.memory.pool import Pool
 from kvstrata.node.coding.choosing import Always
+from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.node import Node
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.owned import OwnedBacking
@@ -64,6 +65,7 @@ def make_backing(
     policy: str = "lru",
     codec: str = "raw",
     scrub_bytes_per_s: float = 0.0,
+    keys: KeyRing | None = None,
 ) -> OwnedBacking:
     return OwnedBacking(
         tier,
@@ -76,6 +78,7 @@ def make_backing(
         clock=clock,
         choice=None if codec == "raw" else Always(codec_named(codec)),
         scrub_bytes_per_s=scrub_bytes_per_s,
+        keys=keys,
     )
 
 

@@ -34,6 +34,7 @@ from kvstrata.wire.sockets import socket_path
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[2]
+KEY = "5f" * 32
 
 # One accepted value per option, different from its default.
 SAMPLES: Mapping[str, Any] = {
@@ -60,6 +61,7 @@ SAMPLES: Mapping[str, Any] = {
     "disk.codec": "lossless",
     "disk.coarser": "cachegen-2, int4",
     "disk.load_target": "500ms",
+    "disk.encryption": "file:/etc/kvstrata/keys",
     "disk.io_threads": 6,
     "disk.write_queue": "1GiB",
     "disk.scrub_rate": 0,
@@ -218,6 +220,15 @@ def test_parts_of_the_disk_may_come_from_different_sources() -> None:
         ({"secret_file": "/a\0b"}, "secret_file", "not a path"),
         ({"disk": {}}, "disk.path", "missing"),
         ({"quality": "kl > 1"}, "quality", "is not a metric"),
+        ({"disk.encryption": KEY}, "disk.encryption", "no source of keys"),
+        ({"disk.encryption": 7}, "disk.encryption", "no source of keys"),
+        ({"disk.encryption": "file:keys"}, "disk.encryption", "not absolute"),
+        ({"disk.encryption": "file:/a\0b"}, "disk.encryption", "not printable"),
+        ({"disk.encryption": "env:A-B"}, "disk.encryption", "no name of a variable"),
+        ({"disk.encryption": "env:KVSTRATA_KEYS"}, "disk.encryption", "name another one"),
+        ({"disk.encryption": "command:"}, "disk.encryption", "what follows command: is empty"),
+        ({"disk.encryption": "command:a 'b"}, "disk.encryption", "No closing quotation"),
+        ({"memory.encryption": "none"}, "memory.encryption", "unknown key"),
         ({"disk": {"coarser": "lossless"}}, "disk.coarser", "'lossless' is no lossy codec"),
         ({"disk": {"coarser": "cachegen-9"}}, "disk.coarser", "no codec 'cachegen-9'"),
         ({"disk": {"coarser": ["int4"] * 16}}, "disk.coarser", "at most 15 names"),
@@ -249,6 +260,31 @@ def test_what_is_wrong_is_named(overrides: dict[str, Any], path: str, problem: s
     with pytest.raises(ConfigError, match=problem) as caught:
         load(overrides)
     assert caught.value.path == path
+
+
+@pytest.mark.parametrize(
+    "value", [KEY, f"file:{KEY}", f"env:{KEY}", f"command:'{KEY}", f"env:A\n{KEY}", {"key": KEY}]
+)
+def test_a_key_in_the_place_of_its_source_is_not_repeated(value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({"disk": {"path": "/d", "capacity": "1GiB", "encryption": value}})
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "means"),
+    [
+        ("none", "none"),
+        ("file:/etc/keys", "file:/etc/keys"),
+        ("file:~/keys", f"file:{Path.home()}/keys"),
+        ("env:DISK_KEYS", "env:DISK_KEYS"),
+        ("command:vault kv get -field=keys a:b", "command:vault kv get -field=keys a:b"),
+    ],
+)
+def test_sources_of_keys(value: str, means: str) -> None:
+    part = load({"disk": {"path": "/d", "capacity": "1GiB", "encryption": value}}).tier("disk")
+    assert part is not None
+    assert part.encryption == means
 
 
 @pytest.mark.parametrize("path", sorted(OPTIONS))

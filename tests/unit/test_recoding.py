@@ -105,7 +105,7 @@ def test_a_native_object_comes_back_bit_for_bit() -> None:
     assert encoded.header.codec == "lossless"
     assert encoded.header.order == VEC
     back = slot(len(whole))
-    header = restored_object(encoded.data, encoded.header.object_id, back)
+    header = restored_object(encoded.data, encoded.header.object_id, back, None, Scratch(1))
     assert back == whole
     assert header == decode(whole)
 
@@ -150,7 +150,7 @@ def test_a_lossy_codec_makes_a_native_object_portable() -> None:
     assert encoded.header.shape == PORTABLE.shape
     assert len(encoded.data) < 0.6 * len(whole)
     back = slot(len(whole))
-    header = restored_object(encoded.data, encoded.header.object_id, back)
+    header = restored_object(encoded.data, encoded.header.object_id, back, None, Scratch(1))
     assert header.codec == "raw"
     assert header.raw_checksum == checksum(back[HEADER_BYTES : HEADER_BYTES + header.raw_length])
     raw = np.frombuffer(back, np.uint8, header.raw_length, HEADER_BYTES)
@@ -176,23 +176,23 @@ def test_what_is_refused() -> None:
     encoded = cast(Encoded, encoded_object(Lossless(), whole, Scratch(1)))
     name, into = encoded.header.object_id, slot(len(whole))
     with pytest.raises(UsageError, match="for a slot of"):
-        restored_object(encoded.data, name, slot(len(whole) + 4096))
+        restored_object(encoded.data, name, slot(len(whole) + 4096), None, Scratch(1))
     with pytest.raises(Incompatible, match="unknown codec 'zip'"):
-        restored_object(_changed(encoded, codec="zip"), name, into)
+        restored_object(_changed(encoded, codec="zip"), name, into, None, Scratch(1))
     with pytest.raises(Incompatible, match="encrypted with the key 6b6b"):
-        restored_object(_changed(encoded, encryption_key=b"k" * 16), name, into)
+        restored_object(_changed(encoded, encryption_key=b"k" * 16), name, into, None, Scratch(1))
     with pytest.raises(Incompatible, match="not version"):
-        restored_object(_changed(encoded, codec_parameters=b"\xff"), name, into)
+        restored_object(_changed(encoded, codec_parameters=b"\xff"), name, into, None, Scratch(1))
     with pytest.raises(Incompatible, match="of complex64"):
-        restored_object(_changed(encoded, dtype="complex64"), name, into)
+        restored_object(_changed(encoded, dtype="complex64"), name, into, None, Scratch(1))
     with pytest.raises(CorruptObject, match="sizes of 1"):
-        restored_object(_changed(encoded, shape=(1 << 60,)), name, into)
+        restored_object(_changed(encoded, shape=(1 << 60,)), name, into, None, Scratch(1))
     with pytest.raises(CorruptObject, match="other bytes than were stored"):
-        restored_object(_changed(encoded, raw_checksum=bytes(16)), name, into)
+        restored_object(_changed(encoded, raw_checksum=bytes(16)), name, into, None, Scratch(1))
     flipped = _changed(encoded)
     flipped[HEADER_BYTES + 5] ^= 1
     with pytest.raises(CorruptObject):
-        restored_object(flipped, name, into)
+        restored_object(flipped, name, into, None, Scratch(1))
     # A frame that is wrong though its checksum is right: made by hand.
     cut = slot(len(encoded.data))
     cut[:] = encoded.data
@@ -201,14 +201,14 @@ def test_what_is_refused() -> None:
     digest = checksum(cut[HEADER_BYTES:end])
     cut[:HEADER_BYTES] = msgspec.structs.replace(encoded.header, stored_checksum=digest).encode()
     with pytest.raises(CorruptObject, match="frames end at"):
-        restored_object(cut, name, into)
+        restored_object(cut, name, into, None, Scratch(1))
 
 
 def test_encoded_bytes_as_long_as_the_slot_are_not_decoded_in_place() -> None:
     raw = bytes(RAW - RAW % 2)
     whole = an_object(raw, codec="lossless", codec_parameters=b"\x01", shape=(1, RAW))
     with pytest.raises(CorruptObject, match="no smaller"):
-        restored_object(whole, decode(whole).object_id, whole)
+        restored_object(whole, decode(whole).object_id, whole, None, Scratch(1))
 
 
 def test_scratch_is_used_again() -> None:

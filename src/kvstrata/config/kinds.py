@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -153,6 +154,31 @@ def _node(value: Any) -> str:
     return f"unix:{path}"
 
 
+def _encryption(value: Any) -> str:
+    # What was given may be a key by mistake, so that no error repeats it.
+    if value == "none":
+        return "none"
+    kind, _, where = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if not where.isprintable():
+        raise ValueError("what it is given is not printable")
+    if kind == "file":
+        path = os.path.normpath(os.path.expanduser(where))
+        if not os.path.isabs(path):
+            raise ValueError("the path of its file is not absolute")
+        return f"file:{path}"
+    if kind == "env":
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", where):
+            raise ValueError("what follows env: is no name of a variable")
+        if where.startswith("KVSTRATA_"):
+            raise ValueError("variables that begin with KVSTRATA_ are options: name another one")
+        return f"env:{where}"
+    if kind == "command":
+        if not shlex.split(where):
+            raise ValueError("what follows command: is empty")
+        return f"command:{where}"
+    raise ValueError("what it is given is no source of keys")
+
+
 SIZE = Kind(_size, units.format_size, 'a size of at least 1MiB, such as "8GiB" or "512MB"')
 SIZE_OR_SHARE = Kind(
     _size_or_share, _format_size_or_share, 'a size such as "8GiB", or a share such as "20%"'
@@ -166,4 +192,7 @@ PATH = Kind(_path, str, "an absolute path, or one that starts with ~")
 CODEC = Kind(_codec, str, "the name of a codec, such as lossless or int8")
 CODECS = Kind(_codecs, _format_codecs, '"none", or lossy codecs such as "cachegen-2, cachegen-5"')
 BOUND = Kind(_bound, str, '"none", or a bound such as "kl <= 0.01 and agreement >= 98%"')
+ENCRYPTION = Kind(
+    _encryption, str, '"none", "file:" and an absolute path, "env:" and a name, or "command:"'
+)
 NODE = Kind(_node, str, '"auto", or "unix:" and the absolute path of a socket')

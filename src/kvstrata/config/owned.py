@@ -14,6 +14,7 @@ from kvstrata.config.parts import about, option
 from kvstrata.config.tierparts import (
     CAPACITY,
     CODEC,
+    ENCRYPTION,
     QUEUE,
     SCRUB,
     Room,
@@ -91,6 +92,7 @@ class DiskConfig(OwnedPart):
         "read, or the rest is computed where that is faster; 0: loads take what they take.",
         shared=True,
     )
+    encryption: str = option(kinds.ENCRYPTION, "none", ENCRYPTION, shared=True)
     io_threads: int = option(
         kinds.whole(1, 64),
         "8",

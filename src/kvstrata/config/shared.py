@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvstrata.config import kinds
 from kvstrata.config.parts import option
-from kvstrata.config.tierparts import CODEC, QUEUE, Room, TierPart, check_coarser
+from kvstrata.config.tierparts import CODEC, ENCRYPTION, QUEUE, Room, TierPart, check_coarser
 
 if TYPE_CHECKING:
     from kvstrata.tiers.base import SharedTier
@@ -31,6 +31,7 @@ class SharedPart(TierPart):
     codec: str = option(kinds.CODEC, "exact", CODEC, shared=True)
     coarser: tuple[str, ...] = option(kinds.CODECS, "none", "As of the disk tier.", shared=True)
     load_target: float = option(kinds.DURATION, "0s", "As of the disk tier.", shared=True)
+    encryption: str = option(kinds.ENCRYPTION, "none", ENCRYPTION, shared=True)
     io_threads: int = option(
         kinds.whole(1, 64),
         "8",

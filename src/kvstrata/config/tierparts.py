@@ -21,6 +21,10 @@ CODEC = (
     "time within `quality`."
 )
 SCRUB = "How fast stored objects are re-read and verified; 0: never."
+ENCRYPTION = (
+    "Where the keys come from that objects are encrypted with: a file, a variable or a command "
+    "that yields 64 hex digits a line, see docs/encryption.md; `none`: they are not."
+)
 QUEUE = "Bytes that may wait to be written; beyond it stores skip."
 
 
@@ -44,6 +48,7 @@ class TierPart(ABC):
     io_threads: int
     write_queue: int
     coarser: tuple[str, ...] = ()
+    encryption: str = "none"
     load_target: float = 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""The slower tiers that a configuration names, opened, each with its index, threads and codec."""
+"""The slower tiers that a configuration names, opened, each with its threads, codec and keys."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from kvstrata.config.network import PeerConfig
 from kvstrata.config.owned import OwnedPart
 from kvstrata.config.shared import SharedPart
 from kvstrata.config.tierparts import TierPart
-from kvstrata.errors import KVStrataError, TierUnavailable
+from kvstrata.errors import ConfigError, KVStrataError, TierUnavailable
 from kvstrata.node.coding.auto import Auto, Tables
 from kvstrata.node.coding.choosing import NO_CODEC, Always, Choice, Exact
+from kvstrata.node.coding.key_source import read_keys
 from kvstrata.node.coding.recoding import warm_up
 from kvstrata.node.common.background import report_bug
 from kvstrata.node.service.backing import Backing
@@ -29,6 +30,7 @@ from kvstrata.tiers.peer import PeerTier
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
+    from kvstrata.node.coding.sealing import KeyRing
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def open_backings(
             # First what takes nothing that would have to be given back.
             choice = _choice(part.codec, part.name, tables)
             coarser = [Always(_ready(name)) for name in part.coarser]
+            keys = _keys(part)
             tier = part.open_in(config)
         except Exception as error:
             if not isinstance(error, KVStrataError):
@@ -58,6 +61,7 @@ def open_backings(
             num_threads=part.io_threads, queue_bytes=part.write_queue,
             deadline_s=config.deadlines.load, counters=counters, clock=clock,
             choice=choice, coarser=coarser, load_target_s=part.load_target,
+            keys=keys,
         )  # fmt: skip
         backings.append(backing)
         if part.codec == "auto":
@@ -101,3 +105,24 @@ def _ready(name: str) -> Codec:
     except NO_CODEC as error:
         raise TierUnavailable(f"the codec {name} does not work here: {error}") from error
     return codec
+
+
+def _keys(part: TierPart) -> KeyRing | None:
+    """What a tier encrypts with; None where it does not.
+
+    Raises:
+        ConfigError: it should, and cannot.
+    """
+    if part.encryption == "none":
+        return None
+    option = f"{part.name}.encryption"
+    try:
+        from kvstrata.node.coding.sealing import KeyRing
+    except ImportError as error:
+        raise ConfigError(
+            option, f"needs cryptography 47 or later ({error}): pip install 'kvstrata[encryption]'"
+        ) from error
+    keys = KeyRing(read_keys(part.encryption, option))
+    logger.info("%s: new objects are encrypted with the key %s; keys that open: %d",
+                part.name, keys.ids[0].hex(), len(keys.ids))  # fmt: skip
+    return keys

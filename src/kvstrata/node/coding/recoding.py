@@ -1,10 +1,11 @@
 """Objects on their way between host memory and a tier that keeps them encoded.
 
 Host memory holds objects raw, so that a client copies them without asking how. Going down, an
-object is encoded with the tier's codec where that makes it smaller; coming up it is decoded by what
-its own header says, so objects of an earlier configuration stay readable. Both run in the tier's
-threads and touch nothing of the node's state. What codecs need is imported with the first of them:
-it is much, and a node without any is the better off.
+object is encoded with the tier's codec where that makes it smaller, and then encrypted if the tier
+has keys; coming up it is opened, and decoded by what its own header says, so objects of an earlier
+configuration stay readable. All of it runs in the tier's threads and touches nothing of the node's
+state. What codecs need is imported with the first of them: it is much, and a node without any is
+the better off.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kvstrata.objects import (
     GROUP_BITS,
     HEADER_BYTES,
     NOT_ENCRYPTED,
+    SEALED_BYTES,
     ObjectHeader,
     checksum,
     stored_bytes,
@@ -32,6 +34,7 @@ from kvstrata.objects import decode as decode_header
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec, Payload
+    from kvstrata.node.coding.sealing import KeyRing
 
 
 def warm_up(codec: Codec) -> None:
@@ -123,23 +126,83 @@ def encoded_object(
     return Encoded(whole[:padded], stored, buffer)
 
 
-def restored_object(data: memoryview, object_id: bytes, into: memoryview) -> ObjectHeader:
+def sealed_object(keys: KeyRing, data: memoryview, scratch: Scratch) -> Encoded:
+    """A whole object as a tier with encryption keeps it.
+
+    Args:
+        keys: the tier's.
+        data: header page, payload and padding; encoded or raw.
+        scratch: where the result is made.
+    Raises:
+        CorruptObject: its header is damaged.
+        UsageError: it is too large to be encrypted.
+    """
+    header = _own_header(data[:HEADER_BYTES])
+    size = stored_bytes(header.stored_length + SEALED_BYTES)
+    buffer = scratch.take(size)
+    try:
+        whole = memoryview(buffer)[:size]
+        header = keys.seal(header, data, whole)
+    except BaseException:
+        scratch.give(buffer)
+        raise
+    return Encoded(whole, header, buffer)
+
+
+def restored_object(
+    data: memoryview,
+    object_id: bytes,
+    into: memoryview,
+    keys: KeyRing | None,
+    scratch: Scratch,
+) -> ObjectHeader:
     """Check a whole object as a tier kept it, and write it raw into a slot.
 
     Args:
         data: header page, payload as stored, and padding.
         object_id: the 36 bytes it was asked for by.
-        into: the slot; perhaps ``data`` itself, where that is as long as the slot.
+        into: the slot; perhaps ``data`` itself, where that is as long as the slot and the tier
+            has no keys.
+        keys: of a tier with encryption.
+        scratch: where an object lies between being opened and being decoded.
     Returns:
         The header that now stands in the slot.
     Raises:
         CorruptObject: a check failed.
-        Incompatible: a format, codec or calibration that this build or process does not have.
+        Incompatible: a format, codec, key or calibration that this build or process does not have;
+            or not encrypted, where there are keys.
         UsageError: a good object, but too long or too short for the slot.
     """
     header = verify_object(data, object_id)
-    if header.encryption_key != NOT_ENCRYPTED:
-        raise Incompatible(f"encrypted with the key {header.encryption_key.hex()}, not known here")
+    if keys is None:
+        if header.encryption_key != NOT_ENCRYPTED:
+            name = header.encryption_key.hex()
+            raise Incompatible(f"encrypted with the key {name}, not known here")
+        return _decoded(header, data, into)
+    size = stored_bytes(header.stored_length - SEALED_BYTES)
+    if header.codec == "raw" and size == len(into):
+        return keys.open(header, data, into)
+    with scratch.buffer(size) as opened:
+        return _decoded(keys.open(header, data, opened), opened, into)
+
+
+def checked_object(
+    data: memoryview, object_id: bytes, keys: KeyRing | None, scratch: Scratch
+) -> ObjectHeader:
+    """Check a whole object as far as it goes without decoding it; arguments as above.
+
+    Raises:
+        CorruptObject, Incompatible: as `restored_object`.
+    """
+    header = verify_object(data, object_id)
+    if keys is None:
+        return header
+    with scratch.buffer(stored_bytes(header.stored_length - SEALED_BYTES)) as opened:
+        return keys.open(header, data, opened)
+
+
+def _decoded(header: ObjectHeader, data: memoryview, into: memoryview) -> ObjectHeader:
+    """Write an object that is good and not encrypted raw into a slot."""
     if stored_bytes(header.raw_length) != len(into):
         raise UsageError(f"an object of {header.raw_length} bytes, for a slot of {len(into)}")
     if header.codec == "raw":

@@ -11,7 +11,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvstrata.node.coding.choosing import Choice
 from kvstrata.node.coding.scratch import Scratch
@@ -26,6 +26,9 @@ from kvstrata.observe.counters import Counters
 from kvstrata.parts import at_level
 from kvstrata.quality.choice import Place
 from kvstrata.tiers.base import Store
+
+if TYPE_CHECKING:
+    from kvstrata.node.coding.sealing import KeyRing
 
 
 class Question(NamedTuple):
@@ -52,6 +55,7 @@ class Backing(ABC):
         num_threads: threads for reads, and as many for writes; for encoding see `TierCalls`.
         choice: how new objects are stored, where that makes them smaller; None: as they are.
         coarser: how coarser copies of them are stored besides, finest first.
+        keys: what objects are encrypted with, and opened; None: they are not encrypted.
         load_target_s: within it a request's load should end; coarser copies are read for it, or
             the load ends early. 0: loads take what they take.
         queue_bytes: what may wait to be written; beyond it stores skip this tier.
@@ -78,6 +82,7 @@ class Backing(ABC):
         choice: Choice | None = None,
         coarser: Sequence[Choice] = (),
         load_target_s: float = 0.0,
+        keys: KeyRing | None = None,
     ) -> None:
         limits = store.limits
         self.name = store.name
@@ -90,7 +95,9 @@ class Backing(ABC):
         self.tier = store
         self._counters = counters
         self._clock = clock
-        self._scratch = Scratch(2 * self.num_threads)
+        self._keys = keys
+        # An object that is encrypted has two at a time.
+        self._scratch = Scratch((2 if keys is None else 4) * self.num_threads)
         self._pages = Scratch(self.num_threads)
         self._health = Health(self.name, counters, clock, self._when_off)
         self._calls = TierCalls(

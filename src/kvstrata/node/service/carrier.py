@@ -1,24 +1,35 @@
-"""Objects on their way into a slower tier and out of it: verified, encoded, timed and counted."""
+"""Objects on their way into a slower tier and out of it: verified, encoded, encrypted, counted."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
 from kvstrata.node.coding.choosing import Choice
-from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object, stamped
+from kvstrata.node.coding.recoding import (
+    Encoded,
+    checked_object,
+    encoded_object,
+    restored_object,
+    sealed_object,
+    stamped,
+)
 from kvstrata.node.common.background import report_bug
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.calls import nothing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.turns import Name, Turn
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, verify_object
+from kvstrata.objects import HEADER_BYTES, ObjectHeader
 from kvstrata.parts import at_level, identity, order_name
 from kvstrata.tiers.base import Outcome, Put, Store
+
+if TYPE_CHECKING:
+    from kvstrata.node.coding.sealing import KeyRing
 
 logger = logging.getLogger(__name__)
 
@@ -113,20 +124,20 @@ class Carrier(Backing):
         def work() -> Read:
             if stored_as is None:
                 return Read(Outcome.MISS)
-            if nbytes == len(into):
+            if nbytes == len(into) and self._keys is None:
                 length = self._fetch(stored_as, into)
                 if length == len(into):
-                    return Read(HIT, restored_object(into, name, into), length)
+                    return Read(HIT, self._restored(into, name, into), length)
                 if isinstance(length, Outcome):
                     return Read(length)
                 with self._scratch.buffer(length) as stored:
                     stored[:] = into[:length]
-                    return Read(HIT, restored_object(stored, name, into), length)
+                    return Read(HIT, self._restored(stored, name, into), length)
             with self._scratch.buffer(nbytes) as stored:
                 length = self._fetch(stored_as, stored)
                 if isinstance(length, Outcome):
                     return Read(length)
-                return Read(HIT, restored_object(stored[:length], name, into), length)
+                return Read(HIT, self._restored(stored[:length], name, into), length)
 
         return await self._judge(key, part, lambda: self._calls.read(work, give_up))
 
@@ -155,9 +166,15 @@ class Carrier(Backing):
                 length = self._ask(stored_as, stored)  # alone, so it says nothing of the link
                 if isinstance(length, Outcome):
                     return Read(length)
-                return Read(HIT, verify_object(stored[:length], name), length)
+                return Read(HIT, self._checked(stored[:length], name), length)
 
         await self._judge(key, part, lambda: self._calls.call("check", work))
+
+    def _restored(self, data: memoryview, name: bytes, into: memoryview) -> ObjectHeader:
+        return restored_object(data, name, into, self._keys, self._scratch)
+
+    def _checked(self, data: memoryview, name: bytes) -> ObjectHeader:
+        return checked_object(data, name, self._keys, self._scratch)
 
     async def _judge(
         self, key: bytes, part: int, read: Callable[[], Awaitable[Read]]
@@ -172,7 +189,7 @@ class Carrier(Backing):
             self._reject(key, part, seen)
             return None
         except Incompatible as error:
-            # Of a later release, perhaps, which wants to find it again.
+            # Of a later release or another key, perhaps: somebody wants to find it again.
             logger.warning("%s: object %s is left alone: %s", self.name, name.hex(), error)
             self._counters.add("incompatible_objects_total", tier=self.name)
             self._leave(key, part, seen)
@@ -251,20 +268,34 @@ class Carrier(Backing):
                 encoded = await self._encoded(choice, data, origin, level, hang)
             except TierUnavailable:  # which has been said already
                 return False
-            if encoded is None:
-                # A copy that is no smaller is none: the object itself has to do.
-                return not level and await self._store(
-                    writing, turn, data, origin.order, origin.cost, hang
-                )
-            order = order_name(encoded.header.kind, encoded.header.order)
-            try:
-                return await self._store(writing, turn, encoded.data, order, origin.cost, hang)
-            except asyncio.CancelledError:
-                encoded = None  # a thread may still read its buffer
-                raise
-            finally:
+            if encoded is None and level:
+                return False  # a copy that is no smaller is none: the object itself has to do
+            with self._lent(encoded):
+                order = origin.order
                 if encoded is not None:
-                    self._scratch.give(encoded.buffer)
+                    data, order = (
+                        encoded.data,
+                        order_name(encoded.header.kind, encoded.header.order),
+                    )
+                if self._keys is None:
+                    return await self._store(writing, turn, data, order, origin.cost, hang)
+                sealed = await self._sealed(self._keys, data, hang)
+                if sealed is None:
+                    return False
+                with self._lent(sealed):
+                    return await self._store(writing, turn, sealed.data, order, origin.cost, hang)
+
+    @contextlib.contextmanager
+    def _lent(self, encoded: Encoded | None) -> Iterator[None]:
+        """Give the object's buffer back in the end, unless a thread may still read it."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            encoded = None
+            raise
+        finally:
+            if encoded is not None:
+                self._scratch.give(encoded.buffer)
 
     async def _encoded(
         self,
@@ -302,6 +333,29 @@ class Carrier(Backing):
             self._counters.add("encoded_bytes_total", len(data), tier=self.name, of="raw")
             self._counters.add("encoded_bytes_total", stored, tier=self.name, of="stored")
         return encoded
+
+    async def _sealed(
+        self, keys: KeyRing, data: memoryview, give_up: Callable[[], None]
+    ) -> Encoded | None:
+        """The object encrypted; None if that could not be, and it must not be stored.
+
+        Raises:
+            CorruptObject: its header is damaged.
+        """
+        try:
+            return await self._calls.encode(
+                lambda: sealed_object(keys, data, self._scratch), give_up
+            )
+        except CorruptObject:
+            raise
+        except TierUnavailable:  # which has been said already
+            return None
+        except UsageError as error:
+            logger.warning("%s: an object is not stored: %s", self.name, error)
+            return None
+        except Exception as error:
+            report_bug(self._counters, "encryption", error)
+            return None
 
     async def _put(
         self,

@@ -25,7 +25,7 @@ from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.presence import Presence
 from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
-from kvstrata.objects import NAMESPACE_FIELD, ObjectHeader, verify_object
+from kvstrata.objects import HEADER_BYTES, NAMESPACE_FIELD, ObjectHeader
 from kvstrata.parts import PORTABLE, identity
 from kvstrata.tiers.base import Outcome, SharedTier, Stat
 
@@ -299,9 +299,14 @@ class SharedBacking(Carrier):
         into: memoryview,
         give_up: Callable[[], None] = nothing,
     ) -> ObjectHeader | None:
-        """See `Backing.read`; ``nbytes`` may be a guess, and the slot is as long as need be."""
+        """See `Backing.read`; ``nbytes`` may be a guess, and the slot is as long as need be.
+
+        All but what is encrypted, which may be longer by a page.
+        """
         epoch = self.epoch
-        header = await super().read(key, part, len(into), into, give_up)
+        longer = self._keys is not None or nbytes > len(into)
+        bound = len(into) + HEADER_BYTES * longer
+        header = await super().read(key, part, bound, into, give_up)
         return header if epoch is not None and self.epoch == epoch else None
 
     def _name(self, key: bytes, part: int) -> bytes | None:
@@ -333,7 +338,7 @@ class SharedBacking(Carrier):
                 (length,) = self.tier.read([name], [data])
                 try:
                     if not isinstance(length, Outcome):
-                        verify_object(data[:length], identity(key, part))
+                        self._checked(data[:length], identity(key, part))
                 except CorruptObject:
                     return stat.version
                 except Incompatible:
