@@ -126,6 +126,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "concurrent": ours("concurrent"),
     "copies": ours("copies"),
     "disk": disk,
+    "encryption": ours("encryption"),
     "node": node,
 }
 """Every benchmark that needs no input from outside, by its folder."""
