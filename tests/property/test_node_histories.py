@@ -47,6 +47,7 @@ from kvstrata.config import Config, HostConfig, LeaseConfig
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.memory.pool import Pool
 from kvstrata.node import matching
+from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.common import slices
 from kvstrata.node.node import Node
 from kvstrata.node.service import calls
@@ -157,8 +158,9 @@ class Histories(RuleBasedStateMachine):
         codecs=st.tuples(
             st.sampled_from(["raw", "lossless"]), st.sampled_from(["raw", "lossless"])
         ),
+        keys=st.sampled_from([None, KeyRing([bytes(32)])]),
     )
-    def begin(self, policy: str, codecs: tuple[str, str]) -> None:
+    def begin(self, policy: str, codecs: tuple[str, str], keys: KeyRing | None) -> None:
         self.patches = pytest.MonkeyPatch()
         self.patches.setattr(matching, "SLICE_OBJECTS", 3)
         self.patches.setattr(matching, "SLICE", 2)
@@ -168,7 +170,7 @@ class Histories(RuleBasedStateMachine):
         self.clock = ManualClock()
         self.inner = [Lasting("memory"), Lasting("disk")]
         self.tiers = [FaultyTier(inner) for inner in self.inner]
-        self.policy, self.codecs = policy, codecs
+        self.policy, self.codecs, self.keys = policy, codecs, (None, keys)
         # object -> the payloads that were committed since it was last cleared
         self.model: dict[Name, set[bytes]] = {}
         # of objects whose clear failed: a later node may find them
@@ -194,9 +196,11 @@ class Histories(RuleBasedStateMachine):
             backings = [
                 make_backing(
                     tier, slots, counters=counters, clock=self.clock, deadline_s=DEADLINE_S,
-                    queue_slots=4, policy=self.policy, codec=codec,
+                    queue_slots=4, policy=self.policy, codec=codec, keys=keys,
                 )
-                for tier, slots, codec in zip(self.tiers, TIER_SLOTS, self.codecs, strict=True)
+                for tier, slots, codec, keys in zip(
+                    self.tiers, TIER_SLOTS, self.codecs, self.keys, strict=True
+                )
             ]  # fmt: skip
             pool = Pool.create(HOST_SLOTS * SLOT)
             node = Node(config, pool, backings, counters, clock=self.clock)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -43,11 +42,6 @@ def test_the_first_line_is_the_first_key(
     assert read_keys(f"file:{file}", "disk.encryption") == BOTH
     assert read_keys("env:DISK_KEYS", "disk.encryption") == BOTH
     assert read_keys(f"command:cat '{file}'", "disk.encryption") == BOTH
-
-
-def test_what_the_page_says_makes_a_key(tmp_path: Path) -> None:
-    made = subprocess.run(["openssl", "rand", "-hex", "32"], capture_output=True, check=True)
-    assert len(read_keys(f"file:{file_of(tmp_path, made.stdout.decode())}", "o")[0]) == 32
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o610])

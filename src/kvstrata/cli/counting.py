@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 TROUBLE: tuple[tuple[str, str, str], ...] = (
     ("corrupt_objects_total", "", "objects failed their checksum and were dropped"),
+    ("incompatible_objects_total", "", "objects of another release, codec or key were left alone"),
     ("promotions_total", "failed", "objects could not be read back when they were asked for"),
     ("tier_trips_total", "", "times a tier was left alone after an error"),
     ("tier_writes_total", "failed", "objects could not be written to a slower tier"),
