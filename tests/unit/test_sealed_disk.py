@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from tests.support.nodes import (
+    ORDER,
     RAW,
+    GatedTier,
     chunk_keys,
     clear,
     flush,
@@ -37,6 +40,7 @@ from tests.support.sealed import (
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.node import Node
+from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum, decode, stored_bytes
 from kvstrata.tiers.disk.tier import DiskTier
@@ -72,6 +76,13 @@ def stored(folder: Path) -> list[bytes]:
     return keys
 
 
+async def no_buffer_is_lost(node: Node) -> None:
+    """They go once nobody needs them."""
+    for _ in range(2):
+        await owned(node).upkeep()
+    assert owned(node).scratch_bytes == 0
+
+
 @pytest.mark.parametrize("codec", ["raw", "lossless"])
 def test_nothing_readable_lies_on_disk_and_all_of_it_comes_back(folder: Path, codec: str) -> None:
     keys = chunk_keys(NUM)
@@ -81,14 +92,12 @@ def test_nothing_readable_lies_on_disk_and_all_of_it_comes_back(folder: Path, co
         await flush(node, Client("pid 1"))
         assert owned(node).index.num_objects == NUM
         assert await get(node, keys) == NUM
+        await no_buffer_is_lost(node)
 
     async def read(node: Node) -> None:
         assert await get(node, keys) == NUM
         assert counted(node, MISSES) == counted(node, CORRUPT) == 0
-        # Buffers go once nobody needs them: none was lost on the way.
-        for _ in range(2):
-            await owned(node).upkeep()
-        assert owned(node).scratch_bytes == 0
+        await no_buffer_is_lost(node)
 
     disk(folder, fill, KEY, codec=codec)
     assert len(files(folder)) == NUM
@@ -261,9 +270,7 @@ def test_what_cannot_be_encrypted_is_not_stored(
         assert owned(node).index.used_bytes == 0
         assert counted(node, 'bugs_total{where="encryption"}%s', "") == 2
         assert owned(node).writable
-        for _ in range(2):
-            await owned(node).upkeep()
-        assert owned(node).scratch_bytes == 0
+        await no_buffer_is_lost(node)
 
     disk(folder, test, KEY, codec=codec)
 
@@ -316,3 +323,32 @@ def test_a_slot_that_was_damaged_is_not_served_from_below(folder: Path) -> None:
         assert counted(node, CORRUPT) == 1
 
     disk(folder, test, KEY)
+
+
+@pytest.mark.parametrize("codec", ["raw", "lossless"])
+def test_the_buffers_of_a_write_that_is_cancelled_are_nobodys(codec: str) -> None:
+    """A thread may still read them."""
+    keys, tier = chunk_keys(1), GatedTier()
+
+    async def test(node: Node) -> None:
+        put(node, keys)
+        await flush(node, Client("pid 1"))
+        await clear(node, Client("pid 1"), tiers=["memory"])
+        slot, backing = node.host.get(keys[0], 0), owned(node)
+        assert slot is not None
+        await no_buffer_is_lost(node)
+        tier.shut("write")
+        view = node.host.pool.view(slot.offset, slot.nbytes)
+        write = asyncio.ensure_future(backing.write(keys[0], view, Origin(keys, 0, ORDER)))
+        await until(lambda: tier.waiting > 0)
+        write.cancel()
+        await asyncio.wait({write})
+        taken = backing._scratch.nbytes
+        for _ in range(2):
+            await backing.upkeep()
+        assert backing._scratch.nbytes == taken > 0, "none was given back"
+        tier.open()
+        await until(lambda: tier.held > 0)
+        tier.clear()
+
+    on_node(test, tier=tier, slots=20, codec=codec, keys=KeyRing([KEY]))

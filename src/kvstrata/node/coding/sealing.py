@@ -108,6 +108,7 @@ class KeyRing:
             Incompatible: it is not encrypted, or with a key that is not here.
             CorruptObject: nobody with the key has sealed this under this header.
         """
+        assert data is not into
         key = self._key_of(header)
         size = header.stored_length - SEALED_BYTES
         if header.stored_length > MAX_SEALED:
