@@ -154,3 +154,9 @@ def test_a_slot_of_another_length_is_an_error_of_the_reader() -> None:
         data = sealed(encoded(codec, an_object(kv())))
         with pytest.raises(UsageError, match="for a slot of"):
             restored(data, memory(len(an_object(kv())) + 4096))
+
+
+def test_encoded_bytes_as_long_as_the_slot_are_not_taken_for_raw_ones() -> None:
+    plain = an_object(kv(), codec="lossless", codec_parameters=b"\x01")
+    with pytest.raises(CorruptObject, match="no smaller"):
+        restored(sealed(plain), memory(len(plain)))

@@ -24,6 +24,7 @@ from tests.support.sealed import (
     WHOLE,
     counted,
     get,
+    memory,
     put,
     tampered,
 )
@@ -33,6 +34,7 @@ from kvstrata.node.coding.choosing import Always
 from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
+from kvstrata.objects import HEADER_BYTES, stored_bytes
 
 
 class TestShared:
@@ -116,5 +118,19 @@ class TestShared:
             put(b, keys)
             await flush(b, Client("pid 1"))
             assert await get(a, keys) == 1
+
+        self.run(test, KEY, KEY)
+
+    def test_a_size_that_was_only_guessed_is_no_bound(self) -> None:
+        """As of a chunk that a gallop found among smaller ones."""
+
+        async def test(fleet: Fleet, a: Node, b: Node) -> None:
+            keys = chunk_keys(1)
+            put(a, keys)
+            await flush(a, Client("pid 1"))
+            assert await get(b, keys) == 1
+            into = memory(stored_bytes(WHOLE))
+            assert await b.backings[0].read(keys[0], 0, HEADER_BYTES, into) is not None
+            assert into[HEADER_BYTES:] == payload(keys[0], nbytes=WHOLE)
 
         self.run(test, KEY, KEY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Callable
 
@@ -134,6 +135,17 @@ def test_payloads_of_any_length(raw: bytes) -> None:
     data = sealed(whole)
     assert len(data) == 4096 + -(-(len(raw) + 28) // 4096) * 4096
     assert opened(data) == whole
+
+
+def test_a_raw_object_is_opened_right_into_its_slot() -> None:
+    class NoScratch(Scratch):
+        def take(self, nbytes: int) -> mmap.mmap:
+            raise AssertionError("a copy that nobody needs")
+
+    whole = an_object(kv())
+    into = memory(len(whole))
+    restored_object(sealed(whole), decode(whole).object_id, into, KeyRing([KEY]), NoScratch(0))
+    assert into == whole
 
 
 def test_two_copies_have_nothing_in_common() -> None:
