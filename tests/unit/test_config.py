@@ -34,7 +34,7 @@ from kvstrata.wire.sockets import socket_path
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[2]
-KEY = "5f" * 32
+KEY = "f5" * 32
 
 # One accepted value per option, different from its default.
 SAMPLES: Mapping[str, Any] = {
@@ -225,6 +225,7 @@ def test_parts_of_the_disk_may_come_from_different_sources() -> None:
         ({"disk.encryption": "file:keys"}, "disk.encryption", "not absolute"),
         ({"disk.encryption": "file:/a\0b"}, "disk.encryption", "not printable"),
         ({"disk.encryption": "env:A-B"}, "disk.encryption", "no name of a variable"),
+        ({"disk.encryption": f"env:{KEY}"}, "disk.encryption", "env: is a key"),
         ({"disk.encryption": "env:KVSTRATA_KEYS"}, "disk.encryption", "name another one"),
         ({"disk.encryption": "command:"}, "disk.encryption", "what follows command: is empty"),
         ({"disk.encryption": "command:a 'b"}, "disk.encryption", "No closing quotation"),

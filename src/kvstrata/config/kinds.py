@@ -169,6 +169,8 @@ def _encryption(value: Any) -> str:
     if kind == "env":
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", where):
             raise ValueError("what follows env: is no name of a variable")
+        if re.fullmatch("[0-9a-fA-F]{64}", where):
+            raise ValueError("what follows env: is a key, not the name of a variable that holds it")
         if where.startswith("KVSTRATA_"):
             raise ValueError("variables that begin with KVSTRATA_ are options: name another one")
         return f"env:{where}"
