@@ -87,7 +87,21 @@ def test_commands_that_fail(tmp_path: Path) -> None:
     assert "sh ended with status 3; what it said is in the node's log" in refused(
         f"command:sh -c 'echo {ONE}; exit 3'"
     )
-    assert "cat yields no key" in refused("command:cat")  # its input is empty, not ours
+
+
+def test_a_command_does_not_read_what_is_meant_for_the_node() -> None:
+    """A node on demand gets its configuration on its standard input."""
+    ours, end = os.pipe()
+    os.write(end, ONE.encode())
+    os.close(end)
+    saved = os.dup(0)
+    try:
+        os.dup2(ours, 0)
+        assert "cat yields no key" in refused("command:cat")
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+        os.close(ours)
 
 
 def test_a_command_runs_without_a_shell(tmp_path: Path) -> None:
