@@ -80,11 +80,11 @@ def kv(seed: int = 0) -> bytes:
     return kv_like(Payload(SHAPE, "bfloat16", 128), seed).tobytes()
 
 
-def encoded(codec: str, whole: memoryview) -> memoryview:
+def encoded(codec: str, whole: memoryview, level: int = 0) -> memoryview:
     """An object as a tier with this codec keeps it."""
     if codec == "raw":
         return whole
-    made = encoded_object(codec_named(codec), whole, Scratch(1))
+    made = encoded_object(codec_named(codec), whole, Scratch(1), level)
     assert made is not None
     return made.data
 

@@ -37,7 +37,9 @@ from tests.support.sealed import (
     tampered,
 )
 
+from kvstrata.codecs import codec_named
 from kvstrata.codecs.lossless import Lossless
+from kvstrata.node.coding.choosing import Always
 from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.node import Node
 from kvstrata.node.service.origin import Origin
@@ -352,3 +354,16 @@ def test_the_buffers_of_a_write_that_is_cancelled_are_nobodys(codec: str) -> Non
         tier.clear()
 
     on_node(test, tier=tier, slots=20, codec=codec, keys=KeyRing([KEY]))
+
+
+@pytest.mark.parametrize("keys", [(KEY,), ()], ids=["encrypted", "plain"])
+def test_a_coarser_copy_that_cannot_be_made_is_none(folder: Path, keys: tuple[bytes, ...]) -> None:
+    """Of this byte order no lossy codec knows anything."""
+
+    async def test(node: Node) -> None:
+        owned(node).coarser = (Always(codec_named("int8")),)
+        put(node, chunk_keys(2))
+        await flush(node, Client("pid 1"))
+        assert len(files(folder)) == 2
+
+    disk(folder, test, *keys)

@@ -100,23 +100,24 @@ def test_positions_of_kept_tokens_are_hidden_too() -> None:
 @settings(deadline=None, max_examples=60)
 @given(
     codec=st.sampled_from(CODECS),
+    level=st.integers(0, 1),
     seed=st.integers(0, 5),
     epoch=st.integers(0, 2**64 - 1),
     keys=st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=3, unique=True),
     later=st.lists(st.binary(min_size=32, max_size=32), max_size=2),
 )
 def test_any_object_comes_back(
-    codec: str, seed: int, epoch: int, keys: list[bytes], later: list[bytes]
+    codec: str, level: int, seed: int, epoch: int, keys: list[bytes], later: list[bytes]
 ) -> None:
     whole = an_object(kv(seed))
-    plain = encoded(codec, whole)
+    plain = encoded(codec, whole, level)
     data = forged(sealed(plain, *keys), epoch=epoch)  # as a tier stamps it
     back = opened(data, *later, keys[0])
     assert forged(back, epoch=7) == plain, "all of it, header and padding included"
     # And through all that a read does, into a slot that held something else.
     there, here = memory(len(whole)), memory(len(whole))
     there[:], here[:] = b"\xff" * len(whole), b"\xff" * len(whole)
-    name = decode(whole).object_id
+    name = decode(plain).object_id
     want = restored_object(plain, name, there, None, Scratch(1))
     got = restored_object(data, name, here, KeyRing(keys), Scratch(2))
     assert msgspec.structs.replace(got, epoch=7) == want
