@@ -167,7 +167,7 @@ def in_memory(pool: Pool, keys: KeyRing, count: int) -> list[Row]:
 
 def measure(options: Options) -> list[Row]:
     """All rows of this benchmark."""
-    num_objects, count = (16, 4) if options.quick else (32, 12)
+    num_objects, count = (16, 4) if options.quick else (32, 24)
     ring = KeyRing([os.urandom(32)])
     pool = Pool.create(num_objects * SLOT)
     keys = fill(pool, num_objects, options.seed)
