@@ -122,7 +122,7 @@ def test_group_and_padding_come_back_too(shape: tuple[int, ...]) -> None:
     end = HEADER_BYTES + encoded.header.stored_length
     assert encoded.data[end:] == bytes(len(encoded.data) - end)
     back = slot(len(whole))
-    header = restored_object(encoded.data, encoded.header.object_id, back)
+    header = restored_object(encoded.data, encoded.header.object_id, back, None, Scratch(1))
     assert back == whole
     assert header == decode(whole)
 
