@@ -998,7 +998,9 @@ def test_killed_between_any_two_steps_of_a_clear(tmp_path: Path) -> None:
         tier.close()
         before, after = before + (num_found == 8), after + (num_found == 0)
         if "cleared" in out:
-            assert (status, num_found) == (0, 0)
+            assert num_found == 0
+        if status == 0:  # else what removes old files in the background was killed
+            assert "cleared" in out
             break
     else:
         pytest.fail("the clear has more steps than were tried")
