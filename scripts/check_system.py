@@ -1,7 +1,7 @@
 """Say in words which system packages are missing, before an install or a compiler trips over it.
 
 ``--for venv`` asks for what a virtual environment needs, ``--for engine`` for what vLLM on the CPU
-needs besides. ``--packages`` prints the Debian package names alone, for a script to install.
+needs besides, ``--for test`` for the servers too that tests start. ``--packages`` prints the Debian package names alone, for a script to install.
 Only the standard library is used: this runs on the bare machine.
 """
 
@@ -34,7 +34,7 @@ def missing(purpose: str) -> dict[str, str]:
     found = {}
     if importlib.util.find_spec("ensurepip") is None:
         found[f"{version}-venv"] = "the module ensurepip, to make a virtual environment"
-    if purpose == "engine":
+    if purpose in ("engine", "test"):
         if not _loads("libnuma.so.1"):
             found["libnuma1"] = "libnuma.so.1, which vLLM's CPU kernels are linked with"
         if not _loads("libgomp.so.1"):
@@ -43,13 +43,15 @@ def missing(purpose: str) -> dict[str, str]:
             found["g++"] = "a C++ compiler: torch compiles the model's forward pass with it"
         if not _has_headers():
             found[f"{version}-dev"] = "Python.h, which that compilation includes"
+    if purpose == "test" and shutil.which("redis-server") is None:
+        found["redis-server"] = "redis-server, which the tests of its tier start"
     return found
 
 
 def main() -> int:
     """Print what is missing; the exit status is 1 if that is anything."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--for", dest="purpose", choices=["venv", "engine"], default="engine")
+    parser.add_argument("--for", dest="purpose", choices=["venv", "engine", "test"], default="engine")
     parser.add_argument("--packages", action="store_true", help="names only, exit status 0")
     options = parser.parse_args()
 
@@ -58,7 +60,7 @@ def main() -> int:
         print(" ".join(packages))
         return 0
     # Each states it in its own metadata, but pip's message about that names no way out.
-    who, oldest = ("vLLM 0.32.0", 11) if options.purpose == "engine" else ("KVStrata", 10)
+    who, oldest = ("KVStrata", 10) if options.purpose == "venv" else ("vLLM 0.32.0", 11)
     if sys.version_info < (3, oldest):
         print(
             f"{who} needs Python 3.{oldest} or newer, this is {sys.version.split()[0]}. "

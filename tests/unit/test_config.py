@@ -73,6 +73,16 @@ SAMPLES: Mapping[str, Any] = {
     "network.certificate": "/etc/kvstrata/node.pem",
     "network.key": "/etc/kvstrata/node.key",
     "network.authority": "/etc/kvstrata/ca.pem",
+    "redis.codec": "lossless",
+    "redis.coarser": "cachegen-2, int4",
+    "redis.load_target": "500ms",
+    "redis.io_threads": 6,
+    "redis.write_queue": "1GiB",
+    "redis.lookup_timeout": "30ms",
+    "redis.epoch_every": "10s",
+    "redis.url": "rediss+cluster://kv@[::1]:7000,b:7001?ca_file=/etc/ca.pem",
+    "redis.prefix": "fleet-1",
+    "redis.ttl": "7d",
     "deadlines.match": "1ms",
     "deadlines.request": "1s",
     "deadlines.load": "2.5s",
@@ -419,6 +429,8 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
         "memory.capacity": "1GiB",
         "peer.nodes": "b:1",
         **{f"network.{name}": "/x.pem" for name in ("certificate", "key", "authority")},
+        "redis.url": "redis://h",
+        "redis.load_target": "1s",
     }
     identity = load(base).node_identity(uid=1)
     clients = {"node", "chunk_tokens", "tenant", "log"}

@@ -60,7 +60,7 @@ def run(
     capacity = host_capacity_bytes(config, available)
     if as_json:
         answer = {
-            "config": config.to_dict(),
+            "config": config.shown(),
             "sources": dict(config.sources),
             "socket": str(socket),
             "host_capacity_bytes": capacity,

@@ -14,6 +14,7 @@ from kvstrata.config.options import (
 )
 from kvstrata.config.owned import DiskConfig, MemoryConfig
 from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig
+from kvstrata.config.redis import RedisConfig
 from kvstrata.config.tierparts import TierPart
 from kvstrata.config.tiers import TIERS
 
@@ -30,6 +31,7 @@ __all__ = [
     "LeaseConfig",
     "MemoryConfig",
     "Option",
+    "RedisConfig",
     "TierPart",
     "default_secret_file",
     "effective",

@@ -30,11 +30,16 @@ def _number(value: Any) -> Any:
 
 
 class Kind(NamedTuple):
-    """How values of one kind are parsed (ValueError if wrong), printed, and described."""
+    """How values of one kind are parsed (ValueError if wrong), written, and described.
+
+    ``show`` is how they are printed for people, where that is not all of it: a secret is left out,
+    and the message of ``parse`` repeats nothing of the value.
+    """
 
     parse: Callable[[Any], Any]
     format: Callable[[Any], str | int]
     expected: str
+    show: Callable[[Any], str] | None = None
 
 
 def whole(low: int, high: int, multiple: int = 1) -> Kind:

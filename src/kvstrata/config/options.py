@@ -108,12 +108,15 @@ class Config:
         return next((part for part in self.tiers if part.name == name), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested text and integers, as in a file; ``load_config(None, {}, it)`` is equal."""
-        nested: dict[str, Any] = {}
-        for path, value in _values(self):
-            part, _, name = path.rpartition(".")
-            (nested.setdefault(part, {}) if part else nested)[name] = value
-        return nested
+        """Nested text and integers, as in a file; ``load_config(None, {}, it)`` is equal.
+
+        With every password, so it is for programs; people are shown `shown`.
+        """
+        return _nested(_values(self))
+
+    def shown(self) -> dict[str, Any]:
+        """The same without passwords."""
+        return _nested(_shown(self))
 
     def node_identity(self, uid: int | None = None) -> str:
         """16 hex digits, equal for two clients that may share one on-demand node.
@@ -280,7 +283,8 @@ def _flatten(
         elif path in PARTS and path:
             if not isinstance(value, Mapping):
                 keys = ", ".join(item.name for item in fields(PARTS[path]))
-                raise ConfigError(path, f"{value!r} is not a table of {keys} ({where})")
+                # Perhaps the address that belongs into it, with a password: it is not repeated.
+                raise ConfigError(path, f"this is not a table of {keys} ({where})")
             found = _flatten(value, source, where, f"{path}.") or {path: _Given({}, source, where)}
         else:
             raise ConfigError(path, f"unknown key{_hint(path)} ({where})")
@@ -323,6 +327,14 @@ def _part(config: Config, name: str) -> Any:
     return getattr(config, name) if name else config
 
 
+def _nested(values: Iterator[tuple[str, str | int]]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in values:
+        part, _, name = path.rpartition(".")
+        (nested.setdefault(part, {}) if part else nested)[name] = value
+    return nested
+
+
 def _values(config: Config) -> Iterator[tuple[str, str | int]]:
     """Each option that is set, by its path, as a file writes it."""
     for path, known in OPTIONS.items():
@@ -332,11 +344,22 @@ def _values(config: Config) -> Iterator[tuple[str, str | int]]:
             yield path, known.kind.format(getattr(owner, name))
 
 
+def _shown(config: Config) -> Iterator[tuple[str, str | int]]:
+    """The same, as people may see it."""
+    for path, value in _values(config):
+        part, _, name = path.rpartition(".")
+        show = OPTIONS[path].kind.show
+        yield path, value if show is None else show(getattr(_part(config, part), name))
+
+
 def effective(config: Config) -> str:
-    """The whole configuration as TOML that loads as an equal one, each value with its source."""
+    """The whole configuration as TOML that loads as an equal one, each value with its source.
+
+    But for passwords, which are left out; it loads once they are put in.
+    """
     lines: list[str] = []
     part = ""
-    for path, value in _values(config):
+    for path, value in _shown(config):
         owner, _, name = path.rpartition(".")
         if owner != part:
             part = owner

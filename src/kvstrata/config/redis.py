@@ -1,0 +1,58 @@
+"""The tier in Redis: its options."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvstrata.config import kinds
+from kvstrata.config.parts import about, option
+from kvstrata.config.shared import PREFIX, SharedPart
+from kvstrata.tiers.redis.address import EXPECTED, Address, parse_address
+
+if TYPE_CHECKING:
+    from kvstrata.tiers.base import SharedTier
+
+URL = kinds.Kind(parse_address, lambda address: str(address.url), EXPECTED, str)
+LONGEST_PREFIX = 64
+
+
+def _prefix(value: Any) -> str:
+    # No sign that a pattern or a hash tag is made of, and no end that looks like a piece's.
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._:/-]+", value):
+        raise ValueError(f"{value!r} has other characters, or none")
+    if len(value) > LONGEST_PREFIX:
+        raise ValueError(f"{value!r} is too long")
+    return value
+
+
+NAME = kinds.Kind(_prefix, str, f"1 to {LONGEST_PREFIX} letters, digits, . _ : / and -")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedisConfig(SharedPart):
+    """The tier in Redis or Valkey, which a fleet shares; off unless `url` is given."""
+
+    name: ClassVar[str] = "redis"
+    url: Address = field(
+        metadata=about(
+            URL,
+            None,
+            "Where it is, and as whom to talk to it; docs/redis.md has all that it may say. The "
+            "password is never printed.",
+            True,
+        )
+    )
+    prefix: str = option(NAME, "kvstrata", PREFIX, shared=True)
+    ttl: float = option(
+        kinds.DURATION,
+        "0s",
+        "How long an object stays that nobody uses; 0: until Redis evicts it.",
+        shared=True,
+    )
+
+    def open(self) -> SharedTier:
+        from kvstrata.tiers.redis.tier import RedisTier
+
+        return RedisTier(self.url, self.prefix, lasts_s=self.epoch_every, ttl_s=self.ttl)
