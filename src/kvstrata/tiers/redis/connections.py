@@ -76,6 +76,14 @@ class PlainConnection(redis.Connection):
             raise redis.TimeoutError("it did not answer in time")
         return min(longest, left)
 
+    def _timed(self) -> Any:
+        """The socket, with the time that its next step may take."""
+        sock = self._sock
+        if sock is None:  # another thread has found out that the server is gone
+            raise redis.ConnectionError("the connection was closed")
+        sock.settimeout(self._patience())
+        return sock
+
     def _connect(self) -> Any:
         self.socket_connect_timeout = self._patience()
         return super()._connect()
@@ -98,7 +106,7 @@ class PlainConnection(redis.Connection):
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         """See redis-py."""
         if self._sock is not None:
-            self._sock.settimeout(self._patience())
+            self._timed()
         super().send_packed_command(command, check_health)
 
     def _packed(self, args: Sequence[Any]) -> Iterator[bytes | memoryview]:
@@ -111,7 +119,7 @@ class PlainConnection(redis.Connection):
             yield text + b"$%d\r\n" % one.nbytes
             for buffer in one:
                 for start in range(0, len(buffer), SLICE):
-                    self._sock.settimeout(self._patience())
+                    self._timed()
                     yield buffer[start : start + SLICE]
             text = b"\r\n"
         yield text
@@ -119,8 +127,7 @@ class PlainConnection(redis.Connection):
     def read_response(self, *args: Any, **options: Any) -> Any:
         """See redis-py. With buffers: the value's length, whether it fits or not; or None."""
         into, self._into = self._into, None
-        if self._sock is not None:
-            self._sock.settimeout(self._patience())
+        self._timed()
         if into is None:
             return super().read_response(*args, **options)
         try:
@@ -179,8 +186,7 @@ class PlainConnection(redis.Connection):
         return first[len(part) :]
 
     def _receive_into(self, buffer: memoryview) -> int:
-        self._sock.settimeout(self._patience())
-        count: int = self._sock.recv_into(buffer)
+        count: int = self._timed().recv_into(buffer)
         if not count:
             raise redis.ConnectionError("it closed the connection")
         return count
