@@ -43,13 +43,21 @@ def read_file(file: Path) -> Mapping[Any, Any]:
     except OSError as error:
         raise ConfigError(str(file), f"cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(str(file), f"is no valid {file.suffix[1:]}: {problem}") from error
+        raise ConfigError(str(file), f"is no valid {file.suffix[1:]}: {_problem(error)}") from None
     if content is None:  # an empty YAML document
         return {}
     if not isinstance(content, Mapping):
-        raise ConfigError(str(file), f"holds {content!r}, expected keys and values")
+        kind = type(content).__name__
+        raise ConfigError(str(file), f"holds a {kind}, expected keys and values")
     return content
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong and where, without the line itself: it may hold a password."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
+    return " ".join(str(error).split())
 
 
 def _toml() -> Any:

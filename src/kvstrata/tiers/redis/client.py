@@ -12,6 +12,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthorizationError,
     NoPermissionError,
@@ -200,6 +201,11 @@ class Client:
             return TierUnavailable(
                 f"redis at {where} does not let {who} do what the tier needs: {text}; "
                 "docs/redis.md has the rule for its access list"
+            )
+        if isinstance(error, AskError):
+            return TierUnavailable(
+                f"redis at {where} is one server of a cluster; begin redis.url with "
+                "redis+cluster:// or rediss+cluster://"
             )
         return TierUnavailable(f"redis at {where}: {text or type(error).__name__}")
 

@@ -90,11 +90,11 @@ class PlainConnection(redis.Connection):
 
     def send_command(self, *args: Any, into: Buffers | None = None, **options: Any) -> None:
         """See redis-py. The reply is put into the buffers, if there are any."""
-        self._into = into
         if any(isinstance(one, Buffers) for one in args):
             self.send_packed_command(self._packed(args), options.get("check_health", True))
         else:
             super().send_command(*args, **options)
+        self._into = into  # now: to connect again takes commands of its own
 
     def pack_commands(self, commands: Any) -> Any:
         """See redis-py."""

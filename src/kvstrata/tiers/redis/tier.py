@@ -29,8 +29,10 @@ from kvstrata.tiers.redis.heads import (
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
-PIECE_BYTES = 32 << 20
-"""Redis copies a value whole to answer with it, and serves nobody else meanwhile."""
+PIECE_BYTES = (4 << 20) - 4096
+"""Redis copies a value whole to answer with it, and serves nobody else meanwhile: 0.2 ms for this
+much, but 15 ms for 16 MiB, since its allocator gets memory anew for what is that large. With its
+line a piece is no more than 4 MiB, of which sizes the allocator has one."""
 FORGET_BATCH = 500
 ATTEMPTS = 3
 """To read an object that others replace meanwhile."""
@@ -166,6 +168,8 @@ class RedisTier(SharedTier):
         key, head = self._key(put.object_id), new_head(put.nbytes, self._piece_bytes)
         first, *others = (_cut(put, start, end) for start, end in head.bounds)
         later = head.later(key)
+        if put.if_absent and later and self._lines([key]) != [b""]:
+            return Outcome.MISS  # the pieces would be sent for nothing
         stands = False
         try:
             for piece, value in zip(later, others, strict=True):

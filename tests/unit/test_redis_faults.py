@@ -1,0 +1,497 @@
+"""What goes wrong with a Redis, really: passwords, rights, certificates, room, moves, time."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import re
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import redis
+import trustme
+from redis.crc import key_slot
+
+from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.testing.servers.redis import RedisCluster, RedisServer, installed
+from kvstrata.testing.shared import MARGIN_S, name
+from kvstrata.testing.stores import HIT, MISS, PAGE, empty, filled, has, put, read_one, write
+from kvstrata.tiers.base import SharedTier
+from kvstrata.tiers.redis import client
+from kvstrata.tiers.redis.address import parse_address
+from kvstrata.tiers.redis.tier import RedisTier
+
+pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
+
+PAGE_OF_REDIS = Path(__file__).parents[2] / "docs" / "redis.md"
+MIB = 1 << 20
+SECRET = "hunter2"
+
+
+def tier_at(url: str, **options: float) -> RedisTier:
+    return RedisTier(parse_address(url), "kvstrata", **{"timeout_s": 5.0, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("server") / "redis")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def admin(server: RedisServer) -> Iterator[redis.Redis]:
+    with server.admin() as admin:
+        admin.flushall()
+        yield admin
+
+
+@pytest.fixture
+def tier(server: RedisServer, admin: redis.Redis) -> Iterator[RedisTier]:
+    tier = tier_at(server.url)
+    yield tier
+    tier.close()
+
+
+def every_verb(tier: SharedTier) -> None:
+    """Use all of a tier: in pieces, replaced, conditionally, and by epochs."""
+    data, large = filled(PAGE, 1), filled(8 * PAGE, 2)
+    tier.epoch()
+    for one in (data, large):
+        assert write(tier, [(name(1), one)]) == [HIT]
+        assert tier.write([put(name(1), one, True)]) == [MISS]
+        assert read_one(tier, name(1), 8 * PAGE) == (HIT, bytes(one))
+        tier.touch([name(1)])
+    assert has(tier, [name(1)]) == [HIT]
+    tier.begin_epoch()
+    assert tier.delete([name(1)]) == [HIT]
+    write(tier, [(name(1), large)])
+    assert tier.forget(1) == 1
+    tier.upkeep()
+
+
+class TestWho:
+    @pytest.fixture
+    def port(self, server: RedisServer, admin: redis.Redis) -> Iterator[int]:
+        (rule,) = re.findall(
+            r"^ACL SETUSER kvstrata .*$", PAGE_OF_REDIS.read_text("utf-8"), re.MULTILINE
+        )
+        admin.execute_command(*rule.replace("PASSWORD", SECRET).split())
+        admin.acl_setuser("reader", enabled=True, passwords=[f"+{SECRET}"],
+                          keys=["*"], commands=["+get", "+getrange"])  # fmt: skip
+        yield server.port
+        admin.acl_deluser("kvstrata", "reader")
+
+    def test_the_rule_on_the_page_is_enough(self, port: int) -> None:
+        for options in ({}, {"ttl_s": 600.0}):
+            tier = tier_at(
+                f"redis://kvstrata:{SECRET}@127.0.0.1:{port}", piece_bytes=3 * PAGE, **options
+            )
+            every_verb(tier)
+            tier.close()
+
+    def test_the_rule_on_the_page_is_enough_in_a_cluster(self, cluster: RedisCluster) -> None:
+        (rule,) = re.findall(
+            r"^ACL SETUSER kvstrata .*$", PAGE_OF_REDIS.read_text("utf-8"), re.MULTILINE
+        )
+        for server in cluster.servers:
+            with server.admin() as admin:
+                admin.execute_command(*rule.replace("PASSWORD", SECRET).split())
+        tier = tier_at(cluster.url.replace("://", f"://kvstrata:{SECRET}@"), piece_bytes=3 * PAGE)
+        every_verb(tier)
+        tier.close()
+
+    def test_a_wrong_password_is_called_one(
+        self, port: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
+        tier = tier_at(f"redis://kvstrata:{SECRET}x@127.0.0.1:{port}")
+        with pytest.raises(TierUnavailable) as caught:
+            tier.epoch()
+        tier.close()
+        said = f"redis at 127.0.0.1:{port} does not let user 'kvstrata' in: .*redis.url"
+        assert re.search(said, str(caught.value))
+        assert SECRET not in str(caught.value) + repr(caught.value) + caplog.text
+
+    def test_no_password_where_one_is_needed(self, server: RedisServer) -> None:
+        with server.admin() as admin:
+            admin.config_set("requirepass", SECRET)
+            try:
+                tier = tier_at(server.url)
+                with pytest.raises(TierUnavailable, match="does not let the default user in: "):
+                    tier.stat([name(1)])
+                tier.close()
+                tier = tier_at(f"redis://:{SECRET}@127.0.0.1:{server.port}")
+                every_verb(tier)
+                tier.close()
+            finally:
+                admin.config_set("requirepass", "")
+
+    def test_a_right_that_is_missing_is_named(self, port: int) -> None:
+        tier = tier_at(f"redis://reader:{SECRET}@127.0.0.1:{port}")
+        assert has(tier, [name(1)]) == [MISS]
+        assert tier.read([name(1)], [empty(PAGE)]) == [MISS]
+        with pytest.raises(
+            TierUnavailable, match=r"do what the tier needs: .*'set' command.*docs/redis.md"
+        ):
+            tier.write([put(name(1), filled(PAGE, 1), True)])
+        tier.close()
+
+
+NODE, ELSEWHERE = "node@example.org", "elsewhere.example.org"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates and their keys, all of one authority."""
+    folder = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    for who in ("127.0.0.1", NODE, ELSEWHERE):
+        issued = authority.issue_cert(who)
+        issued.private_key_pem.write_to_path(str(folder / f"{who}.key"))
+        chain = b"".join(one.bytes() for one in issued.cert_chain_pems)
+        (folder / f"{who}.pem").write_bytes(chain)
+    return folder
+
+
+def encrypted(files: Path, who: str, folder: Path) -> RedisServer:
+    """A server that takes TLS only, and asks for a client's certificate too."""
+    return RedisServer(
+        folder,
+        ["--port", "0", "--tls-port", "PORT", "--tls-ca-cert-file", f"{files}/ca.pem",
+         "--tls-cert-file", f"{files}/{who}.pem", "--tls-key-file", f"{files}/{who}.key"],
+        ssl=True, ssl_cert_reqs="none",
+        ssl_certfile=f"{files}/{NODE}.pem", ssl_keyfile=f"{files}/{NODE}.key",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tls(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = encrypted(files, "127.0.0.1", tmp_path_factory.mktemp("tls") / "redis")
+    yield server
+    server.close()
+
+
+class TestEncrypted:
+    def mine(self, files: Path) -> str:
+        return f"cert_file={files}/{NODE}.pem&key_file={files}/{NODE}.key"
+
+    def test_every_verb_and_large_objects(self, files: Path, tls: RedisServer) -> None:
+        url = f"rediss://127.0.0.1:{tls.port}?ca_file={files}/ca.pem&{self.mine(files)}"
+        tier = tier_at(url, piece_bytes=3 * PAGE)
+        every_verb(tier)
+        tier.close()
+        tier, data = tier_at(url, piece_bytes=2 * MIB), filled(5 * MIB, 1)
+        assert write(tier, [(name(1), data)]) == [HIT]
+        assert read_one(tier, name(1), 5 * MIB) == (HIT, bytes(data))
+        tier.close()
+
+    def test_what_is_missing_is_said(self, files: Path, tls: RedisServer) -> None:
+        ended = "certificate required|[Cc]onnection (was )?(closed|reset)|Broken pipe|EOF"
+        for url, said in (
+            (f"rediss://127.0.0.1:{tls.port}?{self.mine(files)}", "CERTIFICATE_VERIFY_FAILED"),
+            (f"rediss://127.0.0.1:{tls.port}?ca_file={files}/ca.pem", ended),
+            (f"redis://127.0.0.1:{tls.port}", ended),
+        ):
+            tier = tier_at(url)
+            with pytest.raises(TierUnavailable, match=said):
+                tier.epoch()
+            tier.close()
+
+    def test_another_hosts_certificate_is_refused(self, files: Path, tmp_path: Path) -> None:
+        server = encrypted(files, ELSEWHERE, tmp_path / "redis")
+        tier = tier_at(
+            f"rediss://127.0.0.1:{server.port}?ca_file={files}/ca.pem&{self.mine(files)}"
+        )
+        with pytest.raises(TierUnavailable, match=r"certificate is not valid for '127\.0\.0\.1'"):
+            tier.epoch()
+        tier.close()
+        server.close()
+
+    def test_a_file_that_is_not_there(self, files: Path, tls: RedisServer) -> None:
+        tier = tier_at(f"rediss://127.0.0.1:{tls.port}?ca_file={files}/none.pem")
+        with pytest.raises(TierUnavailable, match="No such file"):
+            tier.epoch()
+        tier.close()
+
+
+class TestRoom:
+    def test_no_room_is_said_as_such_and_leaves_nothing(
+        self, server: RedisServer, admin: redis.Redis
+    ) -> None:
+        tier = tier_at(server.url, piece_bytes=MIB)
+        epoch = tier.epoch()
+        write(tier, [(name(1), filled(PAGE, 1))])
+        try:
+            assert server.fill()
+            with pytest.raises(TierFull, match=r"takes no more: .*maxmemory"):
+                [tier.write([put(name(i), filled(3 * MIB, 1), True)]) for i in range(2, 9)]
+            assert read_one(tier, name(1), PAGE) == (HIT, bytes(filled(PAGE, 1)))
+            assert tier.epoch() == epoch
+            whole = [number for number in range(2, 9) if has(tier, [name(number)]) == [HIT]]
+            assert admin.dbsize() == 2 + 3 * len(whole), "pieces of what could not be written"
+            with pytest.raises(TierFull):
+                write(tier, [(name(1), filled(3 * MIB, 1))])
+            assert tier.delete([name(1)]) == [HIT], "room can be made"
+        finally:
+            server.make_room()
+        tier.close()
+
+    def test_what_was_evicted_is_a_miss(
+        self, server: RedisServer, tier: RedisTier, admin: redis.Redis
+    ) -> None:
+        names = [name(number) for number in range(64)]
+        try:
+            admin.config_set("maxmemory-policy", "allkeys-lru")
+            admin.config_set("maxmemory", admin.info("memory")["used_memory"] + 8 * MIB)
+            for one in names:
+                assert write(tier, [(one, filled(MIB // 2, 1))]) == [HIT]
+            answers = tier.read(names, [empty(MIB // 2)] * 64)
+            assert MISS in answers
+            assert set(answers) == {MISS, MIB // 2}
+            assert admin.info("stats")["evicted_keys"] >= answers.count(MISS)
+        finally:
+            server.make_room()
+
+    def test_a_server_that_cannot_save_is_read_on(self, tmp_path: Path) -> None:
+        """Redis takes no writes then, unless it is told otherwise."""
+        server = RedisServer(tmp_path / "redis")
+        tier = tier_at(server.url)
+        write(tier, [(name(1), filled(PAGE, 1))])
+        (tmp_path / "redis" / "dump.rdb").mkdir()
+        with server.admin() as admin:
+            admin.config_set("save", "3600 1")
+            admin.bgsave()
+            while admin.info("persistence")["rdb_last_bgsave_status"] == "ok":
+                time.sleep(0.01)
+        with pytest.raises(TierFull, match="MISCONF"):
+            tier.write([put(name(2), filled(PAGE, 1), True)])
+        assert read_one(tier, name(1), PAGE)[0] is HIT
+        tier.close()
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+class TestMoves:
+    def test_objects_lie_on_all_of_a_cluster(self, cluster: RedisCluster) -> None:
+        tier = tier_at(cluster.url, piece_bytes=2 * PAGE)
+        write(tier, [(name(number), filled(20 * PAGE, number)) for number in range(10)])
+        for server in cluster.servers:
+            with server.admin() as admin:
+                assert admin.dbsize() > 20
+        assert tier.forget(1) == 10
+        tier.close()
+
+    def test_one_host_is_enough_to_find_the_others(self, cluster: RedisCluster) -> None:
+        one = cluster.servers[1].port
+        tier = tier_at(f"redis+cluster://127.0.0.1:1,127.0.0.1:{one}")
+        every_verb(tier)
+        tier.close()
+
+    def test_a_server_that_is_no_cluster(self, server: RedisServer) -> None:
+        tier = tier_at(server.url.replace("redis", "redis+cluster"))
+        with pytest.raises(TierUnavailable, match="Cluster mode is not enabled"):
+            tier.epoch()
+        tier.close()
+
+    def test_a_cluster_that_is_taken_for_one_server(self, cluster: RedisCluster) -> None:
+        tier = tier_at(cluster.servers[0].url)
+        with pytest.raises(TierUnavailable, match=r"one server of a cluster.*redis\+cluster://"):
+            tier.read([name(number) for number in range(20)], [empty(PAGE)] * 20)
+        tier.close()
+
+    def test_slots_move_under_our_feet(self, cluster: RedisCluster) -> None:
+        """To another server, first half-way (ASK), then for good (MOVED)."""
+        tier, data = tier_at(cluster.url), filled(2 * MIB, 1)
+        number = 7
+        key = b"kvstrata:" + name(number).hex().encode()
+        write(tier, [(name(number), data)])
+        slot = key_slot(key)
+        admins = [one.admin() for one in cluster.servers]
+        ids = [admin.execute_command("CLUSTER MYID").decode() for admin in admins]
+        owner = next(i for i, admin in enumerate(admins) if admin.keys(key))
+        target = (owner + 1) % 3
+
+        def move(verb: str, at: int, other: int) -> None:
+            admins[at].execute_command(f"CLUSTER SETSLOT {slot} {verb} {ids[other]}")
+
+        move("IMPORTING", target, owner)
+        move("MIGRATING", owner, target)
+        assert read_one(tier, name(number), 2 * MIB) == (HIT, bytes(data)), "it is still there"
+        to = ("127.0.0.1", cluster.servers[target].port)
+        admins[owner].migrate(*to, [key], 0, 5000)
+        assert read_one(tier, name(number), 2 * MIB) == (HIT, bytes(data)), "ASK"
+        assert has(tier, [name(number)]) == [HIT]
+        for at in range(3):
+            move("NODE", at, target)
+        assert read_one(tier, name(number), 2 * MIB) == (HIT, bytes(data)), "MOVED"
+        stale = tier_at(cluster.url)
+        stale.epoch()
+        admins[target].delete(key)
+        for at in (target, owner, 3 - target - owner):
+            move("NODE", at, owner)  # and back, empty
+        assert stale.write([put(name(number), data, True)]) == [HIT], "a write that is sent twice"
+        assert read_one(stale, name(number), 2 * MIB) == (HIT, bytes(data))
+        admins[owner].delete(key)
+        for at in (owner, target, 3 - target - owner):
+            move("NODE", at, target)
+        assert write(stale, [(name(number), data)]) == [HIT], "one that replaces, too"
+        assert stale.delete([name(number)]) == [HIT]
+        for admin in admins:
+            admin.close()
+        for one in (tier, stale):
+            one.close()
+
+
+class Relay:
+    """Between a tier and a server: lets a little through, now and then."""
+
+    def __init__(self, port: int, nbytes: int, pause_s: float) -> None:
+        self._to, self._nbytes, self._pause_s = port, nbytes, pause_s
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._sockets: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._to))
+            self._sockets += [near, far]
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(self._nbytes):
+                sink.sendall(data)
+                if len(data) == self._nbytes:
+                    time.sleep(self._pause_s)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        for one in (self._listener, *self._sockets):
+            one.close()
+
+
+class TestTime:
+    """Every call ends in its time, whatever the server does, and however many wait."""
+
+    SOON_S = 1.0
+
+    def timed(self, verb: object) -> float:
+        begun = time.monotonic()
+        with pytest.raises(TierUnavailable):
+            verb()  # type: ignore[operator]
+        return time.monotonic() - begun
+
+    def test_a_server_that_trickles(self, server: RedisServer, tier: RedisTier) -> None:
+        write(tier, [(name(1), filled(4 * MIB, 1))])
+        relay = Relay(server.port, 4096, 0.05)
+        slow = tier_at(f"redis://127.0.0.1:{relay.port}", timeout_s=self.SOON_S)
+        assert has(slow, [name(1)]) == [HIT], "what is small comes through"
+        took = self.timed(lambda: slow.read([name(1)], [empty(4 * MIB)]))
+        assert self.SOON_S * 0.9 < took < self.SOON_S + 1
+        took = self.timed(lambda: slow.write([put(name(2), filled(64 * MIB, 1))]))
+        assert took < self.SOON_S + 1
+        slow.close()
+        relay.close()
+        assert has(tier, [name(2)]) == [MISS]
+
+    def test_many_calls_into_a_cluster_that_hangs(self, cluster: RedisCluster) -> None:
+        """redis-py looks for the cluster's servers in one thread at a time."""
+        tier = tier_at(cluster.url, timeout_s=self.SOON_S)
+        write(tier, [(name(number), filled(PAGE, 1)) for number in range(16)])
+        cluster.pause()
+        try:
+            with ThreadPoolExecutor(16) as threads:
+                reads = [
+                    lambda number=number: tier.read([name(number)], [empty(PAGE)])
+                    for number in range(16)
+                ]
+                took = list(threads.map(self.timed, reads))
+        finally:
+            cluster.resume()
+        assert max(took) < self.SOON_S + MARGIN_S
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                assert has(tier, [name(0)]) == [HIT]
+                break
+            except TierUnavailable:
+                time.sleep(0.05)
+        assert read_one(tier, name(0), PAGE)[0] is HIT
+        tier.close()
+
+
+def test_nothing_is_asked_before_the_first_call() -> None:
+    """So a node that starts before its Redis has it later."""
+    tier = tier_at("redis+cluster://127.0.0.1:1")
+    with pytest.raises(TierUnavailable, match=r"redis at 127\.0\.0\.1:1: .*[Rr]efused"):
+        tier.epoch()
+    tier.close()
+
+
+def test_a_child_has_connections_of_its_own(tier: RedisTier) -> None:
+    data = filled(PAGE, 1)
+    write(tier, [(name(1), data)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        child = os.fork()
+    if not child:
+        good = all(read_one(tier, name(1), PAGE) == (HIT, bytes(data)) for _ in range(200))
+        os._exit(0 if good else 1)
+    assert all(read_one(tier, name(1), PAGE) == (HIT, bytes(data)) for _ in range(200))
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+
+
+def test_a_close_while_others_use_it(server: RedisServer) -> None:
+    tier = tier_at(server.url)
+    write(tier, [(name(1), filled(MIB, 1))])
+    wanted = (HIT, bytes(filled(MIB, 1)))
+
+    def use(_: int) -> int:
+        count = 0
+        while True:
+            try:
+                assert read_one(tier, name(1), MIB) == wanted
+            except TierUnavailable:
+                return count
+            count += 1
+
+    with ThreadPoolExecutor(4) as threads:
+        work = [threads.submit(use, number) for number in range(4)]
+        time.sleep(0.2)
+        tier.close()
+        assert all(one.result(timeout=10) for one in work)
+
+
+def test_every_error_of_the_library_is_translated() -> None:
+    found = [
+        one
+        for _, one in inspect.getmembers(redis.exceptions, inspect.isclass)
+        if issubclass(one, Exception)
+    ]
+    assert len(found) > 20
+    not_for_us = {"IncorrectPolicyType", "ChildDeadlockedError"}  # our own mistakes
+    for error in found:
+        assert issubclass(error, client._ERRORS) or error.__name__ in not_for_us, error
