@@ -17,7 +17,7 @@ from kvstrata.config import Config, load_config
 from kvstrata.config.files import read_file
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/vllm.md", "docs/encryption.md")
+PAGES = ("README.md", "docs/vllm.md", "docs/encryption.md", "docs/redis.md")
 
 RUNNABLE = re.compile(r"^<!-- runnable -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TOML = re.compile(r"^```toml\n(.*?)^```$", re.MULTILINE | re.DOTALL)

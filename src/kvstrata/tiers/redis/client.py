@@ -113,8 +113,7 @@ class Client:
         with self._lock:
             client, self._redis = self._redis, None
         if client is not None:
-            with suppress(*_ERRORS):
-                client.close()
+            _hang_up(client)
 
     def _pipeline(self, commands: Sequence[Command], *, transaction: bool) -> list[Any]:
         with self._client().pipeline(transaction=transaction) as pipeline:
@@ -178,14 +177,18 @@ class Client:
             return
         with self._lock:
             client = self._redis
-            if self._address.cluster and isinstance(error, RedisClusterException):
+            lost = isinstance(error, RedisClusterException)
+            if lost:
                 self._redis = None  # to begin anew with the addresses that were configured
-                return
-        if isinstance(client, redis.Redis):
+        if lost and client is not None:
+            _hang_up(client)
+        elif isinstance(client, redis.Redis):
             client.connection_pool.disconnect(inuse_connections=False)
 
     def _said(self, error: Exception) -> KVStrataError:
         """What an error of the library is to a node."""
+        if isinstance(error, RedisClusterException) and isinstance(error.__cause__, _ERRORS):
+            error = error.__cause__  # why no server of the cluster could be asked for the others
         text = " ".join(str(error).split())
         where = ", ".join(map(str, self._address.places))
         full = isinstance(error, OutOfMemoryError) or text.startswith(_FULL)
@@ -208,6 +211,15 @@ class Client:
                 "redis+cluster:// or rediss+cluster://"
             )
         return TierUnavailable(f"redis at {where}: {text or type(error).__name__}")
+
+
+def _hang_up(client: Any) -> None:
+    with suppress(*_ERRORS):
+        if isinstance(client, redis.RedisCluster):
+            # Its `close` leaves them open, and is no good to threads that are in it.
+            client.disconnect_connection_pools()
+        else:
+            client.close()
 
 
 def _judged(answer: Any) -> Any:

@@ -1,0 +1,130 @@
+"""Nodes made from a configuration that share a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.nodes import NAMESPACE, arrive, clear, flush, until
+from tests.support.real_nodes import KEYS, ME, NBYTES, VEC, chunk, store
+
+from kvstrata.config import RedisConfig, load_config
+from kvstrata.node.node import Node
+from kvstrata.testing.servers.redis import RedisCluster, RedisServer, installed
+from kvstrata.testing.shared import Server
+from kvstrata.tiers.base import SharedTier
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
+
+pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
+
+SHARED = 1
+
+
+@pytest.fixture(params=[RedisServer, RedisCluster])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    server: Server = request.param(tmp_path / "redis")
+    yield server
+    server.close()
+
+
+def on_nodes(
+    test: Callable[..., Coroutine[Any, Any, None]], url: str, count: int = 2, **options: Any
+) -> None:
+    """Run a test on nodes with these options of their Redis, once they know its epoch."""
+    overrides = {
+        "host.capacity": "16MiB",
+        "redis": {"url": url, "lookup_timeout": "2s", "epoch_every": "3s", **options},
+    }
+
+    async def main() -> None:
+        config = load_config(environ={}, overrides=overrides)
+        nodes = [Node.create(config) for _ in range(count)]
+        try:
+            for node in nodes:
+                await node.start()
+            await asyncio.wait_for(test(*nodes), 60)
+            for node in nodes:
+                node.check_integrity(contents=True)
+        finally:
+            for node in nodes:
+                await node.stop(drain_s=1.0)
+
+    asyncio.run(main())
+
+
+async def ready(*nodes: Node) -> None:
+    await until(lambda: all(node.backings[0].readable for node in nodes))
+
+
+async def load(node: Node) -> tuple[list[int], list[bytes]]:
+    """Tiers and payloads of the leading chunks that are found."""
+    request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES], namespace=NAMESPACE)
+    answer = node.match(ME, request)
+    matched = await answer if isinstance(answer, Awaitable) else answer
+    count, offsets = 0, list(offsets_of(matched.offsets))
+    while count < len(matched.tiers):
+        arrived = await arrive(node, ME, matched.lease, count)
+        assert not arrived.failed
+        offsets[count : arrived.ready] = offsets_of(arrived.offsets)
+        count = arrived.ready
+    payloads = [bytes(node.host.pool.view(at + 4096, NBYTES)) for at in offsets[:count]]
+    if matched.lease:
+        node.release(ME, p.Release(matched.lease))
+    return list(matched.tiers), payloads
+
+
+def test_what_one_node_stored_another_serves_until_a_clear(server: Any) -> None:
+    async def test(a: Node, b: Node) -> None:
+        await ready(a, b)
+        assert store(a) == len(KEYS)
+        await flush(a, ME)
+        tiers, payloads = await load(b)
+        assert tiers == [SHARED] * len(KEYS)
+        assert payloads == [chunk(number) for number in range(len(KEYS))]
+        await clear(b, ME)
+        assert await load(b) == ([], [])
+        tier = a.backings[0].tier
+        assert isinstance(tier, SharedTier)
+        await until(lambda: tier.epoch().number == a.backings[0].epoch)  # type: ignore[attr-defined]
+        state = a.status(ME, p.Status(1)).state["tiers"][0]
+        assert state["name"] == "redis"
+        assert state["state"] == "ok"
+
+    on_nodes(test, server.url)
+
+
+def test_the_status_says_what_is_wrong_and_no_password(
+    server: Any, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def test(node: Node) -> None:
+        def state() -> str:
+            said: str = node.status(ME, p.Status(1)).state["tiers"][0]["state"]
+            return said
+
+        await until(lambda: state().startswith("off: "))
+        assert "does not let user 'kv' in: " in state()
+        assert "hunter2" not in str(node.status(ME, p.Status(1)).state)
+
+    on_nodes(test, server.url.replace("://", "://kv:hunter2@"), count=1)
+    assert "does not let user 'kv' in" in caplog.text
+    assert "hunter2" not in caplog.text + "".join(capsys.readouterr())
+
+
+def test_a_configuration_opens_its_tier() -> None:
+    overrides = {"redis": {"url": "redis://h", "prefix": "a/b", "ttl": "2s", "epoch_every": "9s"}}
+    (part,) = load_config(environ={}, overrides=overrides).tiers
+    assert isinstance(part, RedisConfig)
+    with pytest.MonkeyPatch.context() as patch:
+        given: list[Any] = []
+        patch.setattr(
+            "kvstrata.tiers.redis.tier.RedisTier", lambda *all, **named: given.append((all, named))
+        )
+        part.open()
+    assert given == [((part.url, "a/b"), {"lasts_s": 9.0, "ttl_s": 2.0})]
