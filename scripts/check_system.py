@@ -1,7 +1,8 @@
 """Say in words which system packages are missing, before an install or a compiler trips over it.
 
 ``--for venv`` asks for what a virtual environment needs, ``--for engine`` for what vLLM on the CPU
-needs besides, ``--for test`` for the servers too that tests start. ``--packages`` prints the Debian package names alone, for a script to install.
+needs besides, ``--for test`` for the servers too that tests start. ``--packages`` prints the Debian
+package names alone, for a script to install.
 Only the standard library is used: this runs on the bare machine.
 """
 
@@ -51,7 +52,8 @@ def missing(purpose: str) -> dict[str, str]:
 def main() -> int:
     """Print what is missing; the exit status is 1 if that is anything."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--for", dest="purpose", choices=["venv", "engine", "test"], default="engine")
+    purposes = ["venv", "engine", "test"]
+    parser.add_argument("--for", dest="purpose", choices=purposes, default="engine")
     parser.add_argument("--packages", action="store_true", help="names only, exit status 0")
     options = parser.parse_args()
 

@@ -31,6 +31,7 @@ from kvstrata.testing.stores import (
 from kvstrata.tiers.base import Outcome, SharedTier, Stat
 from kvstrata.tiers.redis import tier as module
 from kvstrata.tiers.redis.address import parse_address
+from kvstrata.tiers.redis.connections import Time
 from kvstrata.tiers.redis.heads import HEAD_BYTES, Head, decode_head
 from kvstrata.tiers.redis.tier import RedisTier
 
@@ -235,25 +236,16 @@ class TestPieces:
         assert has(tier, names) == [MISS] * 40 + [HIT] * 40
 
     def test_a_large_past_is_removed_bit_by_bit(
-        self, server: RedisServer, admin: redis.Redis
+        self, tier: RedisTier, admin: redis.Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As much as there is time for; the rest by upkeep."""
-        tier = RedisTier(parse_address(server.url), "kv", timeout_s=0.2)
-        other = RedisTier(parse_address(server.url), "kv")
-        for start in range(0, 4000, 200):
-            write(other, [(name(start + i), filled(PAGE, 1)) for i in range(200)])
-        module_batch, module.FORGET_BATCH = module.FORGET_BATCH, 50
-        try:
-            assert 0 < tier.forget(1) < 4000
-            for _ in range(200):
-                tier.upkeep()
-                if not admin.dbsize():
-                    break
-        finally:
-            module.FORGET_BATCH = module_batch
-        assert admin.dbsize() == 0
-        tier.close()
-        other.close()
+        write(tier, [(name(number), filled(PAGE, 1)) for number in range(200)])
+        monkeypatch.setattr(module, "FORGET_BATCH", 30)
+        monkeypatch.setattr(Time, "left_s", 0.0)
+        assert tier.forget(1) == 30
+        for left in (140, 110, 80, 50, 20, 0, 0):
+            tier.upkeep()
+            assert admin.dbsize() == left
 
 
 class TestWhatIsNotOurs:
