@@ -319,6 +319,19 @@ def test_an_epoch_that_was_evicted_is_followed_by_a_new_one(
     assert admin.ttl("kv:epoch") == -1
 
 
+def test_an_epoch_that_another_began_meanwhile_is_everybodys(
+    tier: RedisTier, admin: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tier.epoch()
+    run, looks = tier._client.run, [None]
+
+    def run_late(*command: Any) -> Any:
+        return looks.pop() if looks and command[0] == "GET" else run(*command)
+
+    monkeypatch.setattr(tier._client, "run", run_late)
+    assert tier.epoch() == theirs
+
+
 class TestTimeToLive:
     TTL_MS = 600_000
 

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -357,6 +357,47 @@ class TestMoves:
             one.close()
 
 
+def test_a_primary_dies_and_its_replica_takes_over(tmp_path: Path) -> None:
+    """The tier goes on by itself."""
+    cluster = RedisCluster(tmp_path / "cluster")
+    first = cluster.servers[0]
+    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
+    replica = RedisServer(tmp_path / "replica", options)
+    tier = tier_at(cluster.url, timeout_s=2.0)
+    try:
+        with first.admin() as admin:
+            primary = admin.execute_command("CLUSTER MYID").decode()
+        with replica.admin() as admin:
+            admin.execute_command("CLUSTER MEET", "127.0.0.1", first.port)
+            until(lambda: primary in str(admin.execute_command("CLUSTER NODES")))
+            until(lambda: admin.execute_command(f"CLUSTER REPLICATE {primary}"))
+            names = [name(number) for number in range(30)]
+            write(tier, [(one, filled(PAGE, 1)) for one in names])
+            until(lambda: admin.info("replication")["master_link_status"] == "up")
+            with first.admin() as other:
+                until(lambda: admin.dbsize() == other.dbsize() > 0)
+        first.kill()
+        until(lambda: has(tier, names) == [HIT] * 30)
+        assert tier.write([put(one, filled(PAGE, 1), True) for one in names]) == [MISS] * 30
+        assert write(tier, [(one, filled(PAGE, 2)) for one in names]) == [HIT] * 30
+    finally:
+        tier.close()
+        replica.close()
+        cluster.close()
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            if true():
+                return
+        except (redis.RedisError, TierUnavailable):
+            pass
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)
+
+
 class Relay:
     """Between a tier and a server: lets a little through, now and then."""
 
@@ -432,13 +473,7 @@ class TestTime:
         finally:
             cluster.resume()
         assert max(took) < self.SOON_S + MARGIN_S
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                assert has(tier, [name(0)]) == [HIT]
-                break
-            except TierUnavailable:
-                time.sleep(0.05)
+        until(lambda: has(tier, [name(0)]) == [HIT])
         assert read_one(tier, name(0), PAGE)[0] is HIT
         tier.close()
 
