@@ -10,33 +10,26 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import redis
 import trustme
-from redis.crc import key_slot
+from tests.support.redis_tiers import every_verb, rule_on_the_page, tier_at, timed
 
 from kvstrata.errors import TierFull, TierUnavailable
-from kvstrata.testing.servers.redis import RedisCluster, RedisServer, installed
+from kvstrata.testing.servers.redis import RedisServer, installed
 from kvstrata.testing.shared import MARGIN_S, name
 from kvstrata.testing.stores import HIT, MISS, PAGE, empty, filled, has, put, read_one, write
-from kvstrata.tiers.base import SharedTier
 from kvstrata.tiers.redis import client
-from kvstrata.tiers.redis.address import parse_address
 from kvstrata.tiers.redis.tier import RedisTier
 
 pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
 
-PAGE_OF_REDIS = Path(__file__).parents[2] / "docs" / "redis.md"
 MIB = 1 << 20
 SECRET = "hunter2"
-
-
-def tier_at(url: str, **options: float) -> RedisTier:
-    return RedisTier(parse_address(url), "kvstrata", **{"timeout_s": 5.0, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +53,10 @@ def tier(server: RedisServer, admin: redis.Redis) -> Iterator[RedisTier]:
     tier.close()
 
 
-def every_verb(tier: SharedTier) -> None:
-    """Use all of a tier: in pieces, replaced, conditionally, and by epochs."""
-    data, large = filled(PAGE, 1), filled(8 * PAGE, 2)
-    tier.epoch()
-    for one in (data, large):
-        assert write(tier, [(name(1), one)]) == [HIT]
-        assert tier.write([put(name(1), one, True)]) == [MISS]
-        assert read_one(tier, name(1), 8 * PAGE) == (HIT, bytes(one))
-        tier.touch([name(1)])
-    assert has(tier, [name(1)]) == [HIT]
-    tier.begin_epoch()
-    assert tier.delete([name(1)]) == [HIT]
-    write(tier, [(name(1), large)])
-    assert tier.forget(1) == 1
-    tier.upkeep()
-
-
 class TestWho:
     @pytest.fixture
     def port(self, server: RedisServer, admin: redis.Redis) -> Iterator[int]:
-        (rule,) = re.findall(
-            r"^ACL SETUSER kvstrata .*$", PAGE_OF_REDIS.read_text("utf-8"), re.MULTILINE
-        )
-        admin.execute_command(*rule.replace("PASSWORD", SECRET).split())
+        admin.execute_command(*rule_on_the_page(SECRET))
         admin.acl_setuser("reader", enabled=True, passwords=[f"+{SECRET}"],
                           keys=["*"], commands=["+get", "+getrange"])  # fmt: skip
         yield server.port
@@ -96,17 +69,6 @@ class TestWho:
             )
             every_verb(tier)
             tier.close()
-
-    def test_the_rule_on_the_page_is_enough_in_a_cluster(self, cluster: RedisCluster) -> None:
-        (rule,) = re.findall(
-            r"^ACL SETUSER kvstrata .*$", PAGE_OF_REDIS.read_text("utf-8"), re.MULTILINE
-        )
-        for server in cluster.servers:
-            with server.admin() as admin:
-                admin.execute_command(*rule.replace("PASSWORD", SECRET).split())
-        tier = tier_at(cluster.url.replace("://", f"://kvstrata:{SECRET}@"), piece_bytes=3 * PAGE)
-        every_verb(tier)
-        tier.close()
 
     def test_a_wrong_password_is_called_one(
         self, port: int, caplog: pytest.LogCaptureFixture
@@ -279,125 +241,6 @@ class TestRoom:
         server.close()
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
-    yield cluster
-    cluster.close()
-
-
-class TestMoves:
-    def test_objects_lie_on_all_of_a_cluster(self, cluster: RedisCluster) -> None:
-        tier = tier_at(cluster.url, piece_bytes=2 * PAGE)
-        write(tier, [(name(number), filled(20 * PAGE, number)) for number in range(10)])
-        for server in cluster.servers:
-            with server.admin() as admin:
-                assert admin.dbsize() > 20
-        assert tier.forget(1) == 10
-        tier.close()
-
-    def test_one_host_is_enough_to_find_the_others(self, cluster: RedisCluster) -> None:
-        one = cluster.servers[1].port
-        tier = tier_at(f"redis+cluster://127.0.0.1:1,127.0.0.1:{one}")
-        every_verb(tier)
-        tier.close()
-
-    def test_a_server_that_is_no_cluster(self, server: RedisServer) -> None:
-        tier = tier_at(server.url.replace("redis", "redis+cluster"))
-        with pytest.raises(TierUnavailable, match="Cluster mode is not enabled"):
-            tier.epoch()
-        tier.close()
-
-    def test_a_cluster_that_is_taken_for_one_server(self, cluster: RedisCluster) -> None:
-        tier = tier_at(cluster.servers[0].url)
-        with pytest.raises(TierUnavailable, match=r"one server of a cluster.*redis\+cluster://"):
-            tier.read([name(number) for number in range(20)], [empty(PAGE)] * 20)
-        tier.close()
-
-    def test_slots_move_under_our_feet(self, cluster: RedisCluster) -> None:
-        """To another server, first half-way (ASK), then for good (MOVED)."""
-        tier, data = tier_at(cluster.url), filled(2 * MIB, 1)
-        number = 7
-        key = b"kvstrata:" + name(number).hex().encode()
-        write(tier, [(name(number), data)])
-        slot = key_slot(key)
-        admins = [one.admin() for one in cluster.servers]
-        ids = [admin.execute_command("CLUSTER MYID").decode() for admin in admins]
-        owner = next(i for i, admin in enumerate(admins) if admin.keys(key))
-        target = (owner + 1) % 3
-
-        def move(verb: str, at: int, other: int) -> None:
-            admins[at].execute_command(f"CLUSTER SETSLOT {slot} {verb} {ids[other]}")
-
-        move("IMPORTING", target, owner)
-        move("MIGRATING", owner, target)
-        assert read_one(tier, name(number), 2 * MIB) == (HIT, bytes(data)), "it is still there"
-        to = ("127.0.0.1", cluster.servers[target].port)
-        admins[owner].migrate(*to, [key], 0, 5000)
-        assert read_one(tier, name(number), 2 * MIB) == (HIT, bytes(data)), "ASK"
-        assert has(tier, [name(number)]) == [HIT]
-        for at in range(3):
-            move("NODE", at, target)
-        assert read_one(tier, name(number), 2 * MIB) == (HIT, bytes(data)), "MOVED"
-        stale = tier_at(cluster.url)
-        stale.epoch()
-        admins[target].delete(key)
-        for at in (target, owner, 3 - target - owner):
-            move("NODE", at, owner)  # and back, empty
-        assert stale.write([put(name(number), data, True)]) == [HIT], "a write that is sent twice"
-        assert read_one(stale, name(number), 2 * MIB) == (HIT, bytes(data))
-        admins[owner].delete(key)
-        for at in (owner, target, 3 - target - owner):
-            move("NODE", at, target)
-        assert write(stale, [(name(number), data)]) == [HIT], "one that replaces, too"
-        assert stale.delete([name(number)]) == [HIT]
-        for admin in admins:
-            admin.close()
-        for one in (tier, stale):
-            one.close()
-
-
-def test_a_primary_dies_and_its_replica_takes_over(tmp_path: Path) -> None:
-    """The tier goes on by itself."""
-    cluster = RedisCluster(tmp_path / "cluster")
-    first = cluster.servers[0]
-    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
-    replica = RedisServer(tmp_path / "replica", options)
-    tier = tier_at(cluster.url, timeout_s=2.0)
-    try:
-        with first.admin() as admin:
-            primary = admin.execute_command("CLUSTER MYID").decode()
-        with replica.admin() as admin:
-            admin.execute_command("CLUSTER MEET", "127.0.0.1", first.port)
-            until(lambda: primary in str(admin.execute_command("CLUSTER NODES")))
-            until(lambda: admin.execute_command(f"CLUSTER REPLICATE {primary}"))
-            names = [name(number) for number in range(30)]
-            write(tier, [(one, filled(PAGE, 1)) for one in names])
-            until(lambda: admin.info("replication")["master_link_status"] == "up")
-            with first.admin() as other:
-                until(lambda: admin.dbsize() == other.dbsize() > 0)
-        first.kill()
-        until(lambda: has(tier, names) == [HIT] * 30)
-        assert tier.write([put(one, filled(PAGE, 1), True) for one in names]) == [MISS] * 30
-        assert write(tier, [(one, filled(PAGE, 2)) for one in names]) == [HIT] * 30
-    finally:
-        tier.close()
-        replica.close()
-        cluster.close()
-
-
-def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            if true():
-                return
-        except (redis.RedisError, TierUnavailable):
-            pass
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.05)
-
-
 class Relay:
     """Between a tier and a server: lets a little through, now and then."""
 
@@ -438,44 +281,19 @@ class TestTime:
 
     SOON_S = 1.0
 
-    def timed(self, verb: object) -> float:
-        begun = time.monotonic()
-        with pytest.raises(TierUnavailable):
-            verb()  # type: ignore[operator]
-        return time.monotonic() - begun
-
     def test_a_server_that_trickles(self, server: RedisServer, tier: RedisTier) -> None:
         write(tier, [(name(1), filled(4 * MIB, 1))])
         relay = Relay(server.port, 4096, 0.05)
         slow = tier_at(f"redis://127.0.0.1:{relay.port}", timeout_s=self.SOON_S)
         assert has(slow, [name(1)]) == [HIT], "what is small comes through"
-        took = self.timed(lambda: slow.read([name(1)], [empty(4 * MIB)]))
+        took = timed(lambda: slow.read([name(1)], [empty(4 * MIB)]))
         assert self.SOON_S * 0.9 < took < self.SOON_S + MARGIN_S
         large = put(name(2), filled(64 * MIB, 1))
-        took = self.timed(lambda: slow.write([large]))
+        took = timed(lambda: slow.write([large]))
         assert took < self.SOON_S + MARGIN_S
         slow.close()
         relay.close()
         assert has(tier, [name(2)]) == [MISS]
-
-    def test_many_calls_into_a_cluster_that_hangs(self, cluster: RedisCluster) -> None:
-        """redis-py looks for the cluster's servers in one thread at a time."""
-        tier = tier_at(cluster.url, timeout_s=self.SOON_S)
-        write(tier, [(name(number), filled(PAGE, 1)) for number in range(16)])
-        cluster.pause()
-        try:
-            with ThreadPoolExecutor(16) as threads:
-                reads = [
-                    lambda number=number: tier.read([name(number)], [empty(PAGE)])
-                    for number in range(16)
-                ]
-                took = list(threads.map(self.timed, reads))
-        finally:
-            cluster.resume()
-        assert max(took) < self.SOON_S + MARGIN_S
-        until(lambda: has(tier, [name(0)]) == [HIT])
-        assert read_one(tier, name(0), PAGE)[0] is HIT
-        tier.close()
 
 
 def test_nothing_is_asked_before_the_first_call() -> None:

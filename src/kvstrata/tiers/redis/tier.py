@@ -187,7 +187,8 @@ class RedisTier(SharedTier):
         if not if_absent:
             look = ("GETRANGE", key, 0, HEAD_BYTES - 1)
             before, done = self._client.together([look, ("SET", key, value, *self._expiry)])
-            self._unlink(_later([key], [before]))
+            with self._client.quietly():
+                self._unlink(_later([key], [before]))
             return bool(done)
         if self._client.run("SET", key, value, "NX", *self._expiry):
             return True
