@@ -76,6 +76,7 @@ SAMPLES: Mapping[str, Any] = {
     "redis.codec": "lossless",
     "redis.coarser": "cachegen-2, int4",
     "redis.load_target": "500ms",
+    "redis.encryption": "file:/etc/kvstrata/keys",
     "redis.io_threads": 6,
     "redis.write_queue": "1GiB",
     "redis.lookup_timeout": "30ms",

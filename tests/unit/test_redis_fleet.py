@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.support.nodes import NAMESPACE, arrive, clear, flush, until
 from tests.support.real_nodes import KEYS, ME, NBYTES, VEC, chunk, store
 
 from kvstrata.config import RedisConfig, load_config
+from kvstrata.errors import ConfigError
 from kvstrata.node.node import Node
 from kvstrata.testing.servers.redis import RedisCluster, RedisServer, installed
 from kvstrata.testing.shared import Server
@@ -128,3 +130,12 @@ def test_a_configuration_opens_its_tier() -> None:
         )
         part.open()
     assert given == [((part.url, "a/b"), {"lasts_s": 9.0, "ttl_s": 2.0})]
+
+
+def test_a_client_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("kvstrata.tiers.redis.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "redis", None)
+    (part,) = load_config(environ={}, overrides={"redis.url": "redis://h"}).tiers
+    with pytest.raises(ConfigError, match=r"pip install 'kvstrata\[redis\]'"):
+        part.open()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kvstrata.config import kinds
 from kvstrata.config.parts import about, option
 from kvstrata.config.shared import PREFIX, SharedPart
+from kvstrata.errors import ConfigError
 from kvstrata.tiers.redis.address import EXPECTED, Address, parse_address
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class RedisConfig(SharedPart):
     )
 
     def open(self) -> SharedTier:
-        from kvstrata.tiers.redis.tier import RedisTier
-
+        try:
+            from kvstrata.tiers.redis.tier import RedisTier
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "redis", f"its client is missing ({error}); pip install 'kvstrata[redis]'"
+            ) from error
         return RedisTier(self.url, self.prefix, lasts_s=self.epoch_every, ttl_s=self.ttl)
