@@ -45,13 +45,15 @@ class TestMoves:
         every_verb(tier)
         tier.close()
 
-    def test_a_server_that_is_no_cluster(self, tmp_path: Path) -> None:
+    def test_a_server_that_is_no_cluster(
+        self, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
         server = RedisServer(tmp_path / "redis")
+        request.addfinalizer(server.close)
         tier = tier_at(server.url.replace("redis", "redis+cluster"))
         with pytest.raises(TierUnavailable, match="Cluster mode is not enabled"):
             tier.epoch()
         tier.close()
-        server.close()
 
     def test_a_cluster_that_is_taken_for_one_server(self, cluster: RedisCluster) -> None:
         tier = tier_at(cluster.servers[0].url)

@@ -168,15 +168,17 @@ class TestEncrypted:
                 tier.epoch()
             tier.close()
 
-    def test_another_hosts_certificate_is_refused(self, files: Path, tmp_path: Path) -> None:
+    def test_another_hosts_certificate_is_refused(
+        self, files: Path, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
         server = encrypted(files, ELSEWHERE, tmp_path / "redis")
+        request.addfinalizer(server.close)
         tier = tier_at(
             f"rediss://127.0.0.1:{server.port}?ca_file={files}/ca.pem&{self.mine(files)}"
         )
         with pytest.raises(TierUnavailable, match=r"certificate is not valid for '127\.0\.0\.1'"):
             tier.epoch()
         tier.close()
-        server.close()
 
     def test_a_file_that_is_not_there(self, files: Path, tls: RedisServer) -> None:
         tier = tier_at(f"rediss://127.0.0.1:{tls.port}?ca_file={files}/none.pem")
@@ -223,9 +225,12 @@ class TestRoom:
         finally:
             server.make_room()
 
-    def test_a_server_that_cannot_save_is_read_on(self, tmp_path: Path) -> None:
+    def test_a_server_that_cannot_save_is_read_on(
+        self, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
         """Redis takes no writes then, unless it is told otherwise."""
         server = RedisServer(tmp_path / "redis")
+        request.addfinalizer(server.close)
         tier = tier_at(server.url)
         write(tier, [(name(1), filled(PAGE, 1))])
         (tmp_path / "redis" / "dump.rdb").mkdir()
@@ -238,7 +243,6 @@ class TestRoom:
             tier.write([put(name(2), filled(PAGE, 1), True)])
         assert read_one(tier, name(1), PAGE)[0] is HIT
         tier.close()
-        server.close()
 
 
 class Relay:
