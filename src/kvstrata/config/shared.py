@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kvstrata import units
 from kvstrata.config import kinds
 from kvstrata.config.parts import option
 from kvstrata.config.tierparts import CODEC, ENCRYPTION, QUEUE, Room, TierPart, check_coarser
@@ -22,6 +23,19 @@ LOOKUP = (
     "for the next one. A store that is far away is waited for longer: one and a half of its usual "
     "round trips, 150ms at most."
 )
+
+
+SHORTEST_EPOCH_S, LONGEST_EPOCH_S = 0.1, 3600.0
+
+
+def _epoch(value: Any) -> float:
+    seconds = units.parse_duration(value)
+    if not SHORTEST_EPOCH_S <= seconds <= LONGEST_EPOCH_S:
+        raise ValueError(f"{value!r} is too short or too long")
+    return seconds
+
+
+EPOCH = kinds.Kind(_epoch, units.format_duration, 'a duration from "100ms" to "1h"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +55,7 @@ class SharedPart(TierPart):
     write_queue: int = option(kinds.SIZE, "256MiB", QUEUE, shared=True)
     lookup_timeout: float = option(kinds.WAIT, "20ms", LOOKUP, shared=True)
     epoch_every: float = option(
-        kinds.WAIT,
+        EPOCH,
         "5s",
         "For how long a node takes what it heard of a clear for the truth, so how long a clear "
         "takes. Whoever begins a store decides it for the fleet.",
