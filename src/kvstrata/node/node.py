@@ -122,7 +122,9 @@ class Node:
         counters = Counters()
         pool = Pool.create(host_capacity_bytes(config, available_bytes()))
         try:
-            backings, left_out = open_backings(config, counters, clock)
+            backings, left_out = open_backings(
+                config, pool.view(0, pool.capacity_bytes), counters, clock
+            )
         except BaseException:
             pool.close()
             raise

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_backings(
-    config: Config, counters: Counters, clock: Callable[[], float]
+    config: Config, pool: memoryview, counters: Counters, clock: Callable[[], float]
 ) -> tuple[list[Backing], dict[str, str]]:
     """The slower tiers, fastest first, and why those that cannot be opened are left out."""
     backings: list[Backing] = []
@@ -50,6 +50,7 @@ def open_backings(
             coarser = [Always(_ready(name)) for name in part.coarser]
             keys = _keys(part)
             tier = part.open_in(config)
+            tier.bind(pool)
         except Exception as error:
             if not isinstance(error, KVStrataError):
                 report_bug(counters, f"opening {part.name}", error)

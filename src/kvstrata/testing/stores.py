@@ -199,6 +199,24 @@ class StoreContract:
         assert buffers[0][:PAGE] == filled(PAGE, 0)
         assert buffers[1] == filled(2 * PAGE, 1)
 
+    def test_what_lies_in_a_bound_pool_and_what_does_not(self, store: Store) -> None:
+        pool = filled(64 * PAGE, 1)
+        store.bind(pool)
+        inside, outside = pool[8 * PAGE : 11 * PAGE], filled(3 * PAGE, 2)
+        puts = [
+            Put(object_id(1), filled(PAGE, 3), inside),
+            put(object_id(2), pool[20 * PAGE : 22 * PAGE]),
+            put(object_id(3), outside),
+        ]
+        wanted = [bytes(one.header_page) + bytes(one.payload) for one in puts]
+        assert store.write(puts) == [HIT] * 3
+        ids = [one.object_id for one in puts]
+        into = [pool[32 * PAGE : 38 * PAGE], empty(2 * PAGE), pool[40 * PAGE : 43 * PAGE]]
+        assert store.read(ids, into) == [4 * PAGE, 2 * PAGE, 3 * PAGE]
+        assert [bytes(view[: len(data)]) for view, data in zip(into, wanted, strict=True)] == wanted
+        assert pool[: 32 * PAGE] == filled(64 * PAGE, 1)[: 32 * PAGE]
+        assert pool[43 * PAGE :] == filled(64 * PAGE, 1)[43 * PAGE :]
+
     def test_a_careful_write_spares_what_is_there(self, store: Store) -> None:
         write(store, [(object_id(1), filled(PAGE, 1))])
         puts = [put(object_id(i), filled(2 * PAGE, 9), if_absent=True) for i in (0, 1, 2, 2)]

@@ -126,6 +126,12 @@ class Store(ABC):
                 one means whatever is there.
         """
 
+    def bind(self, pool: memoryview) -> None:  # noqa: B027 - most have nothing to do
+        """Be told where most objects will be read from and written to, for as long as it is open.
+
+        For a store that has to get memory ready first; every buffer may still lie elsewhere.
+        """
+
     @abstractmethod
     def close(self) -> None:
         """Release everything; repeatable, and never raises."""

@@ -203,6 +203,9 @@ class FaultyTier(OwnedTier):
         self._begin("clear", None)
         self.inner.clear()
 
+    def bind(self, pool: memoryview) -> None:
+        self.inner.bind(pool)
+
     def close(self) -> None:
         self.inner.close()
 

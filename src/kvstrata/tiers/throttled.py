@@ -80,5 +80,8 @@ class ThrottledTier(OwnedTier):
     def clear(self) -> None:
         self.inner.clear()
 
+    def bind(self, pool: memoryview) -> None:
+        self.inner.bind(pool)
+
     def close(self) -> None:
         self.inner.close()
