@@ -46,6 +46,14 @@ def missing(purpose: str) -> dict[str, str]:
             found[f"{version}-dev"] = "Python.h, which that compilation includes"
     if purpose == "test" and shutil.which("redis-server") is None:
         found["redis-server"] = "redis-server, which the tests of its tier start"
+    if purpose == "test":
+        for package, library in (
+            ("libnuma1", "libnuma.so.1"),
+            ("libibverbs1", "libibverbs.so.1"),
+            ("librdmacm1", "librdmacm.so.1"),
+        ):
+            if package not in found and not _loads(library):
+                found[package] = f"{library}, which Mooncake's library is linked with"
     return found
 
 
