@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvstrata.config.mooncake import MooncakeConfig
 from kvstrata.config.network import PeerConfig
+from kvstrata.config.object_store import ObjectStoreConfig
 from kvstrata.config.owned import DiskConfig, MemoryConfig
 from kvstrata.config.redis import RedisConfig
 from kvstrata.config.tierparts import TierPart
@@ -17,5 +18,6 @@ TIERS: tuple[type[TierPart], ...] = (
     PeerConfig,
     RedisConfig,
     MooncakeConfig,
+    ObjectStoreConfig,
 )
 """Every kind of tier, fastest first."""

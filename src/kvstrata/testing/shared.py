@@ -53,7 +53,15 @@ MARGIN_S = 3.0
 _places = itertools.count()
 
 
-class Server(ABC):
+class Ground(ABC):
+    """What the tiers under test stand on, such as a folder or a server."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it, and remove what it left. Repeatable."""
+
+
+class Server(Ground):
     """A real server under test: started when made, on loopback, with its own port and folder."""
 
     @abstractmethod
@@ -80,30 +88,22 @@ class Server(ABC):
         """Let it have room again, where `fill` took it."""
         raise NotImplementedError
 
-    @abstractmethod
-    def close(self) -> None:
-        """End it, and remove what it left. Repeatable."""
-
 
 def name(number: int, epoch: int = 1) -> bytes:
     """A name as a node makes them, as long as names may be."""
     return epoch_prefix(epoch) + object_id(number).ljust(MAX_NAME_BYTES - 8, b"\xff")
 
 
-class SharedTierContract(StoreContract):
-    """Subclass, implement `start_server` and `make_tier`, and pytest collects the tests.
+class SharedStoreContract(StoreContract):
+    """The contract without the faults of a server, for a tier that has none: see below."""
 
-    ``outlives``: what was stored is still there after the server was killed and started again.
-    """
+    server: Any
 
-    outlives: ClassVar[bool] = False
-    server: Server
-
-    def start_server(self, folder: Path) -> Server:
-        """A server of its own."""
+    def start_server(self, folder: Path) -> Ground:
+        """A server of its own, or what is in its place."""
         raise NotImplementedError("a subclass says what is under test")
 
-    def make_tier(self, server: Server, place: str) -> SharedTier:
+    def make_tier(self, server: Any, place: str) -> SharedTier:
         """A client of its own, of the objects under ``place``: its epoch, its names.
 
         Args:
@@ -221,11 +221,12 @@ class SharedTierContract(StoreContract):
         assert other.epoch().number == new
 
     def test_what_was_used_stays(self, tier: SharedTier) -> None:
-        write(tier, [(name(1), filled(PAGE, 1))])
-        tier.touch([name(1), name(2)])
+        names = [name(i, tier.epoch().number) for i in (1, 2)]
+        write(tier, [(names[0], filled(PAGE, 1))])
+        tier.touch(names)
         tier.touch([])
         tier.upkeep()
-        assert has(tier, [name(1), name(2)]) == [HIT, MISS]
+        assert has(tier, names) == [HIT, MISS]
 
     def test_closed_for_all_that_is_shared_too(self, tier: SharedTier) -> None:
         tier.close()
@@ -233,7 +234,29 @@ class SharedTierContract(StoreContract):
             with pytest.raises(TierUnavailable):
                 verb()
 
-    # faults
+    @HISTORY
+    @given(history=st.lists(STORE_ACTIONS, max_size=25))
+    def test_random_history(self, tmp_path: Path, history: list[tuple[str, Any]]) -> None:
+        """Of two nodes that take turns."""
+        place, model = self.new_place(), dict[bytes, bytes]()
+        tiers = [self.make_tier(self.server, place) for _ in range(2)]
+        try:
+            for number, (verb, what) in enumerate(history):
+                step(tiers[number % 2], model, verb, what)
+            step(tiers[len(history) % 2], model, "read", list(range(10)))
+        finally:
+            for tier in tiers:
+                tier.close()
+
+
+class SharedTierContract(SharedStoreContract):
+    """Subclass, implement `start_server` and `make_tier`, and pytest collects the tests.
+
+    ``outlives``: what was stored is still there after the server was killed and started again.
+    """
+
+    outlives: ClassVar[bool] = False
+    server: Server
 
     def unavailable(self, tier: SharedTier) -> None:
         """Every verb says so, in time, and none of them touches what is left."""
@@ -357,17 +380,3 @@ class SharedTierContract(StoreContract):
             except TierUnavailable:
                 assert time.monotonic() < deadline, "it never came back"
                 time.sleep(0.1)
-
-    @HISTORY
-    @given(history=st.lists(STORE_ACTIONS, max_size=25))
-    def test_random_history(self, tmp_path: Path, history: list[tuple[str, Any]]) -> None:
-        """Of two nodes that take turns."""
-        place, model = self.new_place(), dict[bytes, bytes]()
-        tiers = [self.make_tier(self.server, place) for _ in range(2)]
-        try:
-            for number, (verb, what) in enumerate(history):
-                step(tiers[number % 2], model, verb, what)
-            step(tiers[len(history) % 2], model, "read", list(range(10)))
-        finally:
-            for tier in tiers:
-                tier.close()
