@@ -38,7 +38,7 @@ from kvstrata.tiers.object_store.folder import locked
 from kvstrata.tiers.object_store.paths import EPOCH, name_of, path_of
 from kvstrata.tiers.object_store.tier import RANGE_BYTES, ObjectStoreTier
 
-TIMEOUT_S = 8.0
+TIMEOUT_S = 6.0
 """Of a call; of those who write one object on a condition SeaweedFS lets some wait for seconds."""
 SHORT_S = 3.0
 """Where nobody answers."""
@@ -356,7 +356,7 @@ def test_what_a_store_answers(
     handler, endpoint = answering
     handler.status = status
     handler.body = f'<?xml version="1.0"?><Error><Code>{code}</Code></Error>'.encode()
-    tier = in_s3(endpoint)
+    tier = in_s3(endpoint, timeout_s=SHORT_S)
     with pytest.raises(TierUnavailable, match=code) as caught:
         write(tier, [(name(1), filled(PAGE, 1))])
     assert type(caught.value) is expected or expected is TierUnavailable

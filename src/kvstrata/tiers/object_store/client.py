@@ -21,7 +21,7 @@ from obstore import exceptions
 from obstore.store import LocalStore, from_url
 
 from kvstrata.errors import ConfigError, TierFull, TierUnavailable
-from kvstrata.tiers.object_store.folder import locked, unfinished
+from kvstrata.tiers.object_store.folder import locked, read_file, unfinished
 
 MAX_SMALL_BYTES = 4 << 20
 """Of an object that is read in one piece: an epoch, a lease, a note."""
@@ -253,13 +253,25 @@ class ObjectClient:
             return None
         return Got(self, path, result)
 
+    def read_file(self, path: str, into: memoryview) -> int | None:
+        """Of a folder: see `read_file`; None if it is not there."""
+        assert self.folder is not None
+        try:
+            with self.asked("read", path):
+                return read_file(self.folder / path, into)
+        except FileNotFoundError:
+            return None
+
     def small(self, path: str, turn: Turn) -> tuple[bytes, Head] | None:
         """A small object as a whole, of one that is larger the beginning; None: not there."""
         got = self.get(path, 0, MAX_SMALL_BYTES, turn)
         if got is None:
             return None
+        if not got.head.nbytes:
+            head = self.head(path, turn)
+            return None if head is None else (b"", head)
         data = bytearray(min(got.head.nbytes, MAX_SMALL_BYTES))
-        if data and not got.fill(memoryview(data)):
+        if not got.fill(memoryview(data)):
             raise TierUnavailable(f"{self.url}: {path} was cut off")
         return bytes(data), got.head
 

@@ -1,4 +1,5 @@
-"""What a shared folder lacks beside an object store: a write on a condition, and tidiness."""
+"""What a shared folder needs beside obstore: a lock for writes on a condition, reads without a copy
+of their own, and tidiness."""
 
 from __future__ import annotations
 
@@ -46,6 +47,23 @@ def locked(folder: Path, timeout_s: float) -> Iterator[None]:
                 raise TierUnavailable(f"{folder / 'lock'} is held by somebody for {timeout_s:g} s")
             time.sleep(POLL_S)
         yield
+    finally:
+        os.close(fd)
+
+
+def read_file(path: Path, into: memoryview) -> int:
+    """Read a file whole into a buffer that is large enough for it; its size, or -1 if it was cut.
+
+    A file that is larger is not read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        size, at = os.fstat(fd).st_size, 0
+        while at < size <= len(into):
+            if not (count := os.preadv(fd, [into[at:size]], at)):
+                return -1
+            at += count
+        return size
     finally:
         os.close(fd)
 

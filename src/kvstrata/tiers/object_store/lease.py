@@ -49,7 +49,7 @@ class Lease:
         self._clock = clock
         self._number = 0
         self._until = -math.inf
-        self._seen = b""
+        self._seen: bytes | None = None
         self._seen_since = -math.inf
 
     @property
