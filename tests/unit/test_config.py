@@ -462,6 +462,9 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
         "redis.load_target": "1s",
         "mooncake.master": "m:1",
         "mooncake.load_target": "1s",
+        "object_store.url": "s3://other",
+        "object_store.capacity": "1GiB",
+        "object_store.load_target": "1s",
     }
     identity = load(base).node_identity(uid=1)
     clients = {"node", "chunk_tokens", "tenant", "log"}

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.object_stores import let_in
 
 from kvstrata.errors import CorruptObject
 from kvstrata.testing.clock import ManualClock
-from kvstrata.testing.servers.seaweedfs import BUCKET, KEY, READER_KEY, SECRET, SeaweedFS
+from kvstrata.testing.servers.seaweedfs import BUCKET, READER_KEY, SeaweedFS
 from kvstrata.testing.shared import name
 from kvstrata.testing.stores import HIT, MISS, PAGE, filled, has, read_one, write
 from kvstrata.tiers.object_store.client import ObjectClient, Turn
@@ -46,9 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
 
 @pytest.fixture(autouse=True)
 def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    let_in(monkeypatch)
 
 
 @pytest.fixture(params=["s3", "folder"])
@@ -349,7 +348,7 @@ def test_a_node_that_may_not_sweep_leaves_it_to_others(
     place = {"url": f"s3://{BUCKET}/{tmp_path.name}-r", "endpoint": server.endpoint}
     clock, node = ManualClock(), make(place, num_objects=4)
     names = store(node, 8)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER_KEY)
+    let_in(monkeypatch, READER_KEY)
     reader = make(place, num_objects=4, clock=clock)
     for _ in range(3):
         reader.upkeep()

@@ -225,7 +225,7 @@ def load_config(
                 needed = " and ".join(prefix + other for other in _mandatory(cls))
                 raise ConfigError(
                     prefix + name,
-                    f"missing, but {named[0]} is given ({given[named[0]].where}); a {part} tier "
+                    f"missing, but {named[0]} is given ({given[named[0]].where}); the tier {part} "
                     f"needs {needed}; expected {OPTIONS[prefix + name].kind.expected}",
                 )
         parts[part] = arguments if part == "" else cls(**arguments)
