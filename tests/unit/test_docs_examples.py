@@ -17,7 +17,13 @@ from kvstrata.config import Config, load_config
 from kvstrata.config.files import read_file
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/vllm.md", "docs/encryption.md", "docs/redis.md")
+PAGES = (
+    "README.md",
+    "docs/vllm.md",
+    "docs/encryption.md",
+    "docs/redis.md",
+    "docs/object-store.md",
+)
 
 RUNNABLE = re.compile(r"^<!-- runnable -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TOML = re.compile(r"^```toml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
