@@ -21,9 +21,16 @@ def let_in(monkeypatch: pytest.MonkeyPatch, key: str = KEY, secret: str = SECRET
 
 
 def in_s3(
-    endpoint: str, place: str = "", bucket: str = BUCKET, timeout_s: float = TIMEOUT_S
+    endpoint: str,
+    place: str = "",
+    bucket: str = BUCKET,
+    timeout_s: float = TIMEOUT_S,
+    capacity_bytes: int | None = 1 << 40,
 ) -> ObjectStoreTier:
     """A tier under a prefix of the bucket, with a budget that no test reaches."""
     return ObjectStoreTier(
-        f"s3://{bucket}/{place}", capacity_bytes=1 << 40, endpoint=endpoint, timeout_s=timeout_s
+        f"s3://{bucket}/{place}",
+        capacity_bytes=capacity_bytes,
+        endpoint=endpoint,
+        timeout_s=timeout_s,
     )

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from obstore.exceptions import PreconditionError
@@ -38,6 +38,11 @@ def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 class OfThisTier(SharedStoreContract):
     """What holds in a store and in a folder, and is not for every shared tier."""
 
+    def make_tier(
+        self, server: Any, place: str, capacity_bytes: int | None = 1 << 40
+    ) -> ObjectStoreTier:
+        raise NotImplementedError
+
     def test_two_clears_at_once(self, place: str) -> None:
         tiers, start = [self.make_tier(self.server, place) for _ in range(2)], threading.Barrier(2)
         for _ in range(5):
@@ -58,7 +63,6 @@ class OfThisTier(SharedStoreContract):
     def test_a_replacement_that_comes_late_changes_nothing(self, place: str) -> None:
         """A request that was sent twice must not bring back an epoch that has passed."""
         tier = self.make_tier(self.server, place)
-        assert isinstance(tier, ObjectStoreTier)
         client, turn = tier._client, tier._client.turn()
         tier.epoch()
         found = client.small(EPOCH, turn)
@@ -106,7 +110,6 @@ class OfThisTier(SharedStoreContract):
 
     def test_a_condition_is_of_one_version(self, place: str) -> None:
         tier = self.make_tier(self.server, place)
-        assert isinstance(tier, ObjectStoreTier)
         client, turn = tier._client, tier._client.turn()
         client.put("one", [b"first"], turn)
         head = client.head("one", turn)
@@ -118,7 +121,6 @@ class OfThisTier(SharedStoreContract):
 
     def test_what_is_empty_or_no_epoch_is_refused(self, place: str) -> None:
         tier = self.make_tier(self.server, place)
-        assert isinstance(tier, ObjectStoreTier)
         turn = tier._client.turn()
         tier._client.put(path_of(name(1)), [b""], turn)
         assert tier.read([name(1)], [empty(PAGE)]) == [FAILED]
@@ -131,7 +133,7 @@ class OfThisTier(SharedStoreContract):
         self, place: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("kvstrata.tiers.object_store.tier.REMOVE_BATCH", 10)
-        tier, other = (self.make_tier(self.server, place) for _ in range(2))
+        tier, other = (self.make_tier(self.server, place, None) for _ in range(2))
         old = tier.epoch().number
         names = [name(i, old) for i in range(60)]
         write(tier, [(one, filled(PAGE, 1)) for one in names])
@@ -164,8 +166,10 @@ class TestOnSeaweedFS(OfThisTier, SharedTierContract):
     def start_server(self, folder: Path) -> SeaweedFS:
         return SeaweedFS(folder)
 
-    def make_tier(self, server: SeaweedFS, place: str) -> SharedTier:
-        return in_s3(server.endpoint, place)
+    def make_tier(
+        self, server: SeaweedFS, place: str, capacity_bytes: int | None = 1 << 40
+    ) -> ObjectStoreTier:
+        return in_s3(server.endpoint, place, capacity_bytes=capacity_bytes)
 
     @pytest.fixture
     def tier(self, place: str, request: pytest.FixtureRequest) -> Iterator[SharedTier]:
@@ -215,9 +219,11 @@ class TestInAFolder(OfThisTier, SharedStoreContract):
     def start_server(self, folder: Path) -> Folder:
         return Folder(folder)
 
-    def make_tier(self, server: Folder, place: str) -> SharedTier:
+    def make_tier(
+        self, server: Folder, place: str, capacity_bytes: int | None = 1 << 40
+    ) -> ObjectStoreTier:
         (server.path / place).mkdir(exist_ok=True)
-        return ObjectStoreTier(f"file://{server.path / place}", capacity_bytes=1 << 40)
+        return ObjectStoreTier(f"file://{server.path / place}", capacity_bytes=capacity_bytes)
 
 
 def test_names_and_paths() -> None:

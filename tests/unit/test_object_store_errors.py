@@ -84,20 +84,23 @@ def test_a_folder_that_is_full(tmp_path: Path) -> None:
 
 
 class Answering(BaseHTTPRequestHandler):
-    """A store that answers each request in the same way, and counts how many it has at once."""
+    """A store that answers each request in the same way, after a delay but for the first
+    ``at_once``, and counts how many it has at once."""
 
     protocol_version = "HTTP/1.1"
-    status, body, delay_s = 404, b"", 0.0
+    status, body, delay_s, at_once = 404, b"", 0.0, 0
     lock = threading.Lock()
-    now = most = 0
+    count = now = most = 0
 
     def answer(self) -> None:
         cls = type(self)
         with cls.lock:
+            cls.count += 1
+            waits = cls.count > self.at_once
             cls.now += 1
             cls.most = max(cls.most, cls.now)
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        time.sleep(self.delay_s)
+        time.sleep(self.delay_s if waits else 0)
         with cls.lock:
             cls.now -= 1
         self.send_response(self.status)
@@ -181,7 +184,7 @@ def test_a_store_that_is_slow_ends_a_batch(answering: tuple[type[Answering], str
 def test_what_fails_leaves_the_buffers_alone(answering: tuple[type[Answering], str]) -> None:
     """A verb that raises does so when none of its requests is under way any more."""
     handler, endpoint = answering
-    handler.status, handler.delay_s = 403, 0.3
+    handler.status, handler.delay_s, handler.at_once = 403, 0.3, 2
     tier = in_s3(endpoint)
     puts = [put(name(i), filled(PAGE, i)) for i in range(4)]
     with pytest.raises(TierUnavailable):

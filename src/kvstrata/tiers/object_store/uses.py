@@ -73,7 +73,8 @@ class Notes:
         self._due = clock() + every_s
         self._lock = threading.Lock()
         self._names: dict[bytes, None] = {}
-        self._paths = (f"{USES}/{secrets.token_hex(8)}-{n:08x}" for n in itertools.count())
+        node = secrets.token_hex(8)
+        self._paths = (f"{USES}/{node}-{n:08x}" for n in itertools.count())
 
     def note(self, names: Sequence[bytes]) -> None:
         """These were used just now, in this order; of too many, those used first are forgotten."""
