@@ -28,7 +28,7 @@ from kvstrata.tiers.object_store.uses import NOTE_EVERY_S, Notes
 ROUND_OBJECTS = 16
 RANGE_BYTES = 8 << 20
 """An object that is larger is read in pieces of this size, side by side."""
-TIMEOUT_S = 20.0
+TIMEOUT_S = 30.0
 
 A = TypeVar("A")
 
