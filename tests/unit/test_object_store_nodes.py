@@ -49,6 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
 @pytest.fixture
 def place(server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     let_in(monkeypatch)
+    monkeypatch.setattr("kvstrata.node.node.UPKEEP_S", 1e6)  # a test says when
     url = f"s3://{BUCKET}/{tmp_path.name}"
     return {"url": url, "endpoint": server.endpoint, "timeout_s": TIMEOUT_S}
 

@@ -257,6 +257,19 @@ def test_a_note_keeps_the_order_of_its_uses(folder: dict[str, Any], make: Make) 
     assert left(tier, names) == sorted(order[-3:])
 
 
+def test_two_upkeeps_at_once(folder: dict[str, Any], make: Make) -> None:
+    tier = make(folder, num_objects=4)
+    names, start = store(tier, 30), threading.Barrier(4)
+
+    def keep(_: int) -> None:
+        start.wait()
+        tier.upkeep()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(keep, range(4)))
+    assert left(tier, names) == [27, 28, 29]
+
+
 def test_what_is_of_a_past_epoch_goes_first(place: dict[str, Any], make: Make) -> None:
     tier, other = make(place, num_objects=10), make(place, num_objects=10)
     old = store(tier, 8)

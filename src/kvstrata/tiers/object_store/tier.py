@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -81,6 +82,7 @@ class ObjectStoreTier(SharedTier):
         self._pieces = SideBySide("kvstrata-pieces", 2 * ROUND_OBJECTS)
         self._closed = False
         self._past: list[int] = []  # epochs that are still to be forgotten
+        self._at_upkeep = threading.Lock()
         self._notes: Notes | None = None
         self._sweep: Sweep | None = None
         if capacity_bytes is not None:
@@ -155,12 +157,18 @@ class ObjectStoreTier(SharedTier):
             self._notes.note(ids)
 
     def upkeep(self) -> None:
+        """See `SharedTier.upkeep`; nothing while another call is at it, as when a node ends."""
         turn = self._begin()
-        while self._past and turn.left:
-            self._forget(self._past.pop(0), turn)
-        if self._notes is not None and self._sweep is not None:
-            self._notes.write(turn)
-            self._sweep.step(turn)
+        if not self._at_upkeep.acquire(blocking=False):
+            return
+        try:
+            while self._past and turn.left:
+                self._forget(self._past.pop(0), turn)
+            if self._notes is not None and self._sweep is not None:
+                self._notes.write(turn)
+                self._sweep.step(turn)
+        finally:
+            self._at_upkeep.release()
 
     def close(self) -> None:
         self._closed = True
