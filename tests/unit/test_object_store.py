@@ -116,7 +116,7 @@ class OfThisTier(SharedStoreContract):
         assert head is not None
         client.put("one", [b"second"], turn)
         with pytest.raises(PreconditionError):
-            client.get("one", 0, 3, turn, head.condition)
+            client.get("one", turn, (0, 3), head.condition)
         tier.close()
 
     def test_what_is_empty_or_no_epoch_is_refused(self, place: str) -> None:

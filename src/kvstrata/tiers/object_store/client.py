@@ -226,19 +226,25 @@ class ObjectClient:
         return _head(result.meta, result.attributes)
 
     def get(
-        self, path: str, start: int, end: int, turn: Turn, condition: Version | None = None
+        self,
+        path: str,
+        turn: Turn,
+        part: tuple[int, int] | None = None,
+        condition: Version | None = None,
     ) -> Got | None:
-        """Begin to read bytes ``start`` to ``end``, or to the object's end if that is nearer.
-
-        None if the object is not there. Where it ends before ``start`` the head says size 0.
+        """Begin to read an object; None if it is not there.
 
         Args:
+            path: of the object.
+            turn: of the call.
+            part: read from the first of these bytes up to the second, or to the object's end if
+                that is nearer; where it ends before the first the head says size 0.
             condition: read this version only.
         Raises:
             PreconditionError: there is another version.
         """
         turn.check()
-        options: dict[str, Any] = {"range": (start, end)}
+        options: dict[str, Any] = {} if part is None else {"range": part}
         if condition is not None and condition.e_tag:
             options["if_match"] = condition.e_tag
         try:
@@ -264,7 +270,7 @@ class ObjectClient:
 
     def small(self, path: str, turn: Turn) -> tuple[bytes, Head] | None:
         """A small object as a whole, of one that is larger the beginning; None: not there."""
-        got = self.get(path, 0, MAX_SMALL_BYTES, turn)
+        got = self.get(path, turn, (0, MAX_SMALL_BYTES))
         if got is None:
             return None
         if not got.head.nbytes:

@@ -206,7 +206,9 @@ class ObjectStoreTier(SharedTier):
             if found is None:
                 return Outcome.MISS
             return found if 0 < found <= len(into) else Outcome.FAILED
-        first = self._client.get(path, 0, min(len(into), RANGE_BYTES), turn)
+        # Stores answer faster where no range is asked for.
+        part = (0, RANGE_BYTES) if len(into) > RANGE_BYTES else None
+        first = self._client.get(path, turn, part)
         if first is None:
             return Outcome.MISS
         size, condition = first.head.nbytes, first.head.condition
@@ -225,7 +227,7 @@ class ObjectStoreTier(SharedTier):
         self, path: str, start: int, into: memoryview, condition: Version, turn: Turn
     ) -> Outcome:
         try:
-            got = self._client.get(path, start, start + len(into), turn, condition)
+            got = self._client.get(path, turn, (start, start + len(into)), condition)
         except PreconditionError:  # it has been replaced meanwhile
             return Outcome.FAILED
         return Outcome.MISS if got is None else _fill(got, into)
