@@ -88,7 +88,9 @@ def with_nodes(
         try:
             for node in nodes:
                 await node.start()
-            await until(lambda: all(one.readable for node in nodes for one in node.backings))
+            backings = [node.backings[0] for node in nodes]
+            # Each has also seen how fast the store is, with an object that would count.
+            await until(lambda: all(one.readable and one.place() for one in backings), 30.0)
             await asyncio.wait_for(test(*nodes), 60)
             for node in nodes:
                 node.check_integrity()
