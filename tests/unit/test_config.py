@@ -108,6 +108,7 @@ SAMPLES: Mapping[str, Any] = {
     "object_store.codec": "lossless",
     "object_store.coarser": "cachegen-2, int4",
     "object_store.load_target": "500ms",
+    "object_store.encryption": "env:KV_KEYS",
     "object_store.io_threads": 6,
     "object_store.write_queue": "1GiB",
     "object_store.lookup_timeout": "30ms",
