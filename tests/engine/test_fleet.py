@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from tests.engine.place import Place, eventually
 from tests.engine.plain import Plain, Texts
 
 pytestmark = pytest.mark.engine
+
+STORES = ("redis", "mooncake", "object_store")
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "node", "AWS_SECRET_ACCESS_KEY": "not-a-secret"}
 
 
 class Member(NamedTuple):
@@ -35,6 +39,29 @@ class Member(NamedTuple):
         self.engine.forget()
 
 
+def start_stores(ends: ExitStack, folder: Path) -> dict[str, str]:
+    """A real server of each kind; the options that name them, fastest first."""
+    from kvstrata.testing.servers.mooncake import MooncakeServer
+    from kvstrata.testing.servers.redis import RedisServer
+    from kvstrata.testing.servers.seaweedfs import BUCKET, SeaweedFS
+
+    redis, mooncake = RedisServer(folder / "redis"), MooncakeServer(folder / "mooncake", 2)
+    ends.callback(redis.close)
+    ends.callback(mooncake.close)
+    s3 = SeaweedFS(folder / "s3")
+    ends.callback(s3.close)
+    options = {
+        "redis.url": redis.url,
+        "mooncake.master": mooncake.address,
+        "object_store.url": f"s3://{BUCKET}/kv",
+        "object_store.endpoint": s3.endpoint,
+        "object_store.capacity": "the store's",
+    }
+    for store in STORES:
+        options |= {f"{store}.epoch_every": "1s", f"{store}.lookup_timeout": "1s"}
+    return options
+
+
 @pytest.fixture(scope="module")
 def members(
     tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
@@ -45,14 +72,16 @@ def members(
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
     with ExitStack() as ends:
         made = []
-        common = {"host.capacity": "256MiB", "secret_file": str(secret)}
+        stores = start_stores(ends, tmp_path_factory.mktemp("stores"))
+        common = {"host.capacity": "256MiB", "secret_file": str(secret), **stores}
         asks = {"peer.nodes": address, "peer.lookup_timeout": "1s"}
         for settings in ({"network.listen": address}, asks):
             place = ends.enter_context(Place(tiny_llama, {**common, **settings}))
-            made.append(Member(place, place.engine()))
+            made.append(Member(place, place.engine(environment=CREDENTIALS)))
         for member in made:
             member.engine.wait()
-        eventually(lambda: made[1].hears("peer"), "the second node hears of the first")
+        for tier in ("peer", *STORES):
+            eventually(partial(made[1].hears, tier), f"the second node hears of {tier}")
         yield made[0], made[1]
 
 
@@ -78,6 +107,36 @@ def test_what_one_node_has_another_loads(
     second.place.check()
 
 
+def test_what_one_stored_another_finds_in_every_store(
+    members: tuple[Member, Member], plain: Plain, texts: Texts
+) -> None:
+    """One after the other is cleared for all, until nobody has it any more."""
+    first, second = members
+    prompts = texts.of(700, 1100, 1500)
+    whole = [whole_chunks(len(prompt)) for prompt in prompts]
+    cold = [answer.tokens for answer in first.engine.answers(prompts)]
+    assert cold == plain.cold(prompts)
+    first.place.await_stored(first.engine, prompts)
+    first.place.flush()
+    first.forget()
+    for number, store in enumerate(STORES):
+        # What came from a slower one is kept in the faster ones, too.
+        second.place.flush()
+        second.place.node.clear(tiers=STORES[:number] or ["host"])
+        before = second.place.count(f'hit_chunks_total{{tier="{store}"}}')
+        second.forget()
+        answers = second.engine.answers(prompts)
+        assert [answer.cached for answer in answers] == whole, store
+        assert [answer.tokens for answer in answers] == plain.warm(prompts), store
+        hits = second.place.count(f'hit_chunks_total{{tier="{store}"}}') - before
+        assert hits == sum(tokens // 128 for tokens in whole), store
+    second.place.flush()
+    second.place.node.clear()
+    second.engine.forget()
+    assert [answer.cached for answer in second.engine.answers(prompts)] == [0] * 3
+    second.place.check()
+
+
 def test_a_peer_that_dies_costs_a_miss(
     members: tuple[Member, Member], plain: Plain, texts: Texts
 ) -> None:
@@ -89,7 +148,8 @@ def test_a_peer_that_dies_costs_a_miss(
     second.forget()
     assert [a.cached for a in second.engine.answers(prompts[:1])] == [whole_chunks(700)]
     os.kill(first.place.node.hello.pid, signal.SIGKILL)
-    second.forget()
+    second.place.node.clear()
+    second.engine.forget()
     answers = second.engine.answers(prompts)
     assert [answer.cached for answer in answers] == [0] * 3
     assert [answer.tokens for answer in answers] == cold

@@ -174,6 +174,14 @@ def test_every_source_gives_the_same_configuration(tmp_path: Path) -> None:
         assert option.kind.format(_value(want, path)) != option.default, "samples differ"
 
 
+def test_what_is_printed_of_a_default_is_read_again() -> None:
+    """A node that is started on demand gets its options as they are printed."""
+    for path, option in OPTIONS.items():
+        if option.default is not None:
+            value = option.kind.parse(option.default)
+            assert option.kind.parse(option.kind.format(value)) == value, path
+
+
 def _value(config: Config, path: str) -> Any:
     part, _, name = path.rpartition(".")
     owner = config if not part else config.tier(part) or getattr(config, part)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvstrata import units
 from kvstrata.config import kinds
 from kvstrata.config.parts import about, option
-from kvstrata.config.shared import PREFIX, SharedPart
+from kvstrata.config.shared import NAME, PREFIX, SharedPart
 from kvstrata.config.tierparts import Room, check_fits
 from kvstrata.tiers.mooncake.settings import EXPECTED, Master, Settings, parse_master
 
 if TYPE_CHECKING:
     from kvstrata.tiers.base import SharedTier
-
-LONGEST_PREFIX = 64
-
-
-def _prefix(value: Any) -> str:
-    # No sign that a pattern is made of, but the dot.
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._:/-]+", value):
-        raise ValueError(f"{value!r} has other characters, or none")
-    if len(value) > LONGEST_PREFIX:
-        raise ValueError(f"{value!r} is too long")
-    return value
 
 
 def _lent(value: Any) -> int:
@@ -34,8 +22,9 @@ def _lent(value: Any) -> int:
 
 
 MASTER = kinds.Kind(parse_master, str, EXPECTED)
-NAME = kinds.Kind(_prefix, str, f"1 to {LONGEST_PREFIX} letters, digits, . _ : / and -")
-LENT = kinds.Kind(_lent, units.format_size, f"0, or {kinds.SIZE.expected}")
+LENT = kinds.Kind(
+    _lent, lambda value: units.format_size(value) if value else 0, f"0, or {kinds.SIZE.expected}"
+)
 SWITCH = kinds.one_of(("off", "on"))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kvstrata.config import kinds
 from kvstrata.config.parts import about, option
-from kvstrata.config.shared import PREFIX, SharedPart
+from kvstrata.config.shared import NAME, PREFIX, SharedPart
 from kvstrata.errors import ConfigError
 from kvstrata.tiers.redis.address import EXPECTED, Address, parse_address
 
@@ -16,19 +15,6 @@ if TYPE_CHECKING:
     from kvstrata.tiers.base import SharedTier
 
 URL = kinds.Kind(parse_address, lambda address: str(address.url), EXPECTED, str)
-LONGEST_PREFIX = 64
-
-
-def _prefix(value: Any) -> str:
-    # No sign that a pattern or a hash tag is made of, and no end that looks like a piece's.
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._:/-]+", value):
-        raise ValueError(f"{value!r} has other characters, or none")
-    if len(value) > LONGEST_PREFIX:
-        raise ValueError(f"{value!r} is too long")
-    return value
-
-
-NAME = kinds.Kind(_prefix, str, f"1 to {LONGEST_PREFIX} letters, digits, . _ : / and -")
 
 
 @dataclass(frozen=True, kw_only=True)

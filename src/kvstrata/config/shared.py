@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,21 @@ LOOKUP = (
     "for the next one. A store that is far away is waited for longer: one and a half of its usual "
     "round trips, 150ms at most."
 )
+
+
+LONGEST_PREFIX = 64
+
+
+def _prefix(value: Any) -> str:
+    # No sign that a store's pattern or hash tag is made of but the dot.
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._:/-]+", value):
+        raise ValueError(f"{value!r} has other characters, or none")
+    if len(value) > LONGEST_PREFIX:
+        raise ValueError(f"{value!r} is too long")
+    return value
+
+
+NAME = kinds.Kind(_prefix, str, f"1 to {LONGEST_PREFIX} letters, digits, . _ : / and -")
 
 
 SHORTEST_EPOCH_S, LONGEST_EPOCH_S = 0.1, 3600.0
