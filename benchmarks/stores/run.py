@@ -153,9 +153,8 @@ class RawMooncake(Raw):
         return into
 
     def remove(self, names: Sequence[str]) -> None:
-        time.sleep(0.1)  # what was read is leased for 50 ms
         for name in names:
-            self._store.remove(name)
+            self._store.remove(name, True)
 
 
 def redis(folder: Path) -> tuple[Server, dict[str, Any], Callable[[], Raw]]:
@@ -195,7 +194,7 @@ def mooncake(folder: Path) -> tuple[Server, dict[str, Any], Callable[[], Raw]]:
     """Mooncake over TCP on loopback; the memory is another process's."""
     from kvstrata.testing.servers import mooncake as servers
 
-    servers.SEGMENT_BYTES = 1 << 30
+    servers.SEGMENT_BYTES, servers.LEASE = 1 << 30, "10s"
     server = servers.MooncakeServer(folder)
     return server, {"mooncake.master": server.address}, lambda: RawMooncake(server.address)
 
