@@ -15,38 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.nodes import NAMESPACE, ORDER, OTHER, RAW, SLOT, chunk_keys, payload, template
+from tests.support.attached import SECRET, Attached, secret_in
+from tests.support.nodes import NAMESPACE, ORDER, OTHER, RAW, SLOT, chunk_keys
 
 from kvstrata.config import load_config
 from kvstrata.config.network import TRUSTED
 from kvstrata.errors import ConfigError, TierUnavailable
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.service.names import Where
-from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.tiers import peer as peer_tier
 from kvstrata.tiers.base import Outcome, Stat
 from kvstrata.tiers.peer import PeerTier
 from kvstrata.transfer import peers as p
 from kvstrata.transfer import tcp
 from kvstrata.transfer.tcp import Address, Channel
-from kvstrata.wire.client import NodeClient, offsets_of
-
-SECRET = bytes(range(32))
 
 
-class Member:
+class Member(Attached):
     """A node of a deployment, in this process, and a client of it."""
 
     def __init__(self, folder: Path, peers: Sequence[Address] = (), **options: Any) -> None:
-        secret = folder / "secret"
-        if not secret.exists():
-            secret.write_bytes(SECRET)
-            secret.chmod(0o600)
         overrides: dict[str, Any] = {
             "host.capacity": "1MiB",
             "host.verify_every": 0,
             "leases.per_client": "80%",
-            "secret_file": str(secret),
+            "secret_file": str(secret_in(folder)),
             "network.listen": "127.0.0.1:0",
             "peer.lookup_timeout": "2s",
             **({"peer.nodes": ", ".join(map(str, peers))} if peers else {}),
@@ -56,57 +49,16 @@ class Member:
             del overrides["peer.lookup_timeout"]
         self.closed = False
         self.inprocess = InProcessNode(load_config(environ={}, overrides=overrides))
-        self.client: NodeClient = self.inprocess.connect()
+        super().__init__(self.inprocess.connect())
 
     @property
     def address(self) -> Address:
         assert self.inprocess.peers is not None
         return self.inprocess.peers.address
 
-    def store(self, keys: Sequence[bytes], order: str = ORDER) -> None:
-        call = self.client.reserve(NAMESPACE, keys, 0, 0, template(order))
-        reserved = call.wait(5.0)
-        sums = []
-        for key, offset in zip(keys, offsets_of(reserved.offsets), strict=True):
-            data = payload(key)
-            self.client.pool.view(offset + HEADER_BYTES, RAW)[:] = data
-            sums.append(checksum(data))
-        self.client.commit(reserved.reservation, sums).wait(5.0)
-
-    def get(self, keys: Sequence[bytes], namespace: bytes = NAMESPACE) -> list[int]:
-        """Match, load, compare; the tier of each chunk that came."""
-        call = self.client.match(keys, [0], [ORDER], [RAW], namespace=namespace)
-        matched, ready, offsets = call.wait(5.0), 0, [-1] * len(keys)
-        while ready < len(matched.tiers):
-            if -1 not in offsets[: len(matched.tiers)]:
-                break
-            arrived = self.client.await_arrival(matched.lease, ready).wait(20.0)
-            offsets[ready : arrived.ready] = offsets_of(arrived.offsets)
-            ready = arrived.ready
-            if arrived.failed:
-                break
-        for key, offset in zip(keys, offsets[:ready], strict=False):
-            assert bytes(self.client.pool.view(offset + HEADER_BYTES, RAW)) == payload(key)
-        self.client.release(matched.lease)
-        return list(matched.tiers[:ready])
-
-    def counted(self, name: str) -> float:
-        counters = self.client.status()["counters"]
-        return float(sum(count for one, count in counters.items() if one.startswith(name)))
-
-    def state(self) -> str:
-        tiers = self.client.status()["tiers"]
-        return str(next(tier["state"] for tier in tiers if tier["name"] == "peer"))
-
-    def until(self, true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 10
-        while not true():
-            assert time.monotonic() < deadline, "it never came true"
-            time.sleep(0.01)
-
     def ready(self) -> Member:
         """Once it has heard of a peer."""
-        self.until(lambda: self.state() == "ok")
+        self.heard()
         return self
 
     def close(self) -> None:
@@ -132,36 +84,39 @@ def fleet(tmp_path: Path) -> Iterator[Callable[..., Member]]:
 
 
 class Liar:
-    """A peer that proves itself, and then answers as it is told; one connection after another."""
+    """A peer that proves itself, and then answers as it is told; takes its time for each word."""
 
-    def __init__(self, answer: Callable[[Channel, p.Request], None]) -> None:
+    def __init__(self, answer: Callable[[Channel, p.Request], None], delay_s: float = 0.0) -> None:
         self._answer = answer
+        self._delay_s = delay_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = Address("127.0.0.1", self._listener.getsockname()[1])
-        self._open: list[socket.socket] = []
+        self.connections: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connected, _ = self._listener.accept()
-                self._open.append(connected)
+                self.connections.append(connected)
                 threading.Thread(target=self._serve, args=(connected,), daemon=True).start()
 
     def _serve(self, connected: socket.socket) -> None:
-        channel, handshake = Channel(connected, 30.0), p.Handshake(SECRET)
+        channel, handshake = Channel(connected, 60.0), p.Handshake(SECRET)
         with contextlib.suppress(Exception):
             hello = p.decode_request(channel.receive())
             assert isinstance(hello, p.Hello)
+            time.sleep(self._delay_s)
             channel.send(handshake.answer(hello))
             channel.receive()
+            time.sleep(self._delay_s)
             channel.send(p.Welcome())
-            while body := channel.receive(60.0):
+            while body := channel.receive():
                 self._answer(channel, p.decode_request(body))
 
     def close(self) -> None:
         self._listener.close()
-        for one in self._open:
+        for one in self.connections:
             one.close()
 
 
@@ -448,19 +403,81 @@ class TestFailures:
         assert b.counted("corrupt_objects_total") == 2
         assert b.get([keys[1]]) == [1], "the one that is what it says it is"
 
-    def test_a_stalled_peer_does_not_hide_the_others(
-        self, fleet: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(peer_tier, "STAT_S", 0.2)
+    def test_a_peer_that_says_nothing_is_left_alone(self, fleet: Callable[..., Member]) -> None:
+        """Others are heard in time, and there are threads to ask them, however often."""
         silent = Liar(lambda channel, request: None)
         a = fleet()
-        b = fleet([silent.address, a.address]).ready()
-        a.store(chunk_keys(4))
-        assert b.get(chunk_keys(4)) == [1] * 4
+        b = fleet([silent.address, a.address], **{"peer.lookup_timeout": "300ms"}).ready()
+        b.until(lambda: bool(peers_of(b)[0].failed))
+        for prompt in range(20):
+            keys = chunk_keys(2, prompt)
+            a.store(keys)
+            assert b.get(keys) == [1] * 2
         silent.close()
 
+    def test_a_call_has_one_deadline(self) -> None:
+        """For connecting, the proof and the answer together."""
+        slow = Liar(lambda channel, request: channel.send(p.Welcome()), delay_s=0.3)
+        peer = peer_tier.Peer(slow.address, by_tcp)
+        begun = time.monotonic()
+        with pytest.raises(TierUnavailable):
+            peer.call(p.Ping(), 0.5)
+        assert time.monotonic() - begun < 0.58
+        assert peer.failed
+        assert not peer.due
+        peer.call(p.Ping(), 5.0)
+        assert not peer.failed
+        peer.close()
+        slow.close()
+
+    def test_bytes_that_come_one_by_one_come_too_late(
+        self, liar: Callable[..., Liar], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(peer_tier, "TIMEOUT_S", 0.5)
+
+        def send(channel: Channel, request: p.Read) -> None:
+            channel.send(p.Data(SLOT))
+            for _ in range(100):
+                channel._socket.sendall(b"x")
+                time.sleep(0.05)
+
+        tier = PeerTier([liar(send).address], by_tcp)
+        tier.stat([bytes(60)])
+        begun = time.monotonic()
+        with pytest.raises(TierUnavailable):
+            tier.read([bytes(60)], [memoryview(bytearray(SLOT))])
+        assert time.monotonic() - begun < 2.0
+        begun = time.monotonic()
+        with pytest.raises(TierUnavailable):
+            tier.read([bytes(60)], [memoryview(bytearray(SLOT))])
+        assert time.monotonic() - begun < 0.2, "it is left alone"
+        tier.close()
+
+    def test_a_connection_that_was_idle_for_long_is_made_anew(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        good = Liar(lambda channel, request: channel.send(p.Welcome()))
+        peer = peer_tier.Peer(good.address, by_tcp)
+        for _ in range(3):
+            peer.call(p.Ping(), 5.0)
+        assert len(good.connections) == 1
+        monkeypatch.setattr(peer_tier, "IDLE_S", 0.0)
+        peer.call(p.Ping(), 5.0)
+        assert len(good.connections) == 2
+        peer.close()
+        good.close()
+
+    def test_a_node_whose_loop_hangs_says_nothing(self, fleet: Callable[..., Member]) -> None:
+        a = fleet()
+        a.inprocess._loop.call_soon_threadsafe(time.sleep, 1.0)
+        peer = peer_tier.Peer(a.address, by_tcp)
+        with pytest.raises(TierUnavailable):
+            peer.call(p.Ping(), 0.5)
+        peer.call(p.Ping(), 5.0)
+        peer.close()
+
     def test_after_close_nothing_works(self) -> None:
-        tier = PeerTier([Address("127.0.0.1", 1)], lambda address: None)  # type: ignore[arg-type,return-value]
+        tier = PeerTier([Address("127.0.0.1", 1)], lambda address, timeout_s: None)  # type: ignore[arg-type,return-value]
         tier.close()
         tier.close()
         for verb in (lambda: tier.stat([bytes(60)]), tier.epoch,
@@ -472,13 +489,23 @@ class TestFailures:
         a = Liar(lambda channel, request: channel.send(
             p.Stats([0] * len(request.names)) if isinstance(request, p.Stat) else p.Data(0)
         ))  # fmt: skip
-        tier = PeerTier([a.address], lambda address: tcp.connect(address, SECRET, 5.0, None))
+        tier = PeerTier([a.address], by_tcp)
         names = [bytes(60), bytes([1]) * 60]
         assert tier.stat(names) == [Outcome.MISS] * 2
         assert tier.read(names, [memoryview(bytearray(9))] * 2) == [Outcome.MISS] * 2
         assert not isinstance(tier.stat(names)[0], Stat)
         tier.close()
         a.close()
+
+
+def by_tcp(address: Address, timeout_s: float) -> Channel:
+    return tcp.connect(address, SECRET, timeout_s, None)
+
+
+def peers_of(member: Member) -> list[peer_tier.Peer]:
+    tier = member.inprocess.node.backings[-1].tier
+    assert isinstance(tier, PeerTier)
+    return tier.peers
 
 
 def certificates(folder: Path) -> dict[str, str]:

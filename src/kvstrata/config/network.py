@@ -154,12 +154,12 @@ class PeerConfig(TierPart):
 
     def open_in(self, config: Any) -> PeerTier:
         from kvstrata.keys import load_secret
-        from kvstrata.tiers.peer import TIMEOUT_S, PeerTier
+        from kvstrata.tiers.peer import PeerTier
         from kvstrata.transfer.tcp import connect
 
         network, secret = config.network, load_secret(config.secret_file)
         tls = network.tls(serving=False)
-        return PeerTier(self.nodes, lambda node: connect(node, secret, TIMEOUT_S, tls))
+        return PeerTier(self.nodes, lambda node, timeout_s: connect(node, secret, timeout_s, tls))
 
 
 def _is_loopback(host: str) -> bool:

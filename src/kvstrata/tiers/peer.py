@@ -6,6 +6,7 @@ while; the others serve on.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -17,14 +18,18 @@ from kvstrata.tiers.base import Epoch, Limits, Outcome, Put, SharedTier, Stat
 from kvstrata.transfer import peers as p
 from kvstrata.transfer.tcp import Address, Channel, ask, unavailable
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 5.0
+"""For an object to come, connecting included; less than a load may take (`deadlines.load`), so that
+one peer that hangs does not switch off the others."""
 STAT_S = 0.5
 """A peer that does not say within this time what it has is left alone, for others wait for it."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 LASTS_S = 5.0
 MAX_PLACES = 1 << 16
+IDLE_S = 60.0
+"""A connection that nobody needed for so long is not trusted to be there still."""
 
-Connect = Callable[[Address], Channel]
+Connect = Callable[[Address, float], Channel]
 
 
 class Peer:
@@ -32,33 +37,39 @@ class Peer:
 
     Args:
         address: where it answers.
-        connect: makes a connection.
+        connect: makes a connection, within so many seconds.
     """
 
     def __init__(self, address: Address, connect: Connect) -> None:
         self.address = address
+        self.failed = False
+        """Whether it is left alone: it failed, and has not answered since."""
+        self.trouble = ""
+        """Of its last failure, in words."""
         self._connect = connect
         self._lock = threading.Lock()
-        self._idle: list[Channel] = []
+        self._idle: list[tuple[Channel, float]] = []
         self._again_at = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._closed = False
 
     @property
-    def rests(self) -> bool:
-        """Whether it is left alone for now."""
-        return time.monotonic() < self._again_at
+    def due(self) -> bool:
+        """Whether it failed long enough ago to be tried again."""
+        return self.failed and time.monotonic() >= self._again_at
 
-    def call(self, request: p.Request, into: memoryview | None = None) -> p.Reply:
+    def call(self, request: p.Request, timeout_s: float, into: memoryview | None = None) -> p.Reply:
         """Ask it, and take in the bytes that its answer announces.
 
         Raises:
             TierUnavailable: it failed, and is left alone for a while.
         """
+        deadline = time.monotonic() + timeout_s
         channel = self._take()
         try:
             if channel is None:
-                channel = self._connect(self.address)
+                channel = self._connect(self.address, timeout_s)
+            channel.begin(deadline - time.monotonic())
             reply = ask(channel, request, str(self.address))
             if isinstance(reply, p.Data) and reply.nbytes > 0:
                 if into is None or reply.nbytes > len(into):
@@ -67,8 +78,9 @@ class Peer:
         except (OSError, Incompatible, TierUnavailable) as error:
             if channel is not None:
                 channel.close()
-            self._failed()
-            raise unavailable(str(self.address), error) from error
+            trouble = unavailable(str(self.address), error)
+            self._leave_alone(str(trouble))
+            raise trouble from error
         self._give(channel)
         return reply
 
@@ -77,32 +89,43 @@ class Peer:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for channel in idle:
+        for channel, _ in idle:
             channel.close()
 
     def _take(self) -> Channel | None:
-        with self._lock:
-            if self._closed:
-                raise TierUnavailable("peer: the tier is closed")
-            return self._idle.pop() if self._idle else None
+        old: list[Channel] = []
+        try:
+            with self._lock:
+                if self._closed:
+                    raise TierUnavailable("peer: the tier is closed")
+                while self._idle:
+                    channel, since = self._idle.pop()
+                    if time.monotonic() - since < IDLE_S:
+                        return channel
+                    old.append(channel)
+                return None
+        finally:
+            for channel in old:
+                channel.close()
 
     def _give(self, channel: Channel) -> None:
         with self._lock:
             self._pause_s = FIRST_PAUSE_S
-            self._again_at = 0.0
+            self.failed = False
             if not self._closed:
-                self._idle.append(channel)
+                self._idle.append((channel, time.monotonic()))
                 return
         channel.close()
 
-    def _failed(self) -> None:
+    def _leave_alone(self, trouble: str) -> None:
         """Its other connections are as good as dead, too."""
         with self._lock:
             idle, self._idle = self._idle, []
-            if time.monotonic() >= self._again_at:
+            if not self.failed or self.due:
                 self._again_at = time.monotonic() + self._pause_s
                 self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        for channel in idle:
+            self.failed, self.trouble = True, trouble
+        for channel, _ in idle:
             channel.close()
 
 
@@ -111,7 +134,7 @@ class PeerTier(SharedTier):
 
     Args:
         addresses: where they answer.
-        connect: makes a connection to one.
+        connect: makes a connection to one, within so many seconds.
     """
 
     name = "peer"
@@ -119,14 +142,17 @@ class PeerTier(SharedTier):
     def __init__(self, addresses: Sequence[Address], connect: Connect) -> None:
         self.limits = Limits(batch_objects=p.MAX_NAMES, timeout_s=TIMEOUT_S)
         self.peers = [Peer(address, connect) for address in addresses]
-        self._asking = ThreadPoolExecutor(2 * len(self.peers), "kvstrata-peers")
+        # One for a peer that is tried again, the others end within `STAT_S`.
+        self._asking = ThreadPoolExecutor(5 * len(self.peers), "kvstrata-peers")
+        self._tries: dict[Peer, Future[p.Reply]] = {}
         self._places: OrderedDict[bytes, Peer] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
 
     def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
-        """See `Store.stat`: all peers are asked at once; who answers in time is heard."""
+        """See `Store.stat`: all peers are asked at once, but for those that are left alone."""
         answers = self._ask_all(p.Stat(list(ids)))
+        self._check()
         found: list[Stat | Outcome] = [Outcome.MISS] * len(ids)
         with self._lock:
             for peer, reply in answers:
@@ -142,7 +168,8 @@ class PeerTier(SharedTier):
         return found
 
     def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[int | Outcome]:
-        return [self._read(one, buffer) for one, buffer in zip(ids, into, strict=True)]
+        deadline = time.monotonic() + TIMEOUT_S
+        return [self._read(one, buffer, deadline) for one, buffer in zip(ids, into, strict=True)]
 
     def write(self, puts: Sequence[Put]) -> list[Outcome]:
         """Nothing: what is in a peer's memory is the peer's affair."""
@@ -153,8 +180,15 @@ class PeerTier(SharedTier):
         return [Outcome.MISS] * len(ids)
 
     def epoch(self) -> Epoch:
-        """Always the same one: peers' own clears are heard in each answer."""
-        self._ask_all(p.Ping())
+        """Always the same one: peers' own clears are heard in each answer.
+
+        Here those that failed are tried again, when they have been left alone for long enough; who
+        answers is asked from then on.
+        """
+        tries = self._try_again()
+        if not self._ask_all(p.Ping()):
+            wait(tries, timeout=STAT_S)
+        self._check()
         return Epoch(0, LASTS_S)
 
     def begin_epoch(self) -> Epoch:
@@ -169,42 +203,53 @@ class PeerTier(SharedTier):
             peer.close()
         self._asking.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, one: bytes, into: memoryview) -> int | Outcome:
-        with self._lock:
-            peer = self._places.get(one)
+    def _read(self, one: bytes, into: memoryview, deadline: float) -> int | Outcome:
         if self._closed:
             raise TierUnavailable("peer: the tier is closed")
+        with self._lock:
+            peer = self._places.get(one)
         if peer is None:
             return Outcome.MISS
         try:
-            reply = peer.call(p.Read(one, len(into)), into)
+            if peer.failed:
+                raise TierUnavailable(peer.trouble)
+            reply = peer.call(p.Read(one, len(into)), deadline - time.monotonic(), into)
         except TierUnavailable:
-            if all(peer.rests for peer in self.peers):
-                raise
+            self._check()
             return Outcome.FAILED
         nbytes = reply.nbytes if isinstance(reply, p.Data) else -1
         return nbytes if nbytes > 0 else (Outcome.FAILED if nbytes else Outcome.MISS)
 
-    def _ask_all(self, request: p.Request) -> list[tuple[Peer, p.Reply]]:
-        """The answers of those that have one in time.
-
-        Raises:
-            TierUnavailable: nobody answers.
-        """
+    def _check(self) -> None:
+        """Raises `TierUnavailable` if there is no peer that answers."""
         if self._closed:
             raise TierUnavailable("peer: the tier is closed")
-        awake = [peer for peer in self.peers if not peer.rests]
-        asked: dict[Future[p.Reply], Peer] = {}
-        for peer in awake:
-            asked[self._asking.submit(peer.call, request)] = peer
-        done, _ = wait(asked, timeout=STAT_S)
-        answers, trouble = [], TierUnavailable("every peer has failed lately")
-        for future in done:
-            try:
-                answers.append((asked[future], future.result()))
-            except TierUnavailable as error:
-                trouble = error
-        if not answers:
-            raise trouble if done or not awake else TierUnavailable(f"no answer within {STAT_S} s")
-        order = {id(peer): number for number, peer in enumerate(self.peers)}
-        return sorted(answers, key=lambda answer: order[id(answer[0])])
+        if all(peer.failed for peer in self.peers):
+            raise TierUnavailable("; ".join(peer.trouble for peer in self.peers))
+
+    def _ask_all(self, request: p.Request) -> list[tuple[Peer, p.Reply]]:
+        """The answers of those that are not left alone, in their order."""
+        asked = [
+            (peer, self._submit(peer, request, STAT_S)) for peer in self.peers if not peer.failed
+        ]
+        answers = []
+        for peer, future in asked:
+            with contextlib.suppress(TierUnavailable):
+                answers.append((peer, future.result()))
+        return answers
+
+    def _try_again(self) -> list[Future[p.Reply]]:
+        """What asks those that failed whether they are back, where that is under way or due."""
+        with self._lock:
+            for peer in self.peers:
+                if peer in self._tries and self._tries[peer].done():
+                    del self._tries[peer]
+                if peer.due and peer not in self._tries:
+                    self._tries[peer] = self._submit(peer, p.Ping(), TIMEOUT_S)
+            return list(self._tries.values())
+
+    def _submit(self, peer: Peer, request: p.Request, timeout_s: float) -> Future[p.Reply]:
+        try:
+            return self._asking.submit(peer.call, request, timeout_s)
+        except RuntimeError as error:
+            raise TierUnavailable("peer: the tier is closed") from error

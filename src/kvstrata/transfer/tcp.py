@@ -19,6 +19,8 @@ from kvstrata.transfer import peers as p
 _LENGTH = struct.Struct("<I")
 SOCKET_BYTES = 4 << 20
 """What the kernel may keep for a connection: a link with 40 ms of delay needs it."""
+KEEPALIVE_S = 20
+"""How often the kernel asks a silent connection whether its other end is still there."""
 
 
 class Address(NamedTuple):
@@ -36,15 +38,22 @@ class Channel:
 
     Args:
         connected: a blocking socket, owned from now on.
-        timeout_s: what one call may take.
+        timeout_s: as of `begin`.
     """
 
     def __init__(self, connected: socket.socket, timeout_s: float) -> None:
         self._socket = connected
-        self.timeout_s = timeout_s
-        self._deadline = 0.0
+        self.begin(timeout_s)
         with contextlib.suppress(OSError):  # not of TCP
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+
+    def begin(self, timeout_s: float) -> None:
+        """All that is sent and received until the next call of this may take so long together."""
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
 
     def send(self, message: p.Request | p.Reply, payload: memoryview | None = None) -> None:
         """Send a message, and the bytes that belong to it.
@@ -53,34 +62,35 @@ class Channel:
             OSError: the other end has gone, or takes nothing.
         """
         body = p.encode(message)
-        self._begin()
+        self._wait()
         self._socket.sendall(_LENGTH.pack(len(body)) + body)
         if payload is not None:
             # sendall's own deadline is for all of it, which is what is meant.
-            self._socket.settimeout(self._left())
+            self._wait()
             self._socket.sendall(payload)
 
-    def receive(self, idle_s: float | None = None) -> bytes:
+    def receive(self, rest_s: float | None = None) -> bytes:
         """One frame's body; empty where the other end has hung up between two.
 
         Args:
-            idle_s: how long to wait for its first byte, where that is another time.
+            rest_s: if given, the time begins anew with the first byte.
         Raises:
             OSError: the other end has gone, or says nothing.
             Incompatible: a frame that is longer than any.
         """
-        self._begin(idle_s)
         head = bytearray(_LENGTH.size)
+        self._wait()
         first = self._socket.recv_into(head)
         if not first:
             return b""
-        self._begin()
-        self._fill(memoryview(head)[first:])
+        if rest_s is not None:
+            self.begin(rest_s)
+        self.receive_into(memoryview(head)[first:])
         (length,) = _LENGTH.unpack(head)
         if length > p.MAX_FRAME_BYTES:
             raise Incompatible(f"a frame of {length} bytes; {p.MAX_FRAME_BYTES} at most")
         body = bytearray(length)
-        self._fill(memoryview(body))
+        self.receive_into(memoryview(body))
         return bytes(body)
 
     def receive_into(self, into: memoryview) -> None:
@@ -89,32 +99,24 @@ class Channel:
         Raises:
             OSError: they did not come, or not in time.
         """
-        self._begin()
-        self._fill(into)
+        place = 0
+        while place < len(into):
+            self._wait()
+            count = self._socket.recv_into(into[place:])
+            if not count:
+                raise ConnectionError("the other end hung up in the middle")
+            place += count
 
     def close(self) -> None:
         """Hang up. Repeatable."""
         with contextlib.suppress(OSError):
             self._socket.close()
 
-    def _begin(self, timeout_s: float | None = None) -> None:
-        self._deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        self._socket.settimeout(self._left())
-
-    def _left(self) -> float:
+    def _wait(self) -> None:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"nothing within {self.timeout_s:g} s")
-        return left
-
-    def _fill(self, into: memoryview) -> None:
-        place = 0
-        while place < len(into):
-            self._socket.settimeout(self._left())
-            count = self._socket.recv_into(into[place:])
-            if not count:
-                raise ConnectionError("the other end hung up in the middle")
-            place += count
+            raise TimeoutError(f"nothing within {self._timeout_s:g} s")
+        self._socket.settimeout(left)
 
 
 def connect(
@@ -125,18 +127,19 @@ def connect(
     Args:
         address: where it answers.
         secret: the deployment's, 32 bytes.
-        timeout_s: what each call on the connection may take, connecting included.
+        timeout_s: what connecting and the proof may take together.
         tls: for a network that is not trusted.
     Raises:
         OSError: nobody answers.
         PeerRefused, Incompatible: somebody does, and is no node of this deployment and release.
     """
+    deadline = time.monotonic() + timeout_s
     connected = socket.create_connection(address, timeout_s)
-    channel = None
     try:
+        connected.settimeout(max(0.001, deadline - time.monotonic()))
         if tls is not None:
             connected = tls.wrap_socket(connected, server_hostname=address.host)
-        channel = Channel(connected, timeout_s)
+        channel = Channel(connected, deadline - time.monotonic())
         handshake = p.Handshake(secret)
         channel.send(handshake.hello())
         hello = _reply(channel, str(address))

@@ -137,7 +137,6 @@ class PeerServer:
             secured = self._tls.wrap_socket(connected, server_side=True) if self._tls else connected
             with contextlib.closing(Channel(secured, HELLO_S)) as channel:
                 if self._is_one_of_us(channel, who):
-                    channel.timeout_s = TIMEOUT_S
                     self._answer_all(channel)
         except (OSError, KVStrataError) as error:
             if not self._closed:
@@ -167,9 +166,16 @@ class PeerServer:
         return False
 
     def _answer_all(self, channel: Channel) -> None:
-        while body := channel.receive(IDLE_S):
-            match p.decode_request(body):
+        while True:
+            channel.begin(IDLE_S)
+            body = channel.receive(rest_s=TIMEOUT_S)
+            if not body:
+                return
+            request = p.decode_request(body)
+            channel.begin(TIMEOUT_S)
+            match request:
                 case p.Ping():
+                    self._on_loop(self._lender.sizes([]))  # a node that hangs says nothing
                     channel.send(p.Welcome())
                 case p.Stat(names):
                     channel.send(p.Stats(self._on_loop(self._lender.sizes(names))))
