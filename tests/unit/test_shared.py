@@ -84,11 +84,11 @@ async def get(node: Node, keys: Sequence[bytes], parts: Sequence[int] = (0,)) ->
 
 
 async def begin(*nodes: Node, known: bool = True) -> None:
-    """Start some nodes; return once all of them know the epochs of their stores."""
+    """Start some nodes; return once all know the epochs of their stores, and how fast they are."""
     for node in nodes:
         await node.start()
     backings = [backing for node in nodes for backing in node.backings]
-    await until(lambda: not known or all(backing.readable for backing in backings))
+    await until(lambda: not known or all(one.readable and one._timed for one in backings))
 
 
 def counted(node: Node, name: str) -> float:
