@@ -24,7 +24,7 @@ from kvstrata.tiers.memory import MemoryTier
 class Fleet:
     """What the nodes share. ``delay_s`` is added to every call, ``dead`` makes all of them fail."""
 
-    def __init__(self, lasts_s: float = 0.4) -> None:
+    def __init__(self, lasts_s: float = 1.5) -> None:
         self.objects = MemoryTier()
         self.current = new_epoch(lasts_s)
         self.lock = threading.Lock()

@@ -171,7 +171,7 @@ class TestWhatAFleetHas:
             for node in (a, b):
                 await clear(node, ME, tiers=["host", "memory"])
             assert await get(b, keys[:3]) == [2] * 3
-            await until(lambda: b.backings[0].find(keys[2], 0, None) is not None)
+            await flush(b, ME)
             await clear(b, ME, tiers=["host"])
             assert await get(b, keys) == [1] * 3 + [2] * 6
 
@@ -484,7 +484,7 @@ class TestClear:
             store(a, ME, keys)
             await flush(a, ME)
             fleet.shut("epoch")
-            await until(lambda: not b.backings[0].readable, 3.0)
+            await until(lambda: not b.backings[0].readable)
             assert (await ask(b, keys)).lease == 0
             assert b.backings[0].state == "waiting for the store to answer"
             fleet.open()
@@ -602,7 +602,7 @@ class TestFailures:
 
     def test_what_was_damaged_on_its_way_stays(self) -> None:
         class Noisy(FleetTier):
-            flips = 1
+            flips = 0
 
             def read(self, ids: Any, into: Any) -> Any:
                 answers = super().read(ids, into)
@@ -613,8 +613,10 @@ class TestFailures:
 
         async def main() -> None:
             fleet = Fleet(lasts_s=5.0)
-            a, b = make_member(FleetTier(fleet)), make_member(Noisy(fleet))
+            noisy = Noisy(fleet)
+            a, b = make_member(FleetTier(fleet)), make_member(noisy)
             await begin(a, b)
+            noisy.flips = 1
             keys = chunk_keys(1)
             store(a, ME, keys)
             await flush(a, ME)
