@@ -27,6 +27,7 @@ NEED_MORE = {
     "kvstrata.connectors": {"torch", "vllm"},
     "kvstrata.codecs.triton": {"torch", "triton"},
     "kvstrata.testing": {"pytest"},
+    "kvstrata.node.coding.sealing": {"cryptography"},
 }
 
 IMPORT_ALL = """
