@@ -32,6 +32,7 @@ Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 _NAMESPACE_VERSION = "kvstrata namespace 1"
 _CHAIN_CONTEXT = "KVStrata 1 chunk keys"
 _OWNER_CONTEXT = "KVStrata 1 owners"
+_CHECK_CONTEXT = "KVStrata 1 secret check"
 _MAX_TOKEN = 2**31 - 1
 
 
@@ -238,6 +239,11 @@ def load_secret(path: str | os.PathLike[str]) -> bytes:
             " here, or remove the file to have a new one made (what is stored is then lost)",
         )
     return secret
+
+
+def secret_check(secret: bytes) -> str:
+    """16 hex digits that tell whether two secrets are one, and nothing else of them."""
+    return blake3(secret, derive_key_context=_CHECK_CONTEXT).hexdigest()[:16]
 
 
 def _make_secret(path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.connector.rig import vllm_config
+from tests.connector.rig import Rig, prompt, vllm_config
 from vllm.lora.request import LoRARequest
 
 from kvstrata.connectors.vllm import fingerprint
@@ -17,6 +17,8 @@ from kvstrata.connectors.vllm.fingerprint import Namespaces, engine_namespace
 from kvstrata.errors import ConfigError
 
 WAIT_S = 30.0
+
+Make = Callable[..., Rig]
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +171,65 @@ def test_a_reset_begins_a_namespace_that_nobody_had(namespaces: Namespaces) -> N
         namespaces.renew()
         found.add(namespaces.of(request()))
     assert len(found) == 4
+
+
+def test_a_node_is_told_once_what_each_namespace_is_made_of(make_rig: Make) -> None:
+    rig = make_rig(extra={"tenant": "a"})
+    namespaces = rig.side._lookups.namespaces
+    rig.ask(prompt(100), 3)
+    rig.ask(prompt(90), 3)
+    (told,) = rig.state()["namespaces"]
+    digest = namespaces.of(request())
+    assert digest is not None
+    assert told["digest"] == digest.hex()
+    assert told["parts"]["tenant"] == "a"
+    assert told["parts"]["chunk_tokens"] == rig.config.chunk_tokens
+    assert told["model"]["name"] == rig.vllm_config.model_config.model
+    assert told["model"]["weights"] == namespaces.weights_of(request())
+    assert told["model"]["max_model_len"] == "2048"
+    assert told["model"]["reset"] == "no"
+    assert len(rig.state()["requests"]) == 2, "it is no request's record"
+    rig.connector.reset_cache()
+    rig.ask(prompt(80), 3)
+    again = rig.state()["namespaces"][-1]
+    assert again["model"].pop("reset") != told["model"].pop("reset")
+    assert again["model"] == told["model"]
+    assert again["parts"] != told["parts"]
+    rig.stop_node()
+    rig.ask(prompt(60), 3)
+    rig.start_node()
+    rig.attach()
+    rig.ask(prompt(70), 3)
+    assert [one["digest"] for one in rig.state()["namespaces"]] == [again["digest"]]
+    rig.check()
+
+
+def test_what_is_told_of_a_model_is_what_its_fingerprint_is_made_of() -> None:
+    def of(**changes: Any) -> dict[str, str]:
+        config = vllm_config({}, 8)
+        for path, value in changes.items():
+            part, name = path.split("__")
+            setattr(getattr(config, part), name, value)
+        made = Namespaces(config, 128, "a")
+        made.identify("layout", WAIT_S)
+        assert made._weights is not None
+        made._weights.result(WAIT_S)
+        parts = made.parts_of(request())
+        assert parts is not None
+        described = made.describe(parts)
+        assert described is not None
+        made.close()
+        return described.model
+
+    rope = vllm_config({}, 8).model_config.hf_config
+    rope.rope_theta = 12345.0
+    plain = of()
+    for name, changes in {
+        "quantization": {"model_config__quantization": "fp8"},
+        "configuration": {"model_config__hf_config": rope},
+        "kv_cache_dtype": {"cache_config__cache_dtype": "fp8"},
+        "max_model_len": {"model_config__max_model_len": 512},
+        "weights": {"load_config__load_format": "dummy"},
+    }.items():
+        other = of(**changes)
+        assert {key for key in plain if plain[key] != other[key]} == {name}

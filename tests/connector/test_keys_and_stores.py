@@ -19,6 +19,8 @@ from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.request import RequestStatus
 
+from kvstrata.keys import Namespace
+
 Make = Callable[..., Rig]
 
 
@@ -147,14 +149,14 @@ def test_an_adapter_is_waited_for_until_its_identity_is_known(
     make_rig: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = make_rig()
-    known: list[bytes | None] = [None]
-    monkeypatch.setattr(rig.side._lookups.namespaces, "of", lambda request: known[0])
+    known: list[Namespace | None] = [None]
+    monkeypatch.setattr(rig.side._lookups.namespaces, "parts_of", lambda request: known[0])
     request = rig.request(prompt(64), lora_request=LoRARequest("l", 1, "/x"))
     rig.connector.on_new_request(request)
     assert rig.connector.get_num_new_matched_tokens(request, 0) == (None, False)
-    known[0] = bytes(range(32))
+    known[0] = Namespace("m", "l", 64, adapter="7a")
     rig.until(lambda: rig.connector.get_num_new_matched_tokens(request, 0) == (0, False))
-    assert rig.side._states["x"].namespace == known[0]
+    assert rig.side._states["x"].namespace == known[0].digest()
     request.status = RequestStatus.FINISHED_ABORTED
     rig.connector.request_finished(request, [])
     rig.check()

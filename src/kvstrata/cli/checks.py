@@ -159,10 +159,10 @@ def check_tier(tier: Mapping[str, Any]) -> Check:
 def _check_shared(name: str, how: str, tier: Mapping[str, Any]) -> Check:
     """The same of one that a fleet shares, whose contents nobody knows."""
     if how == "ok":
-        epoch = f"; epoch {tier['epoch']}: the same on every node that shares it" * (
-            "epoch" in tier
-        )
-        return Check(name, "ok", f"answers{epoch}")
+        if "epoch" not in tier:
+            return Check(name, "ok", "answers")
+        same = "the same on every node that shares it"
+        return Check(name, "ok", f"answers; epoch {tier['epoch']}: {same}")
     if how.startswith("read only"):
         return Check(name, "warn", f"{how}; what the store has still hits")
     return Check(name, "FAIL", f"{how}; it is asked again within a minute")

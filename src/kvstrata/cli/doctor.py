@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.counting import total
-from kvstrata.cli.join import NodeOption, configured, join
+from kvstrata.cli.join import NodeOption, configured, join, join_or_exit
+from kvstrata.errors import ConfigError
 from kvstrata.units import approximate_size
 
 if TYPE_CHECKING:
@@ -34,6 +36,22 @@ def run(
     config_file: ConfigFile = None,
     settings: Settings = None,
     node: NodeOption = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            metavar="HOST:PORT",
+            help="Try only this other node, and need none here; may be repeated.",
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            metavar="STATUS.json",
+            help="Compare only, with another node's `kvstrata status --json`.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Find out what is wrong: check, store, look up, read back through every tier, and compare.
@@ -41,13 +59,16 @@ def run(
     Joins the configured node, or starts it on demand and says so. Stores some chunks of random
     bytes that no request can hit, measures what each tier does with them, and forgets them again.
     Safe beside running engines. For a service give the service's own --config, so that its disk
-    folder can be looked at too.
+    folder can be looked at too. Every configured peer is tried as well.
+
+    Why two nodes do not share what they should: --peer looks at the network, the secret, the
+    release and the clock; --against at secret, stores and namespaces, part by part.
 
     Each line is ok, warn or FAIL. Exit status 1 if any line is FAIL.
     """
     config = configured(config_file, settings, node)
     checks: list[Check] = []
-    for check in examine(config):
+    for check in examine_fleet(config, peer or [], against) if peer or against else examine(config):
         checks.append(check)
         if not as_json:
             result = typer.style(f"{check.result:5}", fg=COLOURS[check.result])
@@ -119,9 +140,53 @@ def examine(config: Config) -> Iterator[Check]:
                         "without one; start it with this configuration, or give doctor the node's "
                         "own --config",
                     )
+            yield from check_peers(config, client.hello.secret)
             yield from round_trip(client, config)
         except KVStrataError as error:
             yield checks.Check("round trip", "FAIL", f"{error} ({type(error).__name__})")
+
+
+def examine_fleet(config: Config, peers: Sequence[str], against: Path | None) -> Iterator[Check]:
+    """The checks between this node and others; one here is needed for the comparison alone.
+
+    Raises:
+        ConfigError: an address or a file is none.
+    """
+    from kvstrata.cli import fleet
+    from kvstrata.cli.checks import Check
+    from kvstrata.config.network import NODES
+    from kvstrata.keys import load_secret, secret_check
+
+    if peers:
+        try:
+            nodes = NODES.parse(list(peers))
+        except ValueError as error:
+            raise ConfigError("--peer", f"{error}; expected {NODES.expected}") from error
+        if not config.secret_file.exists():
+            missing = "is not there; copy the deployment's secret_file here"
+            yield Check("secret", "FAIL", f"{config.secret_file} {missing}")
+        else:
+            secret, tls = load_secret(config.secret_file), config.network.tls(serving=False)
+            for node in nodes:
+                yield fleet.check_peer(node, secret, tls)
+    if against is not None:
+        there = fleet.read_status(against)
+        with closing(join_or_exit(config)) as client:
+            state = settled(client)
+            state["secret_check"] = secret_check(client.hello.secret)
+        yield from fleet.compare(fleet.status_of(state), there)
+
+
+def check_peers(config: Config, secret: bytes) -> Iterator[Check]:
+    """Every other node that the configuration names."""
+    from kvstrata.cli import fleet
+    from kvstrata.config.network import PeerConfig
+
+    for part in config.tiers:
+        if isinstance(part, PeerConfig):
+            tls = config.network.tls(serving=False)
+            for node in part.nodes:
+                yield fleet.check_peer(node, secret, tls)
 
 
 def attach(config: Config) -> tuple[NodeClient, str]:

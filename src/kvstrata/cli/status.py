@@ -42,12 +42,17 @@ def run(
 
     It never starts a node. Exit status 1 and one line on stderr if none answers.
     """
+    from kvstrata.keys import secret_check
     from kvstrata.wire.sockets import socket_path
 
     config = configured(config_file, settings, node)
     client = join_or_exit(config)
     try:
-        state = {"socket": str(socket_path(config)), **client.status()}
+        state = {
+            "socket": str(socket_path(config)),
+            "secret_check": secret_check(client.hello.secret),
+            **client.status(),
+        }
     except (NodeUnavailable, DeadlineExceeded) as error:
         fail(error)
     finally:
@@ -120,6 +125,7 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
     )
     parts.append(Text(_hits(state["counters"])))
     parts += [Text(f"trouble: {words}", style="yellow") for words in troubles(state["counters"])]
+    parts += [Text(_namespace(one)) for one in state["namespaces"]]
     if state["requests"]:
         parts.append(_requests(state["requests"][-SHOWN_REQUESTS:]))
     return parts
@@ -136,6 +142,14 @@ def _hits(counters: Mapping[str, float]) -> str:
         f"hit: {hit:.0f} ({hit / (hit + missed):.0%})"
         + (f": {by_tier}" if by_tier else "")
         + f" · missed: {missed:.0f} · objects stored: {total(counters, 'stored_objects_total'):.0f}"
+    )
+
+
+def _namespace(one: Mapping[str, Any]) -> str:
+    parts = one["parts"]
+    return (
+        f"namespace {one['digest'][:12]}: {one['model'].get('name', 'a model')}, chunks of "
+        f"{parts['chunk_tokens']} tokens, tenant {parts['tenant'] or 'none'}"
     )
 
 

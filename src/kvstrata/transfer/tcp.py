@@ -43,6 +43,8 @@ class Channel:
 
     def __init__(self, connected: socket.socket, timeout_s: float) -> None:
         self._socket = connected
+        #: what the other end said of itself, once it has proved that it knows the secret
+        self.hello: p.Hello | None = None
         self.begin(timeout_s)
         with contextlib.suppress(OSError):  # not of TCP
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -148,6 +150,7 @@ def connect(
         channel.send(handshake.check_server(hello, str(address)))
         if not isinstance(_reply(channel, str(address)), p.Welcome):
             raise Incompatible(f"{address} does not welcome a node that knows the secret")
+        channel.hello = hello
     except BaseException:
         connected.close()
         raise

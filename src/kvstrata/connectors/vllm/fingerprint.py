@@ -12,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from blake3 import blake3
+
 from kvstrata.errors import ConfigError
 from kvstrata.identity import adapter_identity, model_fingerprint, weights_identity
 from kvstrata.keys import Namespace
+from kvstrata.wire.namespaces import MAX_DETAIL_CHARS, Described
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,11 @@ class Namespaces:
             logger.warning("KVStrata: still hashing the weights; nothing is cached until then")
 
     def of(self, request: Any) -> bytes | None:
+        """The digest of a request's namespace; raises and is None as `parts_of`."""
+        parts = self.parts_of(request)
+        return None if parts is None else parts.digest()
+
+    def parts_of(self, request: Any) -> Namespace | None:
         """The namespace of a request's KV; None while its adapter is being hashed.
 
         Raises:
@@ -83,7 +91,25 @@ class Namespaces:
             if not adapter.done():
                 return None
             namespace = replace(namespace, adapter=_found(adapter, "adapter"))
-        return replace(namespace, model=namespace.model + self._generation).digest()
+        return replace(namespace, model=namespace.model + self._generation)
+
+    def describe(self, namespace: Namespace) -> Described | None:
+        """One of this engine's namespaces, and what its model's fingerprint is made of.
+
+        None while the weights' identity is not at hand.
+        """
+        if self._weights is None or not _succeeded(self._weights):
+            return None
+        effective = _effective(self._vllm_config)
+        configuration = json.dumps(effective.pop("model"), sort_keys=True).encode()
+        model = {
+            "name": str(self._vllm_config.model_config.model),
+            "weights": self._weights.result(),
+            "configuration": blake3(configuration).hexdigest()[:16],
+            **effective,
+            "reset": self._generation or "no",
+        }
+        return Described(namespace, {k: str(v)[-MAX_DETAIL_CHARS:] for k, v in model.items()})
 
     def weights_of(self, request: Any) -> str:
         """Identity of the weights that make a request's KV; "" unless they are those on disk."""
@@ -120,22 +146,9 @@ def engine_namespace(vllm_config: Any, layout: str, chunk_tokens: int, tenant: s
     Raises:
         ConfigError: the weights cannot be identified, so nothing may be cached.
     """
-    model = vllm_config.model_config
     parallel = vllm_config.parallel_config
-    described = model.hf_config.to_dict()
-    described.pop("_name_or_path", None)
-    described.pop("transformers_version", None)
-    effective = {
-        # dtypes and enums have one text form each; nothing else in a configuration is an object
-        "model": json.loads(json.dumps(described, default=str)),
-        "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
-        # LongRoPE picks its factors by it, so keys of one token differ between two lengths
-        "max_model_len": model.max_model_len,
-    }
     return Namespace(
-        model=model_fingerprint(effective, _weights(vllm_config)),
+        model=model_fingerprint(_effective(vllm_config), _weights(vllm_config)),
         layout=layout,
         chunk_tokens=chunk_tokens,
         tensor_parallel=parallel.tensor_parallel_size,
@@ -144,6 +157,23 @@ def engine_namespace(vllm_config: Any, layout: str, chunk_tokens: int, tenant: s
         * parallel.decode_context_parallel_size,
         tenant=tenant,
     )
+
+
+def _effective(vllm_config: Any) -> dict[str, Any]:
+    """What the model computes with, beside its weights."""
+    model = vllm_config.model_config
+    described = model.hf_config.to_dict()
+    described.pop("_name_or_path", None)
+    described.pop("transformers_version", None)
+    return {
+        # dtypes and enums have one text form each; nothing else in a configuration is an object
+        "model": json.loads(json.dumps(described, default=str)),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        # LongRoPE picks its factors by it, so keys of one token differ between two lengths
+        "max_model_len": model.max_model_len,
+    }
 
 
 def _succeeded(future: Future[Any]) -> bool:

@@ -19,7 +19,7 @@ from kvstrata.connectors.vllm.messages import WorkerHello
 from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError, NodeUnavailable
-from kvstrata.keys import KeyChain, owner_digest
+from kvstrata.keys import KeyChain, Namespace, owner_digest
 from kvstrata.parts import PORTABLE
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.choice import trouble
@@ -66,6 +66,7 @@ class Lookups:
         #: the node, if there was one when it was needed last
         self.client: NodeClient | None = None
         self.namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
+        self._told: set[tuple[bytes, Namespace]] = set()
         #: the byte orders that the workers read, the parts of a chunk, the bytes of each
         self.orders: list[str] = []
         self.parts: list[int] = []
@@ -211,18 +212,28 @@ class Lookups:
     def _identify(self, state: RequestState, client: NodeClient) -> bool:
         """Make a request's keys possible; False while its adapter is unknown, or for good."""
         try:
-            namespace = self.namespaces.of(state.request)
-            if namespace is None:
+            parts = self.namespaces.parts_of(state.request)
+            if parts is None:
                 return False
-            state.namespace = namespace
+            namespace = state.namespace = parts.digest()
             salt = state.request.cache_salt or ""
             state.owner = owner_digest(client.hello.secret, self._config.tenant, salt)
             state.chain = KeyChain(client.hello.secret, namespace, self._chunk, salt)
+            self._tell(client, parts)
         except (KVStrataError, OSError) as error:
             state.bypass = f"an identity is missing: {error}"
             state.matched = True
             return False
         return True
+
+    def _tell(self, client: NodeClient, parts: Namespace) -> None:
+        """Tell a node, once, what a namespace is made of: so an operator can compare two nodes."""
+        if (told := (client.hello.node, parts)) in self._told:
+            return
+        if (described := self.namespaces.describe(parts)) is not None:
+            self._told.add(told)
+            with contextlib.suppress(KVStrataError):  # a request is served without it
+                client.record(described.record())
 
     def _wait(self, state: RequestState, busy: bool) -> None:
         """Wait for a match as long as that costs less than to ask again a step later."""

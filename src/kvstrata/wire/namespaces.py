@@ -1,0 +1,56 @@
+"""Namespaces by their parts: what engines tell a node, so that two nodes can be compared.
+
+Keys hold a digest of the parts, and two digests only say that something differs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from kvstrata.errors import UsageError
+from kvstrata.keys import Namespace
+
+MAX_DETAILS = 16
+MAX_DETAIL_CHARS = 256
+
+_Text = Annotated[str, msgspec.Meta(max_length=MAX_DETAIL_CHARS)]
+
+
+class Described(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A namespace, and what its model's fingerprint is made of, in words.
+
+    Args:
+        parts: every field of the digest.
+        model: of the model: name, weights, dtype and whatever else decides its fingerprint.
+    """
+
+    parts: Namespace
+    model: Annotated[dict[_Text, _Text], msgspec.Meta(max_length=MAX_DETAILS)] = {}
+
+    def record(self) -> dict[str, Any]:
+        """As an engine hands it in: the record of no request."""
+        return {"namespace": msgspec.to_builtins(self)}
+
+    def shown(self) -> dict[str, Any]:
+        """As a node's status shows it."""
+        return {"digest": self.parts.digest().hex(), **msgspec.to_builtins(self)}
+
+
+class Shown(Described, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The same out of a node's status."""
+
+    digest: str
+
+
+def described(record: dict[str, Any]) -> Described:
+    """What an engine handed in.
+
+    Raises:
+        UsageError: it is no namespace.
+    """
+    try:
+        return msgspec.convert(record["namespace"], Described)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"a record of a namespace that is none: {error}") from error
