@@ -15,6 +15,8 @@ from vllm.lora.request import LoRARequest
 from kvstrata.connectors.vllm import fingerprint
 from kvstrata.connectors.vllm.fingerprint import Namespaces, engine_namespace
 from kvstrata.errors import ConfigError
+from kvstrata.keys import Namespace
+from kvstrata.wire.client import NodeClient
 
 WAIT_S = 30.0
 
@@ -173,7 +175,17 @@ def test_a_reset_begins_a_namespace_that_nobody_had(namespaces: Namespaces) -> N
     assert len(found) == 4
 
 
-def test_a_node_is_told_once_what_each_namespace_is_made_of(make_rig: Make) -> None:
+def test_a_node_is_told_once_what_each_namespace_is_made_of(
+    make_rig: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told_of: list[Any] = []
+    record = NodeClient.record
+
+    def noted(client: NodeClient, one: dict[str, Any]) -> None:
+        told_of.append(one.get("namespace"))
+        record(client, one)
+
+    monkeypatch.setattr(NodeClient, "record", noted)
     rig = make_rig(extra={"tenant": "a"})
     namespaces = rig.side._lookups.namespaces
     rig.ask(prompt(100), 3)
@@ -189,6 +201,7 @@ def test_a_node_is_told_once_what_each_namespace_is_made_of(make_rig: Make) -> N
     assert told["model"]["max_model_len"] == "2048"
     assert told["model"]["reset"] == "no"
     assert len(rig.state()["requests"]) == 2, "it is no request's record"
+    assert [one is not None for one in told_of] == [True, False, False]
     rig.connector.reset_cache()
     rig.ask(prompt(80), 3)
     again = rig.state()["namespaces"][-1]
@@ -202,6 +215,10 @@ def test_a_node_is_told_once_what_each_namespace_is_made_of(make_rig: Make) -> N
     rig.ask(prompt(70), 3)
     assert [one["digest"] for one in rig.state()["namespaces"]] == [again["digest"]]
     rig.check()
+
+
+def test_nothing_is_told_before_the_weights_are_known(namespaces: Namespaces) -> None:
+    assert namespaces.describe(Namespace("m", "l", 128)) is None
 
 
 def test_what_is_told_of_a_model_is_what_its_fingerprint_is_made_of() -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import Any
 
@@ -27,6 +27,7 @@ from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.lending import Lender
 from kvstrata.node.matching import Matcher
+from kvstrata.node.namespaces import Namespaces
 from kvstrata.node.opening import open_backings
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.movement import Movement
@@ -43,12 +44,10 @@ from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE
 from kvstrata.policies import create_policy
 from kvstrata.wire import protocol as p
-from kvstrata.wire.namespaces import Described, described
 
 logger = logging.getLogger(__name__)
 
 NUM_RECORDS = 1024
-NUM_NAMESPACES = 16
 MAX_RECORD_BYTES = 8192
 MAX_OUTCOMES = 32
 UPKEEP_S = 10.0
@@ -92,7 +91,7 @@ class Node:
         self.reservations = ReservationTable(self.host, per_client)
         self.movement = Movement(self.host, self.leases, backings, counters, clock)
         self.records: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
-        self.namespaces: OrderedDict[bytes, Described] = OrderedDict()
+        self._namespaces = Namespaces()
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
         self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
                                 self._sampler, backings, counters,
@@ -301,8 +300,7 @@ class Node:
         if nbytes > MAX_RECORD_BYTES:
             raise UsageError(f"a record of {nbytes} bytes; at most {MAX_RECORD_BYTES}")
         if "namespace" in message.record:
-            self._meet(described(message.record))
-            return
+            return self._namespaces.note(message.record)
         self.records.append(message.record)
         outcome = str(message.record.get("outcome", ""))
         if len(self._outcomes) < MAX_OUTCOMES and _LABEL.fullmatch(outcome):
@@ -347,7 +345,7 @@ class Node:
                 ],
                 "tiers_left_out": self.left_out,
                 "counters": self.counters.snapshot(),
-                "namespaces": [one.shown() for one in self.namespaces.values()],
+                "namespaces": self._namespaces.shown(),
                 "requests": list(self.records)[-32:],
             },
         )
@@ -368,14 +366,6 @@ class Node:
                 backing.check_contents()
 
     # how
-
-    def _meet(self, told: Described) -> None:
-        """Keep the namespaces that engines began to use last."""
-        digest = told.parts.digest()
-        self.namespaces[digest] = told
-        self.namespaces.move_to_end(digest)
-        if len(self.namespaces) > NUM_NAMESPACES:
-            self.namespaces.popitem(last=False)
 
     def _presence(self, key: bytes, part: int, order: str) -> int:
         """`PRESENT` if an object need not be written, else 0.
