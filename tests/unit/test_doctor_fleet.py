@@ -22,7 +22,7 @@ from tests.support.fleets import Fleet, FleetTier, make_member
 import kvstrata
 from kvstrata import cli
 from kvstrata.cli import fleet
-from kvstrata.cli.checks import Check
+from kvstrata.cli.checks import Check, check_tier
 from kvstrata.config import load_config
 from kvstrata.errors import ConfigError, UsageError
 from kvstrata.keys import Namespace, secret_check
@@ -364,7 +364,8 @@ class TestCompare:
 
     def test_of_the_model_the_detail_is_named(self) -> None:
         other = Described(
-            replace(NAMESPACE, model="6b"), {**MODEL, "max_model_len": "4096"}
+            replace(NAMESPACE, model="6b"),
+            {**MODEL, "name": "/elsewhere/model", "max_model_len": "4096"},
         ).shown()
         check = found(status(NAMESPACE), status(namespaces=[other]))["namespaces"]
         assert check.message.endswith("differs in model max_model_len (2048 here, 4096 there)")
@@ -397,6 +398,12 @@ class TestCompare:
         checks = found(status(tiers=[tier("redis", "3")]), off)
         assert (checks["redis"].result, "it fell down" in checks["redis"].message) == ("FAIL", True)
         assert "there is no such tier here" in found(off, here)["mooncake"].message
+
+    def test_peers_have_no_epoch(self) -> None:
+        peers = {"name": "peer", "state": "ok", "shared": True, "written": False}
+        assert check_tier(peers) == Check("peer", "ok", "answers")
+        check = found(status(tiers=[peers]), status())["stores"]
+        assert (check.result, "doctor --peer" in check.message) == ("ok", True)
 
     def test_releases_and_a_status_that_says_little(self) -> None:
         checks = found(status(), status(release="2", secret_check=""))
