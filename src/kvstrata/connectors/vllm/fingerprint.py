@@ -58,10 +58,11 @@ class Namespaces:
         Raises:
             ConfigError: the weights cannot be identified, so nothing may be cached.
         """
+        # One thread, one after the other: who knows the namespace knows the weights.
+        self._weights = self._hashing.submit(_weights, self._vllm_config)
         self._engine = self._hashing.submit(
             engine_namespace, self._vllm_config, layout, self._chunk_tokens, self._tenant
         )
-        self._weights = self._hashing.submit(_weights, self._vllm_config)
         try:
             self._engine.result(wait_s)
         except FutureTimeout:
