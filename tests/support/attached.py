@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.support.nodes import NAMESPACE, ORDER, RAW, payload, template
 
 from kvstrata.objects import HEADER_BYTES, checksum
+from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 
 SECRET = bytes(range(32))
@@ -46,10 +48,15 @@ class Attached:
             sums.append(checksum(data))
         self.client.commit(reserved.reservation, sums).wait(5.0)
 
-    def get(self, keys: Sequence[bytes], namespace: bytes = NAMESPACE) -> list[int]:
+    def match(self, keys: Sequence[bytes], namespace: bytes = NAMESPACE, **more: Any) -> p.Matched:
+        """What the node answers; the lease is the caller's."""
+        call = self.client.match(keys, [0], [ORDER], [self.nbytes], namespace=namespace, **more)
+        matched: p.Matched = call.wait(5.0)
+        return matched
+
+    def get(self, keys: Sequence[bytes], namespace: bytes = NAMESPACE, **more: Any) -> list[int]:
         """Match, load, compare; the tier of each chunk that came."""
-        call = self.client.match(keys, [0], [ORDER], [self.nbytes], namespace=namespace)
-        matched, ready, offsets = call.wait(5.0), 0, [-1] * len(keys)
+        matched, ready, offsets = self.match(keys, namespace, **more), 0, [-1] * len(keys)
         while ready < len(matched.tiers):
             if -1 not in offsets[: len(matched.tiers)]:
                 break

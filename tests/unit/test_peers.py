@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.attached import SECRET, Attached, secret_in
+from tests.support.attached import SECRET
 from tests.support.certificates import certificates
+from tests.support.members import Member
 from tests.support.nodes import NAMESPACE, ORDER, OTHER, RAW, SLOT, chunk_keys
 
 from kvstrata.config import load_config
 from kvstrata.config.network import TRUSTED
 from kvstrata.errors import ConfigError, TierUnavailable
-from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.service.names import Where
 from kvstrata.tiers import peer as peer_tier
 from kvstrata.tiers.base import Outcome, Stat
@@ -28,44 +28,6 @@ from kvstrata.tiers.peer import PeerTier
 from kvstrata.transfer import peers as p
 from kvstrata.transfer import tcp
 from kvstrata.transfer.tcp import Address, Channel
-
-
-class Member(Attached):
-    """A node of a deployment, in this process, and a client of it."""
-
-    def __init__(self, folder: Path, peers: Sequence[Address] = (), **options: Any) -> None:
-        overrides: dict[str, Any] = {
-            "host.capacity": "1MiB",
-            "host.verify_every": 0,
-            "leases.per_client": "80%",
-            "secret_file": str(secret_in(folder)),
-            "network.listen": "127.0.0.1:0",
-            "peer.lookup_timeout": "2s",
-            **({"peer.nodes": ", ".join(map(str, peers))} if peers else {}),
-            **options,
-        }
-        if not peers:
-            del overrides["peer.lookup_timeout"]
-        self.closed = False
-        self.inprocess = InProcessNode(load_config(environ={}, overrides=overrides))
-        super().__init__(self.inprocess.connect())
-
-    @property
-    def address(self) -> Address:
-        assert self.inprocess.peers is not None
-        return self.inprocess.peers.address
-
-    def ready(self) -> Member:
-        """Once it has heard of a peer."""
-        self.heard()
-        return self
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.inprocess.check_integrity()
-            self.client.close()
-            self.inprocess.close()
 
 
 @pytest.fixture

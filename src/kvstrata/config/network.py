@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvstrata.config import kinds
-from kvstrata.config.parts import about, option
+from kvstrata.config.named import NAMED, Named, is_loopback
+from kvstrata.config.parts import option
 from kvstrata.config.shared import LOOKUP
 from kvstrata.config.tierparts import Room, TierPart
 from kvstrata.errors import ConfigError
@@ -22,25 +21,18 @@ if TYPE_CHECKING:
 TRUSTED = "yes, I trust this network"
 MAX_PEERS = 64
 
-_ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
-
-
-def _address(value: Any) -> Address:
-    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
-    if found is None or not int(found[3]) < 1 << 16:
-        raise ValueError(f"{value!r} is no host and port")
-    return Address(found[1] or found[2], int(found[3]))
-
 
 def _listen(value: Any) -> Address | None:
-    return None if value == "none" else _address(value)
+    return None if value == "none" else Address.parse(value)
 
 
 def _nodes(value: Any) -> tuple[Address, ...]:
+    if value == "none":
+        return ()
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not 0 < len(names) <= MAX_PEERS:
         raise ValueError(f"{value!r} is no list of 1 to {MAX_PEERS} addresses")
-    nodes = tuple(_address(name.strip() if isinstance(name, str) else name) for name in names)
+    nodes = tuple(Address.parse(name.strip() if isinstance(name, str) else name) for name in names)
     if len(set(nodes)) != len(nodes):
         raise ValueError(f"{value!r} names a node twice")
     return nodes
@@ -55,8 +47,8 @@ LISTEN = kinds.Kind(
 )
 NODES = kinds.Kind(
     _nodes,
-    lambda value: ", ".join(map(str, value)),
-    'addresses such as "10.0.0.2:7788, 10.0.0.3:7788"',
+    lambda value: ", ".join(map(str, value)) or "none",
+    '"none", or addresses such as "10.0.0.2:7788, 10.0.0.3:7788"',
 )
 FILE = kinds.Kind(_file, lambda value: str(value or "none"), f'"none", or {kinds.PATH.expected}')
 
@@ -67,6 +59,13 @@ class NetworkConfig:
 
     listen: Address | None = option(  # noqa: RUF009 - it calls field()
         LISTEN, "none", "Where this node answers others; `none`: it does not.", shared=True
+    )
+    advertise: Address | None = option(  # noqa: RUF009 - it calls field()
+        LISTEN,
+        "none",
+        "Where others find it, where that is not `listen` as it stands: behind an address of all "
+        "networks, such as `0.0.0.0:7788`, or a translated one.",
+        shared=True,
     )
     trusted: str = option(
         kinds.one_of(("no", TRUSTED)),
@@ -104,7 +103,7 @@ class NetworkConfig:
 
     def check_way(self, address: Address, path: str) -> None:
         """Raise `ConfigError` where bytes would cross a network that nobody says is trusted."""
-        if not (self.secured or self.trusted == TRUSTED or _is_loopback(address.host)):
+        if not (self.secured or self.trusted == TRUSTED or is_loopback(address.host)):
             raise ConfigError(
                 path,
                 f"{address.host} is no loopback address, and there is neither TLS "
@@ -132,11 +131,21 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class PeerConfig(TierPart):
-    """What other nodes have in host memory; off without `nodes`."""
+    """What other nodes have in host memory; off without `nodes` and `named`."""
 
     name: ClassVar[str] = "peer"
-    nodes: tuple[Address, ...] = field(
-        metadata=about(NODES, None, "Where the others answer: their `network.listen`.", True)
+    nodes: tuple[Address, ...] = option(
+        NODES,
+        "none",
+        "Where the others answer: their `network.listen`. They are asked for whatever is not here.",
+        shared=True,
+    )
+    named: Named = option(  # noqa: RUF009 - it calls field()
+        NAMED,
+        "none",
+        "Which peers a request may name, see docs/disaggregation.md; `loopback`: any port of this "
+        "machine.",
+        shared=True,
     )
     io_threads: int = option(
         kinds.whole(1, 64), "8", "Threads that read, over all peers.", shared=True
@@ -147,7 +156,25 @@ class PeerConfig(TierPart):
     write_queue = 0
 
     def check(self, room: Room) -> None:
-        return
+        if not (self.nodes or self.named):
+            raise ConfigError(
+                "peer.nodes", f"missing, and peer.named is none; expected {NODES.expected}"
+            )
+
+    def check_ways(self, network: NetworkConfig) -> None:
+        """Raise `ConfigError` where bytes would cross a network that nobody says is trusted."""
+        for node in self.nodes:
+            network.check_way(node, "peer.nodes")
+        for node in self.named.addresses:
+            network.check_way(node, "peer.named")
+        for hosts, port in self.named.networks:
+            network.check_way(Address(str(hosts), port), "peer.named")
+
+    def why_not(self, address: Address) -> str:
+        """Why a request may not name this peer; empty where it may."""
+        if address in self.nodes or self.named.allows(address):
+            return ""
+        return f"the peer {address} may not be named here: peer.named is {self.named}"
 
     def open(self) -> PeerTier:
         raise NotImplementedError("a peer needs to know the whole configuration")
@@ -160,10 +187,3 @@ class PeerConfig(TierPart):
         network, secret = config.network, load_secret(config.secret_file)
         tls = network.tls(serving=False)
         return PeerTier(self.nodes, lambda node, timeout_s: connect(node, secret, timeout_s, tls))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

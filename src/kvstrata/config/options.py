@@ -267,8 +267,7 @@ def _check_sums(
     for part in config.tiers:
         part.check(room)
         if isinstance(part, PeerConfig):
-            for node in part.nodes:
-                config.network.check_way(node, "peer.nodes")
+            part.check_ways(config.network)
 
 
 def _flatten(
@@ -369,7 +368,7 @@ def effective(config: Config) -> str:
         lines.append(f"{name} = {text}  # {config.sources.get(path, 'default')}")
     for part in MAY_BE_MISSING:
         if config.tier(part) is None:
-            needed = " and ".join(_mandatory(PARTS[part]))
+            needed = " and ".join(_mandatory(PARTS[part])) or "options"
             lines += ["", f"# no {part} tier: [{part}] {needed} not given"]
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ from kvstrata.node.common.slices import Work, in_slices
 from kvstrata.node.searching import Search, checked_namespace, checked_parts
 from kvstrata.node.service.backing import Backing, Question
 from kvstrata.node.service.movement import Movement
+from kvstrata.node.service.peers import PeerBacking
 from kvstrata.node.service.promotions import Load, Wanted
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
@@ -28,6 +29,7 @@ from kvstrata.node.slots.sampling import Sampler
 from kvstrata.node.slots.slot import Row, Slot, offsets_of_rows
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE
+from kvstrata.transfer.tcp import Address
 from kvstrata.wire import protocol as p
 
 SLICE = 1024
@@ -100,10 +102,20 @@ class Matcher:
         self._backings = backings
         self._counters = counters
         self._planning = planning
+        self._peers = next((one for one in backings if isinstance(one, PeerBacking)), None)
 
     def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
-        return in_slices(self._match(Search(client, message)))
+        search = Search(client, message)
+        if message.peer:
+            search.peer, search.peer_refused = self._named(message.peer)
+        return in_slices(self._match(search))
+
+    def _named(self, peer: str) -> tuple[Address | None, str]:
+        """The peer that a request names, or why it is not asked."""
+        if self._peers is None:
+            return None, "the node asks no peer that a request names: see peer.named"
+        return self._peers.named(peer)
 
     def _match(self, search: Search) -> Work[p.Matched]:
         try:
@@ -128,7 +140,7 @@ class Matcher:
     def _ask(self, search: Search) -> Work[None]:
         """Ask the shared tiers for what no tier of this node has, and go on with what they have."""
         keys = search.keys[len(search.tiers) :]
-        question = Question(search.namespace, keys, search.parts, search.preferred)
+        question = Question(search.namespace, keys, search.parts, search.preferred, search.peer)
         asked = [backing for backing in self._backings if backing.must_be_asked]
         answers = [asyncio.ensure_future(backing.resolve(question)) for backing in asked]
         # All were asked at once; the fastest is heard first, and it may have everything.
@@ -365,6 +377,7 @@ class Matcher:
             search.load_s,
             search.prefill.seconds(len(search.tiers), search.num_found),
             search.prefill.seconds(here, search.num_found),
+            search.peer_refused,
         )
         if search.lease is None or search.client.ended:
             return p.Matched(search.id, 0, b"", b"", *reckoned)

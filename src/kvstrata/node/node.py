@@ -82,6 +82,8 @@ class Node:
     ) -> None:
         self.config = config
         self.left_out = left_out or {}
+        self.address = ""
+        """Where other nodes find this one; empty: nowhere."""
         self.counters = counters
         self.backings = backings
         capacity = pool.capacity_bytes

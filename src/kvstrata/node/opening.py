@@ -73,7 +73,9 @@ def open_backings(
 def _in_service(part: TierPart, tier: OwnedTier | SharedTier, **common: Any) -> Backing:
     if isinstance(part, PeerConfig):
         assert isinstance(tier, PeerTier)
-        return PeerBacking(tier, lookup_timeout_s=part.lookup_timeout, **common)
+        return PeerBacking(
+            tier, why_not=part.why_not, lookup_timeout_s=part.lookup_timeout, **common
+        )
     if isinstance(part, SharedPart):
         assert isinstance(tier, SharedTier)
         return SharedBacking(tier, lookup_timeout_s=part.lookup_timeout, **common)

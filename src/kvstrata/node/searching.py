@@ -13,6 +13,7 @@ from kvstrata.node.slots.leases import Lease
 from kvstrata.node.slots.slot import Slot
 from kvstrata.objects import stored_bytes
 from kvstrata.parts import MAX_PART
+from kvstrata.transfer.tcp import Address
 from kvstrata.wire import protocol as p
 
 SLICE_KEYS = 4096
@@ -49,6 +50,8 @@ class Search:
         self.load_s = 0.0
         self.lease: Lease | None = None
         self.load: Load | None = None
+        self.peer: Address | None = None  # that the request names
+        self.peer_refused = ""
         self.ended = self.absent = False  # at its end, and because nobody has the next chunk
         self._packed = message.keys
         self._num_keys = p.count(message.keys, 32)

@@ -1,7 +1,8 @@
 """The host memory of other nodes, as a tier that is only read.
 
 Several connections to each peer, each of one call at a time. A peer that fails is left alone for a
-while; the others serve on.
+while; the others serve on. Beside those that are configured a request may name one, which is asked
+for that request.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeout
 
 from kvstrata.errors import Incompatible, TierUnavailable
 from kvstrata.tiers.base import Epoch, Limits, Outcome, Put, SharedTier, Stat
@@ -26,6 +28,9 @@ STAT_S = 0.5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 LASTS_S = 5.0
 MAX_PLACES = 1 << 16
+MAX_NAMED = 64
+"""Peers that requests named last, whose connections are kept."""
+NAMED_THREADS = 8
 IDLE_S = 60.0
 """A connection that nobody needed for so long is not trusted to be there still."""
 
@@ -133,7 +138,7 @@ class PeerTier(SharedTier):
     """What other nodes have in host memory.
 
     Args:
-        addresses: where they answer.
+        addresses: where those answer that are asked for everything.
         connect: makes a connection to one, within so many seconds.
     """
 
@@ -143,7 +148,11 @@ class PeerTier(SharedTier):
         self.limits = Limits(batch_objects=p.MAX_NAMES, timeout_s=TIMEOUT_S)
         self.peers = [Peer(address, connect) for address in addresses]
         # One for a peer that is tried again, the others end within `STAT_S`.
-        self._asking = ThreadPoolExecutor(5 * len(self.peers), "kvstrata-peers")
+        self._asking = ThreadPoolExecutor(5 * len(self.peers) or 1, "kvstrata-peers")
+        # Whom a client names may be anybody, and must not hold up those that are configured.
+        self._asking_named = ThreadPoolExecutor(NAMED_THREADS, "kvstrata-named")
+        self._connect = connect
+        self._named: OrderedDict[Address, Peer] = OrderedDict()
         self._tries: dict[Peer, Future[p.Reply]] = {}
         self._places: OrderedDict[bytes, Peer] = OrderedDict()
         self._lock = threading.Lock()
@@ -151,8 +160,14 @@ class PeerTier(SharedTier):
 
     def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
         """See `Store.stat`: all peers are asked at once, but for those that are left alone."""
-        answers = self._ask_all(p.Stat(list(ids)))
-        self._check()
+        return self.stat_of(ids, None)
+
+    def stat_of(self, ids: Sequence[bytes], named: Address | None) -> list[Stat | Outcome]:
+        """The same, of all peers and of one that a request names."""
+        also = self._meet(named) if named is not None else None
+        answers = self._ask_all(p.Stat(list(ids)), also)
+        if also is None:
+            self._check()
         found: list[Stat | Outcome] = [Outcome.MISS] * len(ids)
         with self._lock:
             for peer, reply in answers:
@@ -198,10 +213,13 @@ class PeerTier(SharedTier):
         return 0
 
     def close(self) -> None:
-        self._closed = True
-        for peer in self.peers:
+        with self._lock:
+            self._closed = True
+            peers = [*self.peers, *self._named.values()]
+        for peer in peers:
             peer.close()
-        self._asking.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._asking, self._asking_named):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, one: bytes, into: memoryview, deadline: float) -> int | Outcome:
         if self._closed:
@@ -215,7 +233,8 @@ class PeerTier(SharedTier):
                 raise TierUnavailable(peer.trouble)
             reply = peer.call(p.Read(one, len(into)), deadline - time.monotonic(), into)
         except TierUnavailable:
-            self._check()
+            if peer in self.peers:
+                self._check()
             return Outcome.FAILED
         nbytes = reply.nbytes if isinstance(reply, p.Data) else -1
         return nbytes if nbytes > 0 else (Outcome.FAILED if nbytes else Outcome.MISS)
@@ -224,18 +243,42 @@ class PeerTier(SharedTier):
         """Raises `TierUnavailable` if there is no peer that answers."""
         if self._closed:
             raise TierUnavailable("peer: the tier is closed")
-        if all(peer.failed for peer in self.peers):
+        if self.peers and all(peer.failed for peer in self.peers):
             raise TierUnavailable("; ".join(peer.trouble for peer in self.peers))
 
-    def _ask_all(self, request: p.Request) -> list[tuple[Peer, p.Reply]]:
-        """The answers of those that are not left alone, in their order."""
+    def fails(self, named: Address) -> bool:
+        """Whether a peer that a request named has failed, and is left alone for now."""
+        with self._lock:
+            peer = self._named.get(named) or self._configured(named)
+        return peer is not None and peer.failed and not peer.due
+
+    def _configured(self, address: Address) -> Peer | None:
+        return next((peer for peer in self.peers if peer.address == address), None)
+
+    def _meet(self, named: Address) -> Peer | None:
+        """The peer of this address, if it is asked for its name alone."""
+        with self._lock:
+            if self._closed or self._configured(named) is not None:
+                return None
+            peer = self._named.pop(named, None) or Peer(named, self._connect)
+            self._named[named] = peer
+            old = self._named.popitem(last=False)[1] if len(self._named) > MAX_NAMED else None
+        if old is not None:
+            old.close()
+        return peer
+
+    def _ask_all(self, request: p.Request, also: Peer | None = None) -> list[tuple[Peer, p.Reply]]:
+        """The answers of those that are not left alone, in their order, and of one more."""
         asked = [
             (peer, self._submit(peer, request, STAT_S)) for peer in self.peers if not peer.failed
         ]
+        if also is not None and (also.due or not also.failed):
+            asked.append((also, self._submit(also, request, STAT_S, self._asking_named)))
         answers = []
         for peer, future in asked:
-            with contextlib.suppress(TierUnavailable):
-                answers.append((peer, future.result()))
+            # One that is named may have to wait behind others that hang.
+            with contextlib.suppress(TierUnavailable, FutureTimeout):
+                answers.append((peer, future.result(STAT_S if peer is also else None)))
         return answers
 
     def _try_again(self) -> list[Future[p.Reply]]:
@@ -248,8 +291,14 @@ class PeerTier(SharedTier):
                     self._tries[peer] = self._submit(peer, p.Ping(), TIMEOUT_S)
             return list(self._tries.values())
 
-    def _submit(self, peer: Peer, request: p.Request, timeout_s: float) -> Future[p.Reply]:
+    def _submit(
+        self,
+        peer: Peer,
+        request: p.Request,
+        timeout_s: float,
+        threads: ThreadPoolExecutor | None = None,
+    ) -> Future[p.Reply]:
         try:
-            return self._asking.submit(peer.call, request, timeout_s)
+            return (threads or self._asking).submit(peer.call, request, timeout_s)
         except RuntimeError as error:
             raise TierUnavailable("peer: the tier is closed") from error

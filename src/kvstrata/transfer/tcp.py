@@ -7,16 +7,18 @@ ends within a deadline, or the connection is of no use any more.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import ssl
 import struct
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvstrata.errors import Incompatible, PeerRefused, TierUnavailable
 from kvstrata.transfer import peers as p
 
 _LENGTH = struct.Struct("<I")
+_ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 SOCKET_BYTES = 4 << 20
 """What the kernel may keep for a connection: a link with 40 ms of delay needs it."""
 KEEPALIVE_S = 20
@@ -31,6 +33,18 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: Any) -> Address:
+        """The inverse of ``str``.
+
+        Raises:
+            ValueError: it is no host and port.
+        """
+        found = _ADDRESS.fullmatch(text) if isinstance(text, str) else None
+        if found is None or not int(found[3]) < 1 << 16:
+            raise ValueError(f"{text!r} is no host and port")
+        return cls(found[1] or found[2], int(found[3]))
 
 
 class Channel:

@@ -152,6 +152,7 @@ class NodeClient:
         namespace: bytes = b"",
         chunk_s: float = 0.0,
         pair_s: float = 0.0,
+        peer: str = "",
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -165,9 +166,11 @@ class NodeClient:
             namespace: what the KV belongs to, 32 bytes; without it no shared tier is asked.
             chunk_s: seconds that computing a chunk takes; 0: unknown.
             pair_s: seconds that it takes besides for each chunk before it.
+            peer: another node's address, which is asked too where the operator allows it.
         """
         packed = b"".join(keys[: _most_keys(parts)])
-        fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s)
+        fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s,
+                  peer)  # fmt: skip
         return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:

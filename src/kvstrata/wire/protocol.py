@@ -53,6 +53,7 @@ class Hello(_Message, tag="hello", frozen=True):
     capacity_bytes: int
     secret: bytes
     tiers: list[str] = msgspec.field(default_factory=list)
+    address: str = ""
 
 
 class Match(_Message, tag="match", frozen=True):
@@ -65,6 +66,7 @@ class Match(_Message, tag="match", frozen=True):
     namespace: bytes = b""
     chunk_s: float = 0.0
     pair_s: float = 0.0
+    peer: str = ""
 
 
 class Matched(_Message, tag="matched", frozen=True):
@@ -76,6 +78,7 @@ class Matched(_Message, tag="matched", frozen=True):
     load_s: float = 0.0
     rest_s: float = 0.0
     compute_s: float = 0.0
+    peer_refused: str = ""
 
 
 class Await(_Message, tag="await", frozen=True):

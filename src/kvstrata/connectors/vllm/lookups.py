@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 LOOK_AHEAD = 8
 #: how long the start waits for the weights' identity; later requests wait for nothing
 IDENTITY_WAIT_S = 10.0
+#: characters of the peer that a request names
+MAX_PEER = 256
 
 
 class Lookups:
@@ -131,7 +133,7 @@ class Lookups:
             token_s, pair_s = self.pace.computing.speeds()
             state.call = client.match(
                 state.keys, self.parts, self.orders, self.lengths, state.owner, state.namespace,
-                token_s * self._chunk, pair_s * self._chunk**2,
+                token_s * self._chunk, pair_s * self._chunk**2, state.peer[:MAX_PEER],
             )  # fmt: skip
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
@@ -161,6 +163,7 @@ class Lookups:
                 state.lease, state.tiers = reply.lease, reply.tiers
                 state.offsets = offsets_of(reply.offsets)
                 state.reckoned = reply
+                state.peer_refused = reply.peer_refused
                 if len(reply.tiers) < reply.found:
                     state.miss = "computing is faster"
                 elif len(reply.tiers) < len(state.keys):

@@ -7,6 +7,7 @@ from array import array
 from collections import Counter
 from typing import Any
 
+from kvstrata.connectors.naming import named_peer
 from kvstrata.keys import KeyChain, MediaItem
 from kvstrata.objects import NOBODY
 from kvstrata.wire import protocol as p
@@ -24,6 +25,7 @@ class RequestState:
     def __init__(self, request: Any, bypass: str) -> None:
         self.request = request
         self.bypass = bypass
+        self.peer = named_peer(request.kv_transfer_params)
         self.namespace = b""
         self.owner = NOBODY
         self.chain: KeyChain | None = None
@@ -55,6 +57,7 @@ class RequestState:
         self.loaded_how = ""
         self.stored_chunks = 0
         self.miss = ""
+        self.peer_refused = ""
         self.load_began = self.load_took = 0.0
         self.computed_at = 0.0  # when the prompt was there, whichever way
 
@@ -102,6 +105,7 @@ class RequestState:
             "load": self.loaded_how if self.loaded_tokens else "",
             "stored_chunks": self.stored_chunks,
             "miss": self.bypass or self.miss,
+            "peer": self.peer_refused or self.peer[:256],
             **self._plan(),
             "seconds": round(time.monotonic() - self.arrived_at, 4),
         }

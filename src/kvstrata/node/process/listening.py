@@ -32,6 +32,8 @@ MAX_CONNECTIONS = 256
 HELLO_S = 5.0
 TIMEOUT_S = 10.0
 IDLE_S = 3600.0
+EVERYWHERE = ("0.0.0.0", "::")
+"""Where one can listen, and nobody can be found."""
 
 
 class PeerServer:
@@ -83,13 +85,16 @@ class PeerServer:
         if network.listen is None:
             return None
         try:
-            return cls(
+            server = cls(
                 network.listen, secret, node.lender, node.counters, network.tls(serving=True)
             )
         except TierUnavailable as error:
             logger.error("other nodes get nothing from this one: %s", error)
             node.left_out["network"] = str(error)
             return None
+        if network.advertise is not None or network.listen.host not in EVERYWHERE:
+            node.address = str(network.advertise or server.address)
+        return server
 
     async def close(self) -> None:
         """Hang up on all, and listen no more; returns when nothing of host memory is being sent."""

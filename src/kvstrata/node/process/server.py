@@ -277,6 +277,7 @@ class Server:
                 self.node.host.pool.capacity_bytes,
                 self._secret,
                 [backing.name for backing in self.node.backings],
+                self.node.address,
             )
             connected.setblocking(False)
             socket.send_fds(connected, [p.encode(hello)], [self.node.host.pool.fd])

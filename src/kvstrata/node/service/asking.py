@@ -18,7 +18,7 @@ from kvstrata.node.service.hints import Hints
 from kvstrata.node.service.names import Where
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE, at_level
-from kvstrata.tiers.base import Stat, Store
+from kvstrata.tiers.base import Outcome, Stat, Store
 
 MAX_ASKED = 1 << 14
 """Objects of one question that are asked for at most; what lies behind them waits for the next."""
@@ -33,6 +33,7 @@ class Asking:
 
     Args:
         store: the tier.
+        stat: its `Store.stat`, for a question.
         num_levels: copies of an object that may be there, the object itself included.
         calls: into the tier.
         hints: where the answers go.
@@ -40,9 +41,17 @@ class Asking:
     """
 
     def __init__(
-        self, store: Store, num_levels: int, *, calls: TierCalls, hints: Hints, counters: Counters
+        self,
+        store: Store,
+        stat: Callable[[Question, Sequence[bytes]], list[Stat | Outcome]],
+        num_levels: int,
+        *,
+        calls: TierCalls,
+        hints: Hints,
+        counters: Counters,
     ) -> None:
         self._store = store
+        self._stat = stat
         self._num_levels = num_levels
         self._calls = calls
         self._hints = hints
@@ -177,7 +186,7 @@ class Asking:
 
         def work() -> list[Stat | object]:
             names = [where.name(keys[number], part) for number, part, where in places]
-            return list(self._store.stat(names))
+            return list(self._stat(question, names))
 
         stats = await self._calls.ask(work)
         self._counters.add("lookup_rounds_total", tier=self._store.name)

@@ -26,6 +26,7 @@ from kvstrata.observe.counters import Counters
 from kvstrata.parts import at_level
 from kvstrata.quality.choice import Place
 from kvstrata.tiers.base import Store
+from kvstrata.transfer.tcp import Address
 
 if TYPE_CHECKING:
     from kvstrata.node.coding.sealing import KeyRing
@@ -39,12 +40,14 @@ class Question(NamedTuple):
         keys: of the chunks, in their order in the prompt.
         parts: that make up a chunk.
         orders: that the reader reads, the one that it likes best first.
+        peer: a node that the request names, which may be asked.
     """
 
     namespace: bytes
     keys: Sequence[bytes]
     parts: tuple[int, ...]
     orders: tuple[str, ...]
+    peer: Address | None = None
 
 
 class Backing(ABC):

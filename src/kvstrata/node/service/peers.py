@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
+from kvstrata.node.service.backing import Question
 from kvstrata.node.service.names import Where
 from kvstrata.node.service.shared import SharedBacking
+from kvstrata.tiers.base import Outcome, Stat
+from kvstrata.tiers.peer import PeerTier
+from kvstrata.transfer.tcp import Address
+
+MAX_NAME = 256
+"""Characters of an address that are looked at."""
 
 
 class PeerBacking(SharedBacking):
-    """A `SharedBacking` that takes no writes, and whose contents are nobody's to clear here."""
+    """A `SharedBacking` that takes no writes, and whose contents are nobody's to clear here.
 
+    Args:
+        tier: the peers.
+        why_not: why a request may not name an address; empty where it may.
+        others: as of `SharedBacking`.
+    """
+
+    tier: PeerTier
     takes_writes = False
+
+    def __init__(self, tier: PeerTier, *, why_not: Callable[[Address], str], **others: Any) -> None:
+        super().__init__(tier, **others)
+        self._why_not = why_not
+
+    def named(self, name: str) -> tuple[Address | None, str]:
+        """The peer that a request names, or why it is not asked."""
+        try:
+            address = Address.parse(name[:MAX_NAME])
+        except ValueError as error:
+            return None, f"the peer is no address: {error}"
+        why = self._why_not(address)
+        return (None, why) if why else (address, "")
+
+    def fails(self, peer: Address) -> bool:
+        """Whether a peer that a request names has failed lately."""
+        return self.tier.fails(peer)
+
+    def _stat(self, question: Question, names: Sequence[bytes]) -> list[Stat | Outcome]:
+        return self.tier.stat_of(names, question.peer)
 
     async def run(self) -> None:
         """Keep up with who answers; how fast they are, the first loads will tell."""

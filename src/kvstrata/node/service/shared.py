@@ -60,7 +60,7 @@ class SharedBacking(Carrier):
             tier, self._calls, self._health, others["clock"], self._hints.clear
         )
         self._asking = Asking(
-            tier, 1 + len(self.coarser),
+            tier, self._stat, 1 + len(self.coarser),
             calls=self._calls, hints=self._hints, counters=self._counters,
         )  # fmt: skip
         self._seen_so_far = Seen()
@@ -104,6 +104,10 @@ class SharedBacking(Carrier):
         await asyncio.wait({asking}, timeout=self.patience_s)
         if not asking.done():
             self._counters.add("late_lookups_total", tier=self.name)
+
+    def _stat(self, question: Question, names: Sequence[bytes]) -> list[Stat | Outcome]:
+        """What the store says for a question; blocks."""
+        return self.tier.stat(names)
 
     @property
     def patience_s(self) -> float:
