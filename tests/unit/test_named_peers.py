@@ -15,7 +15,13 @@ from tests.support.nodes import chunk_keys
 from kvstrata.config import load_config
 from kvstrata.config.named import Named
 from kvstrata.config.network import TRUSTED
-from kvstrata.connectors.naming import named_peer
+from kvstrata.connectors.naming import (
+    COMPUTE_FOR_ANOTHER,
+    Roles,
+    decode_elsewhere,
+    prefill_elsewhere,
+    roles,
+)
 from kvstrata.errors import ConfigError
 from kvstrata.tiers import peer as peer_tier
 from kvstrata.tiers.base import Outcome
@@ -179,21 +185,31 @@ class TestTheRule:
 
 class TestParameters:
     @pytest.mark.parametrize(
-        ("params", "peer"),
+        ("params", "found"),
         [
-            (None, ""),
-            ({}, ""),
-            ({"kvstrata": {"peer": "a:1"}}, ""),
-            ({"do_remote_prefill": True, "kvstrata": {"peer": "a:1"}}, "a:1"),
-            ({"do_remote_prefill": True, "remote_host": "b", "remote_port": 2}, "b:2"),
-            ({"do_remote_prefill": True, "remote_host": "::1", "remote_port": 2}, "[::1]:2"),
-            ({"do_remote_prefill": True, "remote_host": ["b"], "remote_port": "x"}, ""),
-            ({"do_remote_prefill": True, "kvstrata": "a:1"}, ""),
-            ("nonsense", ""),
+            (None, Roles()),
+            ({}, Roles()),
+            ("nonsense", Roles()),
+            ({"kvstrata": {"peer": "a:1"}}, Roles()),
+            ({"do_remote_prefill": True, "kvstrata": {"peer": "a:1"}}, Roles("a:1")),
+            ({"do_remote_prefill": True, "remote_host": "b", "remote_port": 2}, Roles("b:2")),
+            ({"do_remote_prefill": True, "remote_host": "::1", "remote_port": 2}, Roles("[::1]:2")),
+            ({"do_remote_prefill": True, "remote_host": ["b"], "remote_port": "x"}, Roles()),
+            ({"do_remote_prefill": True, "kvstrata": "a:1"}, Roles()),
+            ({"do_remote_prefill": "yes", "kvstrata": {"peer": "a:1"}}, Roles()),
+            ({"do_remote_decode": True}, Roles(lends=True)),
+            (COMPUTE_FOR_ANOTHER, Roles(lends=True)),
+            (prefill_elsewhere("a:1"), Roles("a:1", running=True)),
+            (decode_elsewhere("[::1]:5", b"n", "r", 7, 1), Roles("[::1]:5")),
         ],
     )
-    def test_whatever_a_client_sends(self, params: Any, peer: str) -> None:
-        assert named_peer(params) == peer
+    def test_whatever_a_client_sends(self, params: Any, found: Roles) -> None:
+        assert roles(params) == found
+
+    def test_what_forgets_our_own_field_still_works(self) -> None:
+        params = decode_elsewhere("10.0.0.1:5", b"n", "r", 7, 1)
+        del params["kvstrata"]
+        assert roles(params) == Roles("10.0.0.1:5")
 
 
 class TestOwnAddress:

@@ -1,19 +1,25 @@
-"""What other nodes may have of this one's host memory: held still while it is sent."""
+"""What other nodes may have of this one's host memory: held still while it is sent.
+
+What was computed for another node is kept until that has it, or has not come for it in time.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstrata.errors import KVStrataError
 from kvstrata.node.service.names import Where
 from kvstrata.node.slots.host import HostMemory
-from kvstrata.node.slots.slot import Slot
+from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.objects import NAMESPACE_FIELD, OBJECT_ID_BYTES
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import named
 
 SLICE = 256
+KEEP_S = 30.0
+"""For how long what was computed for another node is kept for it."""
+SWEEP_S = 1.0
 
 
 class Lender:
@@ -21,12 +27,49 @@ class Lender:
 
     Args:
         host: host memory.
+        most_bytes: what may be kept for other nodes at once.
         counters: the node's.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, host: HostMemory, counters: Counters) -> None:
+    def __init__(
+        self, host: HostMemory, most_bytes: int, counters: Counters, clock: Callable[[], float]
+    ) -> None:
         self._host = host
+        self._most_bytes = most_bytes
         self._counters = counters
+        self._clock = clock
+        self._kept: dict[Slot, float] = {}  # until when; the first to end is the first
+        self.kept_bytes = 0
+
+    def keep(self, key: bytes, part: int) -> None:
+        """Keep an object for another node, if it is here and there is room for that."""
+        slot = self._host.get(key, part)
+        if slot is None:
+            return
+        if self._kept.pop(slot, None) is None:
+            if self.kept_bytes + slot.nbytes > self._most_bytes:
+                self._counters.add("unkept_objects_total")
+                return
+            self._host.hold(slot)
+            self.kept_bytes += slot.nbytes
+        self._kept[slot] = self._clock() + KEEP_S
+
+    async def run(self) -> None:
+        """Let go of what nobody came for, and of what was cleared."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = self._clock()
+            for slot in [one for one, until in self._kept.items() if until <= now]:
+                self._let_go(slot)
+                self._counters.add("kept_in_vain_total")
+            for slot in [one for one in self._kept if one.state is SlotState.GONE]:
+                self._let_go(slot)
+
+    def _let_go(self, slot: Slot) -> None:
+        if self._kept.pop(slot, None) is not None:
+            self.kept_bytes -= slot.nbytes
+            self._host.unhold(slot)
 
     async def sizes(self, names: Sequence[bytes]) -> list[int]:
         """The size of each object; 0: it is not here."""
@@ -50,6 +93,7 @@ class Lender:
         """Nobody reads it any more."""
         self._host.unhold(slot)
         if sent:
+            self._let_go(slot)
             self._counters.add("peer_sent_bytes_total", slot.nbytes)
 
     def _find(self, name: bytes) -> Slot | None:

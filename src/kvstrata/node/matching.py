@@ -18,6 +18,7 @@ from kvstrata.node.common.planner import plan
 from kvstrata.node.common.slices import Work, in_slices
 from kvstrata.node.searching import Search, checked_namespace, checked_parts
 from kvstrata.node.service.backing import Backing, Question
+from kvstrata.node.service.expecting import Expecting
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.service.peers import PeerBacking
 from kvstrata.node.service.promotions import Load, Wanted
@@ -77,6 +78,7 @@ class Matcher:
         movement: promotes.
         reservations: know what computing a chunk takes.
         sampler: verifies some of what is found.
+        expecting: follows what peers are about to have.
         backings: the slower tiers, fastest first.
         counters: the node's.
         planning: whether what is computed sooner than loaded is left to the engine.
@@ -89,6 +91,7 @@ class Matcher:
         movement: Movement,
         reservations: ReservationTable,
         sampler: Sampler,
+        expecting: Expecting,
         backings: Sequence[Backing],
         counters: Counters,
         *,
@@ -99,6 +102,7 @@ class Matcher:
         self._movement = movement
         self._reservations = reservations
         self._sampler = sampler
+        self._expecting = expecting
         self._backings = backings
         self._counters = counters
         self._planning = planning
@@ -126,6 +130,8 @@ class Matcher:
             self._decide(search)
             if search.absent and search.namespace:
                 yield from self._ask(search)
+            if search.absent and search.peer is not None and search.expected_s:
+                yield from self._expect(search, search.peer)
             # Tails before heads: what is used last is evicted last.
             for stop in range(len(search.tiers), 0, -SLICE):
                 self._note_use(search.keys[max(0, stop - SLICE) : stop])
@@ -152,6 +158,20 @@ class Matcher:
             self._decide(search)
             if not search.absent:
                 return
+
+    def _expect(self, search: Search, peer: Address) -> Work[None]:
+        """Take what a named peer does not have yet for something that it is about to have."""
+        assert self._peers is not None
+        search.ended = search.absent = False
+        search.foreseeing = True
+        while not self._step(search):
+            yield None
+        chunks = [(search.keys[number], slots) for number, slots in search.prepared]
+        search.prepared = []
+        search.num_found = search.num_decided = len(search.tiers)
+        if chunks and search.load is not None:
+            question = Question(search.namespace, [], search.parts, search.preferred, peer)
+            self._expecting.follow(self._peers, question, search.load, chunks, search.expected_s)
 
     def lookup(self, message: p.Lookup) -> p.Found | Awaitable[p.Found]:
         """Say where each chunk is; changes nothing."""
@@ -223,6 +243,22 @@ class Matcher:
                 return None
         return Located(key, places, slowest, self._host.rows_of(parts).get(key))
 
+    def _foresee(self, search: Search, key: bytes) -> Located | None:
+        """Where a chunk's parts will be, once the named peer has them; None: nobody can tell."""
+        assert self._peers is not None
+        places: list[Slot | Wanted] = []
+        for part in search.parts:
+            slot = self._host.get(key, part)
+            if slot is not None and slot.order not in search.orders:
+                return None
+            slot = slot or self._movement.arriving.get((key, part))
+            if slot is None and part not in search.sizes:
+                return None
+            wanted = Wanted(key, part, search.sizes.get(part, 0), self._peers, 0)
+            places.append(slot or wanted)
+        number = 1 + self._backings.index(self._peers)
+        return Located(key, places, number, self._host.rows_of(search.parts).get(key))
+
     def _step(self, search: Search) -> bool:
         """One slice of a search that has taken all keys in; whether it was the last."""
         if search.client.ended:
@@ -292,6 +328,8 @@ class Matcher:
         found: list[Located] = []
         for key in search.keys[place : place + most]:
             one = self.locate(key, search.parts, search.orders, search.sizes)
+            if one is None and search.foreseeing:
+                one = self._foresee(search, key)
             if one is None:
                 search.ended = search.absent = True
                 break
@@ -306,7 +344,7 @@ class Matcher:
         """Begin to bring what is worth it of the chunks that were found, and let go of the rest."""
         first, count = search.num_decided, len(search.tiers)
         search.num_found = count
-        if self._planning and search.prepared and not search.client.ended:
+        if self._planning and not search.expected_s and search.prepared and not search.client.ended:
             links = [self._movement.link(backing) for backing in self._backings]
             best = plan(search.tiers[first:], search.coming[first:], links, search.prefill, first)
             search.load_s = max(search.load_s, best.load_s)

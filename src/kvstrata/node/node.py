@@ -30,6 +30,7 @@ from kvstrata.node.matching import Matcher
 from kvstrata.node.namespaces import Namespaces
 from kvstrata.node.opening import open_backings
 from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.expecting import Expecting
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.owned import OwnedBacking
@@ -94,11 +95,12 @@ class Node:
         self.movement = Movement(self.host, self.leases, backings, counters, clock)
         self.records: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
         self._namespaces = Namespaces()
+        self._expecting = Expecting(self.movement, counters, clock)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
         self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
-                                self._sampler, backings, counters,
+                                self._sampler, self._expecting, backings, counters,
                                 planning=config.planner == "on")  # fmt: skip
-        self.lender = Lender(self.host, counters)
+        self.lender = Lender(self.host, per_client, counters, clock)
         self._clearer = Clearer(self.host, self.reservations, self.movement, backings)
         self._outcomes: set[str] = set()
         self._clock = clock
@@ -137,6 +139,7 @@ class Node:
     async def start(self) -> None:
         """Begin the background work: fault the pool in, scan the tiers, scrub them."""
         self.host.pool.populate()
+        self._tasks.spawn("the upkeep of what is lent", self.lender.run())
         for backing in self.backings:
             self._tasks.spawn(f"the tier {backing.name}", self._run(backing))
             self._tasks.spawn(f"the upkeep of {backing.name}", self._maintain(backing))
@@ -150,6 +153,7 @@ class Node:
         except asyncio.TimeoutError:
             logger.warning("stopped with %d bytes not yet written", self.movement.queued_bytes)
         await self._tasks.cancel()
+        await self._expecting.close()
         await self._sampler.close()
         await self.movement.close(min(2.0, drain_s))
         for backing in self.backings:
@@ -226,6 +230,12 @@ class Node:
         def work() -> Generator[None, None, p.Reserved]:
             granted = yield from self.reservations.grant(client, message, self._presence)
             reservation, offsets = granted
+            if message.lend:
+                for key, offset in zip(
+                    reservation.prefix[reservation.first :], offsets, strict=True
+                ):
+                    if offset == p.PRESENT:
+                        self.lender.keep(key, reservation.part)
             return p.Reserved(message.id, reservation.id, offsets.tobytes())
 
         return in_slices(work())
@@ -257,7 +267,9 @@ class Node:
                 reservation.namespace,
             )
             self.movement.write_behind(origin, written)
-        for _, slot in written:
+        for key, slot in written:
+            if reservation.lend:
+                self.lender.keep(key, reservation.part)
             self.host.unhold(slot)
         self.counters.add("stored_objects_total", len(written))
         return p.Done(id, len(written))

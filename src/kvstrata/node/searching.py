@@ -37,6 +37,8 @@ class Search:
         self.namespace = checked_namespace(message.namespace)
         if not (0 <= message.chunk_s < math.inf and 0 <= message.pair_s < math.inf):
             raise UsageError(f"{message.chunk_s} and {message.pair_s} s are no times of a chunk")
+        if not 0 <= message.expected_s < math.inf:
+            raise UsageError(f"{message.expected_s} s is no time to wait for a peer")
         if len(message.owner) != OWNER_BYTES:
             raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
         self.keys: list[bytes] = []
@@ -52,6 +54,8 @@ class Search:
         self.load: Load | None = None
         self.peer: Address | None = None  # that the request names
         self.peer_refused = ""
+        self.expected_s = message.expected_s
+        self.foreseeing = False  # what the peer is about to have counts, too
         self.ended = self.absent = False  # at its end, and because nobody has the next chunk
         self._packed = message.keys
         self._num_keys = p.count(message.keys, 32)

@@ -153,6 +153,7 @@ class NodeClient:
         chunk_s: float = 0.0,
         pair_s: float = 0.0,
         peer: str = "",
+        expected_s: float = 0.0,
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -167,10 +168,12 @@ class NodeClient:
             chunk_s: seconds that computing a chunk takes; 0: unknown.
             pair_s: seconds that it takes besides for each chunk before it.
             peer: another node's address, which is asked too where the operator allows it.
+            expected_s: how long to wait for each chunk more that the peer is about to have, in
+                seconds; 0: what it does not have is not waited for.
         """
         packed = b"".join(keys[: _most_keys(parts)])
         fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s,
-                  peer)  # fmt: skip
+                  peer, expected_s)  # fmt: skip
         return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:
@@ -193,6 +196,7 @@ class NodeClient:
         cost: float = 0.0,
         weights: str = "",
         owner: bytes = NOBODY,
+        lend: bool = False,
     ) -> Call:
         """Begin to reserve slots for ``prefix[first:]``; answers `Reserved`.
 
@@ -205,9 +209,10 @@ class NodeClient:
             cost: what computing a chunk took, in seconds; 0: unknown.
             weights: `kvstrata.identity.weights_identity` of what computed it; "": unknown.
             owner: `kvstrata.keys.owner_digest` of who it was computed for.
+            lend: whether it is kept for another node until that has it.
         """
         keys = b"".join(prefix)
-        fields = (namespace, keys, first, part, template, cost, weights, owner)
+        fields = (namespace, keys, first, part, template, cost, weights, owner, lend)
         return self.begin(p.Reserve, p.Reserved, *fields)
 
     def commit(self, reservation: int, checksums: Sequence[bytes]) -> Call:

@@ -67,6 +67,7 @@ class Match(_Message, tag="match", frozen=True):
     chunk_s: float = 0.0
     pair_s: float = 0.0
     peer: str = ""
+    expected_s: float = 0.0
 
 
 class Matched(_Message, tag="matched", frozen=True):
@@ -120,6 +121,7 @@ class Reserve(_Message, tag="reserve", frozen=True):
     cost: float = 0.0
     weights: str = ""
     owner: bytes = NOBODY
+    lend: bool = False
 
 
 class Reserved(_Message, tag="reserved", frozen=True):

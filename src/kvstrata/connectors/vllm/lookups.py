@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 LOOK_AHEAD = 8
 #: how long the start waits for the weights' identity; later requests wait for nothing
 IDENTITY_WAIT_S = 10.0
-#: characters of the peer that a request names
-MAX_PEER = 256
+#: how long a prompt that has been computed elsewhere may take to be stored there
+WRITTEN_S = 1.0
 
 
 class Lookups:
@@ -133,7 +133,8 @@ class Lookups:
             token_s, pair_s = self.pace.computing.speeds()
             state.call = client.match(
                 state.keys, self.parts, self.orders, self.lengths, state.owner, state.namespace,
-                token_s * self._chunk, pair_s * self._chunk**2, state.peer[:MAX_PEER],
+                token_s * self._chunk, pair_s * self._chunk**2, state.roles.peer,
+                self._expected_s(state),
             )  # fmt: skip
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
@@ -211,6 +212,12 @@ class Lookups:
             self.client = None
 
     # how
+
+    def _expected_s(self, state: RequestState) -> float:
+        """How long to wait for each chunk more that the peer of a request has yet to store."""
+        if not state.roles.peer:
+            return 0.0
+        return self._config.deadlines.load if state.roles.running else WRITTEN_S
 
     def _identify(self, state: RequestState, client: NodeClient) -> bool:
         """Make a request's keys possible; False while its adapter is unknown, or for good."""

@@ -45,6 +45,8 @@ class Load:
         keys: the chunks' keys.
         blocks: target blocks, from the first one of ``first_chunk`` on; -1 for one that vLLM
             has already and that must not be written.
+        followed: whether they are still being computed elsewhere, so that its deadline is one for
+            each of them.
     """
 
     request_id: str
@@ -54,6 +56,7 @@ class Load:
     offsets: list[list[int]]
     keys: list[bytes]
     blocks: list[int]
+    followed: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Store:
         blocks: the source blocks of the chunks ``first`` and later.
         weights: identity of what computed it; "": unknown, or not the model alone.
         owner: `kvstrata.keys.owner_digest` of who it was computed for.
+        lend: whether another engine's node will come for it.
     """
 
     namespace: bytes
@@ -75,6 +79,7 @@ class Store:
     blocks: list[int]
     weights: str = ""
     owner: bytes = NOBODY
+    lend: bool = False
 
 
 @dataclass
@@ -85,6 +90,7 @@ class StepMetadata(KVConnectorMetadata):
         node: identity of the node that the scheduler is attached to; empty if to none.
         sync_loads: done before and during this step's forward.
         async_loads: done in the background; each is reported exactly once.
+        called_off: requests that have ended, whose loads need not wait for what has not come.
         stores: copied after this step's forward.
         late_stores: of requests that have ended; copied before anything in this step is written.
         fresh_blocks: blocks that this step may overwrite.
@@ -94,6 +100,7 @@ class StepMetadata(KVConnectorMetadata):
     node: bytes = b""
     sync_loads: list[Load] = field(default_factory=list)
     async_loads: list[Load] = field(default_factory=list)
+    called_off: set[str] = field(default_factory=set)
     stores: list[Store] = field(default_factory=list)
     late_stores: list[Store] = field(default_factory=list)
     fresh_blocks: set[int] = field(default_factory=set)

@@ -7,7 +7,7 @@ from array import array
 from collections import Counter
 from typing import Any
 
-from kvstrata.connectors.naming import named_peer
+from kvstrata.connectors.naming import roles
 from kvstrata.keys import KeyChain, MediaItem
 from kvstrata.objects import NOBODY
 from kvstrata.wire import protocol as p
@@ -25,7 +25,7 @@ class RequestState:
     def __init__(self, request: Any, bypass: str) -> None:
         self.request = request
         self.bypass = bypass
-        self.peer = named_peer(request.kv_transfer_params)
+        self.roles = roles(request.kv_transfer_params)
         self.namespace = b""
         self.owner = NOBODY
         self.chain: KeyChain | None = None
@@ -105,7 +105,7 @@ class RequestState:
             "load": self.loaded_how if self.loaded_tokens else "",
             "stored_chunks": self.stored_chunks,
             "miss": self.bypass or self.miss,
-            "peer": self.peer_refused or self.peer[:256],
+            "peer": self.peer_refused or self.roles.peer,
             **self._plan(),
             "seconds": round(time.monotonic() - self.arrived_at, 4),
         }

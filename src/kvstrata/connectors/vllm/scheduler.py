@@ -17,6 +17,7 @@ from typing import Any
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.config import Config
+from kvstrata.connectors.naming import decode_elsewhere
 from kvstrata.connectors.vllm.blocks import fresh_blocks, target_blocks
 from kvstrata.connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store, WorkerHello, WorkerReport
@@ -61,6 +62,7 @@ class SchedulerSide:
         self._loading_chunks: dict[bytes, str] = {}
         self._next = StepMetadata()
         self._inexact = False
+        self._told = False  # that nobody can be told where this node is
         self._pace = Pace(config.deadlines.match)
         self._lookups = Lookups(
             vllm_config, config, chunk_tokens, self._pace, self._states, self._loads
@@ -150,10 +152,13 @@ class SchedulerSide:
         self._lookups.looking.discard(request.request_id)
         if request.request_id in self._loads:
             return
-        state.num_stored = max(state.num_stored, len(state.tiers))
+        if not state.roles.lends:  # what it found is to be kept for the other engine, too
+            state.num_stored = max(state.num_stored, len(state.tiers))
         if self._inexact:
             # What vLLM has may have been through a lossy codec, and must not go through it again.
-            state.num_stored = max(state.num_stored, state.num_local // self._chunk)
+            state.num_stored = max(
+                state.num_stored, len(state.tiers), state.num_local // self._chunk
+            )
         if num_external_tokens == 0:
             self._lookups.give_up(state)
             return
@@ -180,6 +185,7 @@ class SchedulerSide:
                 self._block,
                 self._chunk,
             ),
+            followed=state.roles.running,
         )
         slower = self._lookups.client.hello.tiers if self._lookups.client is not None else []
         names = dict(enumerate(["host", *slower]))
@@ -238,14 +244,20 @@ class SchedulerSide:
         for request_id in output.finished_recving or ():
             self._end_load(request_id, failed=request_id in output.failed_recving)
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> None:
-        """Forget a request; what it computed last is stored before its blocks are overwritten."""
+    def request_finished(self, request: Any, block_ids: list[int]) -> dict[str, Any] | None:
+        """Forget a request; what it computed last is stored before its blocks are overwritten.
+
+        Returns:
+            What a proxy hands to the engine that goes on with it, where it was to be one.
+        """
         self._retire(request.request_id)
         state = self._states.pop(request.request_id, None)
         if state is None:
-            return
+            return None
+        answer = self._for_another(state)
         if request.request_id in self._loads:
             self._lookups.abandon(state)
+            self._next.called_off.add(request.request_id)
         else:
             self._lookups.give_up(state)
             known = min(request.num_computed_tokens - request.num_in_flight_tokens,
@@ -261,6 +273,7 @@ class SchedulerSide:
         if self._lookups.client is not None:
             outcome = request.status.name.removeprefix("FINISHED_").lower()
             self._lookups.client.record(state.record(outcome, self._chunk))
+        return answer
 
     def hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
         """Which tiers the tokens of a load come from."""
@@ -292,6 +305,26 @@ class SchedulerSide:
     @property
     def _blocks_per_chunk(self) -> int:
         return self._chunk // self._block
+
+    def _for_another(self, state: RequestState) -> dict[str, Any] | None:
+        """What another engine needs to go on with a request that ended well."""
+        client, request = self._lookups.client, state.request
+        if not state.roles.lends or state.chain is None or client is None:
+            return None
+        if not request.status.name.endswith(("_STOPPED", "_LENGTH_CAPPED")):
+            return None
+        if not client.hello.address:
+            if not self._told:
+                self._told = True
+                logger.warning(
+                    "KVStrata: a request is to be decoded elsewhere, but this node answers no "
+                    "others: set network.listen, or network.advertise where that is all networks"
+                )
+            return None
+        return decode_elsewhere(
+            client.hello.address, client.hello.node, request.request_id,
+            request.num_prompt_tokens, len(self._lookups.parts),
+        )  # fmt: skip
 
     def _bypass(self, request: Any) -> str:
         """Why nothing of a request is cached; empty if it is."""
@@ -371,6 +404,7 @@ class SchedulerSide:
             blocks=list(block_ids[first * per_chunk : done * per_chunk]),
             weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
+            lend=state.roles.lends,
         )
 
     def _end_load(self, request_id: str, *, failed: bool) -> None:
@@ -391,7 +425,7 @@ class SchedulerSide:
                 state.failed = True
                 state.miss = "the load failed" if failed else f"the load ended before chunk {came}"
                 # What it was thought to have is not there: store what is recomputed.
-                lost = state.num_stored - came
-                state.loaded_tokens = max(0, state.loaded_tokens - lost * self._chunk)
+                came_tokens = came * self._chunk - state.local_tokens
+                state.loaded_tokens = max(0, min(state.loaded_tokens, came_tokens))
                 state.num_stored = came
                 self._retire(request_id)

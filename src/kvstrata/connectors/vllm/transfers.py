@@ -29,7 +29,10 @@ from kvstrata.wire.client import NodeClient, offsets_of
 logger = logging.getLogger(__name__)
 
 NUM_LOAD_THREADS = 2
-NUM_AWAITING_THREADS = 4
+#: of which most sleep; an engine that decodes has a load for each prompt that is computed elsewhere
+NUM_AWAITING_THREADS = 16
+#: for how long one sleeps before it sees that its request has ended
+SLEEP_S = 0.05
 #: stores that may wait for their turn; beyond it they are dropped, loads never are
 MAX_WAITING_STORES = 64
 #: how much nicer than the engine a store is: a tenth of a core that is wanted, not nothing, for it
@@ -119,6 +122,8 @@ class Transfers:
         self._jobs: list[StoreJob] = []
         self._changed = threading.Condition()
         self._num_loading = 0
+        self._under_way: set[str] = set()
+        self._unwanted: set[str] = set()  # of these, whose requests have ended
         # of these, loads of what is there, which end soon
         self._num_copying = 0
         self.rate = Rate()
@@ -135,10 +140,16 @@ class Transfers:
             arriving = any(p.ARRIVING in chunk for chunk in load.offsets)
             with self._changed:
                 self._num_loading += 1
+                self._under_way.add(load.request_id)
                 self._num_copying += not arriving
             threads = self._awaiting if arriving else self._loading
             future = threads.submit(self._load, load, client, after, deadline, arriving)
             future.add_done_callback(partial(self._called_off, load, arriving))
+
+    def call_off(self, request_ids: set[str]) -> None:
+        """Let the loads of these requests end without what has not come yet."""
+        with self._changed:
+            self._unwanted |= request_ids & self._under_way
 
     def loads_ended(self, wait_s: float, *, idle: bool = True) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last call, and those of them that failed.
@@ -248,6 +259,8 @@ class Transfers:
         with self._changed:
             self._num_loading -= 1
             self._num_copying -= not arriving
+            self._under_way.discard(load.request_id)
+            self._unwanted.discard(load.request_id)
             self._loaded.add(load.request_id)
             if came < len(load.keys):
                 rest = load.blocks[came * len(load.blocks) // len(load.keys) :]
@@ -263,6 +276,8 @@ class Transfers:
         """Copy chunks as they arrive; how many came before one that will not."""
         offsets = list(load.offsets)
         done, total = 0, len(offsets)
+        if load.followed:
+            deadline = time.monotonic() + self._deadlines.load
         while done < total:
             ready = done
             while ready < total and p.ARRIVING not in offsets[ready]:
@@ -276,20 +291,30 @@ class Transfers:
                 done = ready
                 continue
             have = load.first_chunk + done
-            left = max(deadline - time.monotonic(), 0.001)
-            call = _of_node(client, load).await_arrival(load.lease, have)
-            try:
-                arrived: p.Arrived = call.wait(left)
-                came = offsets_of(arrived.offsets).tolist()
-            except DeadlineExceeded:
-                came = []
+            came = self._arrived(load, _of_node(client, load), have, deadline)
             if not came:
                 logger.info("KVStrata: request %s is computed from chunk %d on: it did not come",
                             load.request_id, have)  # fmt: skip
                 break
+            if load.followed:
+                deadline = time.monotonic() + self._deadlines.load
             chunks = [came[i : i + self._world] for i in range(0, len(came), self._world)]
             offsets[done : done + len(chunks)] = chunks[: total - done]
         return done
+
+    def _arrived(self, load: Load, client: NodeClient, have: int, deadline: float) -> list[int]:
+        """The slots of the chunks behind those one has, once there are any; none: none come."""
+        call = client.await_arrival(load.lease, have)
+        while call.reply is None and load.request_id not in self._unwanted:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            client.pump(call, min(left, SLEEP_S))
+        try:
+            arrived: p.Arrived = call.wait(0)
+        except DeadlineExceeded:
+            return []
+        return offsets_of(arrived.offsets).tolist()
 
     def _payload(self, client: NodeClient, offset: int, key: bytes) -> tuple[int, object]:
         """Address of a chunk's bytes in the engine's own order, and what keeps them there."""
@@ -334,6 +359,7 @@ class Transfers:
             job.cost,
             store.weights,
             store.owner,
+            store.lend,
         ).wait(patience)
         offsets = offsets_of(reserved.offsets)
         given = [i for i, offset in enumerate(offsets) if offset >= 0]

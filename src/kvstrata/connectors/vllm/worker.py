@@ -119,6 +119,7 @@ class WorkerSide:
         """Nothing that this step overwrites may still be read by a store."""
         self._began = time.monotonic()
         self._follow(meta)
+        self._transfers.call_off(meta.called_off)
         self._begin_stores(meta.late_stores, 0.0)
         overwritten = set(meta.fresh_blocks)
         for load in (*meta.sync_loads, *meta.async_loads):

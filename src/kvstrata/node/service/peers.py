@@ -41,6 +41,11 @@ class PeerBacking(SharedBacking):
         why = self._why_not(address)
         return (None, why) if why else (address, "")
 
+    async def ask(self, question: Question) -> None:
+        """Hear all that the peers say to a question, however long that takes."""
+        if (epoch := self.epoch) is not None:
+            await self._hear(question, epoch)
+
     def fails(self, peer: Address) -> bool:
         """Whether a peer that a request names has failed lately."""
         return self.tier.fails(peer)

@@ -40,8 +40,23 @@ class Reservation:
         UsageError: the request describes objects that cannot exist.
     """
 
-    __slots__ = ("client", "cost", "distinct", "first", "id", "namespace", "order", "owner",
-                 "part", "prefix", "slots", "template", "unwanted", "weights")  # fmt: skip
+    __slots__ = (
+        "client",
+        "cost",
+        "distinct",
+        "first",
+        "id",
+        "lend",
+        "namespace",
+        "order",
+        "owner",
+        "part",
+        "prefix",
+        "slots",
+        "template",
+        "unwanted",
+        "weights",
+    )  # fmt: skip
 
     def __init__(self, id: int, client: Client, message: p.Reserve, prefix: list[bytes]) -> None:
         self.id = id
@@ -55,6 +70,7 @@ class Reservation:
         self.cost = message.cost
         self.weights = message.weights
         self.owner = message.owner
+        self.lend = message.lend
         self.slots: list[Slot | None] = []
         self.unwanted: set[bytes] = set()
         if not 0 <= self.first < len(self.prefix):

@@ -1,0 +1,198 @@
+"""Prefill in one engine, decode in another: what each does of it, inside vLLM's own scheduler."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+from tests.connector.fake_model import CHUNK
+from tests.connector.rig import Rig, prompt
+from vllm import SamplingParams
+
+from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER, prefill_elsewhere
+
+
+class Pair(NamedTuple):
+    """An engine that computes prompts, and one that decodes them; a node each."""
+
+    prefill: Rig
+    decode: Rig
+
+    def settle(self) -> None:
+        for rig in self:
+            rig.check()
+
+
+@pytest.fixture
+def pair(make_rig: Callable[..., Rig]) -> Pair:
+    prefill = make_rig(extra={"network.listen": "127.0.0.1:0"})
+    decode = make_rig(extra={"peer.named": "loopback", "peer.lookup_timeout": "1s"})
+    assert decode.node is not None
+    backing = decode.node.node.backings[0]
+    decode.until(lambda: backing.readable)
+    return Pair(prefill, decode)
+
+
+def params(rig: Rig, transfer: dict[str, Any], max_tokens: int = 1) -> dict[str, Any]:
+    """Options of a request with these ``kv_transfer_params``."""
+    sampling = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True,
+        extra_args={"kv_transfer_params": transfer},
+    )  # fmt: skip
+    sampling.update_from_generation_config({}, 0)
+    return {"sampling_params": sampling}
+
+
+def prefill(pair: Pair, tokens: list[int]) -> dict[str, Any]:
+    """Compute a prompt for another engine; what that one is to be told."""
+    rig = pair.prefill
+    said: list[Any] = []
+    finished = rig.connector.request_finished
+
+    def hear(request: Any, block_ids: Any) -> Any:
+        answer = finished(request, block_ids)
+        said.append(answer)
+        return answer
+
+    rig.connector.request_finished = hear  # type: ignore[method-assign]
+    try:
+        rig.add(tokens, **params(rig, dict(COMPUTE_FOR_ANOTHER)))
+        rig.run()
+    finally:
+        rig.connector.request_finished = finished  # type: ignore[method-assign]
+    (answer,) = said
+    assert answer[0] is False, "no block waits for anybody"
+    return dict(answer[1])
+
+
+def decode(pair: Pair, tokens: list[int], transfer: dict[str, Any], max_tokens: int = 4) -> int:
+    """Go on with a prompt; how many of its tokens came from the other engine's node."""
+    before = pair.decode.num_external
+    pair.decode.add(tokens, **params(pair.decode, transfer, max_tokens))
+    pair.decode.run()
+    return pair.decode.num_external - before
+
+
+def record(rig: Rig) -> dict[str, Any]:
+    """Of the request that ended last."""
+    return dict(rig.settle()["requests"][-1])
+
+
+def test_what_one_engine_computed_another_goes_on_with(pair: Pair) -> None:
+    tokens = prompt(10 * CHUNK)
+    transfer = prefill(pair, tokens)
+    assert transfer["do_remote_prefill"] is True
+    assert transfer["remote_num_tokens"] == 10 * CHUNK
+    assert decode(pair, tokens, transfer) == 10 * CHUNK
+    told = record(pair.decode)
+    assert (told["load"], told["peer"]) == ("async", transfer["kvstrata"]["peer"])
+    pair.settle()
+
+
+def test_a_request_that_nobody_goes_on_with_is_told_nothing(pair: Pair) -> None:
+    rig = pair.prefill
+    request = rig.request(prompt(3 * CHUNK))
+    rig.connector.on_new_request(request)
+    assert rig.connector.request_finished(request, []) == (False, None)
+    rig.connector.on_new_request(request := rig.request(
+        prompt(40), name="y", **params(rig, dict(COMPUTE_FOR_ANOTHER))
+    ))  # fmt: skip
+    assert rig.connector.request_finished(request, []) == (False, None), "it was aborted"
+
+
+def test_what_is_found_is_kept_for_the_other_engine(pair: Pair) -> None:
+    """A prompt that host memory has already may be evicted before the other engine comes."""
+    tokens = prompt(5 * CHUNK)
+    pair.prefill.warm(tokens)
+    assert pair.prefill.node is not None
+    lender = pair.prefill.node.node.lender
+    assert lender.kept_bytes == 0
+    prefill(pair, tokens)
+    pair.prefill.settle()
+    pair.prefill.until(lambda: lender.kept_bytes > 0)
+    prefill(pair, tokens)
+    pair.prefill.settle()
+    assert len(lender._kept) == 5
+    pair.settle()
+
+
+def test_loaded_while_it_is_computed(pair: Pair) -> None:
+    tokens = prompt(8 * CHUNK)
+    assert pair.prefill.node is not None
+    address = pair.prefill.node.node.address
+    rig = pair.decode
+    rig.add(tokens, **params(rig, prefill_elsewhere(address), 4))
+    for _ in range(3):
+        rig.step()
+    assert rig.answers["r1"] == []
+    computing = threading.Thread(target=prefill, args=(pair, tokens))
+    computing.start()
+    rig.run()
+    computing.join()
+    assert rig.num_external == 8 * CHUNK
+    assert rig.cut == rig.failed == []
+    pair.settle()
+
+
+def test_prefill_that_never_comes_is_computed(make_rig: Callable[..., Rig]) -> None:
+    first = make_rig(extra={"network.listen": "127.0.0.1:0"})
+    second = make_rig(extra={"peer.named": "loopback", "deadlines.load": "300ms"})
+    pair = Pair(first, second)
+    assert first.node is not None
+    begun = time.monotonic()
+    decode(pair, prompt(6 * CHUNK), prefill_elsewhere(first.node.node.address))
+    assert time.monotonic() - begun < 10.0
+    assert record(second)["loaded_tokens"] == 0
+    pair.settle()
+
+
+def test_a_node_that_dies_meanwhile_costs_a_computation(pair: Pair) -> None:
+    tokens = prompt(8 * CHUNK)
+    assert pair.prefill.node is not None
+    transfer = prefill_elsewhere(pair.prefill.node.node.address)
+    pair.prefill.ask(tokens[: 3 * CHUNK])
+    pair.prefill.settle()
+    rig = pair.decode
+    rig.add(tokens, **params(rig, transfer, 4))
+    rig.until(lambda: bool(rig.step()) and bool(rig.side._loads))
+    assert rig.node is not None
+    host = rig.node.node.host
+    rig.until(lambda: host.index.num_objects == 3)
+    pair.prefill.stop_node()
+    rig.run()
+    assert record(rig)["loaded_tokens"] == 3 * CHUNK
+    rig.check()
+    pair.prefill.node = None
+
+
+def test_a_peer_that_may_not_be_named_is_a_reason(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(extra={"peer.named": "loopback"})
+    pair = Pair(rig, rig)
+    assert decode(pair, prompt(3 * CHUNK), prefill_elsewhere("10.0.0.1:5")) == 0
+    assert "10.0.0.1:5 may not be named here" in record(rig)["peer"]
+    rig.check()
+
+
+def test_a_node_that_answers_nobody_says_so_once(
+    make_rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = make_rig()
+    for seed in range(2):
+        rig.ask(prompt(3 * CHUNK, seed), **params(rig, dict(COMPUTE_FOR_ANOTHER)))
+    assert caplog.text.count("set network.listen") == 1
+    rig.check()
+
+
+def test_an_aborted_decode_leaves_nothing(pair: Pair) -> None:
+    rig = pair.decode
+    assert pair.prefill.node is not None
+    transfer = prefill_elsewhere(pair.prefill.node.node.address)
+    for seed in range(5):
+        name = rig.add(prompt(6 * CHUNK, seed), **params(rig, transfer, 4))
+        rig.until(lambda: bool(rig.step()) and bool(rig.side._loads))
+        rig.abort(name)
+        rig.run()
+    pair.settle()
