@@ -32,6 +32,7 @@ STOREYS = (
     "node",
     "node.process",
     "connectors",
+    "proxy",
     "testing",
     "cli",
 )

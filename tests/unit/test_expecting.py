@@ -14,11 +14,12 @@ from tests.support.members import Member
 from tests.support.nodes import NAMESPACE, ORDER, RAW, SLOT, chunk_keys, payload, template
 
 from kvstrata.node import lending
-from kvstrata.objects import HEADER_BYTES
+from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
 
 KEYS = chunk_keys(6)
+MAY_NAME: dict[str, Any] = {"peer.named": "loopback"}
 PEER = 1
 
 
@@ -30,7 +31,7 @@ def pair(tmp_path: Path) -> Iterator[Callable[..., tuple[Member, Member]]]:
         def make(**options: Any) -> tuple[Member, Member]:
             a = Member(tmp_path, **options)
             ends.callback(a.close)
-            b = Member(tmp_path, **{"peer.named": "loopback"})
+            b = Member(tmp_path, **MAY_NAME)
             ends.callback(b.close)
             return a, b.ready()
 
@@ -149,7 +150,7 @@ class TestProgress:
 
     def test_one_node_for_both(self, tmp_path: Path) -> None:
         """Two engines of one machine: the one's node is the other's."""
-        with contextlib.closing(Member(tmp_path, **{"peer.named": "loopback"})) as a:
+        with contextlib.closing(Member(tmp_path, **MAY_NAME)) as a:
             a.ready()
             matched = a.match(KEYS, peer=str(a.address), expected_s=5.0)
             assert len(matched.tiers) == 6
@@ -167,8 +168,6 @@ class TestKeeping:
     def lend(self, a: Member, keys: Sequence[bytes]) -> None:
         call = a.client.reserve(NAMESPACE, keys, 0, 0, template(ORDER), lend=True)
         reserved = call.wait(5.0)
-        from kvstrata.objects import checksum
-
         sums = []
         for key, offset in zip(keys, offsets_of(reserved.offsets), strict=True):
             if offset >= 0:

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from kvstrata import __version__
-from kvstrata.cli import calibrate, clear, config, demo, doctor, quality, serve, status
+from kvstrata.cli import calibrate, clear, config, demo, doctor, proxy, quality, serve, status
 from kvstrata.errors import KVStrataError
 
 
@@ -33,6 +33,7 @@ def build_app() -> typer.Typer:
     app.command("demo")(demo.run)
     app.command("calibrate")(calibrate.run)
     app.command("quality")(quality.run)
+    app.command("proxy")(proxy.run)
     return app
 
 

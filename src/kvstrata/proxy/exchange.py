@@ -1,0 +1,195 @@
+"""One request on its way: computed here, decoded there, or answered whole by whoever is left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import aiohttp
+
+from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER, prefill_elsewhere
+from kvstrata.proxy.engines import Engine
+
+NOT_FOR_PREFILL = (
+    "stream_options", "min_tokens", "n", "best_of", "echo",
+    "logprobs", "top_logprobs", "prompt_logprobs",
+)  # fmt: skip
+"""Fields that say how to answer, and nothing about the prompt."""
+CONNECT_S = 5.0
+
+
+class EngineFailed(Exception):
+    """An engine did not answer, or answered that it cannot."""
+
+    def __init__(self, engine: Engine, why: str) -> None:
+        super().__init__(f"{engine.url}: {why}")
+        self.engine = engine
+
+
+class Refused(Exception):
+    """An engine finds fault with the request, which no other engine would take either."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(f"status {answer.status}")
+        self.answer = answer
+
+
+class Answer:
+    """What an engine answers: its first piece is here, the others may still come.
+
+    Args:
+        engine: whose it is.
+        response: an open response.
+        first: its first piece; the whole where it is not streamed.
+    """
+
+    def __init__(self, engine: Engine, response: aiohttp.ClientResponse, first: bytes) -> None:
+        self.engine = engine
+        self.status = response.status
+        self.content_type = response.headers.get("Content-Type", "application/json")
+        self._response = response
+        self._first = first
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """All of it.
+
+        Raises:
+            EngineFailed: the engine was lost in the middle.
+        """
+        yield self._first
+        try:
+            async for piece in self._response.content.iter_any():
+                yield piece
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            raise _failed(self.engine, error) from error
+
+    def close(self) -> None:
+        """Want no more of it: an engine aborts what it still computes. Repeatable."""
+        self._response.close()
+
+
+class Exchange:
+    """One client's request.
+
+    Args:
+        session: for connections to engines.
+        path: such as ``/v1/completions``.
+        body: what the client sent.
+        headers: that the engines get.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str],
+    ) -> None:
+        self._session = session
+        self._path = path
+        self._body = dict(body)
+        self._headers = dict(headers)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the client wants the answer piece by piece."""
+        return self._body.get("stream") is True
+
+    async def split(self, prefill: Engine, decode: Engine) -> Answer:
+        """Have one engine compute the prompt, and another one go on with it.
+
+        Both begin at once where it is known where the first one's node is.
+
+        Raises:
+            EngineFailed: one of them is of no use.
+            Refused: the request is not in order.
+        """
+        computing = asyncio.ensure_future(self._compute(prefill))
+        opening: asyncio.Future[Answer] | None = None
+        try:
+            if prefill.address:
+                params: dict[str, Any] | None = prefill_elsewhere(prefill.address)
+            else:
+                params = await computing
+            opening = asyncio.ensure_future(self._open(decode, self._with(params)))
+            await asyncio.wait({computing, opening}, return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                computing.result()
+            return await opening
+        finally:
+            # An answer that has begun needs the prompt no more than one that will not come.
+            for task in (computing, opening):
+                if task is not None and not task.done():
+                    task.cancel()
+            await _heard(computing)
+
+    async def whole(self, engine: Engine) -> Answer:
+        """Have one engine do all of it.
+
+        Raises:
+            EngineFailed: it is of no use.
+        """
+        return await self._open(engine, self._body)
+
+    async def _compute(self, prefill: Engine) -> dict[str, Any] | None:
+        """Have an engine compute the prompt; what the one that decodes is to be told."""
+        body = {name: value for name, value in self._body.items() if name not in NOT_FOR_PREFILL}
+        body.update(stream=False, max_tokens=1, kv_transfer_params=dict(COMPUTE_FOR_ANOTHER))
+        if "max_completion_tokens" in body:
+            body["max_completion_tokens"] = 1
+        answer = await self._open(prefill, body)
+        if answer.status != 200:
+            raise Refused(answer)
+        try:
+            params = json.loads(answer._first).get("kv_transfer_params")
+        except (ValueError, AttributeError) as error:
+            raise EngineFailed(prefill, "it answers with something else than JSON") from error
+        if not isinstance(params, dict):
+            return None
+        ours = params.get("kvstrata")
+        if isinstance(ours, dict) and isinstance(ours.get("peer"), str):
+            prefill.address = ours["peer"]
+        return params
+
+    def _with(self, params: dict[str, Any] | None) -> dict[str, Any]:
+        return self._body if params is None else {**self._body, "kv_transfer_params": params}
+
+    async def _open(self, engine: Engine, body: Mapping[str, Any]) -> Answer:
+        """Send a body to an engine; returns once the first piece of its answer is here."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
+        response = None
+        try:
+            response = await self._session.post(
+                engine.url.with_path(self._path), json=body, headers=self._headers, timeout=timeout
+            )
+            streams = body.get("stream") is True and response.status == 200
+            first = await (response.content.readany() if streams else response.read())
+            if response.status >= 500:
+                raise EngineFailed(engine, f"status {response.status}")
+            if not first:
+                raise EngineFailed(engine, "it answers nothing")
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            if response is not None:
+                response.close()
+            raise _failed(engine, error) from error
+        except BaseException:
+            if response is not None:
+                response.close()
+            raise
+        return Answer(engine, response, first)
+
+
+def _failed(engine: Engine, error: Exception) -> EngineFailed:
+    """Say what became of an engine, which is left alone until it answers again."""
+    why = str(error) or type(error).__name__
+    engine.failed(why)
+    return EngineFailed(engine, why)
+
+
+async def _heard(task: asyncio.Future[Any]) -> None:
+    """Wait for the end of a task, however it ends."""
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
