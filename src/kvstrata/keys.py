@@ -152,13 +152,7 @@ class KeyChain:
                 argument that breaks a rule above.
         """
         size = self.chunk_tokens
-        if start < 0 or start % size:
-            raise UsageError(f"start {start} is not a multiple of chunk_tokens {size}")
-        if (parent is None) != (start == 0):
-            raise UsageError(f"start {start} and parent must be given together")
-        key = self._namespace if parent is None else parent
-        if len(key) != KEY_BYTES:
-            raise UsageError(f"parent of {len(key)} bytes, not {KEY_BYTES}")
+        key = self._parent_key(start, parent)
         ids = _token_ids(tokens)
         count = len(ids) // size
         if not count:
@@ -182,6 +176,44 @@ class KeyChain:
             key = hasher.digest()
             keys.append(key)
         return keys
+
+    def tail(
+        self,
+        tokens: Tokens,
+        media: Sequence[MediaItem] = (),
+        start: int = 0,
+        parent: bytes | None = None,
+    ) -> bytes:
+        """Key of the end of a prompt that is shorter than a chunk.
+
+        Args:
+            tokens: its ids, at least one and fewer than a chunk's.
+            media, start, parent: as of `keys`.
+        Raises:
+            UsageError: as `keys` does, or it is no such end.
+        """
+        ids = _token_ids(tokens)
+        if not 0 < len(ids) < self.chunk_tokens:
+            raise UsageError(f"a tail of {len(ids)} tokens; expected 1 to {self.chunk_tokens - 1}")
+        key = self._parent_key(start, parent)
+        items = _media_by_chunk(media, start, self.chunk_tokens, 1) if media else {}
+        number, encoded = items.get(0, (0, b""))
+        row = np.array([len(ids), *ids, number], "<u4").tobytes()
+        hasher = self._hasher.copy()
+        hasher.update(key + row + encoded)
+        return hasher.digest()
+
+    def _parent_key(self, start: int, parent: bytes | None) -> bytes:
+        """What a chunk that begins at ``start`` is chained to."""
+        size = self.chunk_tokens
+        if start < 0 or start % size:
+            raise UsageError(f"start {start} is not a multiple of chunk_tokens {size}")
+        if (parent is None) != (start == 0):
+            raise UsageError(f"start {start} and parent must be given together")
+        key = self._namespace if parent is None else parent
+        if len(key) != KEY_BYTES:
+            raise UsageError(f"parent of {len(key)} bytes, not {KEY_BYTES}")
+        return key
 
 
 def owner_digest(secret: bytes, tenant: str, salt: str) -> bytes:

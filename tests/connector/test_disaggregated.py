@@ -196,3 +196,88 @@ def test_an_aborted_decode_leaves_nothing(pair: Pair) -> None:
         rig.abort(name)
         rig.run()
     pair.settle()
+
+
+@pytest.mark.parametrize("end", [1, 15, 16, 17, 31])
+@pytest.mark.parametrize("chunks", [0, 1, 6])
+def test_the_end_of_a_prompt_comes_too(pair: Pair, chunks: int, end: int) -> None:
+    tokens = prompt(chunks * CHUNK + end)
+    transfer = prefill(pair, tokens)
+    rig = pair.decode
+    decode(pair, tokens, transfer, max_tokens=3)
+    if len(tokens) > 1:  # of which the only one has to be computed
+        assert record(rig)["loaded_tokens"] == len(tokens)
+    assert sum(step.num_tokens for step in rig.steps) == 3, "one token of the prompt was computed"
+    pair.settle()
+
+
+def test_the_end_alone_comes_where_the_rest_is_here(pair: Pair) -> None:
+    tokens = prompt(4 * CHUNK + 20)
+    rig = pair.decode
+    rig.ask(tokens[: 4 * CHUNK])
+    rig.settle()
+    before = sum(step.num_tokens for step in rig.steps)
+    decode(pair, tokens, prefill(pair, tokens), max_tokens=2)
+    assert sum(step.num_tokens for step in rig.steps) - before == 2
+    assert record(rig)["local_tokens"] == 4 * CHUNK
+    assert record(rig)["loaded_tokens"] == 20
+    pair.settle()
+
+
+def test_the_end_of_a_prompt_may_be_lost(pair: Pair) -> None:
+    tokens = prompt(3 * CHUNK + 20)
+    transfer = prefill(pair, tokens)
+    rig = pair.prefill
+    rig.settle()
+    assert rig.node is not None
+    objects = rig.node.node.host.index
+    assert objects.num_objects == 4
+    state = rig.node.connect()
+    other = rig.request(tokens, name="x", **params(rig, dict(COMPUTE_FOR_ANOTHER)))
+    rig.connector.on_new_request(other)
+    end = rig.side._states["x"].tail
+    rig.connector.request_finished(other, [])
+    assert state.clear([end]) == 1
+    state.close()
+    decode(pair, tokens, transfer)
+    assert record(pair.decode)["loaded_tokens"] == 3 * CHUNK
+    pair.settle()
+
+
+def test_nothing_is_stored_of_an_end_that_goes_on(pair: Pair) -> None:
+    """Its block is written on while it would be copied."""
+    rig = pair.prefill
+    rig.ask(prompt(2 * CHUNK + 20), **params(rig, dict(COMPUTE_FOR_ANOTHER), max_tokens=3))
+    rig.settle()
+    assert rig.node is not None
+    assert rig.node.node.host.index.num_objects == 2
+    rig.check()
+
+
+def test_two_ranks(make_rig: Callable[..., Rig]) -> None:
+    first = make_rig(ranks=2, extra={"network.listen": "127.0.0.1:0"})
+    second = make_rig(ranks=2, extra={"peer.named": "loopback", "peer.lookup_timeout": "1s"})
+    pair = Pair(first, second)
+    tokens = prompt(5 * CHUNK + 7)
+    decode(pair, tokens, prefill(pair, tokens))
+    assert record(second)["loaded_tokens"] == len(tokens)
+    pair.settle()
+
+
+def test_with_a_disk_below(make_rig: Callable[..., Rig], tmp_path: Any) -> None:
+    """What is no whole chunk goes no further than host memory."""
+    disk = {"disk.path": str(tmp_path / "disk"), "disk.capacity": "8MiB", "disk.codec": "lossless"}
+    first = make_rig(extra={"network.listen": "127.0.0.1:0", **disk})
+    second = make_rig(extra={"peer.named": "loopback", "peer.lookup_timeout": "1s"})
+    pair = Pair(first, second)
+    tokens = prompt(5 * CHUNK + 7)
+    transfer = prefill(pair, tokens)
+    first.settle()
+    assert first.node is not None
+    client = first.node.connect()
+    client.flush()
+    client.close()
+    assert len(list((tmp_path / "disk" / "objects").rglob("*.kvo"))) == 5
+    decode(pair, tokens, transfer)
+    assert record(second)["loaded_tokens"] == len(tokens)
+    pair.settle()

@@ -44,13 +44,16 @@ namespaces = st.builds(
 )
 
 
-def by_the_page(tokens: list[int], media: list[MediaItem], salt: str = "") -> list[bytes]:
-    """The chain as docs/keys.md words it, one piece at a time."""
+def by_the_page(
+    tokens: list[int], media: list[MediaItem], salt: str = "", tail: bool = False
+) -> list[bytes]:
+    """The chain as docs/keys.md words it, one piece at a time; with the key of its tail."""
     hash_key = blake3(SECRET + salt.encode(), derive_key_context="KVStrata 1 chunk keys").digest()
     key, keys = NAMESPACE.digest(), []
-    for start in range(0, len(tokens) - 3, 4):
-        message = key + struct.pack("<I", 4)
-        message += b"".join(struct.pack("<I", token) for token in tokens[start : start + 4])
+    for start in range(0, len(tokens) if tail else len(tokens) - 3, 4):
+        some = tokens[start : start + 4]
+        message = key + struct.pack("<I", len(some))
+        message += b"".join(struct.pack("<I", token) for token in some)
         inside = [
             item
             for item in sorted(media, key=lambda item: (item.offset, item.length, item.identifier))
@@ -224,6 +227,27 @@ def test_every_form_of_token_ids_has_the_same_keys(tokens: Any) -> None:
 def test_wrong_token_ids_are_named(tokens: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CHAIN.keys(tokens)
+
+
+@given(small_tokens, st.lists(items, max_size=4), st.sampled_from(["", "alice"]))
+def test_a_tail_is_the_pages(tokens: list[int], media: list[MediaItem], salt: str) -> None:
+    chain = KeyChain(SECRET, NAMESPACE.digest(), 4, salt)
+    start = len(tokens) // 4 * 4
+    if start == len(tokens):
+        return
+    keys = chain.keys(tokens, media)
+    tail = chain.tail(tokens[start:], media, start, keys[-1] if keys else None)
+    assert [*keys, tail] == by_the_page(tokens, media, salt, tail=True)
+
+
+def test_a_tail_is_no_chunk_and_no_other_tail() -> None:
+    tails = [CHAIN.tail([1, 2, 3][:count]) for count in (1, 2, 3)]
+    assert len({*tails, *CHAIN.keys([1, 2, 3, 0]), *CHAIN.keys([1, 2, 3, 4])}) == 5
+    for wrong in ([], [1, 2, 3, 4]):
+        with pytest.raises(UsageError, match="expected 1 to 3"):
+            CHAIN.tail(wrong)
+    with pytest.raises(UsageError, match="given together"):
+        CHAIN.tail([1], start=4)
 
 
 def test_less_than_a_chunk_has_no_key() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.nodes import (
     NAMESPACE,
@@ -46,7 +47,7 @@ from kvstrata.node.node import Node
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.clients import Client
-from kvstrata.objects import HEADER_BYTES, verify_object
+from kvstrata.objects import HEADER_BYTES, decode, verify_object
 from kvstrata.parts import identity
 from kvstrata.testing.clock import ManualClock
 from kvstrata.tiers.base import Outcome
@@ -68,6 +69,30 @@ class TestReserveAndCommit:
             (offset, *_) = offsets_of(match(node, me, keys).offsets)
             header = verify_object(node.host.pool.view(offset, SLOT), identity(keys[0], 0))
             assert (header.start, header.parent) == (0, bytes(32))
+
+        on_node(test)
+
+    def test_a_tail_is_the_last_of_its_prompt(self) -> None:
+        async def test(node: Node) -> None:
+            me, keys = Client(ME), chunk_keys(3)
+            store(node, me, keys[:2])
+            whole = template()
+            short = msgspec.structs.replace(
+                whole, num_tokens=whole.num_tokens - 1, chunk_tokens=whole.num_tokens
+            )
+            ask = p.Reserve(1, NAMESPACE, b"".join(keys), 2, 0, short)
+            reserved = at_once(node.reserve(me, ask))
+            at_once(node.commit(me, p.Commit(2, reserved.reservation, bytes(15) + b"x")))
+            slot = node.host.get(keys[2], 0)
+            assert slot is not None
+            header = decode(node.host.pool.view(slot.offset, SLOT))
+            assert (header.start, header.num_tokens) == (2 * whole.num_tokens, short.num_tokens)
+            assert (header.chunk_tokens, header.parent) == (whole.num_tokens, keys[1])
+            with pytest.raises(UsageError, match="a tail is one object"):
+                at_once(node.reserve(me, msgspec.structs.replace(ask, first=1)))
+            longer = msgspec.structs.replace(short, num_tokens=whole.num_tokens + 1)
+            with pytest.raises(UsageError, match="tokens of a chunk of"):
+                at_once(node.reserve(me, msgspec.structs.replace(ask, template=longer)))
 
         on_node(test)
 

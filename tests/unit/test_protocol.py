@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvstrata.errors import Incompatible, UsageError
 from kvstrata.wire import protocol as p
 
-TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096)
+TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096, 256)
 
 GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     (
@@ -19,10 +19,22 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     ),
     (
         p.Match(
-            1, b"k", [0, 65537], ["a/b"], [4096, 5], bytes(range(16)), b"n", 0.5, 0.25, "a:1", 1.5
+            1,
+            b"k",
+            [0, 65537],
+            ["a/b"],
+            [4096, 5],
+            bytes(range(16)),
+            b"n",
+            0.5,
+            0.25,
+            "a:1",
+            1.5,
+            [7],
         ),
-        "500000009ca56d6174636801c4016b9200ce0001000191a3612f6292cd100005c4100001020304050607"
-        "08090a0b0c0d0e0fc4016ecb3fe0000000000000cb3fd0000000000000a3613a31cb3ff8000000000000",
+        "520000009da56d6174636801c4016b9200ce0001000191a3612f6292cd100005c4100001020304050607"
+        "08090a0b0c0d0e0fc4016ecb3fe0000000000000cb3fd0000000000000a3613a31cb3ff8000000000000"
+        "9107",
     ),
     (
         p.Matched(1, 2, b"\x00\x01", b"o", 3, 0.5, 0.25, 2.0, "no"),
@@ -34,9 +46,9 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     (p.Release(1, 2), "0b00000093a772656c656173650102"),
     (
         p.Reserve(1, b"n", b"k", 0, 65537, TEMPLATE, 0.5, "w", bytes(range(16)), True),
-        "510000009ba77265736572766501c4016ec4016b00ce0001000196a66e6174697665a3612f62a862666c"
-        "6f61743136920203cc80cd1000cb3fe0000000000000a177c410000102030405060708090a0b0c0d0e0f"
-        "c3",
+        "540000009ba77265736572766501c4016ec4016b00ce0001000197a66e6174697665a3612f62a862666c"
+        "6f61743136920203cc80cd1000cd0100cb3fe0000000000000a177c410000102030405060708090a0b0c"
+        "0d0e0fc3",
     ),
     (p.Reserved(1, 2, b"o"), "0f00000094a872657365727665640102c4016f"),
     (p.Commit(1, 2, b"c"), "0d00000094a6636f6d6d69740102c40163"),

@@ -246,15 +246,16 @@ class Matcher:
     def _foresee(self, search: Search, key: bytes) -> Located | None:
         """Where a chunk's parts will be, once the named peer has them; None: nobody can tell."""
         assert self._peers is not None
+        sizes = search.sizes_of(key)
         places: list[Slot | Wanted] = []
         for part in search.parts:
             slot = self._host.get(key, part)
             if slot is not None and slot.order not in search.orders:
                 return None
             slot = slot or self._movement.arriving.get((key, part))
-            if slot is None and part not in search.sizes:
+            if slot is None and part not in sizes:
                 return None
-            wanted = Wanted(key, part, search.sizes.get(part, 0), self._peers, 0)
+            wanted = Wanted(key, part, sizes.get(part, 0), self._peers, 0)
             places.append(slot or wanted)
         number = 1 + self._backings.index(self._peers)
         return Located(key, places, number, self._host.rows_of(search.parts).get(key))
@@ -327,7 +328,7 @@ class Matcher:
         most = max(1, SLICE_OBJECTS // len(search.parts))
         found: list[Located] = []
         for key in search.keys[place : place + most]:
-            one = self.locate(key, search.parts, search.orders, search.sizes)
+            one = self.locate(key, search.parts, search.orders, search.sizes_of(key))
             if one is None and search.foreseeing:
                 one = self._foresee(search, key)
             if one is None:

@@ -266,7 +266,9 @@ class Node:
                 reservation.weights,
                 reservation.namespace,
             )
-            self.movement.write_behind(origin, written)
+            # What lies behind a tail's last token is anything, and no codec's business.
+            if not reservation.is_tail:
+                self.movement.write_behind(origin, written)
         for key, slot in written:
             if reservation.lend:
                 self.lender.keep(key, reservation.part)

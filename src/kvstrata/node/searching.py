@@ -32,6 +32,7 @@ class Search:
         self.id = message.id
         self.parts = tuple(checked_parts(message.parts))
         self.sizes = _sizes(message.lengths, message.parts)
+        self.tail_sizes = _sizes(message.tail, message.parts)
         self.orders = frozenset(message.orders)
         self.preferred = tuple(dict.fromkeys(message.orders))
         self.namespace = checked_namespace(message.namespace)
@@ -59,6 +60,10 @@ class Search:
         self.ended = self.absent = False  # at its end, and because nobody has the next chunk
         self._packed = message.keys
         self._num_keys = p.count(message.keys, 32)
+
+    def sizes_of(self, key: bytes) -> dict[int, int]:
+        """Bytes of each of a chunk's objects when it is raw, as far as the reader says."""
+        return self.tail_sizes if self.tail_sizes and key == self.keys[-1] else self.sizes
 
     def take_in(self) -> bool:
         """Take further keys out of the message; whether all of them are."""

@@ -154,6 +154,7 @@ class NodeClient:
         pair_s: float = 0.0,
         peer: str = "",
         expected_s: float = 0.0,
+        tail: Sequence[int] = (),
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -170,10 +171,12 @@ class NodeClient:
             peer: another node's address, which is asked too where the operator allows it.
             expected_s: how long to wait for each chunk more that the peer is about to have, in
                 seconds; 0: what it does not have is not waited for.
+            tail: of a last key that is a tail's, payload bytes of each part.
         """
-        packed = b"".join(keys[: _most_keys(parts)])
+        some = keys[: _most_keys(parts)]
+        packed, tail = b"".join(some), tail if len(some) == len(keys) else ()
         fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s,
-                  peer, expected_s)  # fmt: skip
+                  peer, expected_s, list(tail))  # fmt: skip
         return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:

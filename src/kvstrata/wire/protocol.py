@@ -68,6 +68,7 @@ class Match(_Message, tag="match", frozen=True):
     pair_s: float = 0.0
     peer: str = ""
     expected_s: float = 0.0
+    tail: _Numbers = msgspec.field(default_factory=list)
 
 
 class Matched(_Message, tag="matched", frozen=True):
@@ -109,6 +110,7 @@ class Template(_Message, frozen=True):
     shape: _Numbers
     num_tokens: int
     raw_length: int
+    chunk_tokens: int = 0
 
 
 class Reserve(_Message, tag="reserve", frozen=True):

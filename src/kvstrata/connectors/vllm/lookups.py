@@ -43,6 +43,7 @@ class Lookups:
         vllm_config: the engine's configuration.
         config: KVStrata's.
         chunk_tokens: tokens of a chunk.
+        block_tokens: of one of vLLM's blocks.
         pace: of the engine's steps, which says how long a match may be waited for.
         states: all requests.
         loading: those of them whose lease the workers use, so that it is not given up here.
@@ -53,12 +54,14 @@ class Lookups:
         vllm_config: Any,
         config: Config,
         chunk_tokens: int,
+        block_tokens: int,
         pace: Pace,
         states: Mapping[str, RequestState],
         loading: Container[str],
     ) -> None:
         self._config = config
         self._chunk = chunk_tokens
+        self._block = block_tokens
         self._model = vllm_config.model_config.model
         self._states = states
         self._loading = loading
@@ -126,15 +129,17 @@ class Lookups:
         if state.chain is None and not self._identify(state, client):
             return state.matched
         state.rehash()
-        if not state.keys:
+        asked = state.asked
+        if not asked:
             state.matched, state.miss = True, "shorter than a chunk"
             return True
         try:
             token_s, pair_s = self.pace.computing.speeds()
             state.call = client.match(
-                state.keys, self.parts, self.orders, self.lengths, state.owner, state.namespace,
+                asked, self.parts, self.orders, self.lengths, state.owner, state.namespace,
                 token_s * self._chunk, pair_s * self._chunk**2, state.roles.peer,
                 self._expected_s(state),
+                self._tail_lengths(state) if len(asked) > len(state.keys) else (),
             )  # fmt: skip
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
@@ -167,7 +172,7 @@ class Lookups:
                 state.peer_refused = reply.peer_refused
                 if len(reply.tiers) < reply.found:
                     state.miss = "computing is faster"
-                elif len(reply.tiers) < len(state.keys):
+                elif len(reply.tiers) < len(state.asked):
                     state.miss = "not stored" if not reply.tiers else "partly stored"
         except KVStrataError as error:
             state.miss = f"the match failed: {error}"
@@ -186,7 +191,7 @@ class Lookups:
             if state.call is not None and state.call.ready():
                 self.answered(state, busy=True)
                 # What the node has need not be stored again.
-                state.num_stored = max(state.num_stored, len(state.tiers))
+                state.num_stored = max(state.num_stored, state.num_whole)
         self.give_up(state)
 
     def give_up(self, state: RequestState) -> None:
@@ -212,6 +217,12 @@ class Lookups:
             self.client = None
 
     # how
+
+    def _tail_lengths(self, state: RequestState) -> list[int]:
+        """Payload bytes of each part of a prompt's end: so many of a chunk's blocks."""
+        tokens = state.request.num_prompt_tokens % self._chunk
+        num_blocks, per_chunk = -(-tokens // self._block), self._chunk // self._block
+        return [length // per_chunk * num_blocks for length in self.lengths]
 
     def _expected_s(self, state: RequestState) -> float:
         """How long to wait for each chunk more that the peer of a request has yet to store."""

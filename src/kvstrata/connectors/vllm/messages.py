@@ -45,6 +45,7 @@ class Load:
         keys: the chunks' keys.
         blocks: target blocks, from the first one of ``first_chunk`` on; -1 for one that vLLM
             has already and that must not be written.
+        tail_tokens: of the last key, where it is a prompt's end; 0: all are whole chunks.
         followed: whether they are still being computed elsewhere, so that its deadline is one for
             each of them.
     """
@@ -56,6 +57,7 @@ class Load:
     offsets: list[list[int]]
     keys: list[bytes]
     blocks: list[int]
+    tail_tokens: int = 0
     followed: bool = False
 
 
@@ -70,6 +72,7 @@ class Store:
         blocks: the source blocks of the chunks ``first`` and later.
         weights: identity of what computed it; "": unknown, or not the model alone.
         owner: `kvstrata.keys.owner_digest` of who it was computed for.
+        tail_tokens: of the one object to store, where that is a prompt's end; 0: it is not.
         lend: whether another engine's node will come for it.
     """
 
@@ -79,6 +82,7 @@ class Store:
     blocks: list[int]
     weights: str = ""
     owner: bytes = NOBODY
+    tail_tokens: int = 0
     lend: bool = False
 
 

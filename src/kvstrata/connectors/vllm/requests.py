@@ -30,6 +30,8 @@ class RequestState:
         self.owner = NOBODY
         self.chain: KeyChain | None = None
         self.keys: list[bytes] = []
+        self.tail = b""  # key of the prompt's end, where two engines share it
+        self.tail_stored = False
         self._hashed: tuple[int, int] = (0, 0)
         # the match under way, and since when
         self.call: Call | None = None
@@ -61,6 +63,24 @@ class RequestState:
         self.load_began = self.load_took = 0.0
         self.computed_at = 0.0  # when the prompt was there, whichever way
 
+    @property
+    def asked(self) -> list[bytes]:
+        """Keys of all that may be found: chunks, and the prompt's end where it is the end."""
+        assert self.chain is not None
+        is_prompt = len(self.keys) == self.request.num_prompt_tokens // self.chain.chunk_tokens
+        return [*self.keys, self.tail] if self.tail and self.roles.peer and is_prompt else self.keys
+
+    @property
+    def num_whole(self) -> int:
+        """Whole chunks that were found."""
+        return min(len(self.tiers), len(self.keys))
+
+    def num_found(self, chunk_tokens: int) -> int:
+        """Tokens that were found."""
+        if len(self.tiers) > len(self.keys):
+            return int(self.request.num_prompt_tokens)
+        return len(self.tiers) * chunk_tokens
+
     def rehash(self) -> bool:
         """Bring the keys up to date with the request's tokens; whether any changed."""
         assert self.chain is not None
@@ -81,7 +101,17 @@ class RequestState:
         before = self.keys
         self.keys = before[:known] + self.chain.keys(tokens, media, known * size, parent)
         self._hashed = version
+        if (self.roles.peer or self.roles.lends) and (rewritten or not known):
+            self._hash_tail(media)
         return self.keys != before
+
+    def _hash_tail(self, media: list[MediaItem]) -> None:
+        assert self.chain is not None
+        request, size = self.request, self.chain.chunk_tokens
+        whole = request.num_prompt_tokens // size * size
+        tokens = request.all_token_ids[whole : request.num_prompt_tokens]
+        parent = self.keys[whole // size - 1] if whole else None
+        self.tail = self.chain.tail(tokens, media, whole, parent) if tokens else b""
 
     def forget_match(self) -> None:
         """Forget what was found; the lease must have been released."""

@@ -65,7 +65,7 @@ class SchedulerSide:
         self._told = False  # that nobody can be told where this node is
         self._pace = Pace(config.deadlines.match)
         self._lookups = Lookups(
-            vllm_config, config, chunk_tokens, self._pace, self._states, self._loads
+            vllm_config, config, chunk_tokens, block_tokens, self._pace, self._states, self._loads
         )
 
     def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
@@ -111,7 +111,7 @@ class SchedulerSide:
         if request.request_id in self._loads:
             # Preempted before its load was reported: what that brings is not in the new blocks.
             return None, False
-        if num_computed_tokens // self._chunk >= request.num_tokens // self._chunk:
+        if self._has_all(state, num_computed_tokens):
             self._lookups.let_be(state)
             return 0, False
         if state.chain is not None and state.rehash() and (state.matched or state.call):
@@ -126,11 +126,11 @@ class SchedulerSide:
             busy = bool(self._active - self._admitted - {request.request_id})
             if not self._lookups.answered(state, busy=busy):
                 return None, False
-        found = len(state.tiers) * self._chunk
+        found = state.num_found(self._chunk)
         if found <= num_computed_tokens:
             return 0, False
         first = num_computed_tokens // self._chunk
-        if self._loading_chunks.get(state.keys[first], request.request_id) != request.request_id:
+        if self._loading_chunks.get(state.asked[first], request.request_id) != request.request_id:
             # Somebody loads this very chunk: wait, and find it in vLLM's own prefix cache.
             return None, False
         state.local_tokens = num_computed_tokens
@@ -153,17 +153,19 @@ class SchedulerSide:
         if request.request_id in self._loads:
             return
         if not state.roles.lends:  # what it found is to be kept for the other engine, too
-            state.num_stored = max(state.num_stored, len(state.tiers))
+            state.num_stored = max(state.num_stored, state.num_whole)
         if self._inexact:
             # What vLLM has may have been through a lossy codec, and must not go through it again.
             state.num_stored = max(
-                state.num_stored, len(state.tiers), state.num_local // self._chunk
+                state.num_stored, state.num_whole, state.num_local // self._chunk
             )
         if num_external_tokens == 0:
             self._lookups.give_up(state)
             return
         end = state.local_tokens + num_external_tokens
         first, last = state.local_tokens // self._chunk, -(-end // self._chunk)
+        keys = state.asked
+        has_tail = last > len(state.keys)
         if last < len(state.tiers) and self._lookups.client is not None:
             self._lookups.client.release(state.lease, keep=last)
         load = Load(
@@ -177,7 +179,7 @@ class SchedulerSide:
                 ].tolist()
                 for i in range(first, last)
             ],
-            keys=state.keys[first:last],
+            keys=keys[first:last],
             blocks=target_blocks(
                 blocks.get_block_ids()[0],
                 range(state.local_tokens, end),
@@ -185,6 +187,7 @@ class SchedulerSide:
                 self._block,
                 self._chunk,
             ),
+            tail_tokens=state.request.num_prompt_tokens % self._chunk if has_tail else 0,
             followed=state.roles.running,
         )
         slower = self._lookups.client.hello.tiers if self._lookups.client is not None else []
@@ -195,8 +198,8 @@ class SchedulerSide:
         state.load_began = time.monotonic()
         if state.sync:
             self._pace.copies(self._copy_s(last - first))
-        self._loads[request.request_id] = (state.lease, state.keys[first])
-        self._loading_chunks[state.keys[first]] = request.request_id
+        self._loads[request.request_id] = (state.lease, keys[first])
+        self._loading_chunks[keys[first]] = request.request_id
         (self._next.sync_loads if state.sync else self._next.async_loads).append(load)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
@@ -224,6 +227,9 @@ class SchedulerSide:
                 if known // self._chunk > state.num_stored:
                     blocks = resolve.get_block_ids(request_id)[0]
                     meta.stores.append(self._store(state, known // self._chunk, blocks))
+                if self._ends_here(state, known):
+                    blocks = resolve.get_block_ids(request_id)[0]
+                    meta.stores.append(self._store_tail(state, blocks))
         self._pace.step(meta.num_tokens, num_pairs)
         return meta
 
@@ -405,6 +411,41 @@ class SchedulerSide:
             weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
             lend=state.roles.lends,
+        )
+
+    def _has_all(self, state: RequestState, num_computed: int) -> bool:
+        """Whether vLLM itself has all that could be found for a request."""
+        request = state.request
+        if num_computed // self._chunk < request.num_tokens // self._chunk:
+            return False
+        may_have_tail = state.roles.peer and request.num_tokens == request.num_prompt_tokens
+        return not may_have_tail or num_computed >= request.num_tokens - 1
+
+    def _ends_here(self, state: RequestState, known: int) -> bool:
+        """Whether a prompt's end is computed in this step, and nothing behind it ever here."""
+        return (
+            bool(state.tail)
+            and state.roles.lends
+            and not state.tail_stored
+            and known >= state.request.num_prompt_tokens
+            and state.request.max_tokens == 1
+        )
+
+    def _store_tail(self, state: RequestState, block_ids: list[int]) -> Store:
+        """Store a prompt's end for another engine."""
+        state.tail_stored = True
+        num_tokens = state.request.num_prompt_tokens
+        whole = num_tokens // self._chunk
+        first, last = whole * self._blocks_per_chunk, -(-num_tokens // self._block)
+        return Store(
+            namespace=state.namespace,
+            prefix=[*state.keys[:whole], state.tail],
+            first=whole,
+            blocks=list(block_ids[first:last]),
+            weights=self._lookups.namespaces.weights_of(state.request),
+            owner=state.owner,
+            tail_tokens=num_tokens % self._chunk,
+            lend=True,
         )
 
     def _end_load(self, request_id: str, *, failed: bool) -> None:

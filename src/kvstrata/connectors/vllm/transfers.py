@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from kvstrata.config import DeadlineConfig
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address, payload_checksums
 from kvstrata.connectors.vllm.messages import Load, Store
@@ -217,12 +219,21 @@ class Transfers:
         """
         client = _of_node(client, load)
         per_chunk = len(load.blocks) // len(load.keys)
+        has_tail = bool(load.tail_tokens) and last == len(load.keys)
         payloads, kept = [], []
         for i in range(first, last):
-            address, keep = self._payload(client, offsets[i][self._rank], load.keys[i])
+            tokens = load.tail_tokens if has_tail and i == last - 1 else self._template.num_tokens
+            address, keep = self._payload(client, offsets[i][self._rank], load.keys[i], tokens)
             payloads.append(address)
             kept.append(keep)
-        return Plan(self._pages, payloads, load.blocks[first * per_chunk : last * per_chunk]), kept
+        blocks = load.blocks[first * per_chunk : last * per_chunk]
+        if not has_tail:
+            return Plan(self._pages, payloads, blocks), kept
+        tail = blocks[-per_chunk:][: self._num_blocks(load.tail_tokens)]
+        plan = Plan(self._pages, payloads[-1:], tail)
+        if len(payloads) > 1:
+            plan = Plan(self._pages, payloads[:-1], blocks[:-per_chunk]).joined(plan)
+        return plan, kept
 
     def close(self) -> None:
         """End the threads, and what they do. Repeatable."""
@@ -316,7 +327,30 @@ class Transfers:
             return []
         return offsets_of(arrived.offsets).tolist()
 
-    def _payload(self, client: NodeClient, offset: int, key: bytes) -> tuple[int, object]:
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._pages.block_tokens)
+
+    def _shape(self, num_tokens: int) -> tuple[int, ...]:
+        """Of the native payload of so many tokens."""
+        layers, _, *rest = self._template.shape
+        return (layers, self._num_blocks(num_tokens), *rest)
+
+    def _template_of(self, store: Store) -> p.Template:
+        """What the headers of a store's objects share."""
+        if not store.tail_tokens:
+            return self._template
+        shape = self._shape(store.tail_tokens)
+        raw_length = self._template.raw_length // self._template.shape[1] * shape[1]
+        return msgspec.structs.replace(
+            self._template,
+            num_tokens=store.tail_tokens,
+            shape=list(shape),
+            raw_length=raw_length,
+        )
+
+    def _payload(
+        self, client: NodeClient, offset: int, key: bytes, num_tokens: int
+    ) -> tuple[int, object]:
         """Address of a chunk's bytes in the engine's own order, and what keeps them there."""
         header = decode(client.pool.view(offset, HEADER_BYTES))
         if header.key != key or header.rank != self._rank or header.dtype != self._template.dtype:
@@ -326,11 +360,14 @@ class Transfers:
         payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
         group = self._pages.group
         if header.kind == "native":
-            expected = tuple(self._template.shape)
+            expected = self._shape(num_tokens)
         else:
             expected = group.portable_shape(self._template.num_tokens)
-        if header.shape != expected:
-            raise CorruptObject(f"a payload of shape {header.shape}, not {expected}")
+        if header.shape != expected or header.num_tokens != num_tokens:
+            raise CorruptObject(
+                f"a payload of shape {header.shape}, {header.num_tokens} tokens; not {expected}, "
+                f"{num_tokens}"
+            )
         if header.kind == "portable":
             self.read_portable = True
             portable = payload.view(f"u{group.item_bytes}").reshape(header.shape)
@@ -355,7 +392,7 @@ class Transfers:
             store.prefix,
             store.first,
             self._rank,
-            self._template,
+            self._template_of(store),
             job.cost,
             store.weights,
             store.owner,

@@ -288,4 +288,5 @@ def _template(pages: Pages, chunk_tokens: int) -> p.Template:
         shape=list(shape),
         num_tokens=chunk_tokens,
         raw_length=layers * blocks * nbytes,
+        chunk_tokens=chunk_tokens,
     )

@@ -41,21 +41,8 @@ class Reservation:
     """
 
     __slots__ = (
-        "client",
-        "cost",
-        "distinct",
-        "first",
-        "id",
-        "lend",
-        "namespace",
-        "order",
-        "owner",
-        "part",
-        "prefix",
-        "slots",
-        "template",
-        "unwanted",
-        "weights",
+        "chunk_tokens", "client", "cost", "distinct", "first", "id", "lend", "namespace",
+        "order", "owner", "part", "prefix", "slots", "template", "unwanted", "weights",
     )  # fmt: skip
 
     def __init__(self, id: int, client: Client, message: p.Reserve, prefix: list[bytes]) -> None:
@@ -86,11 +73,19 @@ class Reservation:
             raise UsageError("no two chunks of a prompt have one key")
         if NO_PARENT in self.prefix:
             raise UsageError("a key of zeros stands for no parent, and for no chunk")
+        self.chunk_tokens = self.template.chunk_tokens or self.template.num_tokens
+        if self.is_tail and len(self.prefix) != self.first + 1:
+            raise UsageError("a tail is one object, the last of its prompt")
         if self.template.kind == "native" and self.template.order == "portable":
             raise UsageError("no native byte order may be called portable")
         # Keys are 32 bytes each, so what holds for the last chunk's header holds for all.
         if problem := self.header(len(self.prefix) - 1, bytes(16), 0).problem():
             raise UsageError(f"object header: {problem}")
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether it is of the end of a prompt, which is shorter than a chunk."""
+        return self.template.num_tokens < self.chunk_tokens
 
     def header(self, number: int, checksum: bytes, now_ns: int) -> ObjectHeader:
         """The header of chunk ``prefix[number]``; each tier puts its own epoch into it."""
@@ -99,7 +94,7 @@ class Reservation:
             namespace=self.namespace,
             key=self.prefix[number],
             parent=self.prefix[number - 1] if number else NO_PARENT,
-            start=number * template.num_tokens,
+            start=number * self.chunk_tokens,
             num_tokens=template.num_tokens,
             group=self.part >> 16,
             rank=self.part & 0xFFFF,
@@ -115,7 +110,7 @@ class Reservation:
             stored_length=template.raw_length,
             raw_checksum=checksum,
             stored_checksum=checksum,
-            chunk_tokens=template.num_tokens,
+            chunk_tokens=self.chunk_tokens,
             owner=self.owner,
         )
 
