@@ -125,6 +125,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "codecs": ours("codecs"),
     "cold_overhead": ours("cold_overhead"),
     "concurrent": ours("concurrent"),
+    "disaggregated": ours("disaggregated"),
     "copies": ours("copies"),
     "disk": disk,
     "encryption": ours("encryption"),

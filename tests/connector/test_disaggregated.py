@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -46,8 +48,8 @@ def params(rig: Rig, transfer: dict[str, Any], max_tokens: int = 1) -> dict[str,
     return {"sampling_params": sampling}
 
 
-def prefill(pair: Pair, tokens: list[int]) -> dict[str, Any]:
-    """Compute a prompt for another engine; what that one is to be told."""
+def prefill(pair: Pair, tokens: list[int]) -> dict[str, Any] | None:
+    """Compute a prompt for another engine; what that one is to be told, if it can be."""
     rig = pair.prefill
     said: list[Any] = []
     finished = rig.connector.request_finished
@@ -65,11 +67,14 @@ def prefill(pair: Pair, tokens: list[int]) -> dict[str, Any]:
         rig.connector.request_finished = finished  # type: ignore[method-assign]
     (answer,) = said
     assert answer[0] is False, "no block waits for anybody"
-    return dict(answer[1])
+    return None if answer[1] is None else dict(answer[1])
 
 
-def decode(pair: Pair, tokens: list[int], transfer: dict[str, Any], max_tokens: int = 4) -> int:
+def decode(
+    pair: Pair, tokens: list[int], transfer: dict[str, Any] | None, max_tokens: int = 4
+) -> int:
     """Go on with a prompt; how many of its tokens came from the other engine's node."""
+    assert transfer is not None
     before = pair.decode.num_external
     pair.decode.add(tokens, **params(pair.decode, transfer, max_tokens))
     pair.decode.run()
@@ -84,6 +89,7 @@ def record(rig: Rig) -> dict[str, Any]:
 def test_what_one_engine_computed_another_goes_on_with(pair: Pair) -> None:
     tokens = prompt(10 * CHUNK)
     transfer = prefill(pair, tokens)
+    assert transfer is not None
     assert transfer["do_remote_prefill"] is True
     assert transfer["remote_num_tokens"] == 10 * CHUNK
     assert decode(pair, tokens, transfer) == 10 * CHUNK
@@ -280,4 +286,52 @@ def test_with_a_disk_below(make_rig: Callable[..., Rig], tmp_path: Any) -> None:
     assert len(list((tmp_path / "disk" / "objects").rglob("*.kvo"))) == 5
     decode(pair, tokens, transfer)
     assert record(second)["loaded_tokens"] == len(tokens)
+    pair.settle()
+
+
+def test_200_requests_while_nodes_die_at_random(make_rig: Callable[..., Rig]) -> None:
+    """Either side's node, before, while or after a prompt is computed; nothing leaks."""
+    draw = random.Random(5)
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+    common = {"deadlines.load": "500ms", "deadlines.attach": "2s"}
+    first = make_rig(extra={"network.listen": address, **common})
+    second = make_rig(extra={"peer.named": "loopback", "peer.lookup_timeout": "100ms", **common})
+    pair, loaded = Pair(first, second), 0
+
+    def kill(rig: Rig) -> None:
+        if rig.node is not None:
+            rig.node.check_integrity()
+            rig.stop_node()
+
+    for number in range(200):
+        victim = draw.choice((first, second)) if number % 10 == 5 else None
+        when = draw.choice(("before", "meanwhile", "between"))
+        tokens = prompt(draw.randint(1, 6 * CHUNK), number)
+        if victim is not None and when == "before":
+            kill(victim)
+        follows = draw.random() < 0.5
+        said: dict[str, Any] | None = prefill_elsewhere(address)
+        if not follows:
+            said = prefill(pair, tokens)
+        if victim is not None and when == "between":
+            kill(victim)
+        transfer = {} if said is None else said
+        name = second.add(tokens, **params(second, transfer, 2))
+        for _ in range(draw.randint(0, 4)):
+            second.step()
+        if draw.random() < 0.1:
+            second.abort(name)
+        if victim is not None and when == "meanwhile":
+            kill(victim)
+        if follows:
+            prefill(pair, tokens)
+        second.run()
+        assert (first.wrong(), second.wrong()) == ([], [])
+        for rig in pair:
+            if rig.node is None:
+                rig.start_node()
+                rig.attach()
+    loaded = second.num_external
+    assert loaded > 100 * CHUNK, "most came from the other node all the same"
     pair.settle()

@@ -163,6 +163,7 @@ class Site(Workplace):
         assert self._service is not None
         self._service.kill()
         self._service.wait()
+        self._known = None
 
     def start_node(self) -> None:
         """Another one in its place."""

@@ -230,6 +230,17 @@ def test_another_one_that_decodes_comes_first() -> None:
     behind_a_proxy(test, num_decode=2)
 
 
+def test_without_any_that_compute_the_others_take_turns() -> None:
+    async def test(place: Place) -> None:
+        for _ in range(4):
+            assert (await place.ask())[0] == 200
+        for engine in place.decode:
+            assert [body["max_tokens"] for body in engine.asked] == [3, 3]
+        assert place.proxy.outcomes == {"whole": 4}
+
+    behind_a_proxy(test, num_prefill=0, num_decode=2)
+
+
 def test_when_nobody_can_a_status_says_to_try_again() -> None:
     async def test(place: Place) -> None:
         place.decode[0].fails = place.prefill[0].fails = "dies"
@@ -358,8 +369,7 @@ def test_turns() -> None:
 
 
 def test_the_command() -> None:
-    code = "from kvstrata.cli import main; main()"
-    command = [sys.executable, "-c", code, "proxy", "--prefill=http://127.0.0.1:1",
+    command = [sys.executable, "-m", "kvstrata.cli", "proxy", "--prefill=http://127.0.0.1:1",
                "--decode=http://127.0.0.1:2", "--port=0"]  # fmt: skip
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

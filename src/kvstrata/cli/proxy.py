@@ -13,14 +13,14 @@ from kvstrata.errors import ConfigError
 
 
 def run(
-    prefill: Annotated[
-        list[str],
-        typer.Option("--prefill", metavar="URL", help="Computes prompts; repeatable."),
-    ],
     decode: Annotated[
         list[str],
         typer.Option("--decode", metavar="URL", help="Goes on with them; repeatable."),
     ],
+    prefill: Annotated[
+        list[str] | None,
+        typer.Option("--prefill", metavar="URL", help="Computes prompts; repeatable."),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
 ) -> None:
@@ -28,7 +28,8 @@ def run(
 
     Each request is computed by one engine and decoded by another, which loads what the first one
     computes from its node (docs/disaggregation.md). An engine that is down is passed over; what
-    is left answers whole. Prints "proxy on ..." once it listens.
+    is left answers whole, as all do in turn without --prefill. Prints "proxy on ..." once it
+    listens.
     """
     try:
         from kvstrata.proxy.server import Proxy
@@ -38,7 +39,7 @@ def run(
         ) from error
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(_run(Proxy(prefill, decode), host, port))
+        asyncio.run(_run(Proxy(prefill or [], decode), host, port))
     except OSError as error:
         raise ConfigError("proxy", f"cannot listen on {host}:{port}: {error}") from error
 

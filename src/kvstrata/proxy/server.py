@@ -102,12 +102,14 @@ class Proxy:
             except EngineFailed as error:
                 logger.warning("a request goes on whole: %s", error)
                 failed.add(error.engine)
-        while (engine := self.decode.next(failed) or self.prefill.next(failed)) is not None:
+        engine = None if decode in failed else decode
+        while engine := engine or self.decode.next(failed) or self.prefill.next(failed):
             try:
                 return await exchange.whole(engine), "whole"
             except EngineFailed as error:
                 logger.warning("a request goes on elsewhere: %s", error)
                 failed.add(engine)
+                engine = None
         raise EngineFailed(self.engines[0], "and no other engine is up")
 
     async def _relay(

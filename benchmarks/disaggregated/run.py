@@ -1,0 +1,172 @@
+"""Prompts computed in one engine and decoded in another; over one engine, over two whole ones."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from benchmarks.common import (
+    Options,
+    Prompts,
+    Row,
+    expect,
+    main,
+    milliseconds,
+    say,
+    spread,
+)
+from benchmarks.disaggregated.asking import Streamed, Talker, stream
+from benchmarks.lmcache_client.servers import HOST, Program, Server, free_port
+
+from kvstrata.testing.engine import engine_environment
+from kvstrata.testing.workplace import Workplace
+
+NAME = "disaggregated"
+NUM_BLOCKS = 96
+NUM_TALKERS = 2
+TALK_TOKENS, SHORT_TOKENS = 128, 64
+REST_S = 0.5
+
+
+class Setting(NamedTuple):
+    """What is measured: the engines, and the two ways to use them."""
+
+    model: str
+    alone: Server
+    decode: Workplace
+    apart: Program
+    whole: Program
+
+    def computed(self) -> int:
+        """Tokens of the last prompt that the engine which decodes computed itself."""
+        client = self.decode.client()
+        deadline = time.monotonic() + 10.0
+        while not (records := client.status()["requests"]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return int(records[-1]["prompt_tokens"] - records[-1]["loaded_tokens"])
+
+
+@contextmanager
+def setting(model: Path, folder: Path) -> Iterator[Setting]:
+    """Two engines on a core each, a node each, and a proxy for each way."""
+    cores = sorted(os.sched_getaffinity(0))
+    listen = f"{HOST}:{free_port()}"
+    common = {"host.capacity": "1GiB", "planner": "off", "secret_file": str(folder / "secret")}
+    sides = ({"network.listen": listen}, {"peer.named": listen, "peer.lookup_timeout": "1s"})
+    with ExitStack() as ends:
+        servers, places = [], []
+        for name, core, options in zip(
+            ("prefill", "decode"), (cores[0], cores[-1]), sides, strict=True
+        ):
+            place = ends.enter_context(Workplace(model, {**common, **options}, service=True))
+            environment = {**place.environment, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+            server = Server(
+                name, model, place.connector, environment, NUM_BLOCKS, folder / f"{name}.log"
+            )
+            ends.enter_context(closing(server))
+            servers.append(server)
+            places.append(place)
+        prefill, decode = (server.url for server in servers)
+        ways = (
+            [f"--prefill={prefill}", f"--decode={decode}"],
+            [f"--decode={prefill}", f"--decode={decode}"],
+        )
+        proxies = []
+        for number, way in enumerate(ways):
+            port = free_port()
+            command = ["kvstrata.cli", "proxy", f"--port={port}", *way]
+            proxy = Program(
+                command, engine_environment({}), folder / f"proxy-{number}.log", port, "/health"
+            )
+            proxies.append(ends.enter_context(closing(proxy)))
+        for program in (*servers, *proxies):
+            program.wait()
+        yield Setting(str(model), servers[0], places[1], *proxies)
+
+
+def first_tokens(it: Setting, prompts: Prompts, count: int) -> Row:
+    """Time to first token, apart over alone."""
+    ratios, apart_s, alone_s = [], [], []
+    for number, prompt in enumerate(prompts.make(2 * count, collection=1)):
+        other = prompts.make(2 * count, collection=2)[number]
+        if number % 2:
+            alone, apart = asked(it.alone, it, prompt), asked(it.apart, it, other)
+        else:
+            apart, alone = asked(it.apart, it, other), asked(it.alone, it, prompt)
+        expect(it.computed() == 0, f"{it.computed()} tokens were not loaded")
+        apart_s.append(apart.first_s)
+        alone_s.append(alone.first_s)
+        ratios.append(apart.first_s / alone.first_s)
+        again = asked(it.apart, it, prompt)
+        expect(again.tokens == alone.tokens, "the first tokens differ")
+    say("  " + milliseconds("first token, apart", apart_s))
+    say("  " + milliseconds("first token, alone", alone_s))
+    found = spread(ratios)
+    return Row(
+        NAME,
+        "prompts of 3,000 tokens, prefill and decode apart / one engine alone (first token)",
+        found.median,
+        None,
+        detail=f"{found}; {spread(apart_s).median * 1e3:.0f} ms and "
+        f"{spread(alone_s).median * 1e3:.0f} ms, one core each",
+    )
+
+
+def asked(server: Program, it: Setting, prompt: list[int], max_tokens: int = 1) -> Streamed:
+    return stream(server.url, it.model, prompt, max_tokens)
+
+
+def gaps(it: Setting, prompts: Prompts, count: int, rounds: int) -> Row:
+    """Between the tokens of answers, while prompts come in."""
+    short = prompts.make(8, collection=3, tokens=SHORT_TOKENS)
+    found: dict[str, list[float]] = {"apart": [], "whole": []}
+    ratios = []
+    for number in range(rounds):
+        p99 = {}
+        for place, (name, proxy) in enumerate((("apart", it.apart), ("whole", it.whole))):
+            texts = prompts.make(count, collection=10 + 2 * number + place)
+            talkers = [
+                Talker(proxy.url, it.model, short[i::NUM_TALKERS], TALK_TOKENS)
+                for i in range(NUM_TALKERS)
+            ]
+            time.sleep(REST_S)
+            for text in texts:
+                asked(proxy, it, text)
+                time.sleep(REST_S)
+            all_gaps = [g for talker in talkers for a in talker.stop() for g in a.gaps]
+            found[name] += all_gaps
+            p99[name] = float(np.percentile(all_gaps, 99))
+        ratios.append(p99["apart"] / p99["whole"])
+    for name, sample in found.items():
+        say("  " + milliseconds(f"gaps, {name}", sample))
+    return Row(
+        NAME,
+        "prefill and decode apart / two whole engines (99th percentile of gaps between tokens)",
+        spread(ratios).median,
+        None,
+        detail=f"{min(ratios):.3f} to {max(ratios):.3f} in {rounds} rounds",
+    )
+
+
+def measure(options: Options) -> list[Row]:
+    """The two rows of this benchmark."""
+    prompts = Prompts(options.seed)
+    folder = options.folder / NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    with setting(prompts.model, folder.resolve()) as it:
+        asked(it.apart, it, prompts.make(1)[0])  # says where the node is
+        count = 1 if options.quick else 6
+        return [
+            first_tokens(it, prompts, count),
+            gaps(it, prompts, 2 if options.quick else 8, 1 if options.quick else 3),
+        ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(measure, __doc__))
