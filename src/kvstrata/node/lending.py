@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from kvstrata.errors import KVStrataError
 from kvstrata.node.service.names import Where
 from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.reservations import Reservation
 from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.objects import NAMESPACE_FIELD, OBJECT_ID_BYTES
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import named
+from kvstrata.wire.protocol import PRESENT
 
 SLICE = 256
 KEEP_S = 30.0
@@ -54,6 +56,12 @@ class Lender:
             self._host.hold(slot)
             self.kept_bytes += slot.nbytes
         self._kept[slot] = self._clock() + KEEP_S
+
+    def keep_present(self, reservation: Reservation, offsets: Sequence[int]) -> None:
+        """Keep what need not be written, since it is here."""
+        for key, offset in zip(reservation.prefix[reservation.first :], offsets, strict=True):
+            if offset == PRESENT:
+                self.keep(key, reservation.part)
 
     async def run(self) -> None:
         """Let go of what nobody came for, and of what was cleared."""

@@ -10,12 +10,12 @@ ends, so nothing that was found can go, and no cap is passed, while others are s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 from kvstrata.node.common.planner import plan
 from kvstrata.node.common.slices import Work, in_slices
+from kvstrata.node.locating import Located, with_slots
 from kvstrata.node.searching import Search, checked_namespace, checked_parts
 from kvstrata.node.service.backing import Backing, Question
 from kvstrata.node.service.expecting import Expecting
@@ -39,34 +39,6 @@ SLICE_OBJECTS = 16
 """Objects behind them that one slice looks for and promotes: that costs more."""
 SLICE_LOOKUPS = 32
 """Objects that one slice of a lookup looks for."""
-
-
-class Located(NamedTuple):
-    """Where the parts of a chunk are.
-
-    Args:
-        key: of the chunk.
-        places: for each part its slot, or what is to be promoted.
-        tier: number of the slowest tier that has one of them, 0: host memory.
-        row: its row, where host memory knows one.
-    """
-
-    key: bytes
-    places: list[Slot | Wanted]
-    tier: int
-    row: Row | None
-
-    @property
-    def wanted(self) -> list[Wanted]:
-        """What is to be promoted."""
-        return [place for place in self.places if isinstance(place, Wanted)]
-
-    @property
-    def new_bytes(self) -> int:
-        """What leasing it adds to what is leased."""
-        if self.row is not None:
-            return 0 if self.row.payer is not None else self.row.nbytes
-        return sum(place.nbytes for place in self.places)
 
 
 class Matcher:
@@ -318,7 +290,7 @@ class Matcher:
                 break
             if new:
                 search.prepared.append((len(search.tiers) + len(rows), new))
-            rows.append(self._host.row(one.key, search.parts, _with_slots(one.places, new)))
+            rows.append(self._host.row(one.key, search.parts, with_slots(one.places, new)))
         coming = [sum(wanted.size for wanted in one.wanted) for one in found[: len(rows)]]
         self._lease(search, rows, bytes([one.tier for one in found[: len(rows)]]), coming)
 
@@ -422,9 +394,3 @@ class Matcher:
             return p.Matched(search.id, 0, b"", b"", *reckoned)
         search.lease.whole = True
         return p.Matched(search.id, search.lease.id, bytes(search.tiers), offsets, *reckoned)
-
-
-def _with_slots(places: Iterable[Slot | Wanted], new: Iterable[Slot]) -> list[Slot]:
-    """The slots of a chunk: those it has, and for what is wanted the new ones, in order."""
-    following = iter(new)
-    return [next(following) if isinstance(place, Wanted) else place for place in places]

@@ -83,8 +83,7 @@ class Node:
     ) -> None:
         self.config = config
         self.left_out = left_out or {}
-        self.address = ""
-        """Where other nodes find this one; empty: nowhere."""
+        self.address = ""  # where other nodes find this one; empty: nowhere
         self.counters = counters
         self.backings = backings
         capacity = pool.capacity_bytes
@@ -231,11 +230,7 @@ class Node:
             granted = yield from self.reservations.grant(client, message, self._presence)
             reservation, offsets = granted
             if message.lend:
-                for key, offset in zip(
-                    reservation.prefix[reservation.first :], offsets, strict=True
-                ):
-                    if offset == p.PRESENT:
-                        self.lender.keep(key, reservation.part)
+                self.lender.keep_present(reservation, offsets)
             return p.Reserved(message.id, reservation.id, offsets.tobytes())
 
         return in_slices(work())
@@ -266,8 +261,7 @@ class Node:
                 reservation.weights,
                 reservation.namespace,
             )
-            # What lies behind a tail's last token is anything, and no codec's business.
-            if not reservation.is_tail:
+            if not reservation.is_tail:  # behind its last token lies anything
                 self.movement.write_behind(origin, written)
         for key, slot in written:
             if reservation.lend:

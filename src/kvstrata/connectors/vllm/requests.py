@@ -75,6 +75,14 @@ class RequestState:
         """Whole chunks that were found."""
         return min(len(self.tiers), len(self.keys))
 
+    def nothing_is_left(self, num_computed: int, chunk_tokens: int) -> bool:
+        """Whether vLLM itself has all that could be found for the request."""
+        request = self.request
+        if num_computed // chunk_tokens < request.num_tokens // chunk_tokens:
+            return False
+        may_have_tail = self.roles.peer and request.num_tokens == request.num_prompt_tokens
+        return not may_have_tail or num_computed >= request.num_tokens - 1
+
     def num_found(self, chunk_tokens: int) -> int:
         """Tokens that were found."""
         if len(self.tiers) > len(self.keys):

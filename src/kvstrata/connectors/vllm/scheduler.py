@@ -17,12 +17,12 @@ from typing import Any
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.config import Config
-from kvstrata.connectors.naming import decode_elsewhere
 from kvstrata.connectors.vllm.blocks import fresh_blocks, target_blocks
 from kvstrata.connectors.vllm.lookups import LOOK_AHEAD, Lookups
-from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store, WorkerHello, WorkerReport
+from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.requests import RequestState
+from kvstrata.connectors.vllm.storing import Stores
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
@@ -62,11 +62,11 @@ class SchedulerSide:
         self._loading_chunks: dict[bytes, str] = {}
         self._next = StepMetadata()
         self._inexact = False
-        self._told = False  # that nobody can be told where this node is
         self._pace = Pace(config.deadlines.match)
         self._lookups = Lookups(
             vllm_config, config, chunk_tokens, block_tokens, self._pace, self._states, self._loads
         )
+        self._stores = Stores(self._lookups, chunk_tokens, block_tokens)
 
     def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
         """Learn of the workers' KV: before the first request, and when vLLM wakes from sleep."""
@@ -111,7 +111,7 @@ class SchedulerSide:
         if request.request_id in self._loads:
             # Preempted before its load was reported: what that brings is not in the new blocks.
             return None, False
-        if self._has_all(state, num_computed_tokens):
+        if state.nothing_is_left(num_computed_tokens, self._chunk):
             self._lookups.let_be(state)
             return 0, False
         if state.chain is not None and state.rehash() and (state.matched or state.call):
@@ -224,12 +224,7 @@ class SchedulerSide:
             if state is not None and storing and state.chain is not None:
                 # A token that is sampled but not known yet has no key; a draft may be rejected.
                 known = min(state.request.num_computed_tokens + count, state.request.num_tokens)
-                if known // self._chunk > state.num_stored:
-                    blocks = resolve.get_block_ids(request_id)[0]
-                    meta.stores.append(self._store(state, known // self._chunk, blocks))
-                if self._ends_here(state, known):
-                    blocks = resolve.get_block_ids(request_id)[0]
-                    meta.stores.append(self._store_tail(state, blocks))
+                meta.stores += self._stores.of_step(state, known, resolve)
         self._pace.step(meta.num_tokens, num_pairs)
         return meta
 
@@ -260,7 +255,7 @@ class SchedulerSide:
         state = self._states.pop(request.request_id, None)
         if state is None:
             return None
-        answer = self._for_another(state)
+        answer = self._stores.elsewhere(state)
         if request.request_id in self._loads:
             self._lookups.abandon(state)
             self._next.called_off.add(request.request_id)
@@ -273,7 +268,7 @@ class SchedulerSide:
                 and self._lookups.client is not None
                 and known // self._chunk > state.num_stored
             ):
-                store = self._store(state, known // self._chunk, block_ids)
+                store = self._stores.whole(state, known // self._chunk, block_ids)
                 if len(store.blocks) == (len(store.prefix) - store.first) * self._blocks_per_chunk:
                     self._next.late_stores.append(store)
         if self._lookups.client is not None:
@@ -311,26 +306,6 @@ class SchedulerSide:
     @property
     def _blocks_per_chunk(self) -> int:
         return self._chunk // self._block
-
-    def _for_another(self, state: RequestState) -> dict[str, Any] | None:
-        """What another engine needs to go on with a request that ended well."""
-        client, request = self._lookups.client, state.request
-        if not state.roles.lends or state.chain is None or client is None:
-            return None
-        if not request.status.name.endswith(("_STOPPED", "_LENGTH_CAPPED")):
-            return None
-        if not client.hello.address:
-            if not self._told:
-                self._told = True
-                logger.warning(
-                    "KVStrata: a request is to be decoded elsewhere, but this node answers no "
-                    "others: set network.listen, or network.advertise where that is all networks"
-                )
-            return None
-        return decode_elsewhere(
-            client.hello.address, client.hello.node, request.request_id,
-            request.num_prompt_tokens, len(self._lookups.parts),
-        )  # fmt: skip
 
     def _bypass(self, request: Any) -> str:
         """Why nothing of a request is cached; empty if it is."""
@@ -395,57 +370,6 @@ class SchedulerSide:
         """Whether a rank may have failed to load what the others compute with."""
         return len(self._lookups.parts) > 1 and any(
             name in self._states and self._states[name].sync for name in self._loads
-        )
-
-    def _store(self, state: RequestState, done: int, block_ids: list[int]) -> Store:
-        """Store the chunks from the first unstored one up to number ``done``."""
-        state.rehash()
-        first, per_chunk = state.num_stored, self._blocks_per_chunk
-        state.num_stored = done
-        state.stored_chunks += done - first
-        return Store(
-            namespace=state.namespace,
-            prefix=state.keys[:done],
-            first=first,
-            blocks=list(block_ids[first * per_chunk : done * per_chunk]),
-            weights=self._lookups.namespaces.weights_of(state.request),
-            owner=state.owner,
-            lend=state.roles.lends,
-        )
-
-    def _has_all(self, state: RequestState, num_computed: int) -> bool:
-        """Whether vLLM itself has all that could be found for a request."""
-        request = state.request
-        if num_computed // self._chunk < request.num_tokens // self._chunk:
-            return False
-        may_have_tail = state.roles.peer and request.num_tokens == request.num_prompt_tokens
-        return not may_have_tail or num_computed >= request.num_tokens - 1
-
-    def _ends_here(self, state: RequestState, known: int) -> bool:
-        """Whether a prompt's end is computed in this step, and nothing behind it ever here."""
-        return (
-            bool(state.tail)
-            and state.roles.lends
-            and not state.tail_stored
-            and known >= state.request.num_prompt_tokens
-            and state.request.max_tokens == 1
-        )
-
-    def _store_tail(self, state: RequestState, block_ids: list[int]) -> Store:
-        """Store a prompt's end for another engine."""
-        state.tail_stored = True
-        num_tokens = state.request.num_prompt_tokens
-        whole = num_tokens // self._chunk
-        first, last = whole * self._blocks_per_chunk, -(-num_tokens // self._block)
-        return Store(
-            namespace=state.namespace,
-            prefix=[*state.keys[:whole], state.tail],
-            first=whole,
-            blocks=list(block_ids[first:last]),
-            weights=self._lookups.namespaces.weights_of(state.request),
-            owner=state.owner,
-            tail_tokens=num_tokens % self._chunk,
-            lend=True,
         )
 
     def _end_load(self, request_id: str, *, failed: bool) -> None:

@@ -15,16 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from kvstrata.config import DeadlineConfig
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address, payload_checksums
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pace import Rate
 from kvstrata.connectors.vllm.pages import Pages
+from kvstrata.connectors.vllm.payloads import Payloads
 from kvstrata.cores import given_cores
-from kvstrata.errors import CorruptObject, DeadlineExceeded, KVStrataError, NodeUnavailable
-from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.errors import DeadlineExceeded, KVStrataError, NodeUnavailable
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 
@@ -110,7 +108,7 @@ class Transfers:
     ) -> None:
         self._pages = pages
         self._copier = copier
-        self._template = template
+        self._payloads = Payloads(pages, template, rank)
         self._rank = rank
         self._world = world
         self._deadlines = deadlines
@@ -132,7 +130,6 @@ class Transfers:
         self._loaded: set[str] = set()
         self._failed: set[str] = set()
         self._cut: dict[str, tuple[int, set[int]]] = {}
-        self.read_portable = False
 
     def begin_loads(self, loads: list[Load], client: NodeClient | None) -> None:
         """Begin loads into blocks that the engine has finished with; each ends exactly once."""
@@ -202,38 +199,20 @@ class Transfers:
         for job in self._jobs:
             job.settle(0.0)
 
+    @property
+    def read_portable(self) -> bool:
+        """Whether anything was loaded that may have been through a lossy codec."""
+        return self._payloads.read_portable
+
     def plan(
         self, load: Load, client: NodeClient | None, offsets: list[list[int]], first: int, last: int
     ) -> tuple[Plan, list[object]]:
-        """How chunks ``first`` to ``last`` of a load get into their blocks.
-
-        Args:
-            offsets: the slots of the load's chunks, as far as they are known by now.
-
-        Returns:
-            The copies, and what must be kept until they are done.
+        """How chunks of a load get into their blocks, see `Payloads.plan`.
 
         Raises:
             NodeUnavailable: the client is not the one of the node that holds the lease.
-            CorruptObject: a slot holds something else than what was leased.
         """
-        client = _of_node(client, load)
-        per_chunk = len(load.blocks) // len(load.keys)
-        has_tail = bool(load.tail_tokens) and last == len(load.keys)
-        payloads, kept = [], []
-        for i in range(first, last):
-            tokens = load.tail_tokens if has_tail and i == last - 1 else self._template.num_tokens
-            address, keep = self._payload(client, offsets[i][self._rank], load.keys[i], tokens)
-            payloads.append(address)
-            kept.append(keep)
-        blocks = load.blocks[first * per_chunk : last * per_chunk]
-        if not has_tail:
-            return Plan(self._pages, payloads, blocks), kept
-        tail = blocks[-per_chunk:][: self._num_blocks(load.tail_tokens)]
-        plan = Plan(self._pages, payloads[-1:], tail)
-        if len(payloads) > 1:
-            plan = Plan(self._pages, payloads[:-1], blocks[:-per_chunk]).joined(plan)
-        return plan, kept
+        return self._payloads.plan(load, _of_node(client, load), offsets, first, last)
 
     def close(self) -> None:
         """End the threads, and what they do. Repeatable."""
@@ -327,53 +306,6 @@ class Transfers:
             return []
         return offsets_of(arrived.offsets).tolist()
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._pages.block_tokens)
-
-    def _shape(self, num_tokens: int) -> tuple[int, ...]:
-        """Of the native payload of so many tokens."""
-        layers, _, *rest = self._template.shape
-        return (layers, self._num_blocks(num_tokens), *rest)
-
-    def _template_of(self, store: Store) -> p.Template:
-        """What the headers of a store's objects share."""
-        if not store.tail_tokens:
-            return self._template
-        shape = self._shape(store.tail_tokens)
-        raw_length = self._template.raw_length // self._template.shape[1] * shape[1]
-        return msgspec.structs.replace(
-            self._template,
-            num_tokens=store.tail_tokens,
-            shape=list(shape),
-            raw_length=raw_length,
-        )
-
-    def _payload(
-        self, client: NodeClient, offset: int, key: bytes, num_tokens: int
-    ) -> tuple[int, object]:
-        """Address of a chunk's bytes in the engine's own order, and what keeps them there."""
-        header = decode(client.pool.view(offset, HEADER_BYTES))
-        if header.key != key or header.rank != self._rank or header.dtype != self._template.dtype:
-            raise CorruptObject("a slot holds another object than the one that was leased")
-        if header.codec != "raw" or header.order not in ("", self._template.order):
-            raise CorruptObject(f"a payload in codec {header.codec!r}, order {header.order!r}")
-        payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
-        group = self._pages.group
-        if header.kind == "native":
-            expected = self._shape(num_tokens)
-        else:
-            expected = group.portable_shape(self._template.num_tokens)
-        if header.shape != expected or header.num_tokens != num_tokens:
-            raise CorruptObject(
-                f"a payload of shape {header.shape}, {header.num_tokens} tokens; not {expected}, "
-                f"{num_tokens}"
-            )
-        if header.kind == "portable":
-            self.read_portable = True
-            portable = payload.view(f"u{group.item_bytes}").reshape(header.shape)
-            payload = self._pages.order.pack_layers(portable, group).reshape(-1)
-        return int(payload.ctypes.data), payload
-
     def _store(self, job: StoreJob, client: NodeClient) -> None:
         """One store, from reservation to commit; never raises."""
         try:
@@ -392,7 +324,7 @@ class Transfers:
             store.prefix,
             store.first,
             self._rank,
-            self._template_of(store),
+            self._payloads.template_of(store),
             job.cost,
             store.weights,
             store.owner,

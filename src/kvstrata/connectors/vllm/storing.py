@@ -1,0 +1,111 @@
+"""What of a request is stored, and what another engine is told that goes on with it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from kvstrata.connectors.naming import decode_elsewhere
+from kvstrata.connectors.vllm.lookups import Lookups
+from kvstrata.connectors.vllm.messages import Store
+from kvstrata.connectors.vllm.requests import RequestState
+
+logger = logging.getLogger(__name__)
+
+
+class Stores:
+    """Describes stores for the workers.
+
+    Args:
+        lookups: know the node, and who the model is.
+        chunk_tokens: tokens of a chunk.
+        block_tokens: tokens of one of vLLM's blocks.
+    """
+
+    def __init__(self, lookups: Lookups, chunk_tokens: int, block_tokens: int) -> None:
+        self._lookups = lookups
+        self._chunk = chunk_tokens
+        self._block = block_tokens
+        self._told = False  # that nobody can be told where this node is
+
+    @property
+    def _per_chunk(self) -> int:
+        return self._chunk // self._block
+
+    def of_step(self, state: RequestState, known: int, resolve: Any) -> list[Store]:
+        """What is to be stored after a step.
+
+        Args:
+            state: of the request.
+            known: tokens whose KV is there after the step, and whose ids are known.
+            resolve: vLLM's own, gives a request's blocks.
+        """
+        whole, end = known // self._chunk > state.num_stored, self._end_is_next(state, known)
+        if not (whole or end):
+            return []
+        blocks = resolve.get_block_ids(state.request.request_id)[0]
+        stores = [self.whole(state, known // self._chunk, blocks)] if whole else []
+        return [*stores, self._end(state, blocks)] if end else stores
+
+    def whole(self, state: RequestState, done: int, block_ids: list[int]) -> Store:
+        """Store the chunks from the first unstored one up to number ``done``."""
+        state.rehash()
+        first, per_chunk = state.num_stored, self._per_chunk
+        state.num_stored = done
+        state.stored_chunks += done - first
+        return Store(
+            namespace=state.namespace,
+            prefix=state.keys[:done],
+            first=first,
+            blocks=list(block_ids[first * per_chunk : done * per_chunk]),
+            weights=self._lookups.namespaces.weights_of(state.request),
+            owner=state.owner,
+            lend=state.roles.lends,
+        )
+
+    def _end_is_next(self, state: RequestState, known: int) -> bool:
+        """Whether a prompt's end is computed in this step, and nothing behind it ever here."""
+        return (
+            bool(state.tail)
+            and state.roles.lends
+            and not state.tail_stored
+            and known >= state.request.num_prompt_tokens
+            and state.request.max_tokens == 1
+        )
+
+    def _end(self, state: RequestState, block_ids: list[int]) -> Store:
+        """Store a prompt's end for another engine."""
+        state.tail_stored = True
+        num_tokens = state.request.num_prompt_tokens
+        whole = num_tokens // self._chunk
+        first, last = whole * self._per_chunk, -(-num_tokens // self._block)
+        return Store(
+            namespace=state.namespace,
+            prefix=[*state.keys[:whole], state.tail],
+            first=whole,
+            blocks=list(block_ids[first:last]),
+            weights=self._lookups.namespaces.weights_of(state.request),
+            owner=state.owner,
+            tail_tokens=num_tokens % self._chunk,
+            lend=True,
+        )
+
+    def elsewhere(self, state: RequestState) -> dict[str, Any] | None:
+        """What another engine needs to go on with a request that ended well."""
+        client, request = self._lookups.client, state.request
+        if not state.roles.lends or state.chain is None or client is None:
+            return None
+        if not request.status.name.endswith(("_STOPPED", "_LENGTH_CAPPED")):
+            return None
+        if not client.hello.address:
+            if not self._told:
+                self._told = True
+                logger.warning(
+                    "KVStrata: a request is to be decoded elsewhere, but this node answers no "
+                    "others: set network.listen, or network.advertise where that is all networks"
+                )
+            return None
+        return decode_elsewhere(
+            client.hello.address, client.hello.node, request.request_id,
+            request.num_prompt_tokens, len(self._lookups.parts),
+        )  # fmt: skip
