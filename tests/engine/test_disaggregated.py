@@ -196,5 +196,6 @@ def test_all_of_them_are_dead(sides: Sides) -> None:
         site.server.kill()
     with pytest.raises(urllib.error.HTTPError) as failed:
         sides.proxy.ask([1, 2, 3], 4)
-    assert failed.value.code == 503
-    assert failed.value.headers["Retry-After"] == "1"
+    with failed.value as answer:
+        assert answer.code == 503
+        assert answer.headers["Retry-After"] == "1"
