@@ -127,6 +127,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "concurrent": ours("concurrent"),
     "disaggregated": ours("disaggregated"),
     "copies": ours("copies"),
+    "peers": ours("peers"),
     "disk": disk,
     "encryption": ours("encryption"),
     "node": node,

@@ -297,7 +297,7 @@ async def measured(name: str, options: Options) -> list[Row]:
         overrides = {"host.capacity": "1MiB", f"{name}.codec": "raw", f"{name}.io_threads": AT_ONCE}
         config = load_config(environ={}, overrides={**settings, **overrides})
         buffers, raw = Buffers(), make_raw()
-        backings, left_out = open_backings(config, buffers.memory, Counters(), time.monotonic)
+        backings, left_out, _ = open_backings(config, buffers.memory, Counters(), time.monotonic)
         expect(not left_out, f"{left_out}")
         (backing,) = backings
         assert isinstance(backing, SharedBacking)
