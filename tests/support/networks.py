@@ -76,12 +76,14 @@ class Network:
         number = next(_numbers)
         self.names = [f"kvt-{os.getpid()}-{number}-{end}" for end in "ab"]
         self._draw = random.Random(seed)
+        self.devices: list[str] = []
         self._fds: list[int] = []
         self._wake_read, self._wake_write = os.pipe()
         self._thread = threading.Thread(target=self._carry, daemon=True)
         try:
             for end, (name, host) in enumerate(zip(self.names, self.HOSTS, strict=True)):
                 device = f"kvt{os.getpid() % 10**5:05}{number}{'ab'[end]}"
+                self.devices.append(device)
                 self._fds.append(_tun(device))
                 os.set_blocking(self._fds[-1], False)
                 _ip("netns", "add", name)

@@ -72,6 +72,7 @@ SAMPLES: Mapping[str, Any] = {
     "network.listen": "10.0.0.1:7788",
     "network.advertise": "node-a:7788",
     "network.trusted": "yes, I trust this network",
+    "network.transport": "nixl",
     "network.certificate": "/etc/kvstrata/node.pem",
     "network.key": "/etc/kvstrata/node.key",
     "network.authority": "/etc/kvstrata/ca.pem",
@@ -480,9 +481,13 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
     identity = load(base).node_identity(uid=1)
     clients = {"node", "chunk_tokens", "tenant", "log"}
     for path, value in SAMPLES.items():
-        other = load({**base, path: value}).node_identity(uid=1)
+        given = dict(base)
+        if path == "network.transport":
+            given["network.trusted"] = SAMPLES["network.trusted"]
+        before = load(given).node_identity(uid=1)
+        other = load({**given, path: value}).node_identity(uid=1)
         is_client = path in clients or path.startswith("deadlines.")
-        assert (other == identity) == is_client, path
+        assert (other == before) == is_client, path
     assert load().node_identity(uid=1) != identity
     assert load(base).node_identity(uid=2) != identity
     assert load({**base, "host.capacity": "20.0%"}).node_identity(uid=1) == identity

@@ -13,6 +13,7 @@ from kvstrata.config.parts import option
 from kvstrata.config.shared import LOOKUP
 from kvstrata.config.tierparts import Room, TierPart
 from kvstrata.errors import ConfigError
+from kvstrata.transfer.peers import NIXL
 from kvstrata.transfer.tcp import Address
 
 if TYPE_CHECKING:
@@ -74,6 +75,14 @@ class NetworkConfig:
         "reads or changes KV. Without these words TLS is needed on anything but loopback.",
         shared=True,
     )
+    transport: str = option(
+        kinds.one_of(("tcp", NIXL)),
+        "tcp",
+        "How bytes come from a peer: `nixl`: by NIXL (RDMA where there is some) where both ends "
+        "have it and say so, over TCP otherwise. NIXL's connections prove nothing, so it takes a "
+        "network that is `trusted`.",
+        shared=True,
+    )
     certificate: Path | None = option(  # noqa: RUF009 - it calls field()
         FILE, "none", "This node's, for TLS; PEM.", shared=True
     )
@@ -83,6 +92,11 @@ class NetworkConfig:
     authority: Path | None = option(  # noqa: RUF009 - it calls field()
         FILE, "none", "Whose certificates others must show; PEM.", shared=True
     )
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """In which bytes may come, beside the connection itself."""
+        return (NIXL,) if self.transport == NIXL else ()
 
     @property
     def secured(self) -> bool:
@@ -98,6 +112,12 @@ class NetworkConfig:
                     raise ConfigError(
                         f"network.{name}", "missing; TLS needs certificate, key and authority"
                     )
+        if self.transport == NIXL and self.trusted != TRUSTED:
+            raise ConfigError(
+                "network.transport",
+                f"{NIXL} goes past TLS and asks nobody for the secret; expected "
+                f'network.trusted = "{TRUSTED}", or "tcp"',
+            )
         if self.listen is not None:
             self.check_way(self.listen, "network.listen")
 
@@ -186,4 +206,6 @@ class PeerConfig(TierPart):
 
         network, secret = config.network, load_secret(config.secret_file)
         tls = network.tls(serving=False)
-        return PeerTier(self.nodes, lambda node, timeout_s: connect(node, secret, timeout_s, tls))
+        return PeerTier(
+            self.nodes, lambda node, timeout_s: connect(node, secret, timeout_s, tls, network.ways)
+        )

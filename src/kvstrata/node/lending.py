@@ -18,7 +18,6 @@ from kvstrata.observe.counters import Counters
 from kvstrata.parts import named
 from kvstrata.wire.protocol import PRESENT
 
-SLICE = 256
 KEEP_S = 30.0
 """For how long what was computed for another node is kept for it."""
 SWEEP_S = 1.0
@@ -79,15 +78,10 @@ class Lender:
             self.kept_bytes -= slot.nbytes
             self._host.unhold(slot)
 
-    async def sizes(self, names: Sequence[bytes]) -> list[int]:
-        """The size of each object; 0: it is not here."""
-        sizes: list[int] = []
-        for start in range(0, len(names), SLICE):
-            if start:
-                await asyncio.sleep(0)
-            found = [self._find(name) for name in names[start : start + SLICE]]
-            sizes += [0 if slot is None else slot.nbytes for slot in found]
-        return sizes
+    def sizes(self, names: Sequence[bytes]) -> list[int]:
+        """The size of each object; 0: it is not here. Not of many at once: this holds the loop."""
+        found = [self._find(name) for name in names]
+        return [0 if slot is None else slot.nbytes for slot in found]
 
     def lend(self, name: bytes) -> tuple[Slot, memoryview] | None:
         """An object, held until `give_back`; None if it is not here."""
@@ -97,12 +91,16 @@ class Lender:
         self._host.hold(slot)
         return slot, self._host.pool.view(slot.offset, slot.nbytes)
 
-    def give_back(self, slot: Slot, *, sent: bool) -> None:
-        """Nobody reads it any more."""
+    def give_back(self, slot: Slot, *, by: str = "") -> None:
+        """Nobody reads it any more.
+
+        Args:
+            by: what the bytes went by, if they did.
+        """
         self._host.unhold(slot)
-        if sent:
+        if by:
             self._let_go(slot)
-            self._counters.add("peer_sent_bytes_total", slot.nbytes)
+            self._counters.add("peer_sent_bytes_total", slot.nbytes, by=by)
 
     def _find(self, name: bytes) -> Slot | None:
         try:

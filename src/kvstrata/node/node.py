@@ -44,6 +44,7 @@ from kvstrata.node.slots.slot import offsets_of_rows
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE
 from kvstrata.policies import create_policy
+from kvstrata.transfer.nixl import Nixl
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,6 @@ NUM_RECORDS = 1024
 MAX_RECORD_BYTES = 8192
 MAX_OUTCOMES = 32
 UPKEEP_S = 10.0
-
 _LABEL = re.compile(r"[a-z0-9_ -]{1,32}")
 
 Answer = p.Reply | None | Awaitable[p.Reply]
@@ -70,6 +70,7 @@ class Node:
         counters: shared with the backings.
         left_out: tiers that were configured and could not be opened, and why.
         clock: monotonic seconds.
+        nixl: of the pool; likewise owned.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Node:
         counters: Counters,
         left_out: dict[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        nixl: Nixl | None = None,
     ) -> None:
         self.config = config
         self.left_out = left_out or {}
@@ -100,6 +102,7 @@ class Node:
                                 self._sampler, self._expecting, backings, counters,
                                 planning=config.planner == "on")  # fmt: skip
         self.lender = Lender(self.host, per_client, counters, clock)
+        self.nixl = nixl
         self._clearer = Clearer(self.host, self.reservations, self.movement, backings)
         self._outcomes: set[str] = set()
         self._clock = clock
@@ -127,13 +130,12 @@ class Node:
         counters = Counters()
         pool = Pool.create(host_capacity_bytes(config, available_bytes()))
         try:
-            backings, left_out = open_backings(
-                config, pool.view(0, pool.capacity_bytes), counters, clock
-            )
+            memory = pool.view(0, pool.capacity_bytes)
+            backings, left_out, nixl = open_backings(config, memory, counters, clock)
         except BaseException:
             pool.close()
             raise
-        return cls(config, pool, backings, counters, left_out, clock)
+        return cls(config, pool, backings, counters, left_out, clock, nixl)
 
     async def start(self) -> None:
         """Begin the background work: fault the pool in, scan the tiers, scrub them."""
@@ -158,6 +160,8 @@ class Node:
         for backing in self.backings:
             await backing.stop()
             backing.close()
+        if self.nixl is not None:
+            self.nixl.close()
         self.host.close()
 
     def handle(self, client: Client, message: p.Request) -> Answer:

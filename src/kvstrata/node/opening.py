@@ -27,6 +27,8 @@ from kvstrata.quality.bound import Bound
 from kvstrata.quality.table import cache_folder
 from kvstrata.tiers.base import OwnedTier, SharedTier
 from kvstrata.tiers.peer import PeerTier
+from kvstrata.transfer.nixl import Memory, Nixl
+from kvstrata.transfer.peers import NIXL
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
@@ -37,10 +39,11 @@ logger = logging.getLogger(__name__)
 
 def open_backings(
     config: Config, pool: memoryview, counters: Counters, clock: Callable[[], float]
-) -> tuple[list[Backing], dict[str, str]]:
-    """The slower tiers, fastest first, and why those that cannot be opened are left out."""
+) -> tuple[list[Backing], dict[str, str], Nixl | None]:
+    """The slower tiers, fastest first, why those that cannot be opened are left out, and NIXL."""
     backings: list[Backing] = []
     left_out: dict[str, str] = {}
+    nixl = _nixl(config, pool, left_out)
     bound = Bound.parse(config.quality) if config.quality != "none" else Bound(())
     tables = Tables(bound, cache_folder() / "quality", clock)
     for part in config.tiers:
@@ -58,6 +61,8 @@ def open_backings(
             left_out[part.name] = str(error)
             counters.add("tiers_left_out_total", tier=part.name)
             continue
+        if nixl is not None and isinstance(tier, PeerTier):
+            tier.read_by(nixl.reader)
         backing = _in_service(part, tier,
             num_threads=part.io_threads, queue_bytes=part.write_queue,
             deadline_s=config.deadlines.load, counters=counters, clock=clock,
@@ -67,7 +72,19 @@ def open_backings(
         backings.append(backing)
         if part.codec == "auto":
             tables.backings.append(backing)
-    return backings, left_out
+    return backings, left_out, nixl
+
+
+def _nixl(config: Config, pool: memoryview, left_out: dict[str, str]) -> Nixl | None:
+    """NIXL for the pool, where it is configured; says why where it cannot be had."""
+    if NIXL not in config.network.ways:
+        return None
+    try:
+        return Nixl(Memory.of(pool))
+    except TierUnavailable as error:
+        logger.error("bytes of other nodes come over TCP: %s", error)
+        left_out[NIXL] = str(error)
+        return None
 
 
 def _in_service(part: TierPart, tier: OwnedTier | SharedTier, **common: Any) -> Backing:

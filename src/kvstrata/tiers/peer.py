@@ -15,9 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 
+import numpy as np
+
 from kvstrata.errors import Incompatible, TierUnavailable
 from kvstrata.tiers.base import Epoch, Limits, Outcome, Put, SharedTier, Stat
 from kvstrata.transfer import peers as p
+from kvstrata.transfer.nixl import Reader
 from kvstrata.transfer.tcp import Address, Channel, ask, unavailable
 
 TIMEOUT_S = 5.0
@@ -51,6 +54,8 @@ class Peer:
         """Whether it is left alone: it failed, and has not answered since."""
         self.trouble = ""
         """Of its last failure, in words."""
+        self.reader: Reader | None = None
+        """Reads by NIXL, where both ends have it."""
         self._connect = connect
         self._lock = threading.Lock()
         self._idle: list[tuple[Channel, float]] = []
@@ -75,11 +80,7 @@ class Peer:
             if channel is None:
                 channel = self._connect(self.address, timeout_s)
             channel.begin(deadline - time.monotonic())
-            reply = ask(channel, request, str(self.address))
-            if isinstance(reply, p.Data) and reply.nbytes > 0:
-                if into is None or reply.nbytes > len(into):
-                    raise Incompatible(f"{reply.nbytes} bytes that nobody asked for")
-                channel.receive_into(into[: reply.nbytes])
+            reply = self._asked(channel, request, into, deadline)
         except (OSError, Incompatible, TierUnavailable) as error:
             if channel is not None:
                 channel.close()
@@ -87,6 +88,30 @@ class Peer:
             self._leave_alone(str(trouble))
             raise trouble from error
         self._give(channel)
+        return reply
+
+    def _asked(
+        self, channel: Channel, request: p.Request, into: memoryview | None, deadline: float
+    ) -> p.Reply:
+        where = str(self.address)
+        if isinstance(request, p.Read) and into is not None and channel.agent is not None:
+            target = _address_of(into)
+            if self.reader is not None and self.reader.reaches(target, len(into)):
+                reply = ask(channel, p.Borrow(request.name, request.most), where)
+                if not isinstance(reply, p.Lent):
+                    raise Incompatible(f"{where} lends nothing, and says so in other words")
+                _check_size(reply.nbytes, into)
+                if reply.nbytes > 0:
+                    self.reader.pull(channel.agent, reply.address, target, reply.nbytes, deadline)
+                    # That it was lent all the time, or these bytes may be of something else.
+                    if not isinstance(ask(channel, p.Return(), where), p.Welcome):
+                        raise Incompatible(f"{where} does not take back what it lent")
+                return p.Data(reply.nbytes)
+        reply = ask(channel, request, where)
+        if isinstance(reply, p.Data) and reply.nbytes > 0:
+            _check_size(reply.nbytes, into)
+            assert into is not None
+            channel.receive_into(into[: reply.nbytes])
         return reply
 
     def close(self) -> None:
@@ -147,6 +172,7 @@ class PeerTier(SharedTier):
     def __init__(self, addresses: Sequence[Address], connect: Connect) -> None:
         self.limits = Limits(batch_objects=p.MAX_NAMES, timeout_s=TIMEOUT_S)
         self.peers = [Peer(address, connect) for address in addresses]
+        self._reader: Reader | None = None
         # One for a peer that is tried again, the others end within `STAT_S`.
         self._asking = ThreadPoolExecutor(5 * len(self.peers) or 1, "kvstrata-peers")
         # Whom a client names may be anybody, and must not hold up those that are configured.
@@ -157,6 +183,12 @@ class PeerTier(SharedTier):
         self._places: OrderedDict[bytes, Peer] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
+
+    def read_by(self, reader: Reader) -> None:
+        """Read by NIXL from now on, where the other end has it too."""
+        self._reader = reader
+        for peer in self.peers:
+            peer.reader = reader
 
     def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
         """See `Store.stat`: all peers are asked at once, but for those that are left alone."""
@@ -261,6 +293,7 @@ class PeerTier(SharedTier):
             if self._closed or self._configured(named) is not None:
                 return None
             peer = self._named.pop(named, None) or Peer(named, self._connect)
+            peer.reader = self._reader
             self._named[named] = peer
             old = self._named.popitem(last=False)[1] if len(self._named) > MAX_NAMED else None
         if old is not None:
@@ -302,3 +335,12 @@ class PeerTier(SharedTier):
             return (threads or self._asking).submit(peer.call, request, timeout_s)
         except RuntimeError as error:
             raise TierUnavailable("peer: the tier is closed") from error
+
+
+def _check_size(nbytes: int, into: memoryview | None) -> None:
+    if nbytes > (0 if into is None else len(into)):
+        raise Incompatible(f"{nbytes} bytes that nobody asked for")
+
+
+def _address_of(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).ctypes.data)

@@ -10,7 +10,7 @@ import contextlib
 import hmac
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import msgspec
@@ -23,10 +23,13 @@ PEER_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
 MAX_NAMES = 4096
 NONCE_BYTES = 32
+MAX_METADATA_BYTES = 1 << 19
+NIXL = "nixl"
 
 _PROOF_CONTEXT = "KVStrata 1 peers"
 _Bytes = Annotated[bytes, msgspec.Meta(max_length=256)]
 _Names = Annotated[list[_Bytes], msgspec.Meta(max_length=MAX_NAMES)]
+_Words = Annotated[list[Annotated[str, msgspec.Meta(max_length=32)]], msgspec.Meta(max_length=16)]
 
 
 class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
@@ -34,13 +37,17 @@ class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froz
 
 
 class Hello(_Message, tag="hello", frozen=True):
-    """The first word of both ends; ``proof`` is empty in that of the end that connects."""
+    """The first word of both ends; ``proof`` is empty in that of the end that connects.
+
+    ``ways`` are those in which bytes can be had, beside the connection itself.
+    """
 
     version: int
     release: str
     nonce: _Bytes
     now: float
-    proof: _Bytes = b""
+    proof: _Bytes
+    ways: _Words
 
 
 class Proof(_Message, tag="proof", frozen=True):
@@ -82,8 +89,36 @@ class Data(_Message, tag="data", frozen=True):
     nbytes: int
 
 
-Request = Hello | Proof | Ping | Stat | Read
-Reply = Hello | Welcome | Refused | Stats | Data
+class Introduce(_Message, tag="introduce", frozen=True):
+    """Ask for the other end's NIXL agent."""
+
+
+class Agent(_Message, tag="agent", frozen=True):
+    """What NIXL needs to know of an agent."""
+
+    metadata: Annotated[bytes, msgspec.Meta(max_length=MAX_METADATA_BYTES)]
+
+
+class Borrow(_Message, tag="borrow", frozen=True):
+    """Ask where an object of ``most`` bytes at most lies, and that it lies still."""
+
+    name: _Bytes
+    most: int
+
+
+class Lent(_Message, tag="lent", frozen=True):
+    """It lies there, and still, until `Return`; ``nbytes`` as of `Data`."""
+
+    nbytes: int
+    address: int
+
+
+class Return(_Message, tag="return", frozen=True):
+    """The object was read. It counts once this is answered: it was lent until then."""
+
+
+Request = Hello | Proof | Ping | Stat | Read | Introduce | Borrow | Return
+Reply = Hello | Welcome | Refused | Stats | Data | Agent | Lent
 
 encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -115,15 +150,17 @@ class Handshake:
 
     Args:
         secret: the deployment's, 32 bytes.
+        ways: as of `Hello`.
     """
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, ways: Sequence[str] = ()) -> None:
+        self._ways = list(ways)
         self._key = blake3(secret, derive_key_context=_PROOF_CONTEXT).digest()
         self.nonce = secrets.token_bytes(NONCE_BYTES)
 
     def hello(self, proof: bytes = b"") -> Hello:
         """This end's first word."""
-        return Hello(PEER_VERSION, kvstrata.__version__, self.nonce, time.time(), proof)
+        return Hello(PEER_VERSION, kvstrata.__version__, self.nonce, time.time(), proof, self._ways)
 
     def answer(self, hello: Hello) -> Hello:
         """The first word of the end that was connected to."""

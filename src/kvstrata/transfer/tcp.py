@@ -12,6 +12,7 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvstrata.errors import Incompatible, PeerRefused, TierUnavailable
@@ -19,8 +20,6 @@ from kvstrata.transfer import peers as p
 
 _LENGTH = struct.Struct("<I")
 _ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
-SOCKET_BYTES = 4 << 20
-"""What the kernel may keep for a connection: a link with 40 ms of delay needs it."""
 KEEPALIVE_S = 20
 """How often the kernel asks a silent connection whether its other end is still there."""
 
@@ -59,6 +58,8 @@ class Channel:
         self._socket = connected
         #: what the other end said of itself, once it has proved that it knows the secret
         self.hello: p.Hello | None = None
+        self.agent: bytes | None = None
+        """Metadata of the other end's NIXL agent, where bytes can be had in that way."""
         self.begin(timeout_s)
         with contextlib.suppress(OSError):  # not of TCP
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -78,12 +79,16 @@ class Channel:
             OSError: the other end has gone, or takes nothing.
         """
         body = p.encode(message)
+        # sendall's own deadline is for all of it, which is what is meant.
         self._wait()
-        self._socket.sendall(_LENGTH.pack(len(body)) + body)
-        if payload is not None:
-            # sendall's own deadline is for all of it, which is what is meant.
-            self._wait()
-            self._socket.sendall(payload)
+        if payload is None:
+            self._socket.sendall(_LENGTH.pack(len(body)) + body)
+            return
+        # The message waits for its bytes, so that the other end is woken once.
+        more = 0 if isinstance(self._socket, ssl.SSLSocket) else socket.MSG_MORE
+        self._socket.sendall(_LENGTH.pack(len(body)) + body, more)
+        self._wait()
+        self._socket.sendall(payload)
 
     def receive(self, rest_s: float | None = None) -> bytes:
         """One frame's body; empty where the other end has hung up between two.
@@ -136,7 +141,11 @@ class Channel:
 
 
 def connect(
-    address: Address, secret: bytes, timeout_s: float, tls: ssl.SSLContext | None
+    address: Address,
+    secret: bytes,
+    timeout_s: float,
+    tls: ssl.SSLContext | None = None,
+    ways: Sequence[str] = (),
 ) -> Channel:
     """A connection to another node, both ends of which have proved that they know the secret.
 
@@ -145,6 +154,7 @@ def connect(
         secret: the deployment's, 32 bytes.
         timeout_s: what connecting and the proof may take together.
         tls: for a network that is not trusted.
+        ways: in which bytes can be had here, beside this one.
     Raises:
         OSError: nobody answers.
         PeerRefused, Incompatible: somebody does, and is no node of this deployment and release.
@@ -156,7 +166,7 @@ def connect(
         if tls is not None:
             connected = tls.wrap_socket(connected, server_hostname=address.host)
         channel = Channel(connected, deadline - time.monotonic())
-        handshake = p.Handshake(secret)
+        handshake = p.Handshake(secret, ways)
         channel.send(handshake.hello())
         hello = _reply(channel, str(address))
         if not isinstance(hello, p.Hello):
@@ -165,6 +175,9 @@ def connect(
         if not isinstance(_reply(channel, str(address)), p.Welcome):
             raise Incompatible(f"{address} does not welcome a node that knows the secret")
         channel.hello = hello
+        if p.NIXL in ways and p.NIXL in hello.ways:
+            agent = ask(channel, p.Introduce(), str(address))
+            channel.agent = agent.metadata if isinstance(agent, p.Agent) else None
     except BaseException:
         connected.close()
         raise

@@ -12,15 +12,20 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
 
 from kvstrata.config import Config
 from kvstrata.errors import Incompatible, KVStrataError, TierUnavailable
 from kvstrata.node.lending import Lender
 from kvstrata.node.node import Node
-from kvstrata.node.slots.slot import Slot
 from kvstrata.observe.counters import Counters
+from kvstrata.transfer import nixl
 from kvstrata.transfer import peers as p
 from kvstrata.transfer.tcp import Address, Channel
 
@@ -34,6 +39,8 @@ TIMEOUT_S = 10.0
 IDLE_S = 3600.0
 EVERYWHERE = ("0.0.0.0", "::")
 """Where one can listen, and nobody can be found."""
+SLICE = 256
+"""Names that are looked up without a turn for others."""
 
 
 class PeerServer:
@@ -45,6 +52,7 @@ class PeerServer:
         lender: finds what they ask for.
         counters: the node's.
         tls: for a network that is not trusted.
+        by_nixl: lends host memory by NIXL.
     Raises:
         TierUnavailable: one cannot listen there.
     """
@@ -56,11 +64,13 @@ class PeerServer:
         lender: Lender,
         counters: Counters,
         tls: ssl.SSLContext | None = None,
+        by_nixl: nixl.Lender | None = None,
     ) -> None:
         self._secret = secret
         self._lender = lender
         self._counters = counters
         self._tls = tls
+        self._by_nixl = by_nixl
         self._loop = asyncio.get_running_loop()
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -86,7 +96,12 @@ class PeerServer:
             return None
         try:
             server = cls(
-                network.listen, secret, node.lender, node.counters, network.tls(serving=True)
+                network.listen,
+                secret,
+                node.lender,
+                node.counters,
+                network.tls(serving=True),
+                None if node.nixl is None else node.nixl.lender,
             )
         except TierUnavailable as error:
             logger.error("other nodes get nothing from this one: %s", error)
@@ -152,7 +167,7 @@ class PeerServer:
                 self._connections.discard(connected)
 
     def _is_one_of_us(self, channel: Channel, who: str) -> bool:
-        handshake = p.Handshake(self._secret)
+        handshake = p.Handshake(self._secret, [] if self._by_nixl is None else [p.NIXL])
         hello = p.decode_request(channel.receive())
         if not isinstance(hello, p.Hello):
             raise Incompatible("it does not say hello")
@@ -180,42 +195,107 @@ class PeerServer:
             channel.begin(TIMEOUT_S)
             match request:
                 case p.Ping():
-                    self._on_loop(self._lender.sizes([]))  # a node that hangs says nothing
+                    self._on_loop(lambda: None)  # a node that hangs says nothing
                     channel.send(p.Welcome())
                 case p.Stat(names):
-                    channel.send(p.Stats(self._on_loop(self._lender.sizes(names))))
+                    channel.send(p.Stats(self._sizes(names)))
                 case p.Read(name, most):
                     self._send(channel, name, most)
+                case p.Introduce() if self._by_nixl is not None:
+                    channel.send(p.Agent(self._by_nixl.metadata))
+                case p.Borrow(name, most) if self._by_nixl is not None:
+                    self._lend(channel, name, most, self._by_nixl)
                 case other:
                     raise Incompatible(f"a {type(other).__name__} out of place")
 
+    def _sizes(self, names: Sequence[bytes]) -> list[int]:
+        sizes: list[int] = []
+        for start in range(0, len(names), SLICE):
+            some = names[start : start + SLICE]
+            sizes += self._on_loop(partial(self._lender.sizes, some))
+        return sizes
+
     def _send(self, channel: Channel, name: bytes, most: int) -> None:
-        lent = self._on_loop(self._lend(name))
-        if lent is None:
-            channel.send(p.Data(0))
-            return
-        slot, view = lent
-        sent = False
-        try:
-            if len(view) > most:
+        with self._held(name, "tcp") as lent:
+            if lent.view is None:
+                channel.send(p.Data(0))
+            elif len(lent.view) > most:
                 channel.send(p.Data(-1))
             else:
-                channel.send(p.Data(len(view)), view)
-                sent = True
-        finally:
-            del view, lent
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and the pool with it
-                self._loop.call_soon_threadsafe(self._give_back, slot, sent)
+                channel.send(p.Data(len(lent.view)), lent.view)
+                lent.gone = True
 
-    async def _lend(self, name: bytes) -> tuple[Slot, memoryview] | None:
-        return self._lender.lend(name)
+    def _lend(self, channel: Channel, name: bytes, most: int, lender: nixl.Lender) -> None:
+        """Say where an object lies, and hold it until the other end says that it has read it.
 
-    def _give_back(self, slot: Slot, sent: bool) -> None:
-        self._lender.give_back(slot, sent=sent)
+        After `TIMEOUT_S` the connection ends instead, and what is read then does not count.
+        """
+        with self._held(name, p.NIXL) as lent:
+            if lent.view is None:
+                channel.send(p.Lent(0, 0))
+                return
+            if len(lent.view) > most:
+                channel.send(p.Lent(-1, 0))
+                return
+            address = int(np.frombuffer(lent.view, np.uint8).ctypes.data)
+            with lender.lending():
+                channel.send(p.Lent(len(lent.view), address))
+                channel.begin(TIMEOUT_S)
+                body = channel.receive()
+            if not body or not isinstance(p.decode_request(body), p.Return):
+                raise Incompatible("it does not return what it borrowed")
+            channel.send(p.Welcome())
+            lent.gone = True
 
-    def _on_loop(self, work: Coroutine[Any, Any, R]) -> R:
+    @contextlib.contextmanager
+    def _held(self, name: bytes, by: str) -> Iterator[_Held]:
+        """An object that lies still meanwhile."""
+        found = self._on_loop(lambda: self._lender.lend(name))
+        if found is None:
+            yield _Held()
+            return
+        slot, view = found
+        held = _Held(view)
+        del found, view
         try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result(TIMEOUT_S)
+            yield held
+        finally:
+            held.view = None
+            give_back = partial(self._lender.give_back, slot, by=by if held.gone else "")
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and the pool with it
+                self._loop.call_soon_threadsafe(give_back)
+
+    def _on_loop(self, work: Callable[[], R]) -> R:
+        """Have it done on the node's loop.
+
+        Raises:
+            OSError: not within `TIMEOUT_S`, and then it will not be; or the node has ended.
+        """
+        done: futures.Future[R] = futures.Future()
+
+        def do() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
+        try:
+            self._loop.call_soon_threadsafe(do)
         except RuntimeError as error:
-            work.close()
             raise ConnectionError("the node has ended") from error
+        try:
+            return done.result(TIMEOUT_S)
+        except futures.TimeoutError as error:
+            if done.cancel():
+                raise TimeoutError(f"the node has been busy for {TIMEOUT_S:g} s") from error
+            return done.result()
+
+
+@dataclass
+class _Held:
+    """An object, if it is here; ``gone`` once the other end has it."""
+
+    view: memoryview | None = None
+    gone: bool = False

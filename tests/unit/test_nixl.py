@@ -1,0 +1,194 @@
+"""NIXL on its own: what it reads is right or an error, and after an error it moves no byte more."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvstrata.errors import TierUnavailable
+from kvstrata.memory.pool import Pool
+from kvstrata.transfer import nixl
+from kvstrata.transfer.nixl import Agent, Memory, Reader
+
+pytest.importorskip("nixl_cu12", reason="NIXL is not installed: scripts/install-dev.sh")
+
+NBYTES = 128 << 20
+
+OWNER = """
+import json, sys
+import numpy as np
+from kvstrata.transfer.nixl import Lender, Memory
+array = np.arange(int(sys.argv[1]) // 8, dtype=np.uint64)
+lender = Lender(Memory(array.ctypes.data, array.nbytes))
+print(json.dumps([lender.metadata.hex(), array.ctypes.data]), flush=True)
+with lender.lending():
+    sys.stdin.read()
+lender.close()
+"""
+
+
+class Owner:
+    """A process that lends memory, in which the numbers from 0 on are."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(NBYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        metadata, self.address = json.loads(self.process.stdout.readline())
+        self.metadata = bytes.fromhex(metadata)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(params=["memory", "tcp"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What UCX takes: a process's memory itself, or TCP on loopback."""
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+    if request.param == "tcp":
+        monkeypatch.setenv("UCX_TLS", "tcp")
+    return str(request.param)
+
+
+@pytest.fixture
+def owner(way: str) -> Iterator[Owner]:
+    with contextlib.closing(Owner()) as owner:
+        yield owner
+
+
+class Target:
+    """A pool to read into."""
+
+    def __init__(self) -> None:
+        self.pool = Pool.create(NBYTES)
+        self.reader = Reader(Memory(self.pool.address, NBYTES))
+        self.words: Any = self.pool.array(0, NBYTES).view(np.uint64)
+
+    def pull(
+        self, owner: Owner, begin: int = 0, nbytes: int = 1 << 20, within_s: float = 20
+    ) -> Any:
+        """Read the same range of the owner's; what is there then."""
+        address = self.pool.address + begin
+        deadline = time.monotonic() + within_s
+        self.reader.pull(owner.metadata, owner.address + begin, address, nbytes, deadline)
+        return self.words[begin // 8 : (begin + nbytes) // 8]
+
+
+@pytest.fixture
+def target(way: str) -> Iterator[Target]:
+    target = Target()
+    yield target
+    target.reader.close()
+    target.reader.close()
+    target.pool.close()
+
+
+def right(words: Any) -> bool:
+    return bool((np.diff(words.astype(np.int64)) == 1).all())
+
+
+def test_what_is_read_is_what_is_there(owner: Owner, target: Target) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        pulls = [threads.submit(target.pull, owner, i << 20) for i in range(64)]
+    for i, one in enumerate(pulls):
+        words = one.result()
+        assert words[0] == (i << 20) // 8
+        assert right(words)
+
+
+def test_only_into_its_own_memory(way: str, target: Target) -> None:
+    address = target.pool.address
+    assert target.reader.reaches(address, NBYTES)
+    assert not target.reader.reaches(address - 1, 10)
+    assert not target.reader.reaches(address + NBYTES - 9, 10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_owner_that_ends_in_the_middle(
+    owner: Owner, target: Target, way: str, number: int
+) -> None:
+    """Once the pull has failed, not one byte comes any more: the slot is somebody else's."""
+    assert right(target.pull(owner))
+    threading.Timer(0.02, owner.process.send_signal, (number,)).start()
+    begun = time.monotonic()
+    try:
+        while True:
+            assert right(target.pull(owner, 0, NBYTES, within_s=1.0))
+            if way == "memory" and number == signal.SIGSTOP:
+                return  # it needs no part of the owner's
+    except OSError:
+        assert time.monotonic() - begun < 10.0
+    target.words[:] = 1 << 63
+    owner.process.send_signal(signal.SIGCONT)
+    again = None
+    with contextlib.closing(Owner()) as other:
+        again = target.pull(other, 0, 1 << 20)
+        assert right(again)
+        time.sleep(0.3)
+        assert right(target.pull(other, 1 << 20))
+    assert (target.words[(2 << 20) // 8 :] == 1 << 63).all(), "bytes came after the end"
+
+
+def test_a_read_that_fails_ends_those_beside_it(owner: Owner, target: Target, way: str) -> None:
+    """They share the agent that is given up, and none returns before it has ended."""
+    if way == "memory":
+        pytest.skip("a read ends within the call that begins it")
+    with contextlib.closing(Owner()) as stopped:
+        target.pull(stopped)
+        stopped.process.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(3) as threads:
+            late = threads.submit(target.pull, stopped, 0, 1 << 20, 0.5)
+            beside = [threads.submit(target.pull, stopped, i << 20, 1 << 20, 30) for i in (1, 2)]
+            for one in (late, *beside):
+                with pytest.raises(OSError, match=r"in time|given up|NIXL"):
+                    one.result(20.0)
+    assert right(target.pull(owner))
+
+
+def test_nonsense_is_an_error(owner: Owner, target: Target, way: str) -> None:
+    deadline = time.monotonic() + 5
+    for metadata, source in ((b"nonsense", owner.address), (owner.metadata, 4096)):
+        with pytest.raises(OSError, match="NIXL"):
+            target.reader.pull(metadata, source, target.pool.address, 4096, deadline)
+    assert right(target.pull(owner))
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl, "LIBRARIES", ("no_such_library",))
+    with pytest.raises(TierUnavailable, match=r"pip install 'kvstrata\[nixl\]'"):
+        Agent(Memory(4096, 4096))
+
+
+def test_an_idle_agent_costs_nothing(target: Target) -> None:
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.2
+
+
+def test_a_process_that_used_it_ends_well(way: str) -> None:
+    code = (
+        "from kvstrata.transfer.nixl import *\nimport numpy as np\na = np.zeros(4096, np.uint8)\n"
+    )
+    code += "Agent(Memory(a.ctypes.data, 4096))"
+    environ = {name: value for name, value in os.environ.items() if name != "UCX_MODULES"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
