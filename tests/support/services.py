@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,20 +100,23 @@ def two_nodes(transport: str = "tcp") -> Iterator[tuple[Network, Pair]]:
 KEYS = chunk_keys(12)
 
 
-def cut_short(network: Network, pair: Pair, number: int) -> float:
-    """Signal the peer in the middle of a load; how long that took. What did not come is stored."""
+def cut_short(network: Network, pair: Pair, strike: Callable[[], None]) -> float:
+    """Do something in the middle of a load; how long that load took.
+
+    What did not come is stored then, and is there.
+    """
     a, b = pair
     a.store(KEYS)
     network.link.rate = 2e6
     before, struck = network.num_carried, threading.Event()
 
-    def strike() -> None:
+    def wait() -> None:
         while network.num_carried < before + len(KEYS) * NBYTES // MTU // 4:
             time.sleep(0.005)
-        a.process.send_signal(number)
+        strike()
         struck.set()
 
-    threading.Thread(target=strike).start()
+    threading.Thread(target=wait).start()
     came: list[int] = []
     while not struck.is_set():
         b.cold()
