@@ -44,7 +44,10 @@ class Sides(NamedTuple):
 
     def loaded(self) -> int:
         """Tokens that the engine which decodes had from the other's node, in its last request."""
-        record = self.decode.records()[-1]
+        records = self.decode.records()
+        if not records:  # its engine has not found the new node yet
+            return 0
+        record = records[-1]
         assert record["load"] in ("", "async")
         return int(record["loaded_tokens"])
 
