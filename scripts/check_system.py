@@ -42,10 +42,10 @@ def missing(purpose: str) -> dict[str, str]:
             found["libgomp1"] = "libgomp.so.1, which vLLM's CPU kernels are linked with"
         if shutil.which("g++") is None:
             found["g++"] = "a C++ compiler: torch compiles the model's forward pass with it"
-        if shutil.which("ip") is None:
-            found["iproute2"] = "the command ip: tests make bad networks of their own with it"
         if not _has_headers():
             found[f"{version}-dev"] = "Python.h, which that compilation includes"
+    if purpose == "test" and shutil.which("ip") is None:
+        found["iproute2"] = "the command ip: tests make bad networks of their own with it"
     if purpose == "test" and shutil.which("redis-server") is None:
         found["redis-server"] = "redis-server, which the tests of its tier start"
     if purpose == "test":
