@@ -28,6 +28,7 @@ NEED_MORE = {
     "kvstrata.codecs.triton": {"torch", "triton"},
     "kvstrata.testing": {"pytest"},
     "kvstrata.node.coding.sealing": {"cryptography"},
+    "kvstrata.proxy": {"aiohttp"},
 }
 
 IMPORT_ALL = """
