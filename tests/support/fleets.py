@@ -29,7 +29,8 @@ class Fleet:
         self.current = new_epoch(lasts_s)
         self.lock = threading.Lock()
         self.delay_s = 0.0
-        self.dead = False
+        self.dead = self.dead_after_next_epoch = False
+        self.epochs_asked = 0
         self.gates = {verb: threading.Event() for verb in ("stat", "read", "write", "epoch")}
         self.open()
         self.asked: list[int] = []
@@ -77,7 +78,9 @@ class FleetTier(SharedTier):
         return self._pass("write").delete(ids, versions)
 
     def epoch(self) -> Epoch:
+        self.fleet.epochs_asked += 1
         self._pass("epoch")
+        self.fleet.dead = self.fleet.dead or self.fleet.dead_after_next_epoch
         return self.fleet.current
 
     def begin_epoch(self) -> Epoch:

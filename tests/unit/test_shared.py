@@ -539,6 +539,29 @@ class TestClear:
 
         of_fleet(test, members=1)
 
+    def test_a_question_under_way_does_not_undo_a_clear_that_fails(self) -> None:
+        async def test(fleet: Fleet, a: Node) -> None:
+            keys = chunk_keys(3)
+            store(a, ME, keys)
+            await flush(a, ME)
+            fleet.shut("epoch")
+            asked = fleet.epochs_asked
+            await until(lambda: fleet.epochs_asked > asked)
+            clearing = asyncio.ensure_future(clear(a, ME))
+            await asyncio.sleep(0.01)
+            fleet.dead_after_next_epoch = True
+            fleet.open()
+            with pytest.raises(TierUnavailable, match="others may until the store can be told"):
+                await clearing
+            assert not a.backings[0].readable, "it said that it serves nothing of it"
+            fleet.dead = fleet.dead_after_next_epoch = False
+            before = fleet.current
+            await until(lambda: a.backings[0].readable)
+            assert fleet.current != before
+            assert (await ask(a, keys)).lease == 0
+
+        of_fleet(test, members=1, fleet=Fleet(lasts_s=8.0))
+
     def test_of_some_chunks(self) -> None:
         async def test(fleet: Fleet, a: Node, b: Node) -> None:
             keys, others = chunk_keys(3), chunk_keys(2, 1)

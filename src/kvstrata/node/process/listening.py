@@ -12,6 +12,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 
 from kvstrata.config import Config
 from kvstrata.errors import Incompatible, KVStrataError, TierUnavailable
+from kvstrata.node.common.background import report_bug
 from kvstrata.node.lending import Lender
 from kvstrata.node.node import Node
 from kvstrata.observe.counters import Counters
@@ -35,6 +37,7 @@ R = TypeVar("R")
 
 MAX_CONNECTIONS = 256
 HELLO_S = 5.0
+ACCEPT_AGAIN_S = 0.1
 TIMEOUT_S = 10.0
 IDLE_S = 3600.0
 EVERYWHERE = ("0.0.0.0", "::")
@@ -136,6 +139,7 @@ class PeerServer:
             try:
                 connected, _ = self._listener.accept()
             except OSError:
+                time.sleep(ACCEPT_AGAIN_S)  # out of descriptors, perhaps
                 continue
             with self._lock:
                 crowded = self._closed or len(self._connections) >= MAX_CONNECTIONS
@@ -161,6 +165,8 @@ class PeerServer:
         except (OSError, KVStrataError) as error:
             if not self._closed:
                 logger.info("%s is disconnected: %s", who, error)
+        except Exception as error:
+            report_bug(self._counters, "a peer's connection", error)
         finally:
             connected.close()
             with self._lock:

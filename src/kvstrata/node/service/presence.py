@@ -83,15 +83,18 @@ class Presence:
             if self._health.off_s:
                 return
             begun = self._clock()
-            verb = self._tier.begin_epoch if self._to_end else self._tier.epoch
+            ending = self._to_end
             try:
-                epoch = await self._calls.ask(verb)
+                epoch = await self._calls.ask(
+                    self._tier.begin_epoch if ending else self._tier.epoch
+                )
             except TierUnavailable as error:
                 self._health.trip(error)
                 return
             took = self._clock() - begun
             self.round_s = min(took, 1.2 * self.round_s or took)
-            self._take(epoch, begun)
+            if ending or not self._to_end:  # or else a clear has been asked for meanwhile
+                self._take(epoch, begun)
 
     async def end(self) -> Epoch | None:
         """Begin a new epoch, for all; the one that was the present here until now.
