@@ -131,7 +131,7 @@ def keys(seed: int, count: int) -> list[bytes]:
 def ours(config: Config, pool: Pool, seed: int, count: int) -> Side:
     """The tier that a node reads with, and the check that a node makes."""
     (part,) = config.tiers
-    tier = part.open_in(config)
+    tier = part.open(config)
     assert isinstance(tier, PeerTier)
     if config.network.transport == NIXL:
         tier.read_by(Reader(Memory(pool.address, pool.capacity_bytes)))

@@ -129,4 +129,4 @@ def test_the_memory_tier_has_no_encryption() -> None:
     from kvstrata.config import MemoryConfig
 
     assert MemoryConfig(capacity=1 << 20).encryption == "none"
-    assert isinstance(MemoryConfig(capacity=1 << 20).open(), MemoryTier)
+    assert isinstance(MemoryConfig(capacity=1 << 20).open(None), MemoryTier)

@@ -215,7 +215,7 @@ def load(**options: object) -> ObjectStoreTier:
     overrides = {f"object_store.{key}": value for key, value in options.items()}
     part = load_config(environ={}, overrides=overrides).tier("object_store")
     assert part is not None
-    tier = part.open()
+    tier = part.open(None)
     assert isinstance(tier, ObjectStoreTier)
     return tier
 

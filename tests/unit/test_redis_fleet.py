@@ -128,7 +128,7 @@ def test_a_configuration_opens_its_tier() -> None:
         patch.setattr(
             "kvstrata.tiers.redis.tier.RedisTier", lambda *all, **named: given.append((all, named))
         )
-        part.open()
+        part.open(None)
     assert given == [((part.url, "a/b"), {"lasts_s": 9.0, "ttl_s": 2.0})]
 
 
@@ -138,4 +138,4 @@ def test_a_client_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "redis", None)
     (part,) = load_config(environ={}, overrides={"redis.url": "redis://h"}).tiers
     with pytest.raises(ConfigError, match=r"pip install 'kvstrata\[redis\]'"):
-        part.open()
+        part.open(None)

@@ -76,7 +76,7 @@ class MooncakeConfig(SharedPart):
         where = "memory this machine has beside host.capacity"
         check_fits("mooncake.segment", self.segment, room.memory_bytes(), where)
 
-    def open(self) -> SharedTier:
+    def open(self, config: Any) -> SharedTier:
         from kvstrata.tiers.mooncake.client import Client
         from kvstrata.tiers.mooncake.tier import MooncakeTier
 

@@ -196,10 +196,7 @@ class PeerConfig(TierPart):
             return ""
         return f"the peer {address} may not be named here: peer.named is {self.named}"
 
-    def open(self) -> PeerTier:
-        raise NotImplementedError("a peer needs to know the whole configuration")
-
-    def open_in(self, config: Any) -> PeerTier:
+    def open(self, config: Any) -> PeerTier:
         from kvstrata.keys import load_secret
         from kvstrata.tiers.peer import PeerTier
         from kvstrata.transfer.tcp import connect

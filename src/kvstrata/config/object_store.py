@@ -102,7 +102,7 @@ class ObjectStoreConfig(SharedPart):
                     f"is for s3:// alone, and object_store.url is {self.url}",
                 )
 
-    def open(self) -> SharedTier:
+    def open(self, config: Any) -> SharedTier:
         try:
             from kvstrata.tiers.object_store.tier import ObjectStoreTier
         except ModuleNotFoundError as error:

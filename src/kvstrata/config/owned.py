@@ -7,7 +7,7 @@ import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvstrata.config import kinds
 from kvstrata.config.parts import about, option
@@ -61,7 +61,7 @@ class MemoryConfig(OwnedPart):
         where = "memory this machine has beside host.capacity"
         check_fits("memory.capacity", self.capacity, room.memory_bytes(), where)
 
-    def open(self) -> OwnedTier:
+    def open(self, config: Any) -> OwnedTier:
         from kvstrata.tiers.memory import MemoryTier
 
         return MemoryTier()
@@ -107,7 +107,7 @@ class DiskConfig(OwnedPart):
         if size := room.disk_bytes(self.path):
             check_fits("disk.capacity", self.capacity, size, f"file system of {self.path}")
 
-    def open(self) -> OwnedTier:
+    def open(self, config: Any) -> OwnedTier:
         from kvstrata.tiers.disk.tier import DiskTier
 
         return DiskTier(self.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvstrata.config import kinds
 from kvstrata.config.parts import about, option
@@ -39,7 +39,7 @@ class RedisConfig(SharedPart):
         shared=True,
     )
 
-    def open(self) -> SharedTier:
+    def open(self, config: Any) -> SharedTier:
         try:
             from kvstrata.tiers.redis.tier import RedisTier
         except ModuleNotFoundError as error:

@@ -60,14 +60,12 @@ class TierPart(ABC):
     def check(self, room: Room) -> None:
         """Raise `ConfigError` where options do not go together, or ask for more than there is."""
 
-    def open_in(self, config: Any) -> OwnedTier | SharedTier:
-        """The tier, where the rest of the configuration matters too; otherwise as `open`."""
-        return self.open()
-
     @abstractmethod
-    def open(self) -> OwnedTier | SharedTier:
+    def open(self, config: Any) -> OwnedTier | SharedTier:
         """The tier.
 
+        Args:
+            config: the whole configuration, of which this is a part.
         Raises:
             ConfigError, Incompatible, TierUnavailable: it cannot be had; the message says why.
         """

@@ -52,7 +52,7 @@ def open_backings(
             choice = _choice(part.codec, part.name, tables)
             coarser = [Always(_ready(name)) for name in part.coarser]
             keys = _keys(part)
-            tier = part.open_in(config)
+            tier = part.open(config)
             tier.bind(pool)
         except Exception as error:
             if not isinstance(error, KVStrataError):

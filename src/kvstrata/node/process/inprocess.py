@@ -90,8 +90,9 @@ class InProcessNode:
         self._ending = asyncio.Event()
         self.node = self._make(self.config)
         self.server = Server(self.node, self._secret)
-        self.peers = PeerServer.of(self.config, self._secret, self.node)
+        self.peers = None
         try:
+            self.peers = PeerServer.of(self.config, self._secret, self.node)
             await self.node.start()
             started.set_result(None)
             await self._ending.wait()

@@ -144,8 +144,9 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, door.close)
     node = Node.create(config)
     server = Server(node, secret, door.on_alone)
-    peers = PeerServer.of(config, secret, node)
+    peers = None
     try:
+        peers = PeerServer.of(config, secret, node)
         await node.start()
         door.open(server)
         logger.info(
