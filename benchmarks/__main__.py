@@ -127,6 +127,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "concurrent": ours("concurrent"),
     "disaggregated": ours("disaggregated"),
     "copies": ours("copies"),
+    "fleet": ours("fleet"),
     "peers": ours("peers"),
     "disk": disk,
     "encryption": ours("encryption"),

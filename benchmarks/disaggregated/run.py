@@ -112,7 +112,7 @@ def first_tokens(it: Setting, prompts: Prompts, count: int) -> Row:
         NAME,
         "prompts of 3,000 tokens, prefill and decode apart / one engine alone (first token)",
         found.median,
-        None,
+        1.10,
         detail=f"{found}; {spread(apart_s).median * 1e3:.0f} ms and "
         f"{spread(alone_s).median * 1e3:.0f} ms, one core each",
     )
@@ -149,7 +149,7 @@ def gaps(it: Setting, prompts: Prompts, count: int, rounds: int) -> Row:
         NAME,
         "prefill and decode apart / two whole engines (99th percentile of gaps between tokens)",
         spread(ratios).median,
-        None,
+        0.50,
         detail=f"{min(ratios):.3f} to {max(ratios):.3f} in {rounds} rounds",
     )
 
