@@ -9,13 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import Any
-
-import msgspec
 
 import kvstrata
 from kvstrata.config import Config, host_capacity_bytes
@@ -27,8 +23,8 @@ from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.lending import Lender
 from kvstrata.node.matching import Matcher
-from kvstrata.node.namespaces import Namespaces
 from kvstrata.node.opening import open_backings
+from kvstrata.node.records import Records
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.expecting import Expecting
 from kvstrata.node.service.movement import Movement
@@ -49,11 +45,7 @@ from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
 
-NUM_RECORDS = 1024
-MAX_RECORD_BYTES = 8192
-MAX_OUTCOMES = 32
 UPKEEP_S = 10.0
-_LABEL = re.compile(r"[a-z0-9_ -]{1,32}")
 
 Answer = p.Reply | None | Awaitable[p.Reply]
 
@@ -94,8 +86,7 @@ class Node:
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
         self.reservations = ReservationTable(self.host, per_client)
         self.movement = Movement(self.host, self.leases, backings, counters, clock)
-        self.records: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
-        self._namespaces = Namespaces()
+        self.records = Records(counters)
         self._expecting = Expecting(self.movement, counters, clock)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
         self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
@@ -104,7 +95,6 @@ class Node:
         self.lender = Lender(self.host, per_client, counters, clock)
         self.nixl = nixl
         self._clearer = Clearer(self.host, self.reservations, self.movement, backings)
-        self._outcomes: set[str] = set()
         self._clock = clock
         self._started = clock()
         self._tasks = Tasks(counters)
@@ -307,20 +297,7 @@ class Node:
 
     def record(self, client: Client, message: p.Record) -> None:
         """Keep one request's record, or what a namespace is made of, for the operator."""
-        try:
-            nbytes = len(msgspec.msgpack.encode(message.record))
-        except RecursionError as error:
-            raise UsageError("a record is nested too deep") from error
-        if nbytes > MAX_RECORD_BYTES:
-            raise UsageError(f"a record of {nbytes} bytes; at most {MAX_RECORD_BYTES}")
-        if "namespace" in message.record:
-            return self._namespaces.note(message.record)
-        self.records.append(message.record)
-        outcome = str(message.record.get("outcome", ""))
-        if len(self._outcomes) < MAX_OUTCOMES and _LABEL.fullmatch(outcome):
-            self._outcomes.add(outcome)
-        label = outcome if outcome in self._outcomes else "other"
-        self.counters.add("requests_total", outcome=label)
+        self.records.note(message.record)
 
     def status(self, client: Client, message: p.Status) -> p.State:
         """Everything an operator may ask of a node."""
@@ -359,8 +336,7 @@ class Node:
                 ],
                 "tiers_left_out": self.left_out,
                 "counters": self.counters.snapshot(),
-                "namespaces": self._namespaces.shown(),
-                "requests": list(self.records)[-32:],
+                **self.records.shown(),
             },
         )
 
