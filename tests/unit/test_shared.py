@@ -574,6 +574,32 @@ class TestClear:
 
         of_fleet(test)
 
+    def test_of_a_chunk_that_is_asked_about_before_it_is_written(self) -> None:
+        async def test(fleet: Fleet, a: Node) -> None:
+            keys = chunk_keys(2)
+            fleet.shut("stat")
+            store(a, ME, keys)
+            await until(lambda: len(fleet.asked) == 1)
+            await clear(a, ME, keys[1:], tiers=["fleet"])
+            fleet.open()
+            await flush(a, ME)
+            (name,) = fleet.names
+            assert keys[0] in name
+
+        of_fleet(test, members=1)
+
+    def test_of_all_while_a_chunk_is_asked_about(self) -> None:
+        async def test(fleet: Fleet, a: Node) -> None:
+            fleet.shut("stat")
+            store(a, ME, chunk_keys(1))
+            await until(lambda: len(fleet.asked) == 1)
+            await clear(a, ME)
+            fleet.open()
+            await flush(a, ME)
+            assert not fleet.names
+
+        of_fleet(test, members=1)
+
     def test_of_a_chunk_that_is_being_written(self) -> None:
         async def test(fleet: Fleet, a: Node) -> None:
             keys = chunk_keys(1)

@@ -42,12 +42,13 @@ class _Commit:
 class _Job:
     """One object to be written."""
 
-    __slots__ = ("commit", "key", "slot")
+    __slots__ = ("commit", "forgotten", "key", "slot")
 
     def __init__(self, commit: _Commit, key: bytes, slot: Slot) -> None:
         self.commit = commit
         self.key = key
         self.slot = slot
+        self.forgotten = False  # since it left the queue
 
 
 class WriteBehind:
@@ -72,6 +73,7 @@ class WriteBehind:
         self._struck: deque[_Job] = deque()  # forgotten, and still to be let go
         self._striking = False
         self._jobs: set[_Job] = set()
+        self._begun: set[_Job] = set()  # of which some are still asked about
         self._num_writers = 0
         self._flushes: list[tuple[set[_Job], asyncio.Future[None]]] = []
 
@@ -104,6 +106,8 @@ class WriteBehind:
     def forget(self, keys: set[bytes] | None) -> None:
         """Write nothing that has not begun of these chunks (None: of all)."""
         queue, self._queue = self._queue, deque()
+        for job in self._begun:
+            job.forgotten = job.forgotten or keys is None or job.key in keys
         for job in queue:
             struck = keys is None or job.key in keys
             (self._struck if struck else self._queue).append(job)
@@ -152,11 +156,13 @@ class WriteBehind:
         try:
             while self._queue and not given_up:
                 job = self._queue.popleft()
+                self._begun.add(job)
                 try:
                     await self._write_one(job, give_up)
                 except Exception as error:
                     report_bug(self._counters, "a write", error)
                 finally:
+                    self._begun.discard(job)
                     self._settle(job)
                     self._let_go(job)
         finally:
@@ -164,7 +170,8 @@ class WriteBehind:
 
     async def _write_one(self, job: _Job, give_up: Callable[[], None]) -> None:
         slot, commit = job.slot, job.commit
-        if slot.state is SlotState.READY and not await self._is_spared(job):
+        spared = slot.state is not SlotState.READY or await self._is_spared(job)
+        if not spared and not job.forgotten:
             view = self._host.pool.view(slot.offset, slot.nbytes)
             try:
                 await self.backing.write(job.key, view, commit.origin, give_up)
