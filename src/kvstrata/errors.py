@@ -8,7 +8,8 @@
     │   └── LayoutMismatch   shape, dtype or order differs from what was declared
     ├── CorruptObject        drop the object: checksum, length or identity is wrong
     ├── TierUnavailable      skip the tier until it recovers
-    │   └── TierFull         stop writing to it; reading goes on
+    │   ├── TierFull         stop writing to it; reading goes on
+    │   └── ReadOnly         nor may this node ever write to it, until somebody grants that
     ├── DeadlineExceeded     stop waiting, count a miss
     ├── NodeUnavailable      the node is gone: recompute now, reattach later
     └── UsageError           fix the calling code
@@ -58,6 +59,10 @@ class TierUnavailable(KVStrataError):
 
 class TierFull(TierUnavailable):
     """A tier takes no more objects; what it holds can still be read."""
+
+
+class ReadOnly(TierUnavailable):
+    """This node may not write to a tier; what it holds can still be read."""
 
 
 class PeerRefused(TierUnavailable):

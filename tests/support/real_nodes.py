@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,3 +106,21 @@ def stored_codec(node: Node, number: int = 0) -> tuple[str, bytes]:
         backing.tier.read([object_id(KEYS[number], 0, 0)], [data])
         header = decode(bytes(data[:HEADER_BYTES]))
     return header.codec, header.codec_parameters
+
+
+async def load_shared(node: Node) -> tuple[list[int], list[bytes]]:
+    """Tiers and payloads of the leading chunks that come; stores are asked for them."""
+    request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES], namespace=NAMESPACE)
+    answer = node.match(ME, request)
+    matched = await answer if isinstance(answer, Awaitable) else answer
+    count, offsets = 0, list(offsets_of(matched.offsets))
+    while count < len(matched.tiers):
+        arrived = await arrive(node, ME, matched.lease, count)
+        offsets[count : arrived.ready] = offsets_of(arrived.offsets)
+        count = arrived.ready
+        if arrived.failed:
+            break
+    payloads = [bytes(node.host.pool.view(at + HEADER_BYTES, NBYTES)) for at in offsets[:count]]
+    if matched.lease:
+        node.release(ME, p.Release(matched.lease))
+    return list(matched.tiers[:count]), payloads

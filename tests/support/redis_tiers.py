@@ -39,10 +39,10 @@ def every_verb(tier: SharedTier) -> None:
     tier.upkeep()
 
 
-def rule_on_the_page(password: str) -> list[str]:
-    """The command of docs/redis.md that makes a user for the tier."""
+def rule_on_the_page(password: str, user: str = "kvstrata") -> list[str]:
+    """The command of docs/redis.md that makes such a user for the tier."""
     page = (Path(__file__).parents[2] / "docs" / "redis.md").read_text(encoding="utf-8")
-    (rule,) = re.findall(r"^ACL SETUSER kvstrata .*$", page, re.MULTILINE)
+    (rule,) = re.findall(rf"^ACL SETUSER {user} .*$", page, re.MULTILINE)
     return str(rule).replace("PASSWORD", password).split()
 
 

@@ -19,7 +19,7 @@ import redis
 import trustme
 from tests.support.redis_tiers import every_verb, rule_on_the_page, tier_at, timed
 
-from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.errors import ReadOnly, TierFull, TierUnavailable
 from kvstrata.testing.servers.redis import RedisServer, installed
 from kvstrata.testing.shared import MARGIN_S, name
 from kvstrata.testing.stores import HIT, MISS, PAGE, empty, filled, has, put, read_one, write
@@ -100,10 +100,23 @@ class TestWho:
         tier = tier_at(f"redis://reader:{SECRET}@127.0.0.1:{port}")
         assert has(tier, [name(1)]) == [MISS]
         assert tier.read([name(1)], [empty(PAGE)]) == [MISS]
-        with pytest.raises(
-            TierUnavailable, match=r"do what the tier needs: .*'set' command.*docs/redis.md"
+        for change in (
+            lambda: tier.write([put(name(1), filled(PAGE, 1), True)]),
+            lambda: tier.delete([name(1)]),
+            lambda: tier.forget(1),
+            tier.begin_epoch,
+            tier.epoch,  # which it would have to begin
         ):
-            tier.write([put(name(1), filled(PAGE, 1), True)])
+            with pytest.raises(ReadOnly, match=r"'reader' write: .* command; docs/redis.md"):
+                change()
+        tier.close()
+
+    def test_who_may_not_read_is_not_said_to_read(self, port: int, admin: redis.Redis) -> None:
+        admin.execute_command("ACL", "SETUSER", "reader", "-getrange")
+        tier = tier_at(f"redis://reader:{SECRET}@127.0.0.1:{port}")
+        with pytest.raises(TierUnavailable, match=r"needs: .*'getrange' .*docs/redis.md") as caught:
+            tier.stat([name(1)])
+        assert not isinstance(caught.value, ReadOnly)
         tier.close()
 
 

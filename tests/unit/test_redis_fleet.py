@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.nodes import NAMESPACE, arrive, clear, flush, until
-from tests.support.real_nodes import KEYS, ME, NBYTES, VEC, chunk, store
+from tests.support.nodes import clear, flush, until
+from tests.support.real_nodes import KEYS, ME, chunk, load_shared, store
 
 from kvstrata.config import RedisConfig, load_config
 from kvstrata.errors import ConfigError
@@ -20,7 +20,6 @@ from kvstrata.testing.servers.redis import RedisCluster, RedisServer, installed
 from kvstrata.testing.shared import Server
 from kvstrata.tiers.base import SharedTier
 from kvstrata.wire import protocol as p
-from kvstrata.wire.client import offsets_of
 
 pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
 
@@ -63,33 +62,16 @@ async def ready(*nodes: Node) -> None:
     await until(lambda: all(node.backings[0].readable for node in nodes))
 
 
-async def load(node: Node) -> tuple[list[int], list[bytes]]:
-    """Tiers and payloads of the leading chunks that are found."""
-    request = p.Match(1, b"".join(KEYS), [0], [VEC, "portable"], [NBYTES], namespace=NAMESPACE)
-    answer = node.match(ME, request)
-    matched = await answer if isinstance(answer, Awaitable) else answer
-    count, offsets = 0, list(offsets_of(matched.offsets))
-    while count < len(matched.tiers):
-        arrived = await arrive(node, ME, matched.lease, count)
-        assert not arrived.failed
-        offsets[count : arrived.ready] = offsets_of(arrived.offsets)
-        count = arrived.ready
-    payloads = [bytes(node.host.pool.view(at + 4096, NBYTES)) for at in offsets[:count]]
-    if matched.lease:
-        node.release(ME, p.Release(matched.lease))
-    return list(matched.tiers), payloads
-
-
 def test_what_one_node_stored_another_serves_until_a_clear(server: Any) -> None:
     async def test(a: Node, b: Node) -> None:
         await ready(a, b)
         assert store(a) == len(KEYS)
         await flush(a, ME)
-        tiers, payloads = await load(b)
+        tiers, payloads = await load_shared(b)
         assert tiers == [SHARED] * len(KEYS)
         assert payloads == [chunk(number) for number in range(len(KEYS))]
         await clear(b, ME)
-        assert await load(b) == ([], [])
+        assert await load_shared(b) == ([], [])
         tier = a.backings[0].tier
         assert isinstance(tier, SharedTier)
         await until(lambda: tier.epoch().number == a.backings[0].epoch)  # type: ignore[attr-defined]

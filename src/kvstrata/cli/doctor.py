@@ -222,7 +222,7 @@ def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
     from kvstrata.cli.checks import Check
 
     before = client.status()
-    names = ["host", *(tier["name"] for tier in before["tiers"] if tier.get("written", True))]
+    names = ["host", *(tier["name"] for tier in before["tiers"] if _takes_writes(tier))]
     numbers = {tier["name"]: number for number, tier in enumerate(before["tiers"], 1)}
     populating = before["host"]["populated_bytes"] < before["host"]["capacity_bytes"]
     num_chunks, payload_bytes = canary_size(before, config)
@@ -279,6 +279,12 @@ def canary_size(state: Mapping[str, Any], config: Config) -> tuple[int, int]:
         room = min(room, part.write_queue // 2 or room)
     each = min(MAX_PAYLOAD_BYTES, room // NUM_CHUNKS) // HEADER_BYTES * HEADER_BYTES
     return NUM_CHUNKS, max(HEADER_BYTES, each - HEADER_BYTES)
+
+
+def _takes_writes(tier: Mapping[str, Any]) -> bool:
+    """Whether a canary may go through it: not where the node has been told that it only reads."""
+    only_read = tier.get("shared") and tier["state"].startswith("read only")
+    return bool(tier.get("written", True)) and not only_read
 
 
 def diagnose(

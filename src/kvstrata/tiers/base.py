@@ -93,8 +93,9 @@ class Store(ABC):
     Verbs are batched, answer one outcome per id in order, and block; the node calls them in
     threads, several at once, so an implementation is thread-safe. The caller owns every buffer
     and keeps it still until the call returns; buffers are aligned to 4096 bytes. A batch raises
-    `TierUnavailable` (or `TierFull`, from ``write``) only when the store as a whole cannot be
-    used; what concerns one object is that object's outcome.
+    `TierUnavailable` (or `TierFull`, from ``write``; or `ReadOnly`, from whatever would change
+    something that this node may not) only when the store as a whole cannot be used; what concerns
+    one object is that object's outcome.
     """
 
     name: str

@@ -236,6 +236,8 @@ class Backing(ABC):
         """In a word or a sentence, how the tier is."""
         if not self.readable:
             return f"off: {self._health.trouble}"
+        if self._health.read_only:
+            return f"read only: {self._health.read_only}"
         return "ok" if self.writable else f"read only: {self._health.trouble}"
 
     @property
@@ -264,7 +266,7 @@ class Backing(ABC):
         """Raise AssertionError unless the conservation laws hold."""
 
     def trip(self, error: Exception) -> None:
-        """Leave the tier alone for a while: off, or read only when it is merely full."""
+        """Leave the tier alone for a while: off, or only read where that works."""
         self._health.trip(error)
 
     async def upkeep(self) -> None:

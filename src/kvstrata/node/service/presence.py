@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from kvstrata.errors import TierUnavailable
+from kvstrata.errors import ReadOnly, TierUnavailable
 from kvstrata.node.service.calls import TierCalls
 from kvstrata.node.service.health import Health
 from kvstrata.tiers.base import Epoch, SharedTier
@@ -88,6 +88,10 @@ class Presence:
                 epoch = await self._calls.ask(
                     self._tier.begin_epoch if ending else self._tier.epoch
                 )
+            except ReadOnly as error:
+                what = "this node may not clear it" if ending else "nobody has begun an epoch there"
+                self._health.trip(TierUnavailable(f"{what}; start a node that may write: {error}"))
+                return
             except TierUnavailable as error:
                 self._health.trip(error)
                 return
@@ -100,13 +104,18 @@ class Presence:
         """Begin a new epoch, for all; the one that was the present here until now.
 
         Raises:
+            ReadOnly: the store does not let this node; all is as it was.
             TierUnavailable: the store could not be told. It will be, before it is used again here.
         """
-        before, self._to_end = self._epoch, True
+        before, pending, self._to_end = self._epoch, self._to_end, True
         async with self._busy:
             begun = self._clock()
             try:
                 epoch = await self._calls.ask(self._tier.begin_epoch)
+            except ReadOnly as error:
+                self._to_end = pending
+                self._health.trip(error)
+                raise
             except TierUnavailable as error:
                 self._health.trip(error)
                 raise

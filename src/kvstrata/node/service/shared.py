@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable
+from kvstrata.errors import CorruptObject, Incompatible, ReadOnly, TierUnavailable
 from kvstrata.node.service.asking import Asking
 from kvstrata.node.service.backing import Question
 from kvstrata.node.service.calls import nothing
@@ -169,6 +169,7 @@ class SharedBacking(Carrier):
             if (epoch := self.epoch) is not None and self.writable:
                 try:
                     await self._link_test.run(epoch)
+                    self._health.wrote()
                     self._timed = True
                 except TierUnavailable as error:
                     self.trip(error)
@@ -180,9 +181,12 @@ class SharedBacking(Carrier):
 
     async def _keep_up(self) -> None:
         await super().upkeep()
+        used = await self._uses.take()
+        if self._health.read_only:
+            return  # notes of uses are written, too
         names = [
             hint.where.name(key, part)
-            for key in await self._uses.take()
+            for key in used
             for part, hint in self._hints.of(key)
             if hint.where.epoch == self.epoch
         ]
@@ -211,6 +215,11 @@ class SharedBacking(Carrier):
     async def _cleared(self, ending: asyncio.Future[Any]) -> int:
         try:
             before = await ending
+        except ReadOnly as error:
+            raise TierUnavailable(
+                f"{self.name} is not cleared, since this node may only read it; clear it at a node "
+                f"that may write: {error}"
+            ) from error
         except TierUnavailable as error:
             raise TierUnavailable(
                 f"{self.name}: this node serves nothing of it any more, but others may until the "
@@ -329,6 +338,8 @@ class SharedBacking(Carrier):
         return None if hint is None else hint.where
 
     def _reject(self, key: bytes, part: int, seen: object) -> None:
+        if isinstance(seen, Where) and self._health.read_only:
+            return self._hints.refuse(key, part, seen)  # it stays where it is
         self._hints.forget(key, part)
         if isinstance(seen, Where):
             self._tasks.spawn("a removal", self._take_out(key, part, seen.name(key, part)))

@@ -20,8 +20,9 @@ import obstore
 from obstore import exceptions
 from obstore.store import LocalStore, from_url
 
-from kvstrata.errors import ConfigError, TierFull, TierUnavailable
+from kvstrata.errors import ConfigError, TierUnavailable
 from kvstrata.tiers.object_store.folder import locked, read_file, unfinished
+from kvstrata.tiers.object_store.troubles import told, translated
 
 MAX_SMALL_BYTES = 4 << 20
 """Of an object that is read in one piece: an epoch, a lease, a note."""
@@ -33,26 +34,8 @@ VERSION = "kvstrataversion"
 # Parts of a call's time: it begins requests in the first, and each has the rest to end.
 _BEGIN, _REQUEST, _RETRY, _PAUSE = 7 / 16, 6 / 16, 2 / 16, 1 / 16
 
-_FULL = re.compile(
-    r"status code: 507|<Code>(QuotaExceeded|StorageFull|XMinioStorageFull|InsufficientStorage)<"
-    r"|\(os error (28|122)\)"
-)
-_REFUSED = re.compile(r"status code: 40[13]|\(os error (1|13)\)|169\.254\.169\.254")
 _NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)<|bucket does not exist")
 _BEYOND_ITS_END = re.compile(r"status code: 416|Requested range was invalid")
-
-_CAUSE = re.compile(r'\b(?:message|error): "([^"]{1,200})"')
-
-_CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role of this machine, and that it "
-    "may list the bucket and get, put and delete its objects",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or the service account of this machine, and that it "
-    "has the role Storage Object User",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or the identity of this "
-    "machine, and that it has the role Storage Blob Data Contributor",
-    "file": "that this user may read and write the folder",
-}
-SCHEMES = tuple(_CREDENTIALS)
 
 
 class Version(NamedTuple):
@@ -107,10 +90,6 @@ class Turn:
         """Raise `TierUnavailable` once no request may begin."""
         if time.monotonic() - self._begun >= self._begin_s:
             raise TierUnavailable("the store is too slow: no time is left for another request")
-
-
-class Refused(TierUnavailable):
-    """The store does not let this node do what it asked."""
 
 
 class Got:
@@ -172,9 +151,7 @@ class ObjectClient:
                 self._store = from_url(url, client_options=options, retry_config=retries, **others)
         except (exceptions.BaseError, ValueError, OSError) as error:
             hint = "; make the folder, below where its file system is mounted"
-            problem = (
-                f"{url} cannot be used: {_told(error)}{hint if self._scheme == 'file' else ''}"
-            )
+            problem = f"{url} cannot be used: {told(error)}{hint if self._scheme == 'file' else ''}"
             raise ConfigError("object_store.url", problem) from error
         prefix = self._store.prefix
         self.folder = Path(prefix or "/") if isinstance(self._store, LocalStore) else None
@@ -189,6 +166,8 @@ class ObjectClient:
 
         Raises:
             TierFull: there is no room, or no quota.
+            ReadOnly: the store does not let this node write or delete.
+            Refused: it does not let it read or list.
             TierUnavailable: anything else; with what to check.
         """
         try:
@@ -200,19 +179,12 @@ class ObjectClient:
                 raise self._no_bucket(error) from error
             raise
         except (exceptions.BaseError, OSError, NotImplementedError) as error:
-            what, text = f"{self.url}: cannot {doing} {path}", str(error)
-            if doing == "write" and _FULL.search(text):
-                raise TierFull(f"{what}, the store has no room: {_told(error)}") from error
-            refusals = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
-            if isinstance(error, refusals) or _REFUSED.search(text):
-                check = _CREDENTIALS.get(self._scheme, "its credentials")
-                raise Refused(f"{what}; check {check}: {_told(error)}") from error
-            raise TierUnavailable(f"{what}: {_told(error)}") from error
+            raise translated(error, self.url, doing, path) from error
 
     def _no_bucket(self, error: Exception) -> TierUnavailable:
         return TierUnavailable(
             f"{self.url}: there is no such bucket; make it, or correct object_store.url: "
-            f"{_told(error)}"
+            f"{told(error)}"
         )
 
     def head(self, path: str, turn: Turn) -> Head | None:
@@ -380,17 +352,3 @@ def _head(meta: Any, attributes: Any) -> Head:
     condition = Version(meta["e_tag"], meta["version"])
     label = str(attributes.get(VERSION) or meta["e_tag"] or meta["version"] or "")
     return Head(meta["size"], meta["last_modified"].timestamp(), condition, label)
-
-
-def _told(error: Exception) -> str:
-    """What a store said, or what became of the connection, in one line."""
-    text, _, details = str(error).partition("\n\nDebug source:")
-    line = " ".join(text.partition("<?xml")[0].rpartition(" - ")[2].split())
-    said = [
-        found[1] for tag in ("Code", "Message") if (found := re.search(f"<{tag}>([^<]*)", text))
-    ]
-    cause = _CAUSE.search(details) if not said else None
-    told = " ".join([line[:300], *said, f"({cause[1]})" if cause else ""]).strip()
-    if "kind: Connect" in details:
-        told += "; is the endpoint right, and can it be reached from here?"
-    return told

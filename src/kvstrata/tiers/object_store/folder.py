@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvstrata.errors import TierUnavailable
+from kvstrata.errors import ReadOnly, TierUnavailable
 
 POLL_S = 0.01
 
@@ -25,13 +25,16 @@ def locked(folder: Path, timeout_s: float) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process that has it.
 
     Raises:
+        ReadOnly: this user may not write there.
         TierUnavailable: it could not be had in this time, or the file system knows no locks.
     """
     deadline = time.monotonic() + timeout_s
     try:
         fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise TierUnavailable(f"{folder / 'lock'}: {error.strerror}") from error
+        refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        kind = ReadOnly if refused else TierUnavailable
+        raise kind(f"{folder / 'lock'}: {error.strerror}") from error
     try:
         while True:
             try:

@@ -13,10 +13,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from kvstrata.errors import ReadOnly
 from kvstrata.tiers.epochs import epoch_prefix
-from kvstrata.tiers.object_store.client import REMOVE_BATCH, ObjectClient, Refused, Turn
+from kvstrata.tiers.object_store.client import REMOVE_BATCH, ObjectClient, Turn
 from kvstrata.tiers.object_store.lease import Lease
 from kvstrata.tiers.object_store.paths import name_of
+from kvstrata.tiers.object_store.troubles import Refused
 from kvstrata.tiers.object_store.uses import LastUses
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class Sweep:
             return
         try:
             self._go_on(turn)
-        except Refused as error:
+        except (Refused, ReadOnly) as error:
             # Reading and writing may well go on; and another node may be let to sweep.
             logger.error("cannot sweep: %s", error)
             self._refused_until = self._clock() + REFUSED_S

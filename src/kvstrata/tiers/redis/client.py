@@ -21,7 +21,7 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from kvstrata.errors import KVStrataError, TierFull, TierUnavailable
+from kvstrata.errors import KVStrataError, ReadOnly, TierFull, TierUnavailable
 from kvstrata.tiers.base import Outcome
 from kvstrata.tiers.redis.address import Address
 from kvstrata.tiers.redis.connections import Buffers, PlainConnection, Time, TlsConnection
@@ -100,6 +100,18 @@ class Client:
     def keys(self, pattern: bytes) -> Iterator[bytes]:
         """The keys that match, of all primaries; some may come twice."""
         return iter(self._client().scan_iter(match=pattern, count=SCAN_COUNT))
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """What is done in it changes something, which a user may not be allowed who may read.
+
+        Raises:
+            ReadOnly: this one is not.
+        """
+        try:
+            yield
+        except NoPermissionError as error:
+            raise ReadOnly(self._forbidden("write", error)) from error
 
     @contextmanager
     def quietly(self) -> Iterator[None]:
@@ -185,26 +197,36 @@ class Client:
         elif isinstance(client, redis.Redis):
             client.connection_pool.disconnect(inuse_connections=False)
 
+    @property
+    def _where(self) -> str:
+        return ", ".join(map(str, self._address.places))
+
+    @property
+    def _who(self) -> str:
+        return f"user {self._address.user!r}" if self._address.user else "the default user"
+
+    def _forbidden(self, what: str, error: Exception) -> str:
+        return (
+            f"redis at {self._where} does not let {self._who} {what}: "
+            f"{' '.join(str(error).split())}; docs/redis.md has the rule for its access list"
+        )
+
     def _said(self, error: Exception) -> KVStrataError:
         """What an error of the library is to a node."""
         if isinstance(error, RedisClusterException) and isinstance(error.__cause__, _ERRORS):
             error = error.__cause__  # why no server of the cluster could be asked for the others
         text = " ".join(str(error).split())
-        where = ", ".join(map(str, self._address.places))
+        where = self._where
         full = isinstance(error, OutOfMemoryError) or text.startswith(_FULL)
         if full:
             return TierFull(f"redis at {where} takes no more: {text}")
-        who = f"user {self._address.user!r}" if self._address.user else "the default user"
         if isinstance(error, AuthenticationError | AuthorizationError):
             return TierUnavailable(
-                f"redis at {where} does not let {who} in: {text}; see the user and the password "
-                "in redis.url"
+                f"redis at {where} does not let {self._who} in: {text}; see the user and the "
+                "password in redis.url"
             )
         if isinstance(error, NoPermissionError):
-            return TierUnavailable(
-                f"redis at {where} does not let {who} do what the tier needs: {text}; "
-                "docs/redis.md has the rule for its access list"
-            )
+            return TierUnavailable(self._forbidden("do what the tier needs", error))
         if isinstance(error, AskError):
             return TierUnavailable(
                 f"redis at {where} is one server of a cluster; begin redis.url with "

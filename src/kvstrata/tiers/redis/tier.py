@@ -95,7 +95,7 @@ class RedisTier(SharedTier):
             ]
 
     def write(self, puts: Sequence[Put]) -> list[Outcome]:
-        with self._client.call():
+        with self._client.call(), self._client.changing():
             return [self._write(put) for put in puts]
 
     def delete(self, ids: Sequence[bytes], versions: Sequence[str] | None = None) -> list[Outcome]:
@@ -103,7 +103,7 @@ class RedisTier(SharedTier):
             versions = [""] * len(ids)
         keys = [self._key(one) for one in ids]
         wanted = [_beginning(version) for version in versions]
-        with self._client.call():
+        with self._client.call(), self._client.changing():
             answers = iter(
                 self._client.batch(
                     [
@@ -118,7 +118,7 @@ class RedisTier(SharedTier):
         return [line if isinstance(line, Outcome) else _hit(line is not None) for line in lines]
 
     def touch(self, ids: Sequence[bytes]) -> None:
-        with self._client.call():
+        with self._client.call(), self._client.changing():
             keys = [self._key(one) for one in ids]
             # Their lines are used by being looked at; what there is to renew is another matter.
             rest = _later(keys, self._lines(keys))
@@ -219,13 +219,16 @@ class RedisTier(SharedTier):
     def begin_epoch(self) -> Epoch:
         with self._client.call():
             content = encode_epoch(new_epoch(self._epoch().lasts_s))
-            self._client.run("SET", self._epoch_key, content)
+            with self._client.changing():
+                self._client.run("SET", self._epoch_key, content)
             return decode_epoch(content, self._where)
 
     def _epoch(self) -> Epoch:
         content = self._client.run("GET", self._epoch_key)
         if content is None:
-            self._client.run("SET", self._epoch_key, encode_epoch(new_epoch(self._lasts_s)), "NX")
+            first = encode_epoch(new_epoch(self._lasts_s))
+            with self._client.changing():
+                self._client.run("SET", self._epoch_key, first, "NX")
             content = self._client.run("GET", self._epoch_key)
         if content is None:
             raise TierUnavailable(f"{self._where} does not stay; is there room for it?")
@@ -233,7 +236,7 @@ class RedisTier(SharedTier):
 
     def forget(self, epoch: int) -> int:
         """See `SharedTier.forget`. What there is no time for is done by `upkeep`."""
-        with self._client.call() as time:
+        with self._client.call() as time, self._client.changing():
             pattern = self._prefix + epoch_prefix(epoch).hex().encode() + b"*"
             keys = self._forgetting.pop(epoch, None) or self._client.keys(pattern)
             count = 0
