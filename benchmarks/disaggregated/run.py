@@ -21,10 +21,11 @@ from benchmarks.common import (
     say,
     spread,
 )
-from benchmarks.disaggregated.asking import Streamed, Talker, stream
+from benchmarks.disaggregated.asking import Talker
 from benchmarks.lmcache_client.servers import HOST, Program, Server, free_port
 
 from kvstrata.testing.engine import engine_environment
+from kvstrata.testing.serving import Streamed, stream
 from kvstrata.testing.workplace import Workplace
 
 NAME = "disaggregated"

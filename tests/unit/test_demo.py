@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstrata.cli.demo_fleet import fleet_table
 from kvstrata.cli.demo_results import Asked, plot, table
 from kvstrata.testing.others import OtherWork
 
@@ -42,6 +43,18 @@ def test_it_draws_and_tabulates(tmp_path: Path) -> None:
     assert [next(iter(column.cells)) for column in found.columns] == [
         *("1", "2,069", "2,000", "80", "100", "125", "20x", "16x", "yes")
     ]
+
+
+def test_a_fleet_is_tabulated() -> None:
+    fleet = Asked(2, 3073)
+    for way, first_s in (("cold", 4.0), ("fleet", 0.25), ("apart", 4.4)):
+        fleet.heard(way, first_s, [1, 2])
+    found = fleet_table([fleet])
+    assert [next(iter(column.cells)) for column in found.columns] == [
+        *("2", "3,073", "4,000", "250", "16x", "4,400", "yes")
+    ]
+    fleet.heard("apart", 4.4, [1, 3])
+    assert "NO" in str(list(fleet_table([fleet]).columns[-1].cells))
 
 
 class Kernel:

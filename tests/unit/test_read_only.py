@@ -321,9 +321,11 @@ def test_what_is_corrupt_and_cannot_be_removed_is_not_read_again(
     on_node(in_redis.reader, "redis", test)
 
 
+@pytest.mark.parametrize("known", [True, False])
 def test_doctor_warns_and_sends_no_canary_there(
-    in_redis: Place, monkeypatch: pytest.MonkeyPatch
+    in_redis: Place, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
+    """Whether the node has found out by then, or does so meanwhile."""
     write_all(in_redis)
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
         monkeypatch.setenv("XDG_CONFIG_HOME", folder)
@@ -335,7 +337,7 @@ def test_doctor_warns_and_sends_no_canary_there(
         try:
             node.run(lambda: node.server.listen(bind(socket_path(config))))
             deadline = time.monotonic() + 10.0
-            while not node.node.backings[0].state.startswith("read only: "):
+            while known and not node.node.backings[0].state.startswith("read only: "):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             found = {check.name: check for check in doctor.examine(config)}
@@ -345,4 +347,5 @@ def test_doctor_warns_and_sends_no_canary_there(
     assert re.search(in_redis.said, found["redis"].message)
     assert found["host read"].result == "ok"
     assert "redis write" not in found
+    assert found["clean up"].result == "ok"
     assert not [check for check in found.values() if check.result == "FAIL"]

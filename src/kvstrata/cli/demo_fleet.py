@@ -1,107 +1,200 @@
 """``kvstrata demo --fleet``: what one vLLM has computed another one, with a node of its own, loads.
 
-Two engines, two nodes, one store. The nodes share nothing else, as on two machines: not their
-memory, not a disk. A shared folder stands for the store; `docs/object-store.md` has the others.
+Two engines, two nodes, and each document three times. The first engine computes it. The second one
+has it from a store that both nodes share: a shared folder; `docs/object-store.md` has the others.
+Then all is forgotten, and prefill and decode are apart: a proxy has the first engine compute the
+document and the second one answer, which loads it from the first one's node meanwhile. The nodes
+share nothing else, as on two machines: not their memory, not a disk.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstrata.cli.demo_results import Asked
-from kvstrata.cli.demo_story import CHUNK_TOKENS, STEP_TOKENS, Story
+from kvstrata.cli.demo_story import ANSWER_TOKENS, CHUNK_TOKENS, STEP_TOKENS, Story
 from kvstrata.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvstrata.testing.engine import Engine
+    from kvstrata.testing.serving import Program, Server
     from kvstrata.wire.client import NodeClient
 
 STORE = "object_store"
+#: how the answers are asked for, and the tier that their prompts must come from
+WAYS = {"cold": "", "fleet": STORE, "apart": "peer"}
+
+
+class Side(NamedTuple):
+    """An engine and a client of its node."""
+
+    server: Server
+    client: NodeClient
+
+    def counted(self, name: str) -> float:
+        """A counter of the node's."""
+        return float(self.client.status()["counters"].get(name, 0))
+
+    def hits(self, tier: str) -> float:
+        """Chunks that the node has found in a tier so far."""
+        return self.counted(f'hit_chunks_total{{tier="{tier}"}}')
+
+
+class Fleet(NamedTuple):
+    """Both sides, and the proxy before them."""
+
+    first: Side
+    second: Side
+    proxy: Program
+
+    def forget(self) -> None:
+        """Have nothing of any document, neither the engines nor the nodes nor the store."""
+        for side in (self.first, self.second):
+            side.server.reset_prefix_cache()
+        self.first.client.clear()
+        self.second.client.clear(tiers=["host"])
 
 
 class FleetDemo(Story):
     """The story of a fleet, told on stderr while it happens; arguments as of `Story`."""
 
     def run(self) -> None:
-        """All of it; raises `UsageError` where a hit came from elsewhere than it is said to."""
+        """See `Story.run`."""
         from kvstrata.testing.models import smollm2
-        from kvstrata.testing.workplace import Workplace, wait_stored
 
         self._say("the model: SmolLM2-135M, unpacked to bfloat16 (once)")
         model = smollm2()
-        tokenizer = self._read_documents(model)
+        # One token beyond whole steps: all ways compute it in a step of its own.
+        tokenizer = self._read_documents(model, beyond=1)
         shared = Path(tempfile.mkdtemp(prefix="fleet-", dir=self._out))
-        (shared / "store").mkdir()
-        settings = {
-            "host.capacity": "1GiB",
-            "secret_file": str(shared / "secret"),
-            f"{STORE}.url": f"file://{shared / 'store'}",
-            f"{STORE}.capacity": "2GiB",
-            f"{STORE}.lookup_timeout": "1s",
-        }
-        options = {"max_num_batched_tokens": STEP_TOKENS}
         try:
-            with ExitStack() as ends:
-                self._say("starting two vLLM, each with a node of its own, about 40 s")
-                places = [ends.enter_context(Workplace(model, settings)) for _ in range(2)]
-                engines = [place.engine(options) for place in places]
-                for engine in engines:
-                    engine.wait()
-                clients = [place.client() for place in places]
-                for engine, client in zip(engines, clients, strict=True):
-                    self._started(engine, client)
-                stored = len(self._warm_up) // CHUNK_TOKENS
+            with self._started(model, shared) as fleet, self.others.counted(os.getpid()):
                 for asked, prompt in zip(self.asked, self._prompts, strict=True):
-                    self._answer("cold", engines[0], clients[0], asked, prompt)
+                    self._tell(fleet, asked, prompt)
                     answer = tokenizer.decode(asked.tokens["cold"][0], skip_special_tokens=True)
                     asked.answer = " ".join(answer.split())
-                    stored += len(prompt) // CHUNK_TOKENS
-                    wait_stored(clients[0], stored)
-                    clients[0].flush()
-                    self._answer("fleet", engines[1], clients[1], asked, prompt)
-                    self._say(
-                        f"document {asked.number}, {asked.prompt_tokens:,} tokens: the first vLLM "
-                        f"computes it in {asked.ms('cold'):.0f} ms, the second one has it in "
-                        f"{asked.ms('fleet'):.0f} ms; the answers are "
-                        f"{'the same, token by token' if asked.same else 'OTHER ONES'}"
-                    )
         finally:
             shutil.rmtree(shared, ignore_errors=True)
 
+    @contextmanager
+    def _started(self, model: Path, shared: Path) -> Iterator[Fleet]:
+        """All processes, warmed up."""
+        from kvstrata.testing.engine import compute_cores, engine_environment
+        from kvstrata.testing.serving import HOST, Program, Server, free_port
+        from kvstrata.testing.workplace import Workplace, wait_ready
+
+        (shared / "store").mkdir()
+        listen = f"{HOST}:{free_port()}"
+        common = {
+            "host.capacity": "1GiB",
+            "secret_file": str(shared / "secret"),
+            "deadlines.request": "10s",
+            "planner": "off",  # this shows what loads, on however busy a machine
+            f"{STORE}.url": f"file://{shared / 'store'}",
+            f"{STORE}.capacity": "2GiB",
+            f"{STORE}.lookup_timeout": "1s",
+            f"{STORE}.epoch_every": "1s",
+        }
+        roles = ({"network.listen": listen}, {"peer.named": listen, "peer.lookup_timeout": "1s"})
+        with ExitStack() as ends:
+            self._say("starting two vLLM, each with a node of its own, and a proxy; about a minute")
+            sides = []
+            for role in roles:
+                place = ends.enter_context(Workplace(model, {**common, **role}, service=True))
+                options = {
+                    "max-num-batched-tokens": STEP_TOKENS,
+                    "kv-transfer-config": json.dumps(place.connector),
+                }
+                server = Server(model, place.folder / "server.log", place.environment, options)
+                ends.callback(server.kill)
+                sides.append(Side(server, place.client()))
+            port = free_port()
+            command = [
+                "-m", "kvstrata.cli", "proxy", f"--port={port}",
+                f"--prefill={sides[0].server.url}", f"--decode={sides[1].server.url}",
+            ]  # fmt: skip
+            proxy = Program(command, port, shared / "proxy.log", engine_environment({}))
+            ends.callback(proxy.kill)
+            for program in (*[side.server for side in sides], proxy):
+                program.wait()
+            self.machine = {
+                "cores": os.cpu_count(),
+                "vllm": sides[0].server.version(),
+                "threads": len(compute_cores().split(",")),
+            }
+            for server, client in sides:
+                self._say(
+                    f"vLLM {self.machine['vllm']} is up (pid {server.pid}), KVStrata's node with "
+                    f"{client.hello.capacity_bytes >> 20} MiB (pid {client.hello.pid})"
+                )
+                wait_ready(client)
+            # The first steps of a process are slow, whatever they compute; and from its first
+            # answer the proxy knows where the first node is.
+            for program in (*[side.server for side in sides] * 2, proxy):
+                program.ask(self._warm_up, 1, timeout_s=600)
+            first, second = sides
+            yield Fleet(first, second, proxy)
+
+    def _tell(self, fleet: Fleet, asked: Asked, prompt: Sequence[int]) -> None:
+        from kvstrata.testing.workplace import wait_stored
+
+        stored = fleet.first.counted("stored_objects_total")
+        self._answer("cold", fleet.first, fleet.first.server, asked, prompt)
+        wait_stored(fleet.first.client, int(stored) + len(prompt) // CHUNK_TOKENS)
+        self._answer("fleet", fleet.second, fleet.second.server, asked, prompt)
+        fleet.forget()
+        self._answer("apart", fleet.second, fleet.proxy, asked, prompt)
+        self._say(
+            f"document {asked.number}, {asked.prompt_tokens:,} tokens: the first vLLM computes it "
+            f"in {asked.ms('cold'):.0f} ms, the second one has it from the store in "
+            f"{asked.ms('fleet'):.0f} ms, or while the first one computes it in "
+            f"{asked.ms('apart'):.0f} ms; the answers are "
+            f"{'the same, token by token' if asked.same else 'OTHER ONES'}"
+        )
+
     def _answer(
-        self,
-        way: str,
-        engine: Engine,
-        client: NodeClient,
-        asked: Asked,
-        prompt: Sequence[int],
+        self, way: str, side: Side, program: Program, asked: Asked, prompt: Sequence[int]
     ) -> None:
-        name = f'hit_chunks_total{{tier="{STORE}"}}'
-        before = client.status()["counters"].get(name, 0)
-        self.ask_once(way, engine, asked, prompt)
-        hits = client.status()["counters"].get(name, 0) - before
-        expected = 0 if way == "cold" else len(prompt) // STEP_TOKENS * STEP_TOKENS // CHUNK_TOKENS
-        if hits < expected or (hits and not expected):
+        """Have a document answered, and see where its chunks were found by the side's node."""
+        before = {tier: side.hits(tier) for tier in filter(None, WAYS.values())}
+        answer = program.stream(prompt, ANSWER_TOKENS)
+        asked.heard(way, answer.first_s, answer.tokens)
+        hits = {tier: side.hits(tier) - count for tier, count in before.items()}
+        # Whoever decodes is given the end of a prompt too, which fills no chunk.
+        chunks = len(prompt) // CHUNK_TOKENS + (way == "apart")
+        expected = {tier: chunks * (tier == WAYS[way]) for tier in before}
+        if hits != expected:
             raise UsageError(
-                f"document {asked.number}, {way}: {hits:.0f} chunks came from the store, "
-                f"{expected} expected; `kvstrata doctor` may say why"
+                f"document {asked.number}, {way}: {_named(hits)}, not {_named(expected)}; "
+                "`kvstrata doctor` may say why"
             )
 
 
-def table(documents: Sequence[Asked]) -> Table:
+def _named(chunks: Mapping[str, float]) -> str:
+    """``"12 chunks from peer"``."""
+    found = [f"{count:.0f} chunks from {tier}" for tier, count in chunks.items() if count]
+    return " and ".join(found) or "no chunk from another node"
+
+
+def fleet_table(documents: Sequence[Asked]) -> Table:
     """The times for people, a row a document."""
     from rich.table import Table
 
-    found = Table(title="time to the first token, ms", header_style="bold")
+    found = Table(
+        title="time to the first token, ms",
+        caption="apart: the first vLLM computes, the second one answers",
+        header_style="bold",
+    )
     for heading in ("document", "tokens", "first vLLM: computed", "second vLLM: from the store",
-                    "is faster", "same tokens"):  # fmt: skip
+                    "is faster", "prefill and decode apart", "same tokens"):  # fmt: skip
         found.add_column(heading, justify="right")
     for asked in documents:
         found.add_row(
@@ -110,6 +203,7 @@ def table(documents: Sequence[Asked]) -> Table:
             f"{asked.ms('cold'):,.0f}",
             f"{asked.ms('fleet'):,.0f}",
             f"{asked.faster('fleet'):.0f}x",
+            f"{asked.ms('apart'):,.0f}",
             "yes" if asked.same else "[bold red]NO[/]",
         )
     return found

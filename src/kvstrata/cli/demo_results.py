@@ -43,6 +43,11 @@ class Asked:
         """Whether all answers are equal, token by token."""
         return len({tuple(answer) for answers in self.tokens.values() for answer in answers}) == 1
 
+    def heard(self, way: str, first_s: float, tokens: list[int]) -> None:
+        """Keep an answer: seconds to its first token, and its tokens."""
+        self.first_ms.setdefault(way, []).append(round(first_s * 1e3, 1))
+        self.tokens.setdefault(way, []).append(tokens)
+
     def ms(self, way: str) -> float:
         """Time to the first token: the median of all times that it was asked this way."""
         return statistics.median(self.first_ms[way])

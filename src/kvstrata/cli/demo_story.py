@@ -1,21 +1,17 @@
-"""What the stories of the demo have in common: documents, engines that are warmed up, a voice."""
+"""What the stories of the demo have in common: documents, a voice, and a look at the clock."""
 
 from __future__ import annotations
 
-import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from kvstrata.cli.demo_results import Asked
 from kvstrata.testing.others import OtherWork
-
-if TYPE_CHECKING:
-    from kvstrata.testing.engine import Answer, Engine
-    from kvstrata.wire.client import NodeClient
 
 #: a prompt is computed in steps of so many tokens; documents are a whole number of them, so that
 #: cold and warm split the work alike and rounding gives no reason for another token
@@ -26,7 +22,7 @@ ANSWER_TOKENS = 16
 QUESTION = "\n\nQuestion: What is the text above about, in one sentence?\n\nAnswer: The text"
 
 
-class Story:
+class Story(ABC):
     """Documents that engines are asked about, told line by line on stderr while it happens.
 
     Args:
@@ -43,7 +39,21 @@ class Story:
         self.machine: dict[str, Any] = {}
         self.others = OtherWork()
 
-    def _read_documents(self, model: Path) -> Any:
+    @abstractmethod
+    def run(self) -> None:
+        """All of it.
+
+        Raises:
+            UsageError: the engine or the model cannot be had, or a hit came from elsewhere than
+                it is said to.
+        """
+
+    def _read_documents(self, model: Path, beyond: int | None = None) -> Any:
+        """Make the prompts; returns the tokenizer.
+
+        Args:
+            beyond: tokens of a prompt beyond whole steps; None: as many as the question has.
+        """
         from transformers import AutoTokenizer
 
         from kvstrata.testing.models import documents
@@ -52,32 +62,12 @@ class Story:
         question = tokenizer.encode(QUESTION)
         longest = documents(len(self._steps), max(self._steps) * STEP_TOKENS, tokenizer)
         for number, (steps, text) in enumerate(zip(self._steps, longest, strict=True), 1):
-            prompt = [*text[: steps * STEP_TOKENS], *question]
+            room = steps * STEP_TOKENS + (len(question) if beyond is None else beyond)
+            prompt = [*text[: room - len(question)], *question]
             self._prompts.append(prompt)
             self.asked.append(Asked(number, len(prompt)))
         self._warm_up = [*documents(1, STEP_TOKENS, tokenizer, seed=1)[0], *question]
         return tokenizer
-
-    def _started(self, engine: Engine, client: NodeClient) -> None:
-        from kvstrata.testing.workplace import wait_ready
-
-        about = engine.wait()
-        self.machine = {"cores": os.cpu_count(), **about}
-        self._say(
-            f"vLLM {about['vllm']} is up with {about['threads']} threads (pid {engine.pid}), "
-            f"KVStrata's node with {client.hello.capacity_bytes >> 20} MiB (pid {client.hello.pid})"
-        )
-        wait_ready(client)
-        # The first steps of a process are slow, whatever they compute.
-        engine.ask(self._warm_up)
-        engine.ask(self._warm_up)
-
-    def ask_once(self, way: str, engine: Engine, asked: Asked, prompt: Sequence[int]) -> Answer:
-        """Ask, and keep what is to be told of the answer."""
-        answer = engine.ask(prompt, ANSWER_TOKENS)
-        asked.first_ms.setdefault(way, []).append(round(answer.first_s * 1e3, 1))
-        asked.tokens.setdefault(way, []).append(answer.tokens)
-        return answer
 
     def _say(self, text: str) -> None:
         typer.echo(f"[{time.monotonic() - self._began:5.0f} s] {text}", err=True)

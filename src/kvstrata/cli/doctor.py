@@ -219,10 +219,9 @@ def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
     Stops between its steps, so that a test can break something in between.
     """
     from kvstrata.cli.canary import Canary
-    from kvstrata.cli.checks import Check
+    from kvstrata.cli.checks import Check, check_tier
 
     before = client.status()
-    names = ["host", *(tier["name"] for tier in before["tiers"] if _takes_writes(tier))]
     numbers = {tier["name"]: number for number, tier in enumerate(before["tiers"], 1)}
     populating = before["host"]["populated_bytes"] < before["host"]["capacity_bytes"]
     num_chunks, payload_bytes = canary_size(before, config)
@@ -244,6 +243,12 @@ def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
         if stored.problem:
             return
         written = canary.write_behind()  # at once, since the node has begun already
+        names = ["host"]
+        for tier, earlier in zip(client.status()["tiers"], before["tiers"], strict=True):
+            if _takes_writes(tier):
+                names.append(tier["name"])
+            elif tier["state"] != earlier["state"]:  # its first write has been refused by now
+                yield check_tier(tier)
         yield judge("host read", "host", canary.read_back(), "copy")
         for place, name in enumerate(names[1:], 1):
             canary.drop(names[:place])
@@ -255,7 +260,7 @@ def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
             if missing:
                 break
             yield judge(f"{name} read", name, canary.read_back(), "arrive")
-        yield _clean_up(canary)
+        yield _clean_up(canary, names)
 
 
 def settled(client: NodeClient) -> dict[str, Any]:
@@ -335,13 +340,13 @@ def diagnose(
     return "FAIL", "no counter tells why; the node's log may"
 
 
-def _clean_up(canary: Canary) -> Check:
+def _clean_up(canary: Canary, tiers: Sequence[str]) -> Check:
     from kvstrata.cli.canary import ABSENT
     from kvstrata.cli.checks import Check
     from kvstrata.errors import DeadlineExceeded, TierUnavailable
 
     try:
-        count = canary.drop([])
+        count = canary.drop(tiers)
     except (TierUnavailable, DeadlineExceeded) as error:
         message = f"some objects of this test stay until they are evicted: {error}"
         return Check("clean up", "warn", message)
