@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from kvstrata.cli import checks, doctor, join, serve
 from kvstrata.cli.canary import Canary
 from kvstrata.cli.counting import label_values, labelled, total
 from kvstrata.config import Config, DiskConfig, load_config
-from kvstrata.errors import ConfigError, TierUnavailable
+from kvstrata.errors import ConfigError, ReadOnly, TierUnavailable
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
 from kvstrata.node.service.probe import PROBE_KEY
@@ -325,6 +326,65 @@ def test_clear_of_a_tier_that_is_off_does_not_pass_as_done(
     assert code == 1
     assert "not cleared for good" in err
     assert "Input/output error" in err
+
+
+@pytest.fixture
+def fleet(folder: Path, start: Callable[[dict[str, str]], Serving]) -> Serving:
+    """A node with a store that others share, and with peers."""
+    (folder / "store").mkdir()
+    store = {
+        "object_store.url": f"file://{folder / 'store'}",
+        "object_store.capacity": "1GiB",
+        "object_store.epoch_every": "100ms",
+        "peer.nodes": "127.0.0.1:1",
+    }
+    serving = start({**settings(folder), **store})
+    shared = next(one for one in serving.node.backings if one.name == "object_store")
+    deadline = time.monotonic() + 10.0
+    while not (shared.readable and shared._timed):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return serving
+
+
+def test_clear_of_a_store_that_is_shared(
+    fleet: Serving,
+    folder: Path,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    epoch = (folder / "store" / "epoch").read_bytes()
+    store(fleet)
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    code, out, _ = command("clear", "--tier", "object_store", *fleet.arguments)
+    assert code == 0
+    assert "Forget all of object_store what the whole fleet has there?" in out
+    begun = (folder / "store" / "epoch").read_bytes()
+    assert begun != epoch
+    code, out, _ = command("clear", "--yes", *fleet.arguments)
+    assert (code, out) == (0, "forgot 8 objects (host, disk, object_store)\n")
+    assert (folder / "store" / "epoch").read_bytes() != begun
+    code, _, err = command("clear", "--yes", "--tier", "disc", *fleet.arguments)
+    assert code == 2
+    assert "no disc tier; it has host, disk, object_store" in err
+
+
+def test_clear_of_a_store_that_may_only_be_read(
+    fleet: Serving,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused() -> None:
+        raise ReadOnly("permission denied")
+
+    shared = next(one for one in fleet.node.backings if one.name == "object_store")
+    monkeypatch.setattr(shared.tier, "begin_epoch", refused)
+    store(fleet)
+    code, _, err = command("clear", "--yes", *fleet.arguments)
+    assert code == 1
+    assert "object_store is not cleared, since this node may only read it" in err
+    assert "not cleared for good" not in err
+    assert fleet.node.host.index.num_objects == 0, "the others are"
 
 
 # serve

@@ -23,6 +23,9 @@ PAGES = (
     "docs/encryption.md",
     "docs/redis.md",
     "docs/object-store.md",
+    "docs/mooncake.md",
+    "docs/peers.md",
+    "docs/disaggregation.md",
 )
 
 RUNNABLE = re.compile(r"^<!-- runnable -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -22,7 +22,7 @@ from tests.support.redis_tiers import rule_on_the_page
 
 from kvstrata.cli import doctor
 from kvstrata.config import load_config
-from kvstrata.errors import TierUnavailable
+from kvstrata.errors import ReadOnly
 from kvstrata.node.node import Node
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
@@ -278,7 +278,7 @@ def test_a_clear_is_refused_and_changes_nothing(place: Place) -> None:
     async def test(node: Node) -> None:
         await until(lambda: state(node).startswith("read only: "))
         for _ in range(2):
-            with pytest.raises(TierUnavailable, match="is not cleared, since this node may only r"):
+            with pytest.raises(ReadOnly, match="is not cleared, since this node may only read it"):
                 await clear(node, ME)
             assert (await load_shared(node))[0] == SHARED
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
-from kvstrata.errors import DeadlineExceeded, NodeUnavailable, TierUnavailable, UsageError
-
-
-class TierName(str, Enum):
-    """The tiers that can be named."""
-
-    host = "host"
-    memory = "memory"
-    disk = "disk"
+from kvstrata.errors import (
+    DeadlineExceeded,
+    NodeUnavailable,
+    ReadOnly,
+    TierUnavailable,
+    UsageError,
+)
 
 
 def run(
@@ -26,8 +24,12 @@ def run(
     settings: Settings = None,
     node: NodeOption = None,
     tiers: Annotated[
-        list[TierName] | None,
-        typer.Option("--tier", help="Only this tier; may be repeated. Default: all of them."),
+        list[str] | None,
+        typer.Option(
+            "--tier",
+            metavar="NAME",
+            help="Only this tier, as `kvstrata status` names it; may be repeated. Default: all.",
+        ),
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Do not ask. Needed where there is no terminal.")
@@ -35,28 +37,27 @@ def run(
 ) -> None:
     """Forget everything that is stored, for all models and tenants, and say how much went.
 
+    A store that the node shares with others is cleared for all of them.
+
     Engines go on: they miss, compute and store again. What a request is being loaded from right
     now stays in memory until that load ends, and can no longer be found. Exit status 1 if no node
     answers or a tier could not be cleared.
     """
-    from kvstrata.units import approximate_size
-
     client = join_or_exit(configured(config_file, settings, node))
     try:
         stored = _stored(client.status())
-        names = [tier.value for tier in tiers or ()] or list(stored)
+        names = tiers or list(stored)
         if missing := [name for name in names if name not in stored]:
             raise UsageError(f"this node has no {missing[0]} tier; it has {', '.join(stored)}")
         if not yes:
             if not sys.stdin.isatty():
                 raise UsageError("clear asks first, and here is no terminal to ask on: give --yes")
-            held = "; ".join(
-                f"{name} {stored[name][0]} objects, {approximate_size(stored[name][1])}"
-                for name in names
-            )
+            held = "; ".join(f"{name} {stored[name]}" for name in names)
             typer.confirm(f"Forget all of {held}?", abort=True)
         count = client.clear(tiers=names)
         typer.echo(f"forgot {count} objects ({', '.join(names)})")
+    except ReadOnly as error:
+        fail(error)
     except TierUnavailable as error:
         fail(
             TierUnavailable(
@@ -70,10 +71,19 @@ def run(
         client.close()
 
 
-def _stored(state: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(objects, bytes) in each tier, by its name."""
+def _stored(state: Mapping[str, Any]) -> dict[str, str]:
+    """What is in each tier that can be cleared, in words, by its name."""
     host = state["host"]
-    held = {"host": (host["num_objects"], host["allocated_bytes"])}
+    held = {"host": _words(host["num_objects"], host["allocated_bytes"])}
     for tier in state["tiers"]:
-        held[tier["name"]] = (tier["num_objects"], tier["used_bytes"])
+        if not tier.get("shared"):
+            held[tier["name"]] = _words(tier["num_objects"], tier["used_bytes"])
+        elif tier.get("written", True):
+            held[tier["name"]] = "what the whole fleet has there"
     return held
+
+
+def _words(num_objects: int, num_bytes: int) -> str:
+    from kvstrata.units import approximate_size
+
+    return f"{num_objects} objects, {approximate_size(num_bytes)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterable
 
-from kvstrata.errors import TierUnavailable
+from kvstrata.errors import ReadOnly, TierUnavailable
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.slots.host import HostMemory
@@ -89,12 +89,14 @@ class Clearer:
 
 async def _total(counts: list[Awaitable[int]]) -> int:
     """The sum of what they answer, once all of them have; or the first failure."""
-    total, failure = 0, None
+    total = 0
+    failure: TierUnavailable | None = None
     for answer in counts:  # which are under way side by side
         try:
             total += await answer
         except TierUnavailable as error:
-            failure = failure or error
+            # Of what is merely not allowed nothing is left half done.
+            failure = error if failure is None or isinstance(failure, ReadOnly) else failure
     if failure is not None:
         raise failure
     return total

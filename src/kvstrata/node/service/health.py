@@ -84,6 +84,5 @@ class Health:
 
     def _refuse(self, error: ReadOnly) -> None:
         if not self.read_only:
-            self._counters.add("tier_trips_total", tier=self._name)
             logger.error("%s is only read from now on: %s", self._name, error)
         self.read_only, self._refused_until = str(error), self._clock() + ASK_AGAIN_S

@@ -216,7 +216,7 @@ class SharedBacking(Carrier):
         try:
             before = await ending
         except ReadOnly as error:
-            raise TierUnavailable(
+            raise ReadOnly(
                 f"{self.name} is not cleared, since this node may only read it; clear it at a node "
                 f"that may write: {error}"
             ) from error
