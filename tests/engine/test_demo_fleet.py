@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from kvstrata.cli import demo_fleet
-from kvstrata.cli.demo_fleet import WAYS, FleetDemo
+from kvstrata.cli.demo_fleet import STORE, WAYS, Fleet, FleetDemo
+from kvstrata.cli.demo_results import Asked
 from kvstrata.errors import UsageError
 
 pytestmark = pytest.mark.engine
@@ -16,8 +17,19 @@ pytestmark = pytest.mark.engine
 def test_one_document_by_every_way(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Doubted(FleetDemo):
+        """Looks once more where the last answer came from, and expects it from elsewhere."""
+
+        def _tell(self, fleet: Fleet, asked: Asked, prompt: Sequence[int]) -> None:
+            super()._tell(fleet, asked, prompt)
+            fleet.forget()
+            monkeypatch.setitem(WAYS, "apart", STORE)
+            said = "document 1, apart: 17 chunks from peer, not 17 chunks from object_store"
+            with pytest.raises(UsageError, match=said):
+                self._answer("apart", fleet.second, fleet.proxy, asked, prompt)
+
     monkeypatch.setattr("kvstrata.testing.models.smollm2", lambda: tiny_llama)
-    demo = FleetDemo(tmp_path, (2,))
+    demo = Doubted(tmp_path, (2,))
     demo.run()
     (asked,) = demo.asked
     assert asked.prompt_tokens == 2 * 1024 + 1
@@ -25,7 +37,3 @@ def test_one_document_by_every_way(
     assert asked.same
     assert all(asked.ms(way) > 0 for way in WAYS)
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
-    # It looks where the chunks came from, and does not take one tier for another.
-    monkeypatch.setitem(demo_fleet.WAYS, "apart", "object_store")
-    with pytest.raises(UsageError, match="document 1, apart: 17 chunks from peer, not 17 chunks f"):
-        FleetDemo(tmp_path, (2,)).run()

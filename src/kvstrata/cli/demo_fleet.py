@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.error import URLError
 
 from kvstrata.cli.demo_results import Asked
 from kvstrata.cli.demo_story import ANSWER_TOKENS, CHUNK_TOKENS, STEP_TOKENS, Story
@@ -25,10 +26,12 @@ from kvstrata.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvstrata.testing.serving import Program, Server
+    from kvstrata.testing.serving import Program, Server, Streamed
     from kvstrata.wire.client import NodeClient
 
 STORE = "object_store"
+NUM_BLOCKS = 96
+"""Of an engine's own memory: the longest document, and some more."""
 #: how the answers are asked for, and the tier that their prompts must come from
 WAYS = {"cold": "", "fleet": STORE, "apart": "peer"}
 
@@ -87,14 +90,14 @@ class FleetDemo(Story):
     @contextmanager
     def _started(self, model: Path, shared: Path) -> Iterator[Fleet]:
         """All processes, warmed up."""
-        from kvstrata.testing.engine import compute_cores, engine_environment
+        from kvstrata.testing.engine import engine_environment
         from kvstrata.testing.serving import HOST, Program, Server, free_port
         from kvstrata.testing.workplace import Workplace, wait_ready
 
         (shared / "store").mkdir()
         listen = f"{HOST}:{free_port()}"
         common = {
-            "host.capacity": "1GiB",
+            "host.capacity": "512MiB",
             "secret_file": str(shared / "secret"),
             "deadlines.request": "10s",
             "planner": "off",  # this shows what loads, on however busy a machine
@@ -103,17 +106,21 @@ class FleetDemo(Story):
             f"{STORE}.lookup_timeout": "1s",
             f"{STORE}.epoch_every": "1s",
         }
+        # Apart both are at work at once, so each has a core of its own in all ways.
+        cores = sorted(os.sched_getaffinity(0))
         roles = ({"network.listen": listen}, {"peer.named": listen, "peer.lookup_timeout": "1s"})
         with ExitStack() as ends:
             self._say("starting two vLLM, each with a node of its own, and a proxy; about a minute")
             sides = []
-            for role in roles:
+            for role, core in zip(roles, (cores[0], cores[-1]), strict=True):
                 place = ends.enter_context(Workplace(model, {**common, **role}, service=True))
                 options = {
                     "max-num-batched-tokens": STEP_TOKENS,
+                    "num-gpu-blocks-override": NUM_BLOCKS,
                     "kv-transfer-config": json.dumps(place.connector),
                 }
-                server = Server(model, place.folder / "server.log", place.environment, options)
+                environment = {**place.environment, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+                server = Server(model, place.folder / "server.log", environment, options)
                 ends.callback(server.kill)
                 sides.append(Side(server, place.client()))
             port = free_port()
@@ -128,18 +135,19 @@ class FleetDemo(Story):
             self.machine = {
                 "cores": os.cpu_count(),
                 "vllm": sides[0].server.version(),
-                "threads": len(compute_cores().split(",")),
+                "threads": 1,
             }
             for server, client in sides:
+                size = client.hello.capacity_bytes >> 20
                 self._say(
-                    f"vLLM {self.machine['vllm']} is up (pid {server.pid}), KVStrata's node with "
-                    f"{client.hello.capacity_bytes >> 20} MiB (pid {client.hello.pid})"
+                    f"vLLM {self.machine['vllm']} is up with 1 thread (pid {server.pid}), "
+                    f"KVStrata's node with {size} MiB (pid {client.hello.pid})"
                 )
                 wait_ready(client)
             # The first steps of a process are slow, whatever they compute; and from its first
             # answer the proxy knows where the first node is.
             for program in (*[side.server for side in sides] * 2, proxy):
-                program.ask(self._warm_up, 1, timeout_s=600)
+                _asked(program, self._warm_up, 1)
             first, second = sides
             yield Fleet(first, second, proxy)
 
@@ -165,7 +173,7 @@ class FleetDemo(Story):
     ) -> None:
         """Have a document answered, and see where its chunks were found by the side's node."""
         before = {tier: side.hits(tier) for tier in filter(None, WAYS.values())}
-        answer = program.stream(prompt, ANSWER_TOKENS)
+        answer = _asked(program, prompt, ANSWER_TOKENS)
         asked.heard(way, answer.first_s, answer.tokens)
         hits = {tier: side.hits(tier) - count for tier, count in before.items()}
         # Whoever decodes is given the end of a prompt too, which fills no chunk.
@@ -176,6 +184,13 @@ class FleetDemo(Story):
                 f"document {asked.number}, {way}: {_named(hits)}, not {_named(expected)}; "
                 "`kvstrata doctor` may say why"
             )
+
+
+def _asked(program: Program, prompt: Sequence[int], max_tokens: int) -> Streamed:
+    try:
+        return program.stream(prompt, max_tokens)
+    except (URLError, OSError) as error:
+        raise UsageError(f"no answer ({error}): {program.last_words()}") from error
 
 
 def _named(chunks: Mapping[str, float]) -> str:
@@ -190,7 +205,7 @@ def fleet_table(documents: Sequence[Asked]) -> Table:
 
     found = Table(
         title="time to the first token, ms",
-        caption="apart: the first vLLM computes, the second one answers",
+        caption="apart: the first vLLM computes, the second one answers; a core each",
         header_style="bold",
     )
     for heading in ("document", "tokens", "first vLLM: computed", "second vLLM: from the store",

@@ -133,8 +133,12 @@ class Program:
             except (urllib.error.URLError, OSError):
                 pass
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise UsageError(f"it did not start: {last_words(self._log)}")
+                raise UsageError(f"it did not start: {self.last_words()}")
             time.sleep(0.1)
+
+    def last_words(self) -> str:
+        """The last lines that it printed, each on a line of its own."""
+        return last_words(self._log)
 
     def kill(self) -> None:
         """Kill it, and the processes that it has started. Repeatable."""
