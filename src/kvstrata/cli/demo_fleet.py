@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from kvstrata.testing.serving import Program, Server, Streamed
     from kvstrata.wire.client import NodeClient
 
-STORE = "object_store"
+STORE, PEER = "object_store", "peer"
+ACQUAINTED = 5
+"""Tries, of which the first few may come before the one node knows the other."""
 NUM_BLOCKS = 96
 """Of an engine's own memory: the longest document, and some more."""
 #: how the answers are asked for, and the tier that their prompts must come from
-WAYS = {"cold": "", "fleet": STORE, "apart": "peer"}
+WAYS = {"cold": "", "fleet": STORE, "apart": PEER}
 
 
 class Side(NamedTuple):
@@ -144,12 +146,22 @@ class FleetDemo(Story):
                     f"KVStrata's node with {size} MiB (pid {client.hello.pid})"
                 )
                 wait_ready(client)
-            # The first steps of a process are slow, whatever they compute; and from its first
-            # answer the proxy knows where the first node is.
-            for program in (*[side.server for side in sides] * 2, proxy):
-                _asked(program, self._warm_up, 1)
+            # The first steps of a process are slow, whatever they compute.
+            for side in sides * 2:
+                _asked(side.server, self._warm_up, 1)
             first, second = sides
-            yield Fleet(first, second, proxy)
+            fleet = Fleet(first, second, proxy)
+            self._acquaint(fleet)
+            yield fleet
+
+    def _acquaint(self, fleet: Fleet) -> None:
+        """Have the proxy hear where the first node is, and the second node meet it."""
+        for _ in range(ACQUAINTED):
+            fleet.forget()
+            _asked(fleet.proxy, self._warm_up, 1)
+            if fleet.second.hits(PEER):
+                return
+        raise UsageError(f"the second node finds nothing in the first: {fleet.proxy.last_words()}")
 
     def _tell(self, fleet: Fleet, asked: Asked, prompt: Sequence[int]) -> None:
         from kvstrata.testing.workplace import wait_stored
@@ -172,7 +184,7 @@ class FleetDemo(Story):
         self, way: str, side: Side, program: Program, asked: Asked, prompt: Sequence[int]
     ) -> None:
         """Have a document answered, and see where its chunks were found by the side's node."""
-        before = {tier: side.hits(tier) for tier in filter(None, WAYS.values())}
+        before = {tier: side.hits(tier) for tier in (STORE, PEER)}
         answer = _asked(program, prompt, ANSWER_TOKENS)
         asked.heard(way, answer.first_s, answer.tokens)
         hits = {tier: side.hits(tier) - count for tier, count in before.items()}
