@@ -182,7 +182,10 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
         """
         if problem := self.problem():
             raise UsageError(f"object header: {problem}")
-        since_2 = _SINCE_2.pack(
+        return self._page(FORMAT_VERSION, self._since_2())
+
+    def _since_2(self) -> bytes:
+        return _SINCE_2.pack(
             self.owner,
             self.chunk_tokens,
             _GROUP_KINDS[self.group_kind],
@@ -192,7 +195,6 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
             len(self.marks) // MARK_BYTES,
             self.marks,
         )
-        return self._page(FORMAT_VERSION, since_2)
 
     def _page(self, version: int, since_2: bytes) -> bytes:
         num_dims = len(self.shape)
@@ -280,7 +282,7 @@ def decode(buffer: Buffer) -> ObjectHeader:
     )
     if problem := header.problem():
         raise CorruptObject(f"header: {problem}")
-    again = header.encode() if version > 1 else header._page(1, bytes(_SINCE_2.size))
+    again = header._page(version, header._since_2() if version > 1 else bytes(_SINCE_2.size))
     if again != page:
         raise CorruptObject("header holds more than its fields: padding or a count is wrong")
     if version == 1 and (
@@ -328,7 +330,7 @@ def verify_object(buffer: Buffer, object_id: bytes) -> ObjectHeader:
     if view.nbytes != expected:
         raise CorruptObject(f"object of {view.nbytes} bytes; its header says {expected}")
     end = HEADER_BYTES + header.stored_length
-    if any(view[end:]):
+    if view[end:].tobytes().strip(b"\0"):
         raise CorruptObject("padding behind the payload is not zero")
     if checksum(view[HEADER_BYTES:end]) != header.stored_checksum:
         raise CorruptObject("payload checksum does not match")
