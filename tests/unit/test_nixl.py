@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,38 +21,63 @@ import pytest
 from kvstrata.errors import TierUnavailable
 from kvstrata.memory.pool import Pool
 from kvstrata.transfer import nixl
-from kvstrata.transfer.nixl import Agent, Memory, Reader
+from kvstrata.transfer.borrowing import Borrower, Line
+from kvstrata.transfer.nixl import Agent, Memory
+from kvstrata.transfer.tcp import Channel
 
 pytest.importorskip("nixl_cu12", reason="NIXL is not installed: scripts/install-dev.sh")
 
 NBYTES = 128 << 20
 
 OWNER = """
-import json, sys
+import json, socket, sys, threading
 import numpy as np
+from kvstrata.transfer import peers as p
 from kvstrata.transfer.nixl import Lender, Memory
+from kvstrata.transfer.tcp import Channel
 array = np.arange(int(sys.argv[1]) // 8, dtype=np.uint64)
 lender = Lender(Memory(array.ctypes.data, array.nbytes))
-print(json.dumps([lender.metadata.hex(), array.ctypes.data]), flush=True)
-with lender.lending():
-    sys.stdin.read()
-lender.close()
+if sys.argv[2] == "helps":
+    lender.begin()
+listener = socket.create_server(("127.0.0.1", 0))
+print(json.dumps([lender.metadata.hex(), array.ctypes.data, listener.getsockname()[1]]), flush=True)
+def serve(channel):
+    while body := channel.receive():
+        match p.decode_request(body):
+            case p.Borrow(loan, name, most):
+                channel.send(p.Lent(loan, most, int.from_bytes(name)))
+            case p.Return(loan):
+                channel.send(p.Taken(loan))
+while True:
+    threading.Thread(target=serve, args=(Channel(listener.accept()[0], 3600.0),)).start()
 """
 
 
 class Owner:
-    """A process that lends memory, in which the numbers from 0 on are."""
+    """A process that lends memory, in which the numbers from 0 on are.
 
-    def __init__(self) -> None:
+    Args:
+        helps: it does its part, without which no read by UCX's TCP comes to an end.
+    """
+
+    def __init__(self, *, helps: bool = True) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, str(NBYTES)],
-            stdin=subprocess.PIPE,
+            [sys.executable, "-c", OWNER, str(NBYTES), "helps" if helps else "does not"],
             stdout=subprocess.PIPE,
             text=True,
         )
         assert self.process.stdout is not None
-        metadata, self.address = json.loads(self.process.stdout.readline())
+        metadata, self.address, self._port = json.loads(self.process.stdout.readline())
         self.metadata = bytes.fromhex(metadata)
+        self._line: Line | None = None
+
+    def line(self) -> Line:
+        """One to borrow on, for as long as it lasts."""
+        if self._line is None or not self._line.lasts(60.0):
+            channel = Channel(socket.create_connection(("127.0.0.1", self._port)), 5.0)
+            channel.agent = self.metadata
+            self._line = Line(channel)
+        return self._line
 
     def close(self) -> None:
         self.process.kill()
@@ -78,16 +104,17 @@ class Target:
 
     def __init__(self) -> None:
         self.pool = Pool.create(NBYTES)
-        self.reader = Reader(Memory(self.pool.address, NBYTES))
+        self.borrower = Borrower(Memory(self.pool.address, NBYTES))
         self.words: Any = self.pool.array(0, NBYTES).view(np.uint64)
 
     def pull(
         self, owner: Owner, begin: int = 0, nbytes: int = 1 << 20, within_s: float = 20
     ) -> Any:
         """Read the same range of the owner's; what is there then."""
-        address = self.pool.address + begin
-        deadline = time.monotonic() + within_s
-        self.reader.pull(owner.metadata, owner.address + begin, address, nbytes, deadline)
+        name = (owner.address + begin).to_bytes(8, "big")
+        address, deadline = self.pool.address + begin, time.monotonic() + within_s
+        read = self.borrower.fetch(owner.line(), name, address, nbytes, deadline)
+        assert read == nbytes
         return self.words[begin // 8 : (begin + nbytes) // 8]
 
 
@@ -95,8 +122,8 @@ class Target:
 def target(way: str) -> Iterator[Target]:
     target = Target()
     yield target
-    target.reader.close()
-    target.reader.close()
+    target.borrower.close()
+    target.borrower.close()
     target.pool.close()
 
 
@@ -115,15 +142,13 @@ def test_what_is_read_is_what_is_there(owner: Owner, target: Target) -> None:
 
 def test_only_into_its_own_memory(way: str, target: Target) -> None:
     address = target.pool.address
-    assert target.reader.reaches(address, NBYTES)
-    assert not target.reader.reaches(address - 1, 10)
-    assert not target.reader.reaches(address + NBYTES - 9, 10)
+    assert target.borrower.reaches(address, NBYTES)
+    assert not target.borrower.reaches(address - 1, 10)
+    assert not target.borrower.reaches(address + NBYTES - 9, 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_an_owner_that_ends_in_the_middle(
-    owner: Owner, target: Target, way: str, number: int
-) -> None:
+def test_an_owner_that_ends_in_the_middle(owner: Owner, target: Target, number: int) -> None:
     """Once the pull has failed, not one byte comes any more: the slot is somebody else's."""
     assert right(target.pull(owner))
     threading.Timer(0.02, owner.process.send_signal, (number,)).start()
@@ -131,8 +156,6 @@ def test_an_owner_that_ends_in_the_middle(
     try:
         while True:
             assert right(target.pull(owner, 0, NBYTES, within_s=1.0))
-            if way == "memory" and number == signal.SIGSTOP:
-                return  # it needs no part of the owner's
     except OSError:
         assert time.monotonic() - begun < 10.0
     target.words[:] = 1 << 63
@@ -150,24 +173,80 @@ def test_a_read_that_fails_ends_those_beside_it(owner: Owner, target: Target, wa
     """They share the agent that is given up, and none returns before it has ended."""
     if way == "memory":
         pytest.skip("a read ends within the call that begins it")
-    with contextlib.closing(Owner()) as stopped:
-        target.pull(stopped)
-        stopped.process.send_signal(signal.SIGSTOP)
-        with ThreadPoolExecutor(3) as threads:
-            late = threads.submit(target.pull, stopped, 0, 1 << 20, 0.5)
-            beside = [threads.submit(target.pull, stopped, i << 20, 1 << 20, 30) for i in (1, 2)]
-            for one in (late, *beside):
-                with pytest.raises(OSError, match=r"in time|given up|NIXL"):
-                    one.result(20.0)
+    with (
+        contextlib.closing(Owner(helps=False)) as a,
+        contextlib.closing(Owner(helps=False)) as b,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        beside = [threads.submit(target.pull, b, i << 20, 1 << 20, 30) for i in (1, 2)]
+        time.sleep(0.2)
+        late = threads.submit(target.pull, a, 0, 1 << 20, 0.5)
+        with pytest.raises(OSError, match="in time"):
+            late.result(20.0)
+        for one in beside:
+            with pytest.raises(OSError, match="given up"):
+                one.result(20.0)
     assert right(target.pull(owner))
+
+
+def test_what_is_late_on_one_line_ends_no_other(owner: Owner, target: Target) -> None:
+    """Where nothing is being read into memory, no agent has to be given up."""
+    assert right(target.pull(owner))
+    with contextlib.closing(Owner()) as stopped:
+        line = stopped.line()
+        stopped.process.send_signal(signal.SIGSTOP)
+        agent = target.borrower._agent
+        with ThreadPoolExecutor(1) as threads:
+            late = threads.submit(target.pull, stopped, 0, 1 << 20, 0.5)
+            while not late.done():
+                assert right(target.pull(owner))
+            with pytest.raises(OSError, match="in time"):
+                late.result()
+        assert not line.lasts(60.0)
+        assert target.borrower._agent is agent
 
 
 def test_nonsense_is_an_error(owner: Owner, target: Target, way: str) -> None:
-    deadline = time.monotonic() + 5
-    for metadata, source in ((b"nonsense", owner.address), (owner.metadata, 4096)):
+    metadata, address = owner.metadata, owner.address
+    for owner.metadata, owner.address in ((b"nonsense", address), (metadata, 4096)):
         with pytest.raises(OSError, match="NIXL"):
-            target.reader.pull(metadata, source, target.pool.address, 4096, deadline)
+            target.pull(owner)
+    owner.metadata, owner.address = metadata, address
     assert right(target.pull(owner))
+
+
+def test_after_close_nothing_works(owner: Owner, target: Target) -> None:
+    line = owner.line()
+    assert right(target.pull(owner))
+    target.borrower.close()
+    with pytest.raises(ConnectionError, match="any more"):
+        target.pull(owner)
+    assert not line.lasts(60.0)
+
+
+def test_it_ends_though_a_line_is_hung_up_at_that_moment(owner: Owner, target: Target) -> None:
+    assert right(target.pull(owner))
+    line = owner.line()
+    target.borrower.hang_up(line)
+    closing = threading.Thread(target=target.borrower.close, daemon=True)
+    closing.start()
+    closing.join(10.0)
+    assert not closing.is_alive()
+    assert not line.lasts(60.0)
+
+
+def test_its_thread_may_end_before_close_does(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.eventfd_write
+
+    def twice(descriptor: int, value: int) -> None:
+        write(descriptor, value)
+        time.sleep(0.2)
+        write(descriptor, value)
+
+    monkeypatch.setattr(os, "eventfd_write", twice)
+    target.borrower.close()
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

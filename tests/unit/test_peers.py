@@ -21,7 +21,7 @@ from tests.support.nodes import NAMESPACE, ORDER, OTHER, RAW, SLOT, chunk_keys
 from kvstrata.config import load_config
 from kvstrata.config.network import TRUSTED
 from kvstrata.errors import ConfigError, TierUnavailable
-from kvstrata.node.process import listening
+from kvstrata.node.process import loans
 from kvstrata.node.service.names import Where
 from kvstrata.tiers import peer as peer_tier
 from kvstrata.tiers.base import Outcome, Stat
@@ -205,9 +205,9 @@ class TestOneDeployment:
 
         def lend() -> None:
             lender, host = a.inprocess.node.lender, a.inprocess.node.host
-            lent = lender.lend(Where(0, NAMESPACE, ORDER).name(key, 0))
-            assert lent is not None
-            slot, view = lent
+            slot = lender.lend(Where(0, NAMESPACE, ORDER).name(key, 0))
+            assert slot is not None
+            view = lender.view(slot)
             before = bytes(view)
             assert host.clear() == 1
             while host.give_back(10):
@@ -495,48 +495,67 @@ class TestLoans:
         a = fleet()
         keys = chunk_keys(2)
         a.store(keys)
-        channel = tcp.connect(a.address, SECRET, 5.0, None, [NIXL])
-        lent = tcp.ask(channel, p.Borrow(Where(0, NAMESPACE, ORDER).name(keys[0], 0), SLOT), "")
-        assert isinstance(lent, p.Lent)
-        assert lent.nbytes == SLOT
+        channel = borrower(a.address)
+        for number, key in enumerate(keys):
+            name = Where(0, NAMESPACE, ORDER).name(key, 0)
+            lent = tcp.ask(channel, p.Borrow(number, name, SLOT), "")
+            assert isinstance(lent, p.Lent)
+            assert (lent.loan, lent.nbytes) == (number, SLOT)
         a.client.clear()
-        assert allocated(a) == SLOT
-        assert isinstance(tcp.ask(channel, p.Return(), ""), p.Welcome)
-        a.until(lambda: allocated(a) == 0)
+        assert allocated(a) == 2 * SLOT
+        assert tcp.ask(channel, p.Return(0), "") == p.Taken(0)
+        a.until(lambda: allocated(a) == SLOT)
         assert a.counted('peer_sent_bytes_total{by="nixl"}') == SLOT
+        assert tcp.ask(channel, p.Return(1), "") == p.Taken(1)
+        a.until(lambda: allocated(a) == 0)
         channel.close()
 
-    @pytest.mark.parametrize("how", ["hangs up", "says something else", "says nothing"])
+    @pytest.mark.parametrize(
+        "how", ["hangs up", "says something else", "says nothing", "only borrows on",
+                "gives back another", "borrows it twice"])  # fmt: skip
     def test_who_does_not_give_it_back_loses_it(
         self, fleet: Callable[..., Member], monkeypatch: pytest.MonkeyPatch, how: str
     ) -> None:
         a = fleet()
         (key,) = chunk_keys(1)
         a.store([key])
-        channel = tcp.connect(a.address, SECRET, 5.0, None, [NIXL])
-        monkeypatch.setattr(listening, "TIMEOUT_S", 0.3)
-        tcp.ask(channel, p.Borrow(Where(0, NAMESPACE, ORDER).name(key, 0), SLOT), "")
+        channel = borrower(a.address)
+        monkeypatch.setattr(loans, "LOAN_S", 0.3)
+        name = Where(0, NAMESPACE, ORDER).name(key, 0)
+        tcp.ask(channel, p.Borrow(0, name, SLOT), "")  # one before that, of which all is well
+        tcp.ask(channel, p.Return(0), "")
+        time.sleep(0.1)
+        tcp.ask(channel, p.Borrow(1, name, SLOT), "")
         a.client.clear()
         assert allocated(a) == SLOT
         if how == "hangs up":
             channel.close()
         elif how == "says something else":
             channel.send(p.Ping())
+        elif how == "only borrows on":
+            with contextlib.suppress(OSError):
+                for number in range(2, 1000):
+                    tcp.ask(channel, p.Borrow(number, bytes(60), SLOT), "")
+                    time.sleep(0.01)
+        elif how == "gives back another":
+            channel.send(p.Return(2))
+        elif how == "borrows it twice":
+            channel.send(p.Borrow(1, bytes(60), SLOT))
         a.until(lambda: allocated(a) == 0)
-        assert a.counted("peer_sent_bytes_total") == 0
+        assert a.counted("peer_sent_bytes_total") == SLOT
         if how != "hangs up":
             with pytest.raises((OSError, TierUnavailable)):
-                tcp.ask(channel, p.Return(), "")
+                tcp.ask(channel, p.Return(1), "")
         channel.close()
 
     def test_misses_and_what_is_too_large(self, fleet: Callable[..., Member]) -> None:
         a = fleet()
         (key,) = chunk_keys(1)
         a.store([key])
-        channel = tcp.connect(a.address, SECRET, 5.0, None, [NIXL])
+        channel = borrower(a.address)
         name = Where(0, NAMESPACE, ORDER).name(key, 0)
-        assert tcp.ask(channel, p.Borrow(bytes(60), SLOT), "") == p.Lent(0, 0)
-        assert tcp.ask(channel, p.Borrow(name, SLOT - 1), "") == p.Lent(-1, 0)
+        assert tcp.ask(channel, p.Borrow(1, bytes(60), SLOT), "") == p.Lent(1, 0, 0)
+        assert tcp.ask(channel, p.Borrow(1, name, SLOT - 1), "") == p.Lent(1, -1, 0)
         channel.close()
 
     @pytest.mark.parametrize("ends", [(NIXL, "tcp"), ("tcp", NIXL)])
@@ -549,8 +568,9 @@ class TestLoans:
         assert b.get(chunk_keys(3)) == [1] * 3
         a.until(lambda: a.counted('peer_sent_bytes_total{by="tcp"}') == 3 * SLOT)
 
-    @pytest.mark.parametrize("how", ["other bytes", "no address", "too many", "not taken back",
-                                     "no agent"])  # fmt: skip
+    @pytest.mark.parametrize(
+        "how", ["other bytes", "no address", "too many", "not taken back", "no agent",
+                "another loan", "taken at once", "another taken"])  # fmt: skip
     def test_an_owner_that_lies(self, fleet: Callable[..., Member], how: str) -> None:
         a = fleet()
         keys = chunk_keys(3)
@@ -568,25 +588,50 @@ class TestLoans:
                     reply = p.Stats([SLOT] * len(names))
                 case p.Introduce():
                     reply = p.Agent(b"none" if how == "no agent" else nixl.lender.metadata)
+                case p.Borrow() if how == "another loan":
+                    reply = p.Lent(request.loan + 1, SLOT, address)
+                case p.Borrow() if how == "taken at once":
+                    reply = p.Taken(request.loan)
                 case p.Borrow():
                     reply = p.Lent(
+                        request.loan,
                         SLOT + 4096 if how == "too many" else SLOT,
                         4096 if how == "no address" else address,
                     )
                 case p.Return() if how == "not taken back":
                     reply = p.Refused("it was gone")
+                case p.Return() if how == "another taken":
+                    reply = p.Taken(request.loan + 1)
+                case p.Return():
+                    reply = p.Taken(request.loan)
             channel.send(reply)
 
         liar = Liar(answer, ways=[NIXL])
         b = fleet([liar.address]).ready()
-        with nixl.lender.lending():
-            assert b.get([keys[0]]) == []
+        nixl.lender.begin()
+        assert b.get([keys[0]]) == []
+        nixl.lender.end()
         b.until(lambda: not b.inprocess.run(lambda: b.inprocess.node.movement.filling()))
         assert allocated(b) == 0
         assert b.counted("corrupt_objects_total") == (how == "other bytes")
+        assert bool(peers_of(b)[0].trouble) == (how != "other bytes")
         b.store(keys[:1])
         assert b.get(keys[:1]) == [0]
         liar.close()
+
+    def test_an_owner_that_hung_up_meanwhile(self, fleet: Callable[..., Member]) -> None:
+        """Nobody was asking, so nothing failed: the next one makes another line."""
+        a = fleet()
+        b = fleet([a.address]).ready()
+        a.store(chunk_keys(6))
+        assert b.get(chunk_keys(3)) == [1] * 3
+        (peer,) = peers_of(b)
+        line = peer._line
+        assert line is not None
+        line.channel._socket.shutdown(socket.SHUT_RDWR)
+        b.until(lambda: not line.lasts(60.0))
+        assert b.get(chunk_keys(6)) == [0] * 3 + [1] * 3
+        assert peer._line is not line
 
     def test_beside_tls(self, fleet: Callable[..., Member], tmp_path: Path) -> None:
         files = certificates(tmp_path)
@@ -614,6 +659,12 @@ def allocated(member: Member) -> int:
 
 def by_tcp(address: Address, timeout_s: float) -> Channel:
     return tcp.connect(address, SECRET, timeout_s)
+
+
+def borrower(address: Address) -> Channel:
+    channel = tcp.connect(address, SECRET, 5.0, None, [NIXL])
+    tcp.introduce(channel, str(address))
+    return channel
 
 
 def peers_of(member: Member) -> list[peer_tier.Peer]:

@@ -83,13 +83,20 @@ class Lender:
         found = [self._find(name) for name in names]
         return [0 if slot is None else slot.nbytes for slot in found]
 
-    def lend(self, name: bytes) -> tuple[Slot, memoryview] | None:
+    def lend(self, name: bytes) -> Slot | None:
         """An object, held until `give_back`; None if it is not here."""
         slot = self._find(name)
-        if slot is None:
-            return None
-        self._host.hold(slot)
-        return slot, self._host.pool.view(slot.offset, slot.nbytes)
+        if slot is not None:
+            self._host.hold(slot)
+        return slot
+
+    def view(self, slot: Slot) -> memoryview:
+        """The bytes of what is lent."""
+        return self._host.pool.view(slot.offset, slot.nbytes)
+
+    def address(self, slot: Slot) -> int:
+        """Where in this process's memory they begin."""
+        return self._host.pool.address + slot.offset
 
     def give_back(self, slot: Slot, *, by: str = "") -> None:
         """Nobody reads it any more.

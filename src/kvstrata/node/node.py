@@ -40,7 +40,7 @@ from kvstrata.node.slots.slot import offsets_of_rows
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE
 from kvstrata.policies import create_policy
-from kvstrata.transfer.nixl import Nixl
+from kvstrata.transfer.borrowing import Nixl
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,8 @@ from kvstrata.quality.bound import Bound
 from kvstrata.quality.table import cache_folder
 from kvstrata.tiers.base import OwnedTier, SharedTier
 from kvstrata.tiers.peer import PeerTier
-from kvstrata.transfer.nixl import Memory, Nixl
+from kvstrata.transfer.borrowing import Nixl
+from kvstrata.transfer.nixl import Memory
 from kvstrata.transfer.peers import NIXL
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def open_backings(
             counters.add("tiers_left_out_total", tier=part.name)
             continue
         if nixl is not None and isinstance(tier, PeerTier):
-            tier.read_by(nixl.reader)
+            tier.read_by(nixl.borrower)
         backing = _in_service(part, tier,
             num_threads=part.io_threads, queue_bytes=part.write_queue,
             deadline_s=config.deadlines.load, counters=counters, clock=clock,

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 
@@ -20,8 +20,8 @@ import numpy as np
 from kvstrata.errors import Incompatible, TierUnavailable
 from kvstrata.tiers.base import Epoch, Limits, Outcome, Put, SharedTier, Stat
 from kvstrata.transfer import peers as p
-from kvstrata.transfer.nixl import Reader
-from kvstrata.transfer.tcp import Address, Channel, ask, unavailable
+from kvstrata.transfer.borrowing import Borrower, Line
+from kvstrata.transfer.tcp import Address, Channel, ask, introduce, unavailable
 
 TIMEOUT_S = 5.0
 """For an object to come, connecting included; less than a load may take (`deadlines.load`), so that
@@ -54,11 +54,12 @@ class Peer:
         """Whether it is left alone: it failed, and has not answered since."""
         self.trouble = ""
         """Of its last failure, in words."""
-        self.reader: Reader | None = None
+        self.borrower: Borrower | None = None
         """Reads by NIXL, where both ends have it."""
         self._connect = connect
         self._lock = threading.Lock()
         self._idle: list[tuple[Channel, float]] = []
+        self._line: Line | None = None
         self._again_at = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._closed = False
@@ -68,51 +69,84 @@ class Peer:
         """Whether it failed long enough ago to be tried again."""
         return self.failed and time.monotonic() >= self._again_at
 
-    def call(self, request: p.Request, timeout_s: float, into: memoryview | None = None) -> p.Reply:
-        """Ask it, and take in the bytes that its answer announces.
+    def call(self, request: p.Request, timeout_s: float) -> p.Reply:
+        """Ask it.
 
         Raises:
             TierUnavailable: it failed, and is left alone for a while.
         """
+        with self._connected(timeout_s) as channel:
+            return ask(channel, request, str(self.address))
+
+    def read(self, name: bytes, into: memoryview, timeout_s: float) -> int:
+        """Have an object brought; its size, 0: it is not there, -1: it is larger.
+
+        Raises:
+            TierUnavailable: as of `call`.
+        """
+        deadline, target = time.monotonic() + timeout_s, _address_of(into)
+        borrower = self.borrower
+        if borrower is not None and borrower.reaches(target, len(into)):
+            line = self._line_of(borrower, timeout_s)
+            if line is not None:
+                with self._judged():
+                    return borrower.fetch(line, name, target, len(into), deadline)
+        with self._connected(deadline - time.monotonic()) as channel:
+            data = ask(channel, p.Read(name, len(into)), str(self.address))
+            if not isinstance(data, p.Data) or data.nbytes > len(into):
+                raise Incompatible("it sends what nobody asked for")
+            if data.nbytes > 0:
+                channel.receive_into(into[: data.nbytes])
+            return data.nbytes
+
+    def _line_of(self, borrower: Borrower, timeout_s: float) -> Line | None:
+        """Where objects are borrowed of it; None: it does not lend."""
+        line = self._line
+        if line is not None and line.lasts(IDLE_S):
+            return line
+        with self._connected(timeout_s) as channel:
+            assert channel.hello is not None
+            if p.NIXL not in channel.hello.ways:
+                return None
+            introduce(channel, str(self.address))
+            new = Line(channel)
+        with self._lock:
+            old = self._line
+            if not self._closed and (old is None or not old.lasts(IDLE_S)):
+                self._line = new
+            else:  # another thread was faster
+                old, new = new, old or new
+        if old is not None:
+            borrower.hang_up(old)
+        return new
+
+    @contextlib.contextmanager
+    def _connected(self, timeout_s: float) -> Iterator[Channel]:
+        """A connection of one's own meanwhile."""
         deadline = time.monotonic() + timeout_s
-        channel = self._take()
-        try:
-            if channel is None:
-                channel = self._connect(self.address, timeout_s)
-            channel.begin(deadline - time.monotonic())
-            reply = self._asked(channel, request, into, deadline)
-        except (OSError, Incompatible, TierUnavailable) as error:
-            if channel is not None:
+        with self._judged():
+            channel = self._take() or self._connect(self.address, timeout_s)
+            try:
+                channel.begin(deadline - time.monotonic())
+                yield channel
+            except BaseException:
                 channel.close()
+                raise
+        self._give(channel)
+
+    @contextlib.contextmanager
+    def _judged(self) -> Iterator[None]:
+        """What fails meanwhile makes it be left alone; what does not, makes it be asked again."""
+        try:
+            yield
+        except (OSError, Incompatible, TierUnavailable) as error:
             trouble = unavailable(str(self.address), error)
             self._leave_alone(str(trouble))
             raise trouble from error
-        self._give(channel)
-        return reply
-
-    def _asked(
-        self, channel: Channel, request: p.Request, into: memoryview | None, deadline: float
-    ) -> p.Reply:
-        where = str(self.address)
-        if isinstance(request, p.Read) and into is not None and channel.agent is not None:
-            target = _address_of(into)
-            if self.reader is not None and self.reader.reaches(target, len(into)):
-                reply = ask(channel, p.Borrow(request.name, request.most), where)
-                if not isinstance(reply, p.Lent):
-                    raise Incompatible(f"{where} lends nothing, and says so in other words")
-                _check_size(reply.nbytes, into)
-                if reply.nbytes > 0:
-                    self.reader.pull(channel.agent, reply.address, target, reply.nbytes, deadline)
-                    # That it was lent all the time, or these bytes may be of something else.
-                    if not isinstance(ask(channel, p.Return(), where), p.Welcome):
-                        raise Incompatible(f"{where} does not take back what it lent")
-                return p.Data(reply.nbytes)
-        reply = ask(channel, request, where)
-        if isinstance(reply, p.Data) and reply.nbytes > 0:
-            _check_size(reply.nbytes, into)
-            assert into is not None
-            channel.receive_into(into[: reply.nbytes])
-        return reply
+        if self.failed or self._pause_s > FIRST_PAUSE_S:
+            with self._lock:
+                self._pause_s = FIRST_PAUSE_S
+                self.failed = False
 
     def close(self) -> None:
         """Hang up. Repeatable."""
@@ -121,6 +155,8 @@ class Peer:
             idle, self._idle = self._idle, []
         for channel, _ in idle:
             channel.close()
+        if self.borrower is not None and self._line is not None:
+            self.borrower.hang_up(self._line)
 
     def _take(self) -> Channel | None:
         old: list[Channel] = []
@@ -139,9 +175,9 @@ class Peer:
                 channel.close()
 
     def _give(self, channel: Channel) -> None:
+        if channel.agent is not None:
+            return  # for loans from now on
         with self._lock:
-            self._pause_s = FIRST_PAUSE_S
-            self.failed = False
             if not self._closed:
                 self._idle.append((channel, time.monotonic()))
                 return
@@ -172,7 +208,7 @@ class PeerTier(SharedTier):
     def __init__(self, addresses: Sequence[Address], connect: Connect) -> None:
         self.limits = Limits(batch_objects=p.MAX_NAMES, timeout_s=TIMEOUT_S)
         self.peers = [Peer(address, connect) for address in addresses]
-        self._reader: Reader | None = None
+        self._borrower: Borrower | None = None
         # One for a peer that is tried again, the others end within `STAT_S`.
         self._asking = ThreadPoolExecutor(5 * len(self.peers) or 1, "kvstrata-peers")
         # Whom a client names may be anybody, and must not hold up those that are configured.
@@ -184,11 +220,11 @@ class PeerTier(SharedTier):
         self._lock = threading.Lock()
         self._closed = False
 
-    def read_by(self, reader: Reader) -> None:
+    def read_by(self, borrower: Borrower) -> None:
         """Read by NIXL from now on, where the other end has it too."""
-        self._reader = reader
+        self._borrower = borrower
         for peer in self.peers:
-            peer.reader = reader
+            peer.borrower = borrower
 
     def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
         """See `Store.stat`: all peers are asked at once, but for those that are left alone."""
@@ -263,12 +299,11 @@ class PeerTier(SharedTier):
         try:
             if peer.failed:
                 raise TierUnavailable(peer.trouble)
-            reply = peer.call(p.Read(one, len(into)), deadline - time.monotonic(), into)
+            nbytes = peer.read(one, into, deadline - time.monotonic())
         except TierUnavailable:
             if peer in self.peers:
                 self._check()
             return Outcome.FAILED
-        nbytes = reply.nbytes if isinstance(reply, p.Data) else -1
         return nbytes if nbytes > 0 else (Outcome.FAILED if nbytes else Outcome.MISS)
 
     def _check(self) -> None:
@@ -293,7 +328,7 @@ class PeerTier(SharedTier):
             if self._closed or self._configured(named) is not None:
                 return None
             peer = self._named.pop(named, None) or Peer(named, self._connect)
-            peer.reader = self._reader
+            peer.borrower = self._borrower
             self._named[named] = peer
             old = self._named.popitem(last=False)[1] if len(self._named) > MAX_NAMED else None
         if old is not None:
@@ -335,11 +370,6 @@ class PeerTier(SharedTier):
             return (threads or self._asking).submit(peer.call, request, timeout_s)
         except RuntimeError as error:
             raise TierUnavailable("peer: the tier is closed") from error
-
-
-def _check_size(nbytes: int, into: memoryview | None) -> None:
-    if nbytes > (0 if into is None else len(into)):
-        raise Incompatible(f"{nbytes} bytes that nobody asked for")
 
 
 def _address_of(view: memoryview) -> int:

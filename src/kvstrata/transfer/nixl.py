@@ -12,6 +12,7 @@ import importlib
 import itertools
 import logging
 import os
+import queue
 import threading
 import time
 import uuid
@@ -25,9 +26,7 @@ from kvstrata.errors import TierUnavailable
 LIBRARIES = ("nixl_cu12", "nixl_cu13", "nixl")
 """What its packages are called; memory of the host needs no CUDA, so any of them will do."""
 BACKEND = "UCX"
-SPIN_S = 0.001
-SLEEP_S = 0.00005
-PROGRESS_S = 0.0001
+PROGRESS_S = 0.0003
 """How often a lender does its part, and how long a transfer may have to wait for that."""
 _MEMORY = "DRAM"
 
@@ -159,155 +158,40 @@ class Lender:
     def __init__(self, memory: Memory) -> None:
         self._agent = Agent(memory)
         self.metadata = self._agent.metadata
-        self._changed = threading.Condition()
         self._num_loans = 0
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvstrata-lend", daemon=True)
         self._thread.start()
 
-    @contextlib.contextmanager
-    def lending(self) -> Iterator[None]:
-        """Something is lent meanwhile."""
-        with self._changed:
-            self._num_loans += 1
-            self._changed.notify()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._num_loans -= 1
+    def begin(self) -> None:
+        """One thing more is lent. Never blocks; this and `end` are called by one thread alone."""
+        self._num_loans += 1
+        if self._num_loans == 1:
+            self._wake.put(None)
+
+    def end(self) -> None:
+        """It is lent no more."""
+        self._num_loans -= 1
 
     def close(self) -> None:
         """Lend nothing any more. Repeatable."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+        self._closed = True
+        self._wake.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._num_loans or self._closed)
-                if self._closed:
-                    break
-            try:
-                self._agent.progress()
-            except OSError as error:
-                logger.warning("lending: %s", error)
-                time.sleep(1.0)
-            time.sleep(PROGRESS_S)
-        self._agent.end()
-
-
-class Reader:
-    """Reads from other agents' memory, within a deadline.
-
-    A read that UCX has begun cannot be called off: it was seen to write seconds after its handle
-    had been released, and after the other agent had been forgotten. So where one does not come to
-    a good end, the agent itself is ended, which does end it, before anybody's `pull` returns; the
-    next one makes a new agent.
-
-    Args:
-        memory: where all targets lie.
-    Raises:
-        TierUnavailable: as of `Agent`.
-    """
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._changed = threading.Condition()
-        self._agent: Agent | None = Agent(memory)
-        self._num_users = 0
-        self._ending = False
-
-    def reaches(self, address: int, nbytes: int) -> bool:
-        """Whether it can read into this range."""
-        return self._memory.holds(address, nbytes)
-
-    def pull(self, owner: bytes, source: int, target: int, nbytes: int, deadline: float) -> None:
-        """Read, and return when the bytes are there, or when none can come any more.
-
-        Args:
-            owner, source, target, nbytes: as of `Agent.read`.
-            deadline: in monotonic seconds.
-        Raises:
-            OSError: it failed, or not in time.
-        """
-        with self._using(deadline) as agent:
-            begun, number = time.monotonic(), agent.read(owner, source, target, nbytes)
-            while number is not None and not agent.done(number):
-                now = time.monotonic()
-                if now >= deadline:
-                    raise TimeoutError("NIXL brought nothing in time")
-                if self._ending:
-                    raise ConnectionError("another read did not end, and the agent is given up")
-                if now - begun > SPIN_S:
-                    time.sleep(SLEEP_S)
-
-    def close(self) -> None:
-        """End the agent when nobody uses it any more. Repeatable."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._num_users)
-            agent, self._agent = self._agent, None
-        if agent is not None:
-            agent.end()
-
-    @contextlib.contextmanager
-    def _using(self, deadline: float) -> Iterator[Agent]:
-        with self._changed:
-            left = deadline - time.monotonic()
-            if not self._changed.wait_for(lambda: not self._ending, max(0.0, left)):
-                raise TimeoutError("the NIXL agent is being given up")
-            if self._agent is None:
+        while not self._closed:
+            self._wake.get()
+            while self._num_loans and not self._closed:
+                # Many a loan has ended by then, and needed nothing.
+                time.sleep(PROGRESS_S)
                 try:
-                    self._agent = Agent(self._memory)
-                except TierUnavailable as error:
-                    raise ConnectionError(str(error)) from error
-            agent = self._agent
-            self._num_users += 1
-        try:
-            yield agent
-        except BaseException:
-            self._leave(failed=True)
-            raise
-        self._leave(failed=False)
-
-    def _leave(self, *, failed: bool) -> None:
-        with self._changed:
-            self._num_users -= 1
-            self._ending = self._ending or failed
-            if not self._ending:
-                self._changed.notify_all()
-                return
-            if not self._num_users:
-                assert self._agent is not None
-                self._agent.end()
-                self._agent, self._ending = None, False
-                self._changed.notify_all()
-            elif failed:
-                ended = self._agent
-                self._changed.wait_for(lambda: self._agent is not ended)
-
-
-class Nixl:
-    """A node's two agents: one lends its pool to others, one reads into it.
-
-    Two, so that a reader that has to be given up takes nothing from those who read here.
-
-    Args:
-        pool: all of it.
-    Raises:
-        TierUnavailable: as of `Agent`.
-    """
-
-    def __init__(self, pool: Memory) -> None:
-        self.lender = Lender(pool)
-        self.reader = Reader(pool)
-
-    def close(self) -> None:
-        """End both. Repeatable."""
-        self.reader.close()
-        self.lender.close()
+                    self._agent.progress()
+                except OSError as error:
+                    logger.warning("lending: %s", error)
+                    time.sleep(1.0)
+        self._agent.end()
 
 
 def _library() -> Any:

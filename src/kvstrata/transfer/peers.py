@@ -100,8 +100,12 @@ class Agent(_Message, tag="agent", frozen=True):
 
 
 class Borrow(_Message, tag="borrow", frozen=True):
-    """Ask where an object of ``most`` bytes at most lies, and that it lies still."""
+    """Ask where an object of ``most`` bytes at most lies, and that it lies still.
 
+    ``loan`` is a number that no other loan of this connection has.
+    """
+
+    loan: int
     name: _Bytes
     most: int
 
@@ -109,6 +113,7 @@ class Borrow(_Message, tag="borrow", frozen=True):
 class Lent(_Message, tag="lent", frozen=True):
     """It lies there, and still, until `Return`; ``nbytes`` as of `Data`."""
 
+    loan: int
     nbytes: int
     address: int
 
@@ -116,9 +121,17 @@ class Lent(_Message, tag="lent", frozen=True):
 class Return(_Message, tag="return", frozen=True):
     """The object was read. It counts once this is answered: it was lent until then."""
 
+    loan: int
+
+
+class Taken(_Message, tag="taken", frozen=True):
+    """It was lent until now."""
+
+    loan: int
+
 
 Request = Hello | Proof | Ping | Stat | Read | Introduce | Borrow | Return
-Reply = Hello | Welcome | Refused | Stats | Data | Agent | Lent
+Reply = Hello | Welcome | Refused | Stats | Data | Agent | Lent | Taken
 
 encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

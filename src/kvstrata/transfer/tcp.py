@@ -12,7 +12,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from kvstrata.errors import Incompatible, PeerRefused, TierUnavailable
@@ -20,6 +20,10 @@ from kvstrata.transfer import peers as p
 
 _LENGTH = struct.Struct("<I")
 _ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
+AHEAD_BYTES = 256
+"""What is taken at once where a frame is to come: most frames are shorter than that."""
+RECEIVE_BYTES = 1 << 16
+WAKE_BYTES = 1 << 19
 KEEPALIVE_S = 20
 """How often the kernel asks a silent connection whether its other end is still there."""
 
@@ -56,10 +60,12 @@ class Channel:
 
     def __init__(self, connected: socket.socket, timeout_s: float) -> None:
         self._socket = connected
+        self._ahead = b""
+        self._wakes_for = 1
         #: what the other end said of itself, once it has proved that it knows the secret
         self.hello: p.Hello | None = None
         self.agent: bytes | None = None
-        """Metadata of the other end's NIXL agent, where bytes can be had in that way."""
+        """Metadata of the other end's NIXL agent, once it has been asked for: for loans alone."""
         self.begin(timeout_s)
         with contextlib.suppress(OSError):  # not of TCP
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -99,20 +105,14 @@ class Channel:
             OSError: the other end has gone, or says nothing.
             Incompatible: a frame that is longer than any.
         """
-        head = bytearray(_LENGTH.size)
-        self._wait()
-        first = self._socket.recv_into(head)
-        if not first:
-            return b""
+        if not self._ahead:
+            self._wait()
+            self._ahead = self._socket.recv(AHEAD_BYTES)
+            if not self._ahead:
+                return b""
         if rest_s is not None:
             self.begin(rest_s)
-        self.receive_into(memoryview(head)[first:])
-        (length,) = _LENGTH.unpack(head)
-        if length > p.MAX_FRAME_BYTES:
-            raise Incompatible(f"a frame of {length} bytes; {p.MAX_FRAME_BYTES} at most")
-        body = bytearray(length)
-        self.receive_into(memoryview(body))
-        return bytes(body)
+        return self._next(length_of(self._next(_LENGTH.size)))
 
     def receive_into(self, into: memoryview) -> None:
         """Exactly so many bytes, into their place.
@@ -120,24 +120,116 @@ class Channel:
         Raises:
             OSError: they did not come, or not in time.
         """
-        place = 0
+        place = min(len(self._ahead), len(into))
+        into[:place], self._ahead = self._ahead[:place], self._ahead[place:]
         while place < len(into):
+            self._wake_for(len(into) - place)
             self._wait()
             count = self._socket.recv_into(into[place:])
             if not count:
                 raise ConnectionError("the other end hung up in the middle")
             place += count
+        self._wake_for(1)
 
     def close(self) -> None:
         """Hang up. Repeatable."""
         with contextlib.suppress(OSError):
             self._socket.close()
 
+    def on_loop(self) -> LoopChannel:
+        """The same connection, for a loop from now on. Whoever has this one closes it.
+
+        Raises:
+            Incompatible: the other end has said more than was asked.
+        """
+        if self._ahead:
+            raise Incompatible("it does not wait for its answer")
+        return LoopChannel(self._socket)
+
+    def _wake_for(self, nbytes: int) -> None:
+        """Have this thread woken for so many bytes, or many, but not for each packet."""
+        nbytes = min(nbytes, WAKE_BYTES)
+        if nbytes != self._wakes_for and not isinstance(self._socket, ssl.SSLSocket):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+            self._wakes_for = nbytes
+
+    def _next(self, count: int) -> bytes:
+        taken = bytearray(count)
+        self.receive_into(memoryview(taken))
+        return bytes(taken)
+
     def _wait(self) -> None:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"nothing within {self._timeout_s:g} s")
         self._socket.settimeout(left)
+
+
+class LoopChannel:
+    """A connection that is heard on a loop: frames alone, and no call that waits.
+
+    Args:
+        connected: does not block from now on.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        self._socket = connected
+        self._came = bytearray()
+        self.descriptor = connected.fileno()
+
+    def receive(self) -> Iterator[bytes]:
+        """The bodies of the frames that have come; an empty one where the other end hung up.
+
+        Raises:
+            OSError: it has gone.
+            Incompatible: a frame that is longer than any.
+        """
+        hung_up = False
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+            while not hung_up:
+                data = self._socket.recv(RECEIVE_BYTES)
+                self._came += data
+                hung_up = not data
+                if len(data) < RECEIVE_BYTES and not isinstance(self._socket, ssl.SSLSocket):
+                    break
+        while len(self._came) >= _LENGTH.size:
+            end = _LENGTH.size + length_of(self._came[: _LENGTH.size])
+            if len(self._came) < end:
+                break
+            body = bytes(self._came[_LENGTH.size : end])
+            del self._came[:end]
+            yield body
+        if hung_up:
+            yield b""
+
+    def send(self, *messages: p.Request | p.Reply) -> None:
+        """Send messages that are shorter together than what a connection holds.
+
+        Raises:
+            OSError: the other end has gone, or takes nothing.
+        """
+        bodies = map(p.encode, messages)
+        frames = b"".join(_LENGTH.pack(len(body)) + body for body in bodies)
+        if self._socket.send(frames) < len(frames):
+            raise ConnectionError("the other end takes nothing")
+
+    def close(self) -> None:
+        """Hang up. Repeatable."""
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+
+def length_of(head: bytes | bytearray) -> int:
+    """Of the body behind a frame's first four bytes.
+
+    Raises:
+        Incompatible: a frame that is longer than any.
+    """
+    length: int = _LENGTH.unpack(head)[0]
+    if length > p.MAX_FRAME_BYTES:
+        raise Incompatible(f"a frame of {length} bytes; {p.MAX_FRAME_BYTES} at most")
+    return length
 
 
 def connect(
@@ -175,13 +267,22 @@ def connect(
         if not isinstance(_reply(channel, str(address)), p.Welcome):
             raise Incompatible(f"{address} does not welcome a node that knows the secret")
         channel.hello = hello
-        if p.NIXL in ways and p.NIXL in hello.ways:
-            agent = ask(channel, p.Introduce(), str(address))
-            channel.agent = agent.metadata if isinstance(agent, p.Agent) else None
     except BaseException:
         connected.close()
         raise
     return channel
+
+
+def introduce(channel: Channel, where: str) -> None:
+    """Have a connection be one for loans.
+
+    Raises:
+        OSError, PeerRefused, Incompatible: as of `ask`.
+    """
+    agent = ask(channel, p.Introduce(), where)
+    if not isinstance(agent, p.Agent):
+        raise Incompatible(f"{where} does not say what its NIXL agent is")
+    channel.agent = agent.metadata
 
 
 def ask(channel: Channel, request: p.Request, where: str) -> p.Reply:

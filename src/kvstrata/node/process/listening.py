@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
-
 from kvstrata.config import Config
 from kvstrata.errors import Incompatible, KVStrataError, TierUnavailable
 from kvstrata.node.common.background import report_bug
 from kvstrata.node.lending import Lender
 from kvstrata.node.node import Node
+from kvstrata.node.process.loans import Loans
 from kvstrata.observe.counters import Counters
 from kvstrata.transfer import nixl
 from kvstrata.transfer import peers as p
@@ -209,8 +208,9 @@ class PeerServer:
                     self._send(channel, name, most)
                 case p.Introduce() if self._by_nixl is not None:
                     channel.send(p.Agent(self._by_nixl.metadata))
-                case p.Borrow(name, most) if self._by_nixl is not None:
-                    self._lend(channel, name, most, self._by_nixl)
+                    on_loop = channel.on_loop()
+                    Loans(on_loop, self._loop, self._lender, self._by_nixl).serve()
+                    return
                 case other:
                     raise Incompatible(f"a {type(other).__name__} out of place")
 
@@ -222,7 +222,7 @@ class PeerServer:
         return sizes
 
     def _send(self, channel: Channel, name: bytes, most: int) -> None:
-        with self._held(name, "tcp") as lent:
+        with self._held(name) as lent:
             if lent.view is None:
                 channel.send(p.Data(0))
             elif len(lent.view) > most:
@@ -231,43 +231,19 @@ class PeerServer:
                 channel.send(p.Data(len(lent.view)), lent.view)
                 lent.gone = True
 
-    def _lend(self, channel: Channel, name: bytes, most: int, lender: nixl.Lender) -> None:
-        """Say where an object lies, and hold it until the other end says that it has read it.
-
-        After `TIMEOUT_S` the connection ends instead, and what is read then does not count.
-        """
-        with self._held(name, p.NIXL) as lent:
-            if lent.view is None:
-                channel.send(p.Lent(0, 0))
-                return
-            if len(lent.view) > most:
-                channel.send(p.Lent(-1, 0))
-                return
-            address = int(np.frombuffer(lent.view, np.uint8).ctypes.data)
-            with lender.lending():
-                channel.send(p.Lent(len(lent.view), address))
-                channel.begin(TIMEOUT_S)
-                body = channel.receive()
-            if not body or not isinstance(p.decode_request(body), p.Return):
-                raise Incompatible("it does not return what it borrowed")
-            channel.send(p.Welcome())
-            lent.gone = True
-
     @contextlib.contextmanager
-    def _held(self, name: bytes, by: str) -> Iterator[_Held]:
+    def _held(self, name: bytes) -> Iterator[_Held]:
         """An object that lies still meanwhile."""
-        found = self._on_loop(lambda: self._lender.lend(name))
-        if found is None:
+        slot = self._on_loop(lambda: self._lender.lend(name))
+        if slot is None:
             yield _Held()
             return
-        slot, view = found
-        held = _Held(view)
-        del found, view
+        held = _Held(self._lender.view(slot))
         try:
             yield held
         finally:
             held.view = None
-            give_back = partial(self._lender.give_back, slot, by=by if held.gone else "")
+            give_back = partial(self._lender.give_back, slot, by="tcp" if held.gone else "")
             with contextlib.suppress(RuntimeError):  # the loop has ended, and the pool with it
                 self._loop.call_soon_threadsafe(give_back)
 
