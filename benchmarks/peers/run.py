@@ -33,7 +33,8 @@ from kvstrata.parts import identity
 from kvstrata.testing.workplace import wait_ready
 from kvstrata.tiers.base import Stat
 from kvstrata.tiers.peer import PeerTier
-from kvstrata.transfer.nixl import Memory, Reader
+from kvstrata.transfer.borrowing import Borrower
+from kvstrata.transfer.nixl import Memory
 from kvstrata.transfer.peers import NIXL
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
@@ -42,7 +43,8 @@ from kvstrata.wire.launch import connect
 NAME = "peers"
 NAMESPACE = bytes(range(32))
 ORDER = "benchmark/peers"
-NUM_THREADS = 4
+NUM_THREADS = 8
+"""As many as a node reads from its peers with (`peer.io_threads`)."""
 TURN_BYTES = 128_000_000
 # Payloads: 128 tokens of SmolLM2-135M in bfloat16 (23,040 bytes each); smaller and larger ones.
 SIZES = {"256 KiB": 256 << 10, "2.95 MB": 128 * 23_040, "12 MiB": 12 << 20}
@@ -134,7 +136,7 @@ def ours(config: Config, pool: Pool, seed: int, count: int) -> Side:
     tier = part.open(config)
     assert isinstance(tier, PeerTier)
     if config.network.transport == NIXL:
-        tier.read_by(Reader(Memory(pool.address, pool.capacity_bytes)))
+        tier.read_by(Borrower(Memory(pool.address, pool.capacity_bytes)))
     names = [Where(0, NAMESPACE, ORDER).name(key, 0) for key in keys(seed, count)]
     ids = [identity(key, 0) for key in keys(seed, count)]
     expect(all(isinstance(one, Stat) for one in tier.stat(names)), "the peer lacks objects")
@@ -234,7 +236,7 @@ def compare(options: Options, size: str, sides: list[Side], views: list[memoryvi
         ratio.median,
         REQUIRED if size in JUDGED else None,
         at_most=False,
-        detail=f"{ratio}; {medians[0]:.2f} of {medians[1]:.2f} GB/s, {NUM_THREADS} connections",
+        detail=f"{ratio}; {medians[0]:.2f} of {medians[1]:.2f} GB/s, {NUM_THREADS} at once",
     )
 
 
