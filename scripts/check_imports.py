@@ -15,7 +15,7 @@ SOURCES = Path(__file__).parent.parent / "src"
 
 STOREYS = (
     "errors",
-    "units layout objects parts keys identity cores",
+    "units layout objects parts secret keys identity cores",
     "observe",
     "memory",
     "codecs",

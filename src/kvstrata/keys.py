@@ -6,25 +6,20 @@ hash, so everybody who holds the deployment's secret derives the same keys.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import stat
 import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from kvstrata.errors import ConfigError, UsageError
+from kvstrata.errors import UsageError
+from kvstrata.secret import SECRET_BYTES
 
 KEY_BYTES = 32
-SECRET_BYTES = 32
 OWNER_BYTES = 16
 
 Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -32,7 +27,6 @@ Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 _NAMESPACE_VERSION = "kvstrata namespace 1"
 _CHAIN_CONTEXT = "KVStrata 1 chunk keys"
 _OWNER_CONTEXT = "KVStrata 1 owners"
-_CHECK_CONTEXT = "KVStrata 1 secret check"
 _MAX_TOKEN = 2**31 - 1
 
 
@@ -107,7 +101,7 @@ class KeyChain:
     Stateless after construction, so threads may share it.
 
     Args:
-        secret: the deployment's, 32 bytes, see `load_secret`.
+        secret: one of the deployment's, 32 bytes, see `kvstrata.secret.load_secrets`.
         namespace: ``Namespace.digest()``.
         chunk_tokens: tokens of a chunk.
         salt: the request's, empty if it has none.
@@ -238,60 +232,6 @@ def length_prefixed(text: str) -> bytes:
     """
     encoded = _utf8(text)
     return struct.pack("<I", len(encoded)) + encoded
-
-
-def load_secret(path: str | os.PathLike[str]) -> bytes:
-    """The deployment's secret, 32 bytes; made at the first call, with mode 0600.
-
-    Processes that call this at once, on one machine or on a shared file system, get the same
-    secret: the file is complete before it has its name, and the first to name it wins.
-
-    Raises:
-        ConfigError: the file cannot be read or made, others can read it, or it has another
-            length; the message names the path and what to do.
-    """
-    path = Path(path)
-    try:
-        if not path.exists():
-            _make_secret(path)
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            secret = file.read(SECRET_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot read or make the secret: {error.strerror}") from error
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & 0o077:
-        raise ConfigError(
-            str(path), f"others may use the secret (mode {mode:04o}); run: chmod 600 '{path}'"
-        )
-    if len(secret) != SECRET_BYTES:
-        raise ConfigError(
-            str(path),
-            f"holds {status.st_size} bytes, expected {SECRET_BYTES}; copy the deployment's secret"
-            " here, or remove the file to have a new one made (what is stored is then lost)",
-        )
-    return secret
-
-
-def secret_check(secret: bytes) -> str:
-    """16 hex digits that tell whether two secrets are one, and nothing else of them."""
-    return blake3(secret, derive_key_context=_CHECK_CONTEXT).hexdigest()[:16]
-
-
-def _make_secret(path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    whole = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(SECRET_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        # If another process was first, its secret is the deployment's.
-        with contextlib.suppress(FileExistsError):
-            os.link(whole, path)
-    finally:
-        os.unlink(whole)
 
 
 def _utf8(text: str) -> bytes:

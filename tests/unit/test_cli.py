@@ -668,7 +668,7 @@ def test_doctor_explains_another_protocol(folder: Path) -> None:
 
     def answer() -> None:
         connected, _ = listener.accept()
-        hello = p.Hello(999, "9.9.9", 1, bytes(16), 4096, bytes(32))
+        hello = p.Hello(999, "9.9.9", 1, bytes(16), 4096, [bytes(32)])
         with connected:
             socket.send_fds(connected, [p.encode(hello)], [memory])
 
@@ -702,7 +702,7 @@ def test_doctor_survives_a_node_that_dies_in_the_middle(
 def test_secret(folder: Path) -> None:
     file = folder / "secret"
     config = load_config(environ={}, overrides={"secret_file": str(file)})
-    hello = p.Hello(1, kvstrata.__version__, 1, bytes(16), 4096, bytes(32))
+    hello = p.Hello(1, kvstrata.__version__, 1, bytes(16), 4096, [bytes(32)])
     assert checks.check_secret(config, None).result == "ok"
     assert checks.check_secret(config, hello).result == "warn"
     assert not file.exists()  # looking makes nothing
@@ -718,6 +718,12 @@ def test_secret(folder: Path) -> None:
     check = checks.check_secret(config, hello)
     assert check.result == "warn"
     assert "another secret" in check.message
+    file.write_bytes(b"x" * 32 + bytes(32))
+    check = checks.check_secret(config, hello)
+    assert (check.result, "restart the node" in check.message) == ("warn", True)
+    knows_both = p.Hello(1, "1", 1, bytes(16), 4096, [b"x" * 32, bytes(32)])
+    check = checks.check_secret(config, knows_both)
+    assert (check.result, "two are known: stores use" in check.message) == ("ok", True)
     file.write_bytes(b"short")
     assert checks.check_secret(config, hello).result == "FAIL"
 
@@ -747,9 +753,9 @@ def test_socket_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_release() -> None:
-    hello = p.Hello(1, kvstrata.__version__, 1, bytes(16), 4096, bytes(32))
+    hello = p.Hello(1, kvstrata.__version__, 1, bytes(16), 4096, [bytes(32)])
     assert checks.check_release(hello).result == "ok"
-    older = p.Hello(1, "0.0.9", 1, bytes(16), 4096, bytes(32))
+    older = p.Hello(1, "0.0.9", 1, bytes(16), 4096, [bytes(32)])
     assert checks.check_release(older).result == "warn"
     assert "0.0.9" in checks.check_release(older).message
 

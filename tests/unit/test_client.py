@@ -36,7 +36,7 @@ class PlayedNode:
         ours, self.socket = socket.socketpair()
         self.socket.settimeout(10)
         hello = p.Hello(
-            p.PROTOCOL_VERSION, "9.9", os.getpid(), bytes(16), self.pool.capacity_bytes, bytes(32)
+            p.PROTOCOL_VERSION, "9.9", os.getpid(), bytes(16), self.pool.capacity_bytes, [bytes(32)]
         )
         socket.send_fds(self.socket, [p.encode(hello)], [self.pool.fd])
         self.client = NodeClient(ours, 5.0)
@@ -269,7 +269,7 @@ class TestHello:
 
     def hello(self, version: int = p.PROTOCOL_VERSION, *more: object) -> bytes:
         body = msgspec.msgpack.encode(
-            ["hello", version, "7.7.7", 1, bytes(16), 4096, bytes(32), *more]
+            ["hello", version, "7.7.7", 1, bytes(16), 4096, [bytes(32)], *more]
         )
         return len(body).to_bytes(4, "little") + body
 

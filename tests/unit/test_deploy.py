@@ -204,9 +204,9 @@ def test_the_init_container_leaves_what_a_node_takes(tmp_path: Path) -> None:
     (tmp_path / "secret" / "secret").chmod(0o440)
     (tmp_path / "run" / "kvstrata-secret").mkdir(parents=True)
     subprocess.run(["sh", "-ec", script], check=True)
-    from kvstrata.keys import load_secret
+    from kvstrata.secret import load_secrets
 
-    assert load_secret(tmp_path / "run/kvstrata-secret/secret") == bytes(range(32))
+    assert load_secrets(tmp_path / "run/kvstrata-secret/secret") == (bytes(range(32)),)
     assert (tmp_path / "run/kvstrata").is_dir()
     assert (tmp_path / "var/cache/kvstrata").stat().st_mode & 0o777 == 0o700
 

@@ -26,10 +26,11 @@ from kvstrata.cli import fleet
 from kvstrata.cli.checks import Check, check_tier
 from kvstrata.config import load_config
 from kvstrata.errors import ConfigError, UsageError
-from kvstrata.keys import Namespace, secret_check
+from kvstrata.keys import Namespace
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
 from kvstrata.node.slots.clients import Client
+from kvstrata.secret import secret_check
 from kvstrata.transfer import peers as p
 from kvstrata.transfer.tcp import Address, Channel
 from kvstrata.wire import protocol as wire
@@ -137,7 +138,7 @@ class Stranger:
         with contextlib.suppress(OSError):
             connected, _ = self._listener.accept()
             with contextlib.closing(Channel(connected, 5.0)) as channel:
-                handshake = p.Handshake(self._secret)
+                handshake = p.Handshake((self._secret,))
                 theirs = p.decode_request(channel.receive())
                 assert isinstance(theirs, p.Hello)
                 ours = handshake.answer(theirs)
@@ -213,17 +214,17 @@ class TestPeers:
     def test_clocks(
         self, stranger: Callable[..., Address], ahead_s: float, result: str, words: str
     ) -> None:
-        check = fleet.check_peer(stranger(ahead_s=ahead_s), SECRET, None)
+        check = fleet.check_peer(stranger(ahead_s=ahead_s), (SECRET,), None)
         assert (check.result, words in check.message) == (result, True)
         assert check.measured["skew_s"] == pytest.approx(abs(ahead_s), abs=1.0)
         if result == "warn":
             assert re.match(r"its clock is [89]\.\d s (ahead of|behind) ours", check.message)
 
     def test_another_release_and_another_protocol(self, stranger: Callable[..., Address]) -> None:
-        check = fleet.check_peer(stranger(release="0.1.9"), SECRET, None)
+        check = fleet.check_peer(stranger(release="0.1.9"), (SECRET,), None)
         assert check.result == "warn"
         assert "it runs KVStrata 0.1.9" in check.message
-        check = fleet.check_peer(stranger(version=9), SECRET, None)
+        check = fleet.check_peer(stranger(version=9), (SECRET,), None)
         assert check.result == "FAIL"
         assert "speaks peer protocol 9" in check.message
 
@@ -231,11 +232,11 @@ class TestPeers:
         monkeypatch.setattr(fleet, "ANSWER_S", 0.2)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             address = Address("127.0.0.1", silent.getsockname()[1])
-            check = fleet.check_peer(address, SECRET, None)
+            check = fleet.check_peer(address, (SECRET,), None)
             assert (check.result, check.message[:22]) == ("FAIL", "no answer within 0.2 s")
-        check = fleet.check_peer(address, SECRET, None)
+        check = fleet.check_peer(address, (SECRET,), None)
         assert (check.result, check.message[:21]) == ("FAIL", "nobody listens there:")
-        check = fleet.check_peer(Address("no-such-host.invalid", 1), SECRET, None)
+        check = fleet.check_peer(Address("no-such-host.invalid", 1), (SECRET,), None)
         assert check.result == "FAIL"
         assert "the name no-such-host.invalid is not known here" in check.message
 
@@ -248,14 +249,14 @@ class TestPeers:
         strange = load_config(environ={}, overrides=certificates(others)).network
         a, plain = machine("a", **files), machine("plain")
         tls = a.config.network.tls(serving=False)
-        assert fleet.check_peer(a.address, SECRET, tls).result == "ok"
+        assert fleet.check_peer(a.address, (SECRET,), tls).result == "ok"
         for address, context, words in (
             (a.address, None, "it wants TLS, which this configuration does not have"),
             (plain.address, tls, "or one that has no TLS, as this configuration has"),
             (a.address, strange.tls(serving=False), "its certificate is not accepted"),
             (a.address._replace(host="localhost"), tls, "and be for localhost"),
         ):
-            check = fleet.check_peer(address, SECRET, context)
+            check = fleet.check_peer(address, (SECRET,), context)
             assert check.result == "FAIL"
             assert words in check.message
 
@@ -326,14 +327,26 @@ class TestAgainst:
         a = machine("a")
         a.tell(NAMESPACE)
         _, out, _ = command("status", *a.arguments)
+        assert f"secret: {secret_check(SECRET)}\n" in out
         digest = NAMESPACE.digest().hex()[:12]
         assert f"namespace {digest}: org/model, chunks of 128 tokens, tenant default" in out
+
+
+def test_a_node_that_knows_two_says_so(machine: Callable[..., Machine], command: Command) -> None:
+    other = bytes(range(32, 64))
+    a, b = machine("a", secret=other + SECRET), machine("b")
+    _, out, _ = command("status", *a.arguments)
+    assert f"secret: {secret_check(other)}, and {secret_check(SECRET)} is looked up, too" in out
+    _, out, _ = command("status", "--json", *a.arguments)
+    assert json.loads(out)["secret_checks"] == [secret_check(other), secret_check(SECRET)]
+    code, out, _ = command("doctor", f"--peer={b.address}", *a.arguments)
+    assert (code, "with the same secret" in out) == (0, True)
 
 
 def status(*namespaces: Namespace, tiers: Any = (), **fields: Any) -> fleet.Status:
     """What a node with these would say of itself."""
     shown = [Described(one, MODEL).shown() for one in namespaces]
-    state = {"release": "1", "tiers": list(tiers), "secret_check": "a", "namespaces": shown}
+    state = {"release": "1", "tiers": list(tiers), "secret_checks": ["a"], "namespaces": shown}
     return fleet.status_of({**state, **fields})
 
 
@@ -407,9 +420,29 @@ class TestCompare:
         assert (check.result, "doctor --peer" in check.message) == ("ok", True)
 
     def test_releases_and_a_status_that_says_little(self) -> None:
-        checks = found(status(), status(release="2", secret_check=""))
+        checks = found(status(), status(release="2", secret_checks=[]))
         assert (checks["version"].result, checks["secret"].result) == ("warn", "warn")
         assert "KVStrata 1 here, 2 there" in checks["version"].message
+
+    @pytest.mark.parametrize(
+        ("here", "there", "result", "words"),
+        [
+            ("a", "a", "ok", "the same on both"),
+            ("ba", "ba", "ok", "the same on both, and another one known"),
+            ("ab", "ba", "ok", "a is stored by here, b there; each looks up the other's, too"),
+            ("a", "ab", "ok", "the same on both, and another one known"),
+            ("a", "ba", "warn", "what is stored there by b is not found here: copy secret_file"),
+            ("ba", "a", "warn", "what is stored here by b is not found there: copy secret_file"),
+            ("ba", "ca", "warn", "here by b is not found there; what is stored there by c is"),
+            ("a", "b", "FAIL", "the two have different secrets"),
+            ("ab", "cd", "FAIL", "the two have different secrets"),
+        ],
+    )
+    def test_secrets_while_one_takes_the_others_place(
+        self, here: str, there: str, result: str, words: str
+    ) -> None:
+        checks = found(status(secret_checks=list(here)), status(secret_checks=list(there)))
+        assert (checks["secret"].result, words in checks["secret"].message) == (result, True)
 
     def test_what_a_real_store_says_of_itself(self) -> None:
         async def ask() -> fleet.Status:

@@ -6,7 +6,6 @@ import dataclasses
 import doctest
 import os
 import re
-import stat
 import struct
 import subprocess
 import sys
@@ -19,8 +18,8 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.errors import ConfigError, UsageError
-from kvstrata.keys import KeyChain, MediaItem, Namespace, load_secret, owner_digest
+from kvstrata.errors import UsageError
+from kvstrata.keys import KeyChain, MediaItem, Namespace, owner_digest
 
 SECRET = bytes(range(32))
 NAMESPACE = Namespace(model="5f3a", layout="full/30x3x64x2/bfloat16", chunk_tokens=4)
@@ -289,88 +288,3 @@ def test_wrong_chains_and_namespaces() -> None:
         dataclasses.replace(NAMESPACE, model="")
     with pytest.raises(UsageError, match="UTF-8"):
         dataclasses.replace(NAMESPACE, tenant="\udc80").digest()
-
-
-def test_secret_is_made_once_and_for_the_owner_alone(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "secret"
-    secret = load_secret(path)
-    assert len(secret) == 32
-    assert load_secret(path) == secret == path.read_bytes()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert [file.name for file in path.parent.iterdir()] == ["secret"]
-    assert load_secret(tmp_path / "other") != secret
-
-
-def test_processes_that_start_at_once_agree_on_one_secret(tmp_path: Path) -> None:
-    program = (
-        "import sys\nfrom kvstrata.keys import load_secret\n"
-        "print('ready', flush=True)\nsys.stdin.readline()\n"
-        f"print(load_secret({str(tmp_path / 'secret')!r}).hex())"
-    )
-    starters = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    for starter in starters:
-        assert starter.stdout
-        assert starter.stdout.readline() == "ready\n"
-    for starter in starters:
-        assert starter.stdin
-        starter.stdin.write("\n")
-        starter.stdin.flush()
-    said = {starter.communicate()[0].strip() for starter in starters}
-    assert said == {(tmp_path / "secret").read_bytes().hex()}
-    assert os.listdir(tmp_path) == ["secret"]
-
-
-def test_who_comes_second_takes_the_first_ones_secret(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "secret"
-    link = os.link
-
-    def slower(source: Any, target: Any) -> None:
-        monkeypatch.setattr(os, "link", link)
-        first = load_secret(path)
-        assert len(first) == 32
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", slower)
-    assert load_secret(path) == load_secret(path)
-    assert os.listdir(tmp_path) == ["secret"]
-
-
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
-def test_secret_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
-    path = tmp_path / "secret"
-    path.write_bytes(SECRET)
-    path.chmod(mode)
-    with pytest.raises(ConfigError, match=f"{path}: .*mode 0{mode:o}.*chmod 600 '{path}'"):
-        load_secret(path)
-    path.chmod(0o400)
-    assert load_secret(path) == SECRET
-
-
-@pytest.mark.parametrize("size", [0, 31, 33, 4096])
-def test_secret_of_another_length_is_refused(tmp_path: Path, size: int) -> None:
-    path = tmp_path / "secret"
-    path.write_bytes(bytes(size))
-    path.chmod(0o600)
-    with pytest.raises(ConfigError, match=f"{path}: holds {size} bytes, expected 32; copy"):
-        load_secret(path)
-    assert path.stat().st_size == size
-
-
-def test_secret_that_cannot_be_read_or_made(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "folder", tmp_path / "file" / "secret"):
-        with pytest.raises(ConfigError, match=f"{path}: cannot read or make the secret"):
-            load_secret(path)

@@ -200,14 +200,16 @@ class TestParameters:
             ({"do_remote_decode": True}, Roles(lends=True)),
             (COMPUTE_FOR_ANOTHER, Roles(lends=True)),
             (prefill_elsewhere("a:1"), Roles("a:1", running=True)),
-            (decode_elsewhere("[::1]:5", b"n", "r", 7, 1), Roles("[::1]:5")),
+            (prefill_elsewhere("a:1", "5e"), Roles("a:1", running=True, secret="5e")),
+            ({"do_remote_prefill": True, "kvstrata": {"peer": "a:1", "secret": 7}}, Roles("a:1")),
+            (decode_elsewhere("[::1]:5", b"n", "r", 7, 1, "5e"), Roles("[::1]:5", secret="5e")),
         ],
     )
     def test_whatever_a_client_sends(self, params: Any, found: Roles) -> None:
         assert roles(params) == found
 
     def test_what_forgets_our_own_field_still_works(self) -> None:
-        params = decode_elsewhere("10.0.0.1:5", b"n", "r", 7, 1)
+        params = decode_elsewhere("10.0.0.1:5", b"n", "r", 7, 1, "5e")
         del params["kvstrata"]
         assert roles(params) == Roles("10.0.0.1:5")
 

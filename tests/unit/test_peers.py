@@ -20,7 +20,7 @@ from tests.support.nodes import NAMESPACE, ORDER, OTHER, RAW, SLOT, chunk_keys
 
 from kvstrata.config import load_config
 from kvstrata.config.network import TRUSTED
-from kvstrata.errors import ConfigError, TierUnavailable
+from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
 from kvstrata.node.process import loans
 from kvstrata.node.service.names import Where
 from kvstrata.tiers import peer as peer_tier
@@ -84,7 +84,7 @@ class Liar:
                 threading.Thread(target=self._serve, args=(connected,), daemon=True).start()
 
     def _serve(self, connected: socket.socket) -> None:
-        channel, handshake = Channel(connected, 60.0), p.Handshake(SECRET, self._ways)
+        channel, handshake = Channel(connected, 60.0), p.Handshake((SECRET,), self._ways)
         with contextlib.suppress(Exception):
             hello = p.decode_request(channel.receive())
             assert isinstance(hello, p.Hello)
@@ -245,7 +245,7 @@ class TestWhoMayConnect:
         a = fleet()
         for last in (p.Proof(bytes(32)), p.Ping(), p.Stat([bytes(60)])):
             channel = Channel(socket.create_connection(a.address), 5.0)
-            channel.send(p.Handshake(bytes(32)).hello())
+            channel.send(p.Handshake((bytes(32),)).hello())
             assert isinstance(p.decode_reply(channel.receive()), p.Hello)
             channel.send(last)
             assert isinstance(p.decode_reply(channel.receive()), p.Refused)
@@ -255,18 +255,65 @@ class TestWhoMayConnect:
 
     def test_a_proof_is_good_for_one_connection(self) -> None:
         """What was heard on one connection proves nothing on another."""
-        mine, theirs = p.Handshake(SECRET), p.Handshake(SECRET)
+        mine, theirs = p.Handshake((SECRET,)), p.Handshake((SECRET,))
         proof = mine.check_server(theirs.answer(mine.hello()), "x")
         assert theirs.check_client(mine.hello(), proof)
-        again = p.Handshake(SECRET)
+        again = p.Handshake((SECRET,))
         again.answer(mine.hello())
         assert not again.check_client(mine.hello(), proof)
-        assert not theirs.check_client(p.Handshake(SECRET).hello(), proof)
+        assert not theirs.check_client(p.Handshake((SECRET,)).hello(), proof)
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs"), [("A", "BA"), ("BA", "A"), ("BA", "BA"), ("BA", "AB"), ("B", "BA")]
+    )
+    def test_one_secret_that_both_know_will_do(
+        self, fleet: Callable[..., Member], tmp_path: Path, ours: str, theirs: str
+    ) -> None:
+        a = knowing(fleet, tmp_path, theirs)
+        b = knowing(fleet, tmp_path, ours, [a.address]).ready()
+        a.store(chunk_keys(2))
+        assert b.get(chunk_keys(2)) == [1] * 2
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs"), [("A", "B"), ("AC", "B"), ("A", "BC"), ("AB", "C")]
+    )
+    def test_without_one_both_sides_say_so(
+        self, fleet: Callable[..., Member], tmp_path: Path, ours: str, theirs: str
+    ) -> None:
+        a = knowing(fleet, tmp_path, theirs)
+        b = knowing(fleet, tmp_path, ours, [a.address])
+        b.until(lambda: "has another secret; copy the deployment's secret_file" in b.state())
+        # And the other way round: one that skips the proof of the end that it connects to.
+        channel = Channel(socket.create_connection(a.address), 5.0)
+        mine = p.Handshake(tuple(SECRETS[name] for name in ours))
+        channel.send(mine.hello())
+        hello = p.decode_reply(channel.receive())
+        assert isinstance(hello, p.Hello)
+        for secret in mine._keys:
+            assert p._proof(secret, b"server", mine.nonce, hello.nonce) not in hello.proofs
+        channel.send(p.Proof(p._proof(mine._keys[0], b"client", mine.nonce, hello.nonce)))
+        assert isinstance(p.decode_reply(channel.receive()), p.Refused)
+        channel.close()
+        a.store(chunk_keys(2))
+        assert b.get(chunk_keys(2)) == []
+
+    def test_a_stranger_does_not_learn_how_many_are_known(self) -> None:
+        stranger = p.Handshake((bytes(32),))
+        for known in ((SECRETS["A"],), (SECRETS["A"], SECRETS["B"])):
+            hello = p.Handshake(known).answer(stranger.hello())
+            assert [len(proof) for proof in hello.proofs] == [32, 32]
+            assert len(set(hello.proofs)) == 2
+
+    def test_no_more_proofs_are_looked_at_than_there_may_be_secrets(self) -> None:
+        hello = p.Handshake((SECRET,)).hello([bytes(32)] * 3)
+        for decode in (p.decode_request, p.decode_reply):
+            with pytest.raises(Incompatible, match="length <= 2"):
+                decode(p.encode(hello))
 
     def test_another_version_is_named(self, fleet: Callable[..., Member]) -> None:
         a = fleet()
         channel = Channel(socket.create_connection(a.address), 5.0)
-        channel.send(p.Hello(99, "9.9", bytes(32), 0.0, b"", []))
+        channel.send(p.Hello(99, "9.9", bytes(32), 0.0, [], []))
         reply = p.decode_reply(channel.receive())
         assert isinstance(reply, p.Refused)
         assert "speaks peer protocol 99" in reply.why
@@ -657,12 +704,27 @@ def allocated(member: Member) -> int:
     return int(member.inprocess.run(lambda: member.inprocess.node.host.allocated_bytes))
 
 
+SECRETS = {"A": SECRET, "B": bytes(range(32, 64)), "C": bytes(range(64, 96))}
+
+
+def knowing(
+    fleet: Callable[..., Member], folder: Path, known: str, peers: Sequence[Address] = ()
+) -> Member:
+    """A node that knows these secrets."""
+    folder = folder / f"{known} {len(peers)}"
+    folder.mkdir()
+    file = folder / "secret"
+    file.write_bytes(b"".join(SECRETS[name] for name in known))
+    file.chmod(0o600)
+    return fleet(peers, folder)
+
+
 def by_tcp(address: Address, timeout_s: float) -> Channel:
-    return tcp.connect(address, SECRET, timeout_s)
+    return tcp.connect(address, (SECRET,), timeout_s)
 
 
 def borrower(address: Address) -> Channel:
-    channel = tcp.connect(address, SECRET, 5.0, None, [NIXL])
+    channel = tcp.connect(address, (SECRET,), 5.0, None, [NIXL])
     tcp.introduce(channel, str(address))
     return channel
 

@@ -14,8 +14,8 @@ TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096, 256)
 
 GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     (
-        p.Hello(2, "0.1.0", 7, b"n", 8192, b"s", ["disk"], "a:1"),
-        "2200000099a568656c6c6f02a5302e312e3007c4016ecd2000c4017391a46469736ba3613a31",
+        p.Hello(2, "0.1.0", 7, b"n", 8192, [b"s"], ["disk"], "a:1"),
+        "2300000099a568656c6c6f02a5302e312e3007c4016ecd200091c4017391a46469736ba3613a31",
     ),
     (
         p.Match(

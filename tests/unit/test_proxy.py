@@ -22,6 +22,7 @@ from kvstrata.proxy.engines import Engine, Engines
 from kvstrata.proxy.server import Proxy, serve
 
 PEER = "127.0.0.1:7788"
+CHECK = "3a125131a5f428cc"
 PROMPT = {"model": "m", "prompt": "hello", "max_tokens": 3, "min_tokens": 2, "n": 1}
 
 
@@ -62,7 +63,7 @@ class StandIn:
             return await self._stream(request)
         answer: dict[str, Any] = {"text": "whole"}
         if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
-            answer["kv_transfer_params"] = decode_elsewhere(PEER, b"n", "r", 5, 1)
+            answer["kv_transfer_params"] = decode_elsewhere(PEER, b"n", "r", 5, 1, CHECK)
         return web.json_response(answer)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
@@ -154,7 +155,7 @@ def test_the_first_request_tells_where_the_node_is() -> None:
             "model": "m", "prompt": "hello", "max_tokens": 1, "stream": False,
             "kv_transfer_params": COMPUTE_FOR_ANOTHER,
         }  # fmt: skip
-        assert decoded["kv_transfer_params"] == decode_elsewhere(PEER, b"n", "r", 5, 1)
+        assert decoded["kv_transfer_params"] == decode_elsewhere(PEER, b"n", "r", 5, 1, CHECK)
         assert {name: decoded[name] for name in PROMPT} == PROMPT
 
     behind_a_proxy(test)
@@ -167,7 +168,7 @@ def test_then_both_begin_at_once() -> None:
         place.decode[0].open.clear()
         asking = asyncio.ensure_future(place.ask(max_completion_tokens=9))
         await until(lambda: len(place.prefill[0].asked) == len(place.decode[0].asked) == 1)
-        assert place.decode[0].asked[0]["kv_transfer_params"] == prefill_elsewhere(PEER)
+        assert place.decode[0].asked[0]["kv_transfer_params"] == prefill_elsewhere(PEER, CHECK)
         assert place.prefill[0].asked[0]["max_completion_tokens"] == 1
         place.prefill[0].open.set()
         place.decode[0].open.set()

@@ -11,7 +11,18 @@ import sys
 import typer
 
 from kvstrata import __version__
-from kvstrata.cli import calibrate, clear, config, demo, doctor, proxy, quality, serve, status
+from kvstrata.cli import (
+    calibrate,
+    clear,
+    config,
+    demo,
+    doctor,
+    proxy,
+    quality,
+    secret,
+    serve,
+    status,
+)
 from kvstrata.errors import KVStrataError
 
 
@@ -34,6 +45,7 @@ def build_app() -> typer.Typer:
     app.command("calibrate")(calibrate.run)
     app.command("quality")(quality.run)
     app.command("proxy")(proxy.run)
+    app.command("secret")(secret.run)
     return app
 
 

@@ -38,7 +38,7 @@ class Check:
 
 def check_secret(config: Config, hello: Hello | None) -> Check:
     """The deployment's secret: private, whole, and the one that the node has."""
-    from kvstrata.keys import load_secret
+    from kvstrata.secret import load_secrets, secret_check
 
     file = config.secret_file
     try:
@@ -46,7 +46,7 @@ def check_secret(config: Config, hello: Hello | None) -> Check:
     except FileNotFoundError:
         there = False
     except OSError:
-        there = True  # `load_secret` says what is the matter
+        there = True  # `load_secrets` says what is the matter
     if not there and hello is None:
         return Check("secret", "ok", f"{file} is not there yet; the first node makes it")
     if not there:
@@ -57,17 +57,24 @@ def check_secret(config: Config, hello: Hello | None) -> Check:
             "secret_file, or the file was removed, and then what is stored is lost at a restart",
         )
     try:
-        secret = load_secret(file)
-        if hello is not None and secret != hello.secret:
+        known = load_secrets(file)
+        if hello is not None and list(known) != hello.secrets:
+            common = any(secret in known for secret in hello.secrets)
             return Check(
                 "secret",
                 "warn",
-                f"the node has another secret than {file}: it was started with another file or "
-                "before this one changed, and finds nothing that was stored under this one",
+                f"{file} was changed since the node started; restart the node"
+                if common
+                else f"the node has another secret than {file}: it was started with another file "
+                "or before this one changed, and finds nothing that was stored under this one",
             )
     except ConfigError as error:
         return Check("secret", "FAIL", error.problem + f" ({file})")
-    return Check("secret", "ok", f"{file}, for this user only")
+    two = ""
+    if len(known) > 1:
+        used, other = map(secret_check, known)
+        two = f"; two are known: stores use {used}, lookups {other}, too"
+    return Check("secret", "ok", f"{file}, for this user only{two}")
 
 
 def check_socket(path: Path) -> Check:

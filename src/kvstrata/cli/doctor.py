@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvstrata.cli.canary import Canary, Step
     from kvstrata.cli.checks import Check
     from kvstrata.config import Config
+    from kvstrata.secret import Secrets
     from kvstrata.wire.client import NodeClient
 
 COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "FAIL": typer.colors.RED}
@@ -140,7 +141,7 @@ def examine(config: Config) -> Iterator[Check]:
                         "without one; start it with this configuration, or give doctor the node's "
                         "own --config",
                     )
-            yield from check_peers(config, client.hello.secret)
+            yield from check_peers(config, tuple(client.hello.secrets))
             yield from round_trip(client, config)
         except KVStrataError as error:
             yield checks.Check("round trip", "FAIL", f"{error} ({type(error).__name__})")
@@ -155,7 +156,7 @@ def examine_fleet(config: Config, peers: Sequence[str], against: Path | None) ->
     from kvstrata.cli import fleet
     from kvstrata.cli.checks import Check
     from kvstrata.config.network import NODES
-    from kvstrata.keys import load_secret, secret_check
+    from kvstrata.secret import load_secrets, secret_check
 
     if peers:
         try:
@@ -166,18 +167,18 @@ def examine_fleet(config: Config, peers: Sequence[str], against: Path | None) ->
             missing = "is not there; copy the deployment's secret_file here"
             yield Check("secret", "FAIL", f"{config.secret_file} {missing}")
         else:
-            secret, tls = load_secret(config.secret_file), config.network.tls(serving=False)
+            known, tls = load_secrets(config.secret_file), config.network.tls(serving=False)
             for node in nodes:
-                yield fleet.check_peer(node, secret, tls)
+                yield fleet.check_peer(node, known, tls)
     if against is not None:
         there = fleet.read_status(against)
         with closing(join_or_exit(config)) as client:
             state = settled(client)
-            state["secret_check"] = secret_check(client.hello.secret)
+            state["secret_checks"] = [secret_check(one) for one in client.hello.secrets]
         yield from fleet.compare(fleet.status_of(state), there)
 
 
-def check_peers(config: Config, secret: bytes) -> Iterator[Check]:
+def check_peers(config: Config, known: Secrets) -> Iterator[Check]:
     """Every other node that the configuration names."""
     from kvstrata.cli import fleet
     from kvstrata.config.network import PeerConfig
@@ -186,7 +187,7 @@ def check_peers(config: Config, secret: bytes) -> Iterator[Check]:
         if isinstance(part, PeerConfig):
             tls = config.network.tls(serving=False)
             for node in part.nodes:
-                yield fleet.check_peer(node, secret, tls)
+                yield fleet.check_peer(node, known, tls)
 
 
 def attach(config: Config) -> tuple[NodeClient, str]:

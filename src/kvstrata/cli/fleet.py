@@ -21,6 +21,7 @@ from kvstrata.errors import ConfigError, Incompatible, PeerRefused
 from kvstrata.wire.namespaces import Shown
 
 if TYPE_CHECKING:
+    from kvstrata.secret import Secrets
     from kvstrata.transfer.tcp import Address
 
 ANSWER_S = 3.0
@@ -44,7 +45,7 @@ class Status(msgspec.Struct, frozen=True):
 
     release: str
     tiers: list[Tier]
-    secret_check: str = ""
+    secret_checks: list[str] = []
     namespaces: list[Shown] = []
 
     @property
@@ -75,15 +76,15 @@ def status_of(state: dict[str, Any]) -> Status:
     return msgspec.convert(state, Status)
 
 
-def check_peer(address: Address, secret: bytes, tls: ssl.SSLContext | None) -> Check:
-    """Another node answers, has the same secret and release, and its clock goes as ours does."""
+def check_peer(address: Address, known: Secrets, tls: ssl.SSLContext | None) -> Check:
+    """Another node answers, knows a secret of ours, has the same release and the same time."""
     from kvstrata.transfer import tcp
     from kvstrata.transfer.peers import Ping
 
     name = f"peer {address}"
     began = time.time()
     try:
-        channel = tcp.connect(address, secret, ANSWER_S, tls)
+        channel = tcp.connect(address, known, ANSWER_S, tls)
     except (OSError, Incompatible, PeerRefused) as error:
         return Check(name, "FAIL", _why_not(error, address, tls))
     ended = time.time()
@@ -180,16 +181,39 @@ def _compare_releases(here: Status, there: Status) -> Check:
 
 
 def _compare_secrets(here: Status, there: Status) -> Check:
-    if not there.secret_check:
+    if not there.secret_checks or not here.secret_checks:
         return Check("secret", "warn", "that status does not say which secret its node has")
-    if here.secret_check != there.secret_check:
+    ours, theirs = here.secret_checks[0], there.secret_checks[0]
+    if set(here.secret_checks).isdisjoint(there.secret_checks):
         return Check(
             "secret",
             "FAIL",
             "the two have different secrets, so no key of one is a key of the other; copy "
-            "secret_file of one machine to the other, and restart its node and engines",
+            "secret_file of one machine to the other, and restart its node",
         )
-    return Check("secret", "ok", "the same on both")
+    lost = [
+        f"what is stored {where} by {_clip(used)} is not found {elsewhere}"
+        for used, known, where, elsewhere in (
+            (ours, there.secret_checks, "here", "there"),
+            (theirs, here.secret_checks, "there", "here"),
+        )
+        if used not in known
+    ]
+    if lost:
+        return Check(
+            "secret",
+            "warn",
+            f"{'; '.join(lost)}: copy secret_file of the machine that was changed last to the "
+            "other, and restart its node",
+        )
+    if ours != theirs:
+        return Check(
+            "secret",
+            "ok",
+            f"{ours} is stored by here, {_clip(theirs)} there; each looks up the other's, too",
+        )
+    more = len(here.secret_checks) + len(there.secret_checks) > 2
+    return Check("secret", "ok", "the same on both" + (", and another one known" if more else ""))
 
 
 def _compare_stores(here: Status, there: Status) -> Iterator[Check]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,7 +42,7 @@ def run(
 
     It never starts a node. Exit status 1 and one line on stderr if none answers.
     """
-    from kvstrata.keys import secret_check
+    from kvstrata.secret import secret_check
     from kvstrata.wire.sockets import socket_path
 
     config = configured(config_file, settings, node)
@@ -50,7 +50,7 @@ def run(
     try:
         state = {
             "socket": str(socket_path(config)),
-            "secret_check": secret_check(client.hello.secret),
+            "secret_checks": [secret_check(one) for one in client.hello.secrets],
             **client.status(),
         }
     except (NodeUnavailable, DeadlineExceeded) as error:
@@ -78,7 +78,8 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
         Text(
             f"KVStrata {state['release']} · pid {state['pid']} · up {_age(state['uptime_s'])} · "
             f"unix:{state['socket']}"
-        )
+        ),
+        Text(_secrets(state["secret_checks"])),
     ]
     host, leases = state["host"], state["leases"]
     tiers = Table(box=None, header_style="bold", pad_edge=False)
@@ -129,6 +130,11 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
     if state["requests"]:
         parts.append(_requests(state["requests"][-SHOWN_REQUESTS:]))
     return parts
+
+
+def _secrets(checks: Sequence[str]) -> str:
+    used, *others = checks
+    return f"secret: {used}" + "".join(f", and {one} is looked up, too" for one in others)
 
 
 def _hits(counters: Mapping[str, float]) -> str:

@@ -197,12 +197,12 @@ class PeerConfig(TierPart):
         return f"the peer {address} may not be named here: peer.named is {self.named}"
 
     def open(self, config: Any) -> PeerTier:
-        from kvstrata.keys import load_secret
+        from kvstrata.secret import load_secrets
         from kvstrata.tiers.peer import PeerTier
         from kvstrata.transfer.tcp import connect
 
-        network, secret = config.network, load_secret(config.secret_file)
+        network, known = config.network, load_secrets(config.secret_file)
         tls = network.tls(serving=False)
         return PeerTier(
-            self.nodes, lambda node, timeout_s: connect(node, secret, timeout_s, tls, network.ways)
+            self.nodes, lambda node, timeout_s: connect(node, known, timeout_s, tls, network.ways)
         )

@@ -21,11 +21,14 @@ class Roles(NamedTuple):
         peer: the node that has the prompt's KV, or is about to; empty: none is named.
         running: whether the prompt may still be computed there, or wait for its turn.
         lends: whether another engine will decode what this one computes.
+        secret: check of the one that it is stored by there (`kvstrata.secret.secret_check`);
+            empty: unknown.
     """
 
     peer: str = ""
     running: bool = False
     lends: bool = False
+    secret: str = ""
 
 
 def roles(params: Any) -> Roles:
@@ -41,11 +44,17 @@ def roles(params: Any) -> Roles:
     host, port = params.get("remote_host"), params.get("remote_port")
     if not isinstance(peer, str) and isinstance(host, str) and host and isinstance(port, int):
         peer = str(Address(host, port))
-    return Roles(peer[:MAX_PEER] if isinstance(peer, str) else "", running, lends)
+    secret = ours.get("secret")
+    return Roles(
+        peer[:MAX_PEER] if isinstance(peer, str) else "",
+        running,
+        lends,
+        secret if isinstance(secret, str) else "",
+    )
 
 
 def decode_elsewhere(
-    address: str, node: bytes, request_id: str, num_tokens: int, world: int
+    address: str, node: bytes, request_id: str, num_tokens: int, world: int, secret: str
 ) -> dict[str, Any]:
     """The ``kv_transfer_params`` with which a prompt that was computed here is decoded elsewhere.
 
@@ -55,6 +64,7 @@ def decode_elsewhere(
         request_id: of the request here.
         num_tokens: of its prompt.
         world: ranks of this engine.
+        secret: as of `Roles`.
     """
     host, port = Address.parse(address)
     return {
@@ -67,15 +77,16 @@ def decode_elsewhere(
         "remote_port": port,
         "remote_num_tokens": num_tokens,
         "tp_size": world,
-        "kvstrata": {"peer": address},
+        "kvstrata": {"peer": address, "secret": secret},
     }
 
 
-def prefill_elsewhere(address: str) -> dict[str, Any]:
+def prefill_elsewhere(address: str, secret: str = "") -> dict[str, Any]:
     """The ``kv_transfer_params`` for a prompt that another engine is about to compute.
 
     Args:
         address: where that engine's node answers others.
+        secret: as of `Roles`.
     """
     host, port = Address.parse(address)
     return {
@@ -83,7 +94,7 @@ def prefill_elsewhere(address: str) -> dict[str, Any]:
         "do_remote_decode": False,
         "remote_host": host,
         "remote_port": port,
-        "kvstrata": {"peer": address, "running": True},
+        "kvstrata": {"peer": address, "running": True, "secret": secret},
     }
 
 

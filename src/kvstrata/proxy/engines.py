@@ -37,6 +37,8 @@ class Engine:
         self.up = True
         self.address = ""
         """Where its node answers others, once it has said so."""
+        self.secret = ""
+        """Which secret it stores by, likewise."""
         self.num_failed = 0
 
     def failed(self, why: str) -> None:

@@ -110,7 +110,7 @@ class Exchange:
         opening: asyncio.Future[Answer] | None = None
         try:
             if prefill.address:
-                params: dict[str, Any] | None = prefill_elsewhere(prefill.address)
+                params: dict[str, Any] | None = prefill_elsewhere(prefill.address, prefill.secret)
             else:
                 params = await computing
             opening = asyncio.ensure_future(self._open(decode, self._with(params)))
@@ -151,6 +151,7 @@ class Exchange:
         ours = params.get("kvstrata")
         if isinstance(ours, dict) and isinstance(ours.get("peer"), str):
             prefill.address = ours["peer"]
+            prefill.secret = str(ours.get("secret", ""))
         return params
 
     def _with(self, params: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What two nodes say to each other on TCP: ``docs/peers.md`` as code.
 
-A connection begins with a proof from both ends that they know the deployment's secret. Frames are a
-little-endian 32-bit length and a MessagePack array; behind a `Data` come an object's bytes.
+A connection begins with a proof from both ends that they know a secret of the deployment. Frames
+are a little-endian 32-bit length and a MessagePack array; behind a `Data` come an object's bytes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from blake3 import blake3
 
 import kvstrata
 from kvstrata.errors import Incompatible, PeerRefused
+from kvstrata.secret import MAX_SECRETS, Secrets
 
 PEER_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20
 MAX_NAMES = 4096
 NONCE_BYTES = 32
+PROOF_BYTES = 32
 MAX_METADATA_BYTES = 1 << 19
 NIXL = "nixl"
 
 _PROOF_CONTEXT = "KVStrata 1 peers"
 _Bytes = Annotated[bytes, msgspec.Meta(max_length=256)]
 _Names = Annotated[list[_Bytes], msgspec.Meta(max_length=MAX_NAMES)]
+_Proofs = Annotated[list[_Bytes], msgspec.Meta(max_length=MAX_SECRETS)]
 _Words = Annotated[list[Annotated[str, msgspec.Meta(max_length=32)]], msgspec.Meta(max_length=16)]
 
 
@@ -37,7 +40,7 @@ class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froz
 
 
 class Hello(_Message, tag="hello", frozen=True):
-    """The first word of both ends; ``proof`` is empty in that of the end that connects.
+    """The first word of both ends; ``proofs`` is empty in that of the end that connects.
 
     ``ways`` are those in which bytes can be had, beside the connection itself.
     """
@@ -46,7 +49,7 @@ class Hello(_Message, tag="hello", frozen=True):
     release: str
     nonce: _Bytes
     now: float
-    proof: _Bytes
+    proofs: _Proofs
     ways: _Words
 
 
@@ -159,47 +162,61 @@ def _checked() -> Iterator[None]:
 
 
 class Handshake:
-    """One end's part in the proof that both know the secret.
+    """One end's part in the proof that both know a secret; one that both know will do.
+
+    The end that was connected to proves each that it knows, since it cannot tell which of them the
+    other one knows. To whoever knows none of them, proofs look like any random bytes.
 
     Args:
-        secret: the deployment's, 32 bytes.
+        known: the deployment's secrets, 32 bytes each.
         ways: as of `Hello`.
     """
 
-    def __init__(self, secret: bytes, ways: Sequence[str] = ()) -> None:
+    def __init__(self, known: Secrets, ways: Sequence[str] = ()) -> None:
         self._ways = list(ways)
-        self._key = blake3(secret, derive_key_context=_PROOF_CONTEXT).digest()
+        self._keys = [blake3(one, derive_key_context=_PROOF_CONTEXT).digest() for one in known]
         self.nonce = secrets.token_bytes(NONCE_BYTES)
 
-    def hello(self, proof: bytes = b"") -> Hello:
+    def hello(self, proofs: Sequence[bytes] = ()) -> Hello:
         """This end's first word."""
-        return Hello(PEER_VERSION, kvstrata.__version__, self.nonce, time.time(), proof, self._ways)
+        return Hello(
+            PEER_VERSION, kvstrata.__version__, self.nonce, time.time(), list(proofs), self._ways
+        )
 
     def answer(self, hello: Hello) -> Hello:
         """The first word of the end that was connected to."""
         check_version(hello)
-        return self.hello(self._proof(b"server", hello.nonce, self.nonce))
+        proofs = [_proof(key, b"server", hello.nonce, self.nonce) for key in self._keys]
+        # How many are known is nobody's affair who knows none.
+        unknown = MAX_SECRETS - len(proofs)
+        return self.hello([*proofs, *(secrets.token_bytes(PROOF_BYTES) for _ in range(unknown))])
 
     def check_server(self, hello: Hello, where: str) -> Proof:
         """The proof of the end that connects, once the other one has proved itself.
 
         Raises:
             Incompatible: another version.
-            PeerRefused: it does not know the secret.
+            PeerRefused: it knows no secret that is known here.
         """
         check_version(hello)
-        if not hmac.compare_digest(hello.proof, self._proof(b"server", self.nonce, hello.nonce)):
-            raise PeerRefused(
-                f"{where} has another secret; copy the deployment's secret_file there"
-            )
-        return Proof(self._proof(b"client", self.nonce, hello.nonce))
+        for key in self._keys:
+            if _is_among(hello.proofs, _proof(key, b"server", self.nonce, hello.nonce)):
+                return Proof(_proof(key, b"client", self.nonce, hello.nonce))
+        raise PeerRefused(f"{where} has another secret; copy the deployment's secret_file there")
 
     def check_client(self, hello: Hello, proof: Proof) -> bool:
-        """Whether the end that connected knows the secret."""
-        return hmac.compare_digest(proof.proof, self._proof(b"client", hello.nonce, self.nonce))
+        """Whether the end that connected knows a secret that is known here."""
+        proofs = [_proof(key, b"client", hello.nonce, self.nonce) for key in self._keys]
+        return _is_among(proofs, proof.proof)
 
-    def _proof(self, who: bytes, client: bytes, server: bytes) -> bytes:
-        return blake3(who + client + server, key=self._key).digest()
+
+def _proof(key: bytes, who: bytes, client: bytes, server: bytes) -> bytes:
+    return blake3(who + client + server, key=key).digest()
+
+
+def _is_among(proofs: Sequence[bytes], wanted: bytes) -> bool:
+    """Whether one of them is the one, in a time that does not tell how much of it is."""
+    return any([hmac.compare_digest(one, wanted) for one in proofs])
 
 
 def check_version(hello: Hello) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from kvstrata.errors import Incompatible, PeerRefused, TierUnavailable
+from kvstrata.secret import Secrets
 from kvstrata.transfer import peers as p
 
 _LENGTH = struct.Struct("<I")
@@ -62,7 +63,7 @@ class Channel:
         self._socket = connected
         self._ahead = b""
         self._wakes_for = 1
-        #: what the other end said of itself, once it has proved that it knows the secret
+        #: what the other end said of itself, once it has proved that it knows a secret
         self.hello: p.Hello | None = None
         self.agent: bytes | None = None
         """Metadata of the other end's NIXL agent, once it has been asked for: for loans alone."""
@@ -234,16 +235,16 @@ def length_of(head: bytes | bytearray) -> int:
 
 def connect(
     address: Address,
-    secret: bytes,
+    known: Secrets,
     timeout_s: float,
     tls: ssl.SSLContext | None = None,
     ways: Sequence[str] = (),
 ) -> Channel:
-    """A connection to another node, both ends of which have proved that they know the secret.
+    """A connection to another node, both ends of which have proved that they know a secret.
 
     Args:
         address: where it answers.
-        secret: the deployment's, 32 bytes.
+        known: the deployment's secrets, 32 bytes each.
         timeout_s: what connecting and the proof may take together.
         tls: for a network that is not trusted.
         ways: in which bytes can be had here, beside this one.
@@ -258,14 +259,14 @@ def connect(
         if tls is not None:
             connected = tls.wrap_socket(connected, server_hostname=address.host)
         channel = Channel(connected, deadline - time.monotonic())
-        handshake = p.Handshake(secret, ways)
+        handshake = p.Handshake(known, ways)
         channel.send(handshake.hello())
         hello = _reply(channel, str(address))
         if not isinstance(hello, p.Hello):
             raise Incompatible(f"{address} does not say hello")
         channel.send(handshake.check_server(hello, str(address)))
         if not isinstance(_reply(channel, str(address)), p.Welcome):
-            raise Incompatible(f"{address} does not welcome a node that knows the secret")
+            raise Incompatible(f"{address} does not welcome a node that knows its secret")
         channel.hello = hello
     except BaseException:
         connected.close()

@@ -15,6 +15,7 @@ import msgspec
 import kvstrata
 from kvstrata.errors import Incompatible, UsageError
 from kvstrata.objects import NOBODY
+from kvstrata.secret import MAX_SECRETS
 
 PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 4 << 20
@@ -51,9 +52,14 @@ class Hello(_Message, tag="hello", frozen=True):
     pid: int
     node: bytes
     capacity_bytes: int
-    secret: bytes
+    secrets: Annotated[list[bytes], msgspec.Meta(min_length=1, max_length=MAX_SECRETS)]
     tiers: list[str] = msgspec.field(default_factory=list)
     address: str = ""
+
+    @property
+    def secret(self) -> bytes:
+        """The one that stores use."""
+        return self.secrets[0]
 
 
 class Match(_Message, tag="match", frozen=True):

@@ -23,8 +23,9 @@ from kvstrata.keys import KeyChain, Namespace, owner_digest
 from kvstrata.parts import PORTABLE
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.choice import trouble
+from kvstrata.secret import secret_check
 from kvstrata.wire import protocol as p
-from kvstrata.wire.client import NodeClient, offsets_of
+from kvstrata.wire.client import Call, NodeClient, offsets_of
 
 logger = logging.getLogger(__name__)
 
@@ -129,23 +130,10 @@ class Lookups:
         if state.chain is None and not self._identify(state, client):
             return state.matched
         state.rehash()
-        asked = state.asked
-        if not asked:
+        if not state.asked:
             state.matched, state.miss = True, "shorter than a chunk"
             return True
-        try:
-            token_s, pair_s = self.pace.computing.speeds()
-            state.call = client.match(
-                asked, self.parts, self.orders, self.lengths, state.owner, state.namespace,
-                token_s * self._chunk, pair_s * self._chunk**2, state.roles.peer,
-                self._expected_s(state),
-                self._tail_lengths(state) if len(asked) > len(state.keys) else (),
-            )  # fmt: skip
-            self.looking.add(state.request.request_id)
-            state.seen_at = time.monotonic()
-        except NodeUnavailable:
-            state.matched, state.miss = True, "no node"
-        state.asked_at = time.monotonic()
+        self._begin(state, client, by_other=state.other_first)
         return True
 
     def answered(self, state: RequestState, *, busy: bool) -> bool:
@@ -154,29 +142,20 @@ class Lookups:
         Args:
             busy: whether requests run that a wait would hold up.
         """
-        if state.call is None:
-            return True
-        try:
-            if not state.call.ready():
-                self._wait(state, busy)
-            if state.call.reply is None:
-                if time.monotonic() - state.asked_at < self._config.deadlines.request:
+        while state.call is not None:
+            try:
+                if not state.call.ready():
+                    self._wait(state, busy)
+                if state.call.reply is not None:
+                    self._hear(state, state.call)
+                    self._go_on(state)
+                elif time.monotonic() - state.asked_at < self._config.deadlines.request:
                     return False
-                state.call.abandon()
-                state.miss = "the match missed its deadline"
-            else:
-                reply: p.Matched = state.call.wait(0)
-                state.lease, state.tiers = reply.lease, reply.tiers
-                state.offsets = offsets_of(reply.offsets)
-                state.reckoned = reply
-                state.peer_refused = reply.peer_refused
-                if len(reply.tiers) < reply.found:
-                    state.miss = "computing is faster"
-                elif len(reply.tiers) < len(state.asked):
-                    state.miss = "not stored" if not reply.tiers else "partly stored"
-        except KVStrataError as error:
-            state.miss = f"the match failed: {error}"
-        state.call = None
+                else:
+                    self.abandon(state)
+                    state.miss = "the match missed its deadline"
+            except KVStrataError as error:
+                state.call, state.miss = None, f"the match failed: {error}"
         state.matched = True
         if not state.lease:
             self.looking.discard(state.request.request_id)
@@ -187,11 +166,11 @@ class Lookups:
         client = self.attached()
         if state.chain is None and client is not None:
             self._identify(state, client)
-        with contextlib.suppress(NodeUnavailable):
+        with contextlib.suppress(KVStrataError):
             if state.call is not None and state.call.ready():
-                self.answered(state, busy=True)
+                self._hear(state, state.call)
                 # What the node has need not be stored again.
-                state.num_stored = max(state.num_stored, state.num_whole)
+                state.num_stored = max(state.num_stored, state.num_kept)
         self.give_up(state)
 
     def give_up(self, state: RequestState) -> None:
@@ -218,6 +197,63 @@ class Lookups:
 
     # how
 
+    def _begin(self, state: RequestState, client: NodeClient, *, by_other: bool) -> None:
+        """Ask the node for a request's keys, those of the one secret or of the other."""
+        state.by_other = by_other
+        state.question = state.asked_by_other if by_other else state.asked
+        token_s, pair_s = self.pace.computing.speeds()
+        try:
+            state.call = client.match(
+                state.question, self.parts, self.orders, self.lengths,
+                state.other_owner if by_other else state.owner, state.namespace,
+                token_s * self._chunk, pair_s * self._chunk**2, state.roles.peer,
+                self._expected_s(state) if by_other == state.other_first else 0.0,
+                self._tail_lengths(state) if len(state.question) > len(state.keys) else (),
+            )  # fmt: skip
+            self.looking.add(state.request.request_id)
+            state.seen_at = time.monotonic()
+        except NodeUnavailable:
+            state.matched, state.miss = True, "no node"
+        state.asked_at = time.monotonic()
+
+    def _hear(self, state: RequestState, call: Call) -> None:
+        """Take in an answer, unless the one before it found as much.
+
+        Raises:
+            KVStrataError: there is none.
+        """
+        state.call = None
+        reply: p.Matched = call.wait(0)
+        if not state.by_other:
+            state.num_kept = min(len(reply.tiers), len(state.keys))
+        is_second = state.by_other != state.other_first
+        left_out = state.lease
+        if is_second and len(reply.tiers) <= len(state.tiers):
+            left_out = reply.lease
+        else:
+            state.lease, state.tiers, state.found = reply.lease, reply.tiers, state.question
+            state.offsets = offsets_of(reply.offsets)
+            state.reckoned = reply
+            state.peer_refused = reply.peer_refused
+            state.miss = ""
+            if len(reply.tiers) < reply.found:
+                state.miss = "computing is faster"
+            elif len(reply.tiers) < len(state.question):
+                state.miss = "not stored" if not reply.tiers else "partly stored"
+        if self.client is not None:
+            self.client.release(left_out)
+
+    def _go_on(self, state: RequestState) -> None:
+        """Ask for the keys of the other secret, too, where those of the one are not all there."""
+        if (
+            state.other_chain is not None
+            and state.by_other == state.other_first
+            and self.client is not None
+            and state.reckoned is not None
+            and state.reckoned.found < len(state.question)
+        ):
+            self._begin(state, self.client, by_other=not state.by_other)
+
     def _tail_lengths(self, state: RequestState) -> list[int]:
         """Payload bytes of each part of a prompt's end: so many of a chunk's blocks."""
         tokens = state.request.num_prompt_tokens % self._chunk
@@ -238,14 +274,21 @@ class Lookups:
                 return False
             namespace = state.namespace = parts.digest()
             salt = state.request.cache_salt or ""
-            state.owner = owner_digest(client.hello.secret, self._config.tenant, salt)
-            state.chain = KeyChain(client.hello.secret, namespace, self._chunk, salt)
+            state.owner, state.chain = self._derive(client.hello.secret, namespace, salt)
+            for other in client.hello.secrets[1:]:
+                state.other_owner, state.other_chain = self._derive(other, namespace, salt)
+                state.other_first = secret_check(other) == state.roles.secret
             self._tell(client, parts)
         except (KVStrataError, OSError) as error:
             state.bypass = f"an identity is missing: {error}"
             state.matched = True
             return False
         return True
+
+    def _derive(self, secret: bytes, namespace: bytes, salt: str) -> tuple[bytes, KeyChain]:
+        """Whose a request's objects are by a secret, and what makes their keys."""
+        owner = owner_digest(secret, self._config.tenant, salt)
+        return owner, KeyChain(secret, namespace, self._chunk, salt)
 
     def _tell(self, client: NodeClient, parts: Namespace) -> None:
         """Tell a node, once, what a namespace is made of: so an operator can compare two nodes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -74,6 +74,7 @@ class Store:
         owner: `kvstrata.keys.owner_digest` of who it was computed for.
         tail_tokens: of the one object to store, where that is a prompt's end; 0: it is not.
         lend: whether another engine's node will come for it.
+        given: leading chunks of the prompt that were not computed for this request.
     """
 
     namespace: bytes
@@ -84,6 +85,13 @@ class Store:
     owner: bytes = NOBODY
     tail_tokens: int = 0
     lend: bool = False
+    given: int = 0
+
+    def computed(self) -> Store:
+        """The same without what was not computed; perhaps nothing."""
+        per_chunk = len(self.blocks) // (len(self.prefix) - self.first)
+        first = min(max(self.first, self.given), len(self.prefix))
+        return replace(self, first=first, blocks=self.blocks[(first - self.first) * per_chunk :])
 
 
 @dataclass
@@ -119,15 +127,12 @@ class WorkerReport(KVConnectorWorkerMetadata):
         nodes: the nodes that the workers are attached to.
         sync_loaded: how many workers have ended each synchronous load.
         came: of loads that ended early, the first chunk that did not come, of the prompt's.
-        portable: whether chunks in the portable order were loaded, which a lossy codec may have
-            been through.
         copy_rate: bytes per second that the slowest worker copies; 0: none has copied yet.
     """
 
     nodes: set[bytes] = field(default_factory=set)
     sync_loaded: dict[str, int] = field(default_factory=dict)
     came: dict[str, int] = field(default_factory=dict)
-    portable: bool = False
     copy_rate: float = 0.0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
@@ -144,6 +149,5 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.nodes | other.nodes,
             counts,
             came,
-            self.portable or other.portable,
             min(rates, default=0.0),
         )

@@ -30,33 +30,42 @@ class RequestState:
         self.owner = NOBODY
         self.chain: KeyChain | None = None
         self.keys: list[bytes] = []
+        # by another secret that is known, and looked up where the first one's keys are missed
+        self.other_owner = NOBODY
+        self.other_chain: KeyChain | None = None
+        self.other_first = False  # whether what is looked for was stored by it
         self.tail = b""  # key of the prompt's end, where two engines share it
         self.tail_stored = False
         self._hashed: tuple[int, int] = (0, 0)
         # the match under way, and since when
         self.call: Call | None = None
+        self.question: list[bytes] = []  # its keys
+        self.by_other = False  # whether these are the other secret's
         self.seen_at = 0.0  # when vLLM asked for it last
         self.asked_at = 0.0
         self.waited = False  # the engine has waited for a match of this request
-        # what was found: a lease on leading chunks, its slots, their tiers
+        # what was found: a lease on leading chunks, their keys and more, their slots, their tiers
         self.lease = 0
+        self.found: list[bytes] = []
         self.tiers = b""
         self.offsets: array[int] = array("q")
         self.matched = False
         self.reckoned: p.Matched | None = None  # with what the node thought it would take
         # the load that was decided
         self.local_tokens = 0
-        self.num_local = 0  # tokens that vLLM itself had when it asked last
         self.sync = False
         self.failed = False
         self.came: int | None = None  # chunks of a load that ended early
         # chunks that are known to be stored, or were handed to the workers to store
         self.num_stored = 0
+        self.num_kept = 0  # that were found by the secret that stores use
+        self.num_given = 0  # that vLLM had or that were loaded, so not computed
         # for the record
         self.arrived_at = time.monotonic()
         self.hit_chunks: Counter[str] = Counter()  # by the tier's name
         self.loaded_tokens = 0
         self.loaded_how = ""
+        self.other_tokens = 0  # of those loaded, found by the other secret
         self.stored_chunks = 0
         self.miss = ""
         self.peer_refused = ""
@@ -66,14 +75,15 @@ class RequestState:
     @property
     def asked(self) -> list[bytes]:
         """Keys of all that may be found: chunks, and the prompt's end where it is the end."""
-        assert self.chain is not None
-        is_prompt = len(self.keys) == self.request.num_prompt_tokens // self.chain.chunk_tokens
-        return [*self.keys, self.tail] if self.tail and self.roles.peer and is_prompt else self.keys
+        return self._with_end(self.keys, self.tail)
 
     @property
-    def num_whole(self) -> int:
-        """Whole chunks that were found."""
-        return min(len(self.tiers), len(self.keys))
+    def asked_by_other(self) -> list[bytes]:
+        """The same by the other secret; as many."""
+        assert self.other_chain is not None
+        tokens = self.request.all_token_ids[: len(self.keys) * self.other_chain.chunk_tokens]
+        keys = self.other_chain.keys(tokens, self._media())
+        return self._with_end(keys, self._end_of(self.other_chain, keys) if self.tail else b"")
 
     def nothing_is_left(self, num_computed: int, chunk_tokens: int) -> bool:
         """Whether vLLM itself has all that could be found for the request."""
@@ -101,31 +111,40 @@ class RequestState:
         known = 0 if rewritten else min(len(self.keys), request.num_tokens // size)
         whole = request.num_tokens // size * size
         tokens = request.all_token_ids[known * size : whole]
-        media = [
-            MediaItem(item.identifier, item.mm_position.offset, item.mm_position.length)
-            for item in request.mm_features
-        ]
         parent = self.keys[known - 1] if known else None
         before = self.keys
-        self.keys = before[:known] + self.chain.keys(tokens, media, known * size, parent)
+        self.keys = before[:known] + self.chain.keys(tokens, self._media(), known * size, parent)
         self._hashed = version
         if (self.roles.peer or self.roles.lends) and (rewritten or not known):
-            self._hash_tail(media)
+            self.tail = self._end_of(self.chain, self.keys)
         return self.keys != before
 
-    def _hash_tail(self, media: list[MediaItem]) -> None:
+    def _media(self) -> list[MediaItem]:
+        return [
+            MediaItem(item.identifier, item.mm_position.offset, item.mm_position.length)
+            for item in self.request.mm_features
+        ]
+
+    def _with_end(self, keys: list[bytes], end: bytes) -> list[bytes]:
         assert self.chain is not None
-        request, size = self.request, self.chain.chunk_tokens
+        is_prompt = len(keys) == self.request.num_prompt_tokens // self.chain.chunk_tokens
+        return [*keys, end] if end and self.roles.peer and is_prompt else keys
+
+    def _end_of(self, chain: KeyChain, keys: list[bytes]) -> bytes:
+        """Key of the prompt's end; empty where that fills a chunk."""
+        request, size = self.request, chain.chunk_tokens
         whole = request.num_prompt_tokens // size * size
         tokens = request.all_token_ids[whole : request.num_prompt_tokens]
-        parent = self.keys[whole // size - 1] if whole else None
-        self.tail = self.chain.tail(tokens, media, whole, parent) if tokens else b""
+        parent = keys[whole // size - 1] if whole else None
+        return chain.tail(tokens, self._media(), whole, parent) if tokens else b""
 
     def forget_match(self) -> None:
         """Forget what was found; the lease must have been released."""
         self.lease = 0
+        self.found = []
         self.tiers = b""
         self.offsets = array("q")
+        self.num_kept = 0
         self.matched = False
         self.sync = False
 
@@ -140,6 +159,7 @@ class RequestState:
             "slower_tokens": (self.hit_chunks.total() - self.hit_chunks["host"]) * chunk_tokens,
             "local_tokens": self.local_tokens,
             "loaded_tokens": self.loaded_tokens,
+            "other_secret_tokens": self.other_tokens,
             "load": self.loaded_how if self.loaded_tokens else "",
             "stored_chunks": self.stored_chunks,
             "miss": self.bypass or self.miss,

@@ -61,7 +61,6 @@ class SchedulerSide:
         self._loads: dict[str, tuple[int, bytes]] = {}
         self._loading_chunks: dict[bytes, str] = {}
         self._next = StepMetadata()
-        self._inexact = False
         self._pace = Pace(config.deadlines.match)
         self._lookups = Lookups(
             vllm_config, config, chunk_tokens, block_tokens, self._pace, self._states, self._loads
@@ -104,10 +103,12 @@ class SchedulerSide:
     ) -> tuple[int | None, bool]:
         """Tokens beyond the local ones that can be loaded, and whether in the background."""
         state = self._states.get(request.request_id)
-        if state is None or state.bypass or state.failed or request.skip_reading_prefix_cache:
+        if state is None or state.bypass:
+            return 0, False
+        state.num_given = num_computed_tokens // self._chunk
+        if state.failed or request.skip_reading_prefix_cache:
             return 0, False
         state.seen_at = time.monotonic()
-        state.num_local = num_computed_tokens
         if request.request_id in self._loads:
             # Preempted before its load was reported: what that brings is not in the new blocks.
             return None, False
@@ -153,12 +154,7 @@ class SchedulerSide:
         if request.request_id in self._loads:
             return
         if not state.roles.lends:  # what it found is to be kept for the other engine, too
-            state.num_stored = max(state.num_stored, state.num_whole)
-        if self._inexact:
-            # What vLLM has may have been through a lossy codec, and must not go through it again.
-            state.num_stored = max(
-                state.num_stored, state.num_whole, state.num_local // self._chunk
-            )
+            state.num_stored = max(state.num_stored, state.num_kept)
         if num_external_tokens == 0:
             self._lookups.give_up(state)
             return
@@ -179,7 +175,7 @@ class SchedulerSide:
                 ].tolist()
                 for i in range(first, last)
             ],
-            keys=keys[first:last],
+            keys=state.found[first:last],
             blocks=target_blocks(
                 blocks.get_block_ids()[0],
                 range(state.local_tokens, end),
@@ -194,6 +190,9 @@ class SchedulerSide:
         names = dict(enumerate(["host", *slower]))
         state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
+        state.num_given = max(state.num_given, min(last, len(state.keys)))
+        if state.found[first] != keys[first]:
+            state.other_tokens += num_external_tokens
         state.loaded_how = "sync" if state.sync else "async"
         state.load_began = time.monotonic()
         if state.sync:
@@ -233,7 +232,6 @@ class SchedulerSide:
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             self._worker_nodes = report.nodes
-            self._inexact = self._inexact or report.portable
             self._copy_rate = report.copy_rate or self._copy_rate
             for request_id, first in report.came.items():
                 if (state := self._states.get(request_id)) is not None:
@@ -392,5 +390,6 @@ class SchedulerSide:
                 # What it was thought to have is not there: store what is recomputed.
                 came_tokens = came * self._chunk - state.local_tokens
                 state.loaded_tokens = max(0, min(state.loaded_tokens, came_tokens))
-                state.num_stored = came
+                state.num_stored = min(state.num_stored, came)
+                state.num_given = came
                 self._retire(request_id)

@@ -9,6 +9,7 @@ from kvstrata.connectors.naming import decode_elsewhere
 from kvstrata.connectors.vllm.lookups import Lookups
 from kvstrata.connectors.vllm.messages import Store
 from kvstrata.connectors.vllm.requests import RequestState
+from kvstrata.secret import secret_check
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Stores:
             weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
             lend=state.roles.lends,
+            given=state.num_given,
         )
 
     def _end_is_next(self, state: RequestState, known: int) -> bool:
@@ -107,5 +109,5 @@ class Stores:
             return None
         return decode_elsewhere(
             client.hello.address, client.hello.node, request.request_id,
-            request.num_prompt_tokens, len(self._lookups.parts),
+            request.num_prompt_tokens, len(self._lookups.parts), secret_check(client.hello.secret),
         )  # fmt: skip

@@ -214,7 +214,6 @@ class WorkerSide:
             {self._node},
             loaded,
             came,
-            self._transfers.read_portable,
             self._transfers.rate.best(),
         )
 
@@ -241,7 +240,11 @@ class WorkerSide:
     def _begin_stores(self, stores: list[Any], cost: float) -> None:
         if self._client is not None and self._client.alive:
             for store in stores:
-                self._transfers.begin_store(store, self._client, cost)
+                if self._transfers.read_portable:
+                    # What was loaded may be lossy, and must not go through a lossy codec again.
+                    store = store.computed()
+                if store.blocks:
+                    self._transfers.begin_store(store, self._client, cost)
 
     def _follow(self, meta: StepMetadata) -> None:
         """Stay with the scheduler's node: leave a dead one's memory before joining the next."""

@@ -12,10 +12,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from kvstrata.config import Config
-from kvstrata.keys import load_secret
 from kvstrata.node.node import Node
 from kvstrata.node.process.listening import PeerServer
 from kvstrata.node.process.server import Server
+from kvstrata.secret import load_secrets
 from kvstrata.wire.client import NodeClient
 
 
@@ -37,7 +37,7 @@ class InProcessNode:
 
     def __init__(self, config: Config, make: Callable[[Config], Node] = Node.create) -> None:
         self.config = config
-        self._secret = load_secret(config.secret_file)
+        self._known = load_secrets(config.secret_file)
         self._make = make
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -89,10 +89,10 @@ class InProcessNode:
         self._loop = asyncio.get_running_loop()
         self._ending = asyncio.Event()
         self.node = self._make(self.config)
-        self.server = Server(self.node, self._secret)
+        self.server = Server(self.node, self._known)
         self.peers = None
         try:
-            self.peers = PeerServer.of(self.config, self._secret, self.node)
+            self.peers = PeerServer.of(self.config, self._known, self.node)
             await self.node.start()
             started.set_result(None)
             await self._ending.wait()

@@ -1,7 +1,7 @@
 """A node's door for other nodes: a TCP socket, a thread for each connection.
 
 A thread finds what is asked for on the node's loop, where it is held still, and sends it from the
-slot. Nobody gets further than a hello without the deployment's secret.
+slot. Nobody gets further than a hello without a secret of the deployment.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kvstrata.node.lending import Lender
 from kvstrata.node.node import Node
 from kvstrata.node.process.loans import Loans
 from kvstrata.observe.counters import Counters
+from kvstrata.secret import Secrets
 from kvstrata.transfer import nixl
 from kvstrata.transfer import peers as p
 from kvstrata.transfer.tcp import Address, Channel
@@ -50,7 +51,7 @@ class PeerServer:
 
     Args:
         address: where to listen; port 0: any free one.
-        secret: the deployment's.
+        known: the deployment's secrets.
         lender: finds what they ask for.
         counters: the node's.
         tls: for a network that is not trusted.
@@ -62,13 +63,13 @@ class PeerServer:
     def __init__(
         self,
         address: Address,
-        secret: bytes,
+        known: Secrets,
         lender: Lender,
         counters: Counters,
         tls: ssl.SSLContext | None = None,
         by_nixl: nixl.Lender | None = None,
     ) -> None:
-        self._secret = secret
+        self._known = known
         self._lender = lender
         self._counters = counters
         self._tls = tls
@@ -87,7 +88,7 @@ class PeerServer:
         threading.Thread(target=self._accept, name="kvstrata-peers", daemon=True).start()
 
     @classmethod
-    def of(cls, config: Config, secret: bytes, node: Node) -> PeerServer | None:
+    def of(cls, config: Config, known: Secrets, node: Node) -> PeerServer | None:
         """As configured; None where the node answers no others, or cannot.
 
         Raises:
@@ -99,7 +100,7 @@ class PeerServer:
         try:
             server = cls(
                 network.listen,
-                secret,
+                known,
                 node.lender,
                 node.counters,
                 network.tls(serving=True),
@@ -172,7 +173,7 @@ class PeerServer:
                 self._connections.discard(connected)
 
     def _is_one_of_us(self, channel: Channel, who: str) -> bool:
-        handshake = p.Handshake(self._secret, [] if self._by_nixl is None else [p.NIXL])
+        handshake = p.Handshake(self._known, [] if self._by_nixl is None else [p.NIXL])
         hello = p.decode_request(channel.receive())
         if not isinstance(hello, p.Hello):
             raise Incompatible("it does not say hello")

@@ -24,10 +24,10 @@ import uvloop
 from kvstrata.config import Config, load_config
 from kvstrata.cores import given_cores
 from kvstrata.errors import KVStrataError
-from kvstrata.keys import load_secret
 from kvstrata.node.node import Node
 from kvstrata.node.process.listening import PeerServer
 from kvstrata.node.process.server import Server
+from kvstrata.secret import Secrets, load_secrets
 from kvstrata.wire.sockets import beside, prepare_folder, remove_dead, socket_path
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def run(
         TierUnavailable: the system gives no memory for the pool.
     """
     path = socket_path(config)
-    secret = load_secret(config.secret_file)
+    known = load_secrets(config.secret_file)
     # A thread that computes gives the loop its turn within this time, not within 5 ms.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     # A walk over a million indexed objects would stall every client; cycles are few and young.
@@ -62,7 +62,7 @@ def run(
     with open(beside(path, ".lock"), "a") as lock:
         # An earlier node that is still writing behind holds this, and the disk tier's folder.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        uvloop.run(_serve(config, path, secret, on_demand, on_ready))
+        uvloop.run(_serve(config, path, known, on_demand, on_ready))
 
 
 def bind(path: Path) -> socket.socket:
@@ -137,16 +137,16 @@ class _Door:
 
 
 async def _serve(
-    config: Config, path: Path, secret: bytes, on_demand: bool, on_ready: Callable[[], None]
+    config: Config, path: Path, known: Secrets, on_demand: bool, on_ready: Callable[[], None]
 ) -> None:
     door = _Door(path, config.linger if on_demand else None)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, door.close)
     node = Node.create(config)
-    server = Server(node, secret, door.on_alone)
+    server = Server(node, known, door.on_alone)
     peers = None
     try:
-        peers = PeerServer.of(config, secret, node)
+        peers = PeerServer.of(config, known, node)
         await node.start()
         door.open(server)
         logger.info(

@@ -24,6 +24,7 @@ from kvstrata.node.common.background import Tasks, report_bug
 from kvstrata.node.common.slices import HOLD_S
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client, Holder
+from kvstrata.secret import Secrets
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
@@ -179,17 +180,17 @@ class Server:
 
     Args:
         node: the node to serve.
-        secret: the deployment's secret, handed to clients.
+        known: the deployment's secrets, handed to clients.
         on_alone: called whenever the last client has gone.
     """
 
     def __init__(
-        self, node: Node, secret: bytes, on_alone: Callable[[], None] = lambda: None
+        self, node: Node, known: Secrets, on_alone: Callable[[], None] = lambda: None
     ) -> None:
         self.node = node
         self.counters = node.counters
         self.tasks = Tasks(node.counters)
-        self._secret = secret
+        self._known = known
         self._on_alone = on_alone
         self._identity = os.urandom(16)
         self._connections: set[Connection] = set()
@@ -275,7 +276,7 @@ class Server:
                 os.getpid(),
                 self._identity,
                 self.node.host.pool.capacity_bytes,
-                self._secret,
+                list(self._known),
                 [backing.name for backing in self.node.backings],
                 self.node.address,
             )
