@@ -71,8 +71,9 @@ class Config:
         metadata=about(
             kinds.PATH,
             "~/.config/kvstrata/secret",
-            "The deployment's secret, which keys derive from; made at first start. The default "
-            "follows `XDG_CONFIG_HOME`. Machines that share stores share this file.",
+            "The deployment's secret, which keys derive from; made at first start, exchanged with "
+            "`kvstrata secret`. The default follows `XDG_CONFIG_HOME`. Machines that share stores "
+            "share this file.",
             True,
         ),
     )
