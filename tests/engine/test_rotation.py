@@ -35,6 +35,7 @@ def restart(place: Place, engine: Engine, probe: Prompt, *known: bytes) -> None:
         return engine.answer(probe).cached > 0
 
     eventually(hits, "the engine has found its new node")
+    place.await_stored(engine, [probe])
 
 
 def test_a_secret_is_exchanged_and_no_hit_is_lost(
@@ -58,4 +59,5 @@ def test_a_secret_is_exchanged_and_no_hit_is_lost(
             assert [answer.tokens for answer in warm] == plain.warm(prompts)
             place.await_stored(engine, prompts)
             assert place.count("stored_objects_total") - before == num_stored
+            assert "is computed" not in engine.log, "a load failed"
         place.check()
