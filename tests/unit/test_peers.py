@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.attached import SECRET
 from tests.support.certificates import certificates
@@ -310,14 +311,28 @@ class TestWhoMayConnect:
             with pytest.raises(Incompatible, match="length <= 2"):
                 decode(p.encode(hello))
 
-    def test_another_version_is_named(self, fleet: Callable[..., Member]) -> None:
+    @pytest.mark.parametrize(
+        "hello",
+        [
+            ["hello", 99, "9.9", bytes(32), 0.0, b"", []],
+            ["hello", 99, "9.9", {"of": "another shape"}],
+            ["hello", 0, "0.0", bytes(32)],
+        ],
+    )
+    def test_another_version_is_named(self, fleet: Callable[..., Member], hello: list[Any]) -> None:
+        """Whatever its hello looks like behind version and release."""
         a = fleet()
-        channel = Channel(socket.create_connection(a.address), 5.0)
-        channel.send(p.Hello(99, "9.9", bytes(32), 0.0, [], []))
-        reply = p.decode_reply(channel.receive())
-        assert isinstance(reply, p.Refused)
-        assert "speaks peer protocol 99" in reply.why
-        channel.close()
+        with contextlib.closing(Channel(socket.create_connection(a.address), 5.0)) as channel:
+            body = msgspec.msgpack.encode(hello)
+            channel._socket.sendall(struct.pack("<I", len(body)) + body)
+            reply = p.decode_reply(channel.receive())
+            assert isinstance(reply, p.Refused)
+            release, version = hello[2], hello[1]
+            assert f"(KVStrata {release!r}) speaks peer protocol {version}," in reply.why
+            assert channel.receive() == b""
+        assert a.counted('peers_refused_total{why="version"}') == 1
+        with pytest.raises(Incompatible, match=f"speaks peer protocol {version}, this one"):
+            p.Handshake((SECRET,)).check_server(p.decode_reply(body), "x")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("seed", range(20))
     def test_garbage_is_hung_up_on(self, fleet: Callable[..., Member], seed: int) -> None:

@@ -6,12 +6,11 @@ are a little-endian 32-bit length and a MessagePack array; behind a `Data` come 
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, TypeVar
 
 import msgspec
 from blake3 import blake3
@@ -28,6 +27,8 @@ PROOF_BYTES = 32
 MAX_METADATA_BYTES = 1 << 19
 NIXL = "nixl"
 
+_T = TypeVar("_T")
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)
 _PROOF_CONTEXT = "KVStrata 1 peers"
 _Bytes = Annotated[bytes, msgspec.Meta(max_length=256)]
 _Names = Annotated[list[_Bytes], msgspec.Meta(max_length=MAX_NAMES)]
@@ -142,23 +143,34 @@ _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
 def decode_request(body: bytes) -> Request:
-    """Raises `Incompatible` for anything that is no request of this version."""
-    with _checked():
-        return _requests.decode(body)
+    """Raises `Incompatible` for anything that is no request of this version, nor a `Hello`."""
+    return _decoded(_requests, body)
 
 
 def decode_reply(body: bytes) -> Reply:
-    """Raises `Incompatible` for anything that is no reply of this version."""
-    with _checked():
-        return _replies.decode(body)
+    """Raises `Incompatible` for anything that is no reply of this version, nor a `Hello`."""
+    return _decoded(_replies, body)
 
 
-@contextlib.contextmanager
-def _checked() -> Iterator[None]:
+def _decoded(decoder: msgspec.msgpack.Decoder[_T], body: bytes) -> _T | Hello:
     try:
-        yield
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:
+        return decoder.decode(body)
+    except _UNDECODABLE as error:
+        if (hello := _hello_of_another(body)) is not None:
+            return hello
         raise Incompatible(f"not what a node of protocol {PEER_VERSION} says: {error}") from error
+
+
+def _hello_of_another(body: bytes) -> Hello | None:
+    """The first word of a node of another version, as far as every version has it."""
+    try:
+        words = msgspec.msgpack.decode(body, type=list)
+    except _UNDECODABLE:
+        return None
+    match words:
+        case ["hello", int(version), str(release), *_] if version != PEER_VERSION:
+            return Hello(version, release, b"", 0.0, b"", [])
+    return None
 
 
 class Handshake:

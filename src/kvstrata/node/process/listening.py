@@ -180,6 +180,8 @@ class PeerServer:
         try:
             channel.send(handshake.answer(hello))
         except Incompatible as error:
+            self._counters.add("peers_refused_total", why="version")
+            logger.warning("%s is refused: %s", who, error)
             channel.send(p.Refused(str(error)))
             raise
         proof = p.decode_request(channel.receive())
