@@ -11,26 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.engine import NEW_TOKENS, Answer, Engine
+from tests.engine.service import Serviced
 
 from kvstrata.objects import object_id
 from kvstrata.testing.engine import CONNECTOR
-from kvstrata.testing.workplace import Workplace, wait_ready
-from kvstrata.wire.client import NodeClient
+from kvstrata.testing.workplace import wait_ready
 
 PATIENCE_S = 240.0
 
 
-class Place(Workplace):
+class Place(Serviced):
     """Engines of one node, in a folder of their own; leaving it ends them all."""
 
     def __init__(
-        self, model: Path, settings: Mapping[str, Any] | None = None, service: bool = False
+        self, model: Path, settings: Mapping[str, Any] | None = None, service: bool | str = False
     ) -> None:
         # On a busy machine seconds may pass before the node has its turn; that is no one's fault.
         # And a tiny model computes sooner than a busy disk brings.
         defaults = {"host.capacity": "1GiB", "deadlines.request": "30s", "planner": "off"}
         super().__init__(model, {**defaults, **(settings or {})}, service)
-        self._node: NodeClient | None = None
         self._was_stopped = False
         self._refused: dict[str, float] = {}
 
@@ -79,13 +78,6 @@ class Place(Workplace):
         name = object_id(key, 0, rank).hex()
         (path,) = (self.folder / "disk" / "objects").rglob(f"{name}-*.kvo")
         return path
-
-    @property
-    def node(self) -> NodeClient:
-        """The test's own client of the node."""
-        if self._node is None or not self._node.alive:
-            self._node = self.client()
-        return self._node
 
     def count(self, name: str) -> float:
         """A counter of the node; all of them whose name begins so, summed."""

@@ -4,22 +4,51 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.engine.checked_node import CODE
+from tests.engine.service import Serviced
+
 from kvstrata.errors import NodeUnavailable
 from kvstrata.testing.serving import HOST, MODEL, Program, Server, free_port
-from kvstrata.testing.workplace import Workplace
-from kvstrata.wire.client import NodeClient
 
-__all__ = ["HOST", "MODEL", "Program", "Site", "free_port"]
+__all__ = ["HOST", "Program", "Site", "events", "free_port"]
 
 BLOCKS = 256
+ANSWER_S = 120.0
 
 
-class Site(Workplace):
+def events(
+    program: Program, prompt: Sequence[int], max_tokens: int, **more: Any
+) -> tuple[list[dict[str, Any]], bool]:
+    """The events of an answer that comes piece by piece; whether it came to its end.
+
+    Raises:
+        urllib.error.HTTPError: its status says why not.
+    """
+    body = {
+        "model": MODEL, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0,
+        "ignore_eos": True, "return_token_ids": True, "stream": True,
+        "stream_options": {"include_usage": True}, **more,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{program.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
+        lines = [line[6:].strip() for line in response if line.startswith(b"data: ")]
+    done = lines[-1:] == [b"[DONE]"]
+    return [json.loads(line) for line in lines[: len(lines) - done]], done
+
+
+class Site(Serviced):
     """One side: a node as a service, and an engine that answers HTTP.
+
+    The engine computes in float32, so that a batch that is cut otherwise rounds no token away.
 
     Args:
         model: folder of the model.
@@ -29,39 +58,21 @@ class Site(Workplace):
 
     def __init__(self, model: Path, settings: Mapping[str, Any], core: int) -> None:
         common = {"host.capacity": "256MiB", "planner": "off", "deadlines.request": "10s"}
-        super().__init__(model, {**common, **settings}, service=True)
+        super().__init__(model, {**common, **settings}, CODE)
         self.server = Server(
             model,
             self.folder / "server.log",
             {**self.environment, "VLLM_CPU_OMP_THREADS_BIND": str(core)},
             {
+                "dtype": "float32",
                 "num-gpu-blocks-override": BLOCKS,
                 "kv-transfer-config": json.dumps(self.connector),
             },
         )
-        self._known: NodeClient | None = None
 
     def end(self) -> None:
         self.server.kill()
         super().end()
-
-    @property
-    def node(self) -> NodeClient:
-        """The test's own client of the node."""
-        if self._known is None or not self._known.alive:
-            self._known = self.client()
-        return self._known
-
-    def kill_node(self) -> None:
-        """As a crash ends it."""
-        assert self._service is not None
-        self._service.kill()
-        self._service.wait()
-        self._known = None
-
-    def start_node(self) -> None:
-        """Another one in its place."""
-        self._serve()
 
     def records(self) -> list[dict[str, Any]]:
         """Of the requests that ended lately."""

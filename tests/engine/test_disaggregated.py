@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
+import random
+import threading
+import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,7 +20,8 @@ import pytest
 from tests.engine.engine import NEW_TOKENS, Prompt
 from tests.engine.place import eventually
 from tests.engine.plain import Plain, Texts
-from tests.engine.servers import HOST, MODEL, Program, Site, free_port
+from tests.engine.servers import HOST, Program, Site, events, free_port
+from tests.engine.shared import Engines
 
 from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER
 from kvstrata.testing.engine import engine_environment
@@ -91,6 +96,9 @@ def sides(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         sides = Sides(prefill, decode, proxy)
         eventually(sides.are_acquainted, "what the one computed is loaded by the other")
         yield sides
+        for site in (prefill, decode):
+            site.server.kill()
+            site.stop_node()
 
 
 def outcome(sides: Sides, name: str) -> int:
@@ -118,8 +126,8 @@ class Right:
 
 
 @pytest.fixture
-def right(plain: Plain, texts: Texts) -> Right:
-    return Right(plain, texts)
+def right(engines: Engines, tiny_llama: Path, texts: Texts) -> Right:
+    return Right(engines.plain(tiny_llama, dtype="float32"), texts)
 
 
 def test_the_same_tokens_as_one_engine_alone(sides: Sides, right: Right) -> None:
@@ -138,23 +146,12 @@ def test_the_same_tokens_as_one_engine_alone(sides: Sides, right: Right) -> None
 
 def test_a_stream(sides: Sides, right: Right) -> None:
     ((prompt, allowed),) = right.of(700)
-    body = {
-        "model": MODEL, "prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True,
-        "return_token_ids": True, "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
-    request = urllib.request.Request(
-        f"{sides.proxy.url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        lines = [line[6:].strip() for line in response if line.startswith(b"data: ")]
-    assert lines.pop() == b"[DONE]"
-    events = [json.loads(line) for line in lines]
-    choices = [choice for event in events for choice in event["choices"]]
+    pieces, done = events(sides.proxy, prompt, NEW)
+    assert done
+    choices = [choice for piece in pieces for choice in piece["choices"]]
     assert len(choices) > 1, "piece by piece"
     assert tuple(token for choice in choices for token in choice["token_ids"]) in allowed
-    assert events[-1]["usage"]["prompt_tokens"] == len(prompt)
+    assert pieces[-1]["usage"]["prompt_tokens"] == len(prompt)
 
 
 def test_many_at_once(sides: Sides, right: Right) -> None:
@@ -169,41 +166,148 @@ def test_many_at_once(sides: Sides, right: Right) -> None:
     sides.check()
 
 
-def test_each_of_them_dies_once(sides: Sides, right: Right) -> None:
-    """Every answer is right, whoever is left; and all of it works again afterwards."""
+class Clients:
+    """Three who ask the proxy again and again, and wait where it says so; each answer is judged.
 
-    def ask(length: int, meanwhile: Callable[[], None] | None = None) -> None:
-        ((prompt, allowed),) = right.of(length)
-        with ThreadPoolExecutor(1) as threads:
-            asked = threads.submit(sides.proxy.tokens, prompt, NEW)
-            if meanwhile is not None:
-                meanwhile()
-            assert tuple(asked.result()) in allowed
+    Args:
+        prompts: with what may be answered.
+    """
+
+    def __init__(
+        self, proxy: Program, prompts: Sequence[tuple[Prompt, set[tuple[int, ...]]]], seed: int
+    ) -> None:
+        self._proxy = proxy
+        self._prompts = prompts
+        self._enough = threading.Event()
+        self._counting = threading.Lock()
+        self.counts: Counter[str] = Counter()
+        self._threads = ThreadPoolExecutor(3)
+        self._running = [self._threads.submit(self._ask_on, 3 * seed + i) for i in range(3)]
+
+    def __enter__(self) -> Clients:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._enough.set()
+        self._threads.shutdown()
+
+    def end(self) -> None:
+        """Ask no more; none of them was answered wrongly, or in another way than is promised."""
+        self._enough.set()
+        for running in self._running:
+            running.result()
+
+    def until(self, true: Callable[[], bool], what: str) -> None:
+        """As `eventually`, while they go on."""
+
+        def going() -> bool:
+            for running in self._running:
+                if running.done():
+                    running.result()
+            return true()
+
+        eventually(going, what)
+
+    def answer(self, count: int) -> None:
+        """Return when so many more are answered."""
+        enough = self.counts["answered"] + count
+        self.until(lambda: self.counts["answered"] >= enough, f"{count} answers more")
+
+    def _ask_on(self, seed: int) -> None:
+        draw = random.Random(seed)
+        for number in itertools.count():
+            prompt, allowed = draw.choice(self._prompts)
+            # Mostly one of its own, and then neither side has anything of it.
+            salt = f"{seed} {number}" if draw.random() < 0.7 else "everybody's"
+            ask = self._stream if draw.random() < 0.4 else self._whole
+            while not ask(prompt, allowed, salt):
+                time.sleep(1.0)
+            self._count("answered")
+            if self._enough.wait(draw.uniform(0.0, 0.3)):  # who starts needs the cores, too
+                return
+
+    def _whole(self, prompt: Prompt, allowed: set[tuple[int, ...]], salt: str) -> bool:
+        try:
+            tokens = self._proxy.tokens(prompt, NEW, cache_salt=salt)
+        except urllib.error.HTTPError as failed:
+            return self._try_again(failed)
+        assert tuple(tokens) in allowed
+        return True
+
+    def _stream(self, prompt: Prompt, allowed: set[tuple[int, ...]], salt: str) -> bool:
+        try:
+            pieces, done = events(self._proxy, prompt, NEW, cache_salt=salt)
+        except urllib.error.HTTPError as failed:
+            return self._try_again(failed)
+        if not done:
+            assert pieces.pop()["error"]["code"] == 503
+            self._count("broken off")
+        choices = [choice for piece in pieces for choice in piece["choices"]]
+        tokens = tuple(token for choice in choices for token in choice["token_ids"])
+        assert tokens in {answer if done else answer[: len(tokens)] for answer in allowed}
+        return done
+
+    def _try_again(self, failed: urllib.error.HTTPError) -> bool:
+        with failed:
+            assert (failed.code, failed.headers["Retry-After"]) == (503, "1")
+        self._count("refused")
+        return False
+
+    def _count(self, what: str) -> None:
+        with self._counting:
+            self.counts[what] += 1
+
+
+def test_200_requests_while_engines_and_nodes_die(sides: Sides, right: Right) -> None:
+    """At moments of chance; whoever is left answers, and afterwards all of it works again."""
+    draw = random.Random(11)
+    prompts = right.of(*[30 + 73 * number for number in range(16)])
+    ((last, allowed),) = right.of(300)
 
     def works_again() -> bool:
         sides.forget()
-        ask(300)
-        return sides.loaded() == 300
+        assert tuple(sides.proxy.tokens(last, NEW)) in allowed
+        return sides.loaded() == len(last)
 
-    ask(500)
-    for site in (sides.prefill, sides.decode):
-        ask(900, site.kill_node)
-        ask(400)
-        site.start_node()
-        eventually(works_again, "both sides and their nodes")
-    for site, other in ((sides.prefill, sides.decode), (sides.decode, sides.prefill)):
+    def kill_engine(site: Site) -> None:
+        time.sleep(draw.uniform(0.0, 0.5))
         before = outcome(sides, "whole")
-        ask(1500, site.server.kill)
-        ask(400)
-        assert outcome(sides, "whole") > before
-        other.check()
-        site.server.start()
-        site.server.wait()
-        eventually(works_again, "both engines")
+        site.server.kill()
+        clients.until(lambda: outcome(sides, "whole") > before, "the other side does all of it")
+
+    def kill_node(site: Site) -> None:
+        time.sleep(draw.uniform(0.0, 0.5))
+        site.kill_node()
+        clients.answer(draw.randint(1, 8))
+        site.start_node()
+        clients.answer(draw.randint(1, 8))
+
+    with Clients(sides.proxy, prompts, 0) as clients:
+        for site in draw.sample([sides.prefill, sides.decode] * 2, 4):
+            kill_node(site)
+        kill_engine(sides.prefill)
+        kill_node(sides.decode)
+        sides.decode.server.kill()
+        clients.until(lambda: clients.counts["refused"] > 0, "nobody is left")
+        for site in (sides.prefill, sides.decode):
+            site.server.start()
+        for site in (sides.prefill, sides.decode):
+            site.server.wait()
+        clients.answer(3)
+        clients.end()
+    eventually(works_again, "both sides and their nodes")
+    answered = clients.counts["answered"]
+    with Clients(sides.proxy, prompts, 1) as clients:
+        clients.answer(10)
+        kill_engine(sides.decode)
+        kill_node(sides.prefill)
+        clients.answer(max(20, 200 - answered))
+        clients.end()
     sides.check()
 
 
 def test_all_of_them_are_dead(sides: Sides) -> None:
+    """The last one: nobody starts them again."""
     for site in (sides.prefill, sides.decode):
         site.server.kill()
     with pytest.raises(urllib.error.HTTPError) as failed:
