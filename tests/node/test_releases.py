@@ -1,6 +1,7 @@
 """The last release beside this one: on one socket they part in words, on one disk they miss or hit.
 
-``tests/releases`` has its sources as they were released, without what a node does not need.
+``tests/releases`` has its sources as they were released, without what neither node nor connector
+needs.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import os
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.releases import serve_released, unpack
 
 from kvstrata.config import load_config
 from kvstrata.errors import Incompatible
@@ -27,7 +28,6 @@ from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 from kvstrata.wire.launch import connect
 
-RELEASE = Path(__file__).parent.parent / "releases" / "kvstrata-0.1.0.zip"
 RAW = 50_000
 KEYS = [bytes([number]) * 32 for number in range(1, 6)]
 ORDER = "test/order"
@@ -85,9 +85,7 @@ def scanned(client):
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The released sources."""
-    folder = tmp_path_factory.mktemp("release")
-    zipfile.ZipFile(RELEASE).extractall(folder)
-    return folder
+    return unpack(tmp_path_factory.mktemp("release"))
 
 
 def run_old(old: Path, code: str, options: dict[str, Any]) -> str:
@@ -143,16 +141,7 @@ def store(client: NodeClient) -> int:
 
 
 def test_an_old_node_and_a_new_client_part_in_words(old: Path, options: dict[str, Any]) -> None:
-    serving = subprocess.run(
-        [sys.executable, "-m", "kvstrata.node.run"],
-        input=json.dumps({**options, "linger": "60s"}),
-        env={**os.environ, "PYTHONPATH": str(old)},
-        cwd="/",
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert serving.returncode == 0, "the old node listens"
+    serve_released(old, options)
     with pytest.raises(Incompatible, match=r"the node \(KVStrata 0\.1\.0\) speaks protocol 1"):
         connect(load_config(environ={}, overrides=options))
     # It still serves its own, and ends as its operator ends it.

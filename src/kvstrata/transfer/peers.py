@@ -169,7 +169,7 @@ def _hello_of_another(body: bytes) -> Hello | None:
         return None
     match words:
         case ["hello", int(version), str(release), *_] if version != PEER_VERSION:
-            return Hello(version, release, b"", 0.0, b"", [])
+            return Hello(version, release, b"", 0.0, [], [])
     return None
 
 
