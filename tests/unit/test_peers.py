@@ -610,6 +610,23 @@ class TestLoans:
                 tcp.ask(channel, p.Return(1), "")
         channel.close()
 
+    def test_nobody_holds_a_whole_pool_still(
+        self, fleet: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loans, "MAX_LOANS", 2)
+        a = fleet()
+        keys = chunk_keys(3)
+        a.store(keys)
+        channel = borrower(a.address)
+        names = [Where(0, NAMESPACE, ORDER).name(key, 0) for key in keys]
+        for number, name in enumerate(names[:2]):
+            assert isinstance(tcp.ask(channel, p.Borrow(number, name, SLOT), ""), p.Lent)
+        with pytest.raises((OSError, TierUnavailable)):
+            tcp.ask(channel, p.Borrow(2, names[2], SLOT), "")
+        a.client.clear()
+        a.until(lambda: allocated(a) == 0)
+        channel.close()
+
     def test_misses_and_what_is_too_large(self, fleet: Callable[..., Member]) -> None:
         a = fleet()
         (key,) = chunk_keys(1)

@@ -19,6 +19,9 @@ from kvstrata.transfer.tcp import LoopChannel
 
 LOAN_S = 10.0
 """How long an object is lent; who has it for longer has lost it."""
+MAX_LOANS = 256
+"""At once over one connection, so that nobody holds a whole pool still: four times as many as a
+node reads at once."""
 
 
 class _Loan(NamedTuple):
@@ -93,6 +96,8 @@ class Loans:
                 raise Incompatible(f"a {type(other).__name__} out of place")
 
     def _lend(self, number: int, name: bytes, most: int) -> p.Lent:
+        if len(self._lent) >= MAX_LOANS:
+            raise Incompatible(f"it has {MAX_LOANS} loans already")
         slot = self._lender.lend(name)
         if slot is None:
             return p.Lent(number, 0, 0)
