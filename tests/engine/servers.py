@@ -53,16 +53,15 @@ class Site(Serviced):
     Args:
         model: folder of the model.
         settings: KVStrata's options.
-        core: that the engine computes on.
     """
 
-    def __init__(self, model: Path, settings: Mapping[str, Any], core: int) -> None:
+    def __init__(self, model: Path, settings: Mapping[str, Any]) -> None:
         common = {"host.capacity": "256MiB", "planner": "off", "deadlines.request": "10s"}
         super().__init__(model, {**common, **settings}, CODE)
         self.server = Server(
             model,
             self.folder / "server.log",
-            {**self.environment, "VLLM_CPU_OMP_THREADS_BIND": str(core)},
+            self.environment,
             {
                 "dtype": "float32",
                 "num-gpu-blocks-override": BLOCKS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import threading
 import time
@@ -76,15 +75,11 @@ class Sides(NamedTuple):
 def sides(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
     folder = tmp_path_factory.mktemp("deployment")
     common = {"secret_file": str(folder / "secret")}
-    cores = sorted(os.sched_getaffinity(0))
     listen = f"{HOST}:{free_port()}"
     with ExitStack() as ends:
-        prefill = ends.enter_context(
-            Site(tiny_llama, {**common, "network.listen": listen}, cores[0])
-        )
+        prefill = ends.enter_context(Site(tiny_llama, {**common, "network.listen": listen}))
         decode = ends.enter_context(
-            Site(tiny_llama, {**common, "peer.named": listen, "peer.lookup_timeout": "1s"},
-                 cores[-1])
+            Site(tiny_llama, {**common, "peer.named": listen, "peer.lookup_timeout": "1s"})
         )  # fmt: skip
         port = free_port()
         command = ["-c", "from kvstrata.cli import main; main()", "proxy", f"--port={port}",

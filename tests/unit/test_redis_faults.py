@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -24,6 +25,7 @@ from kvstrata.testing.servers.redis import RedisServer, installed
 from kvstrata.testing.shared import MARGIN_S, name
 from kvstrata.testing.stores import HIT, MISS, PAGE, empty, filled, has, put, read_one, write
 from kvstrata.tiers.redis import client
+from kvstrata.tiers.redis.connections import PlainConnection
 from kvstrata.tiers.redis.tier import RedisTier
 
 pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
@@ -366,3 +368,31 @@ def test_every_error_of_the_library_is_translated() -> None:
     not_for_us = {"IncorrectPolicyType", "ChildDeadlockedError"}  # our own mistakes
     for error in found:
         assert issubclass(error, client._ERRORS) or error.__name__ in not_for_us, error
+
+
+def test_a_connection_that_another_thread_closes_while_it_is_looked_at(
+    server: RedisServer,
+) -> None:
+    """As a cluster's client does, whose servers have changed; redis-py would raise a TypeError."""
+    port = urlsplit(server.url).port
+    connection = PlainConnection(host="127.0.0.1", port=port, socket_timeout=5.0, protocol=2)
+    connection.connect()
+    sock = connection._sock
+    sock.sendall(b"PING\r\n")
+    sock.recv(1, socket.MSG_PEEK)  # the answer is there, so there is something to be looked at
+
+    class Closing:
+        """Is closed once it has been looked at."""
+
+        def fileno(self) -> int:
+            number: int = sock.fileno()
+            connection._parser.on_disconnect()
+            return number
+
+    connection._parser._sock = Closing()
+    with pytest.raises(redis.ConnectionError):
+        connection.can_read()
+    connection.disconnect()
+    connection.connect()
+    assert not connection.can_read()
+    connection.disconnect()

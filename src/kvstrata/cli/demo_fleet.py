@@ -93,7 +93,7 @@ class FleetDemo(Story):
     def _started(self, model: Path, shared: Path) -> Iterator[Fleet]:
         """All processes, warmed up."""
         from kvstrata.testing.engine import engine_environment
-        from kvstrata.testing.serving import HOST, Program, Server, free_port
+        from kvstrata.testing.serving import HOST, Program, Server, free_port, on_core
         from kvstrata.testing.workplace import Workplace, wait_ready
 
         (shared / "store").mkdir()
@@ -121,8 +121,9 @@ class FleetDemo(Story):
                     "num-gpu-blocks-override": NUM_BLOCKS,
                     "kv-transfer-config": json.dumps(place.connector),
                 }
-                environment = {**place.environment, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
-                server = Server(model, place.folder / "server.log", environment, options)
+                with on_core(core):
+                    log = place.folder / "server.log"
+                    server = Server(model, log, place.environment, options)
                 ends.callback(server.kill)
                 sides.append(Side(server, place.client()))
             port = free_port()

@@ -14,7 +14,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,20 @@ def stream(url: str, model: str, prompt: Sequence[int], max_tokens: int) -> Stre
     if len(tokens) != max_tokens:
         raise UsageError(f"{len(tokens)} tokens instead of {max_tokens}")
     return Streamed(begun, times, tokens)
+
+
+@contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """Processes that this thread starts meanwhile have one core of this machine, and no other.
+
+    vLLM's own `VLLM_CPU_OMP_THREADS_BIND` binds nothing where an engine has one rank.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 class Program:

@@ -84,7 +84,8 @@ class Asking:
         each: int,
         still: Callable[[], bool],
     ) -> None:
-        """Several batches side by side; of what is not there nothing is noted behind it."""
+        """One round of batches side by side; of what is not there nothing is noted behind it."""
+        self._counters.add("lookup_rounds_total", tier=self._store.name)
         count = min(len(question.keys), max(1, MAX_ASKED // each))
         size = max(1, batch // each)
         starts = range(0, count, size)
@@ -136,6 +137,7 @@ class Asking:
             numbers = gallop.places(max(1, width - len(others)))
             # Which part is asked for changes from chunk to chunk: each must have come so far.
             asked = [(number, parts[number % len(parts)], where) for number in numbers]
+            self._counters.add("lookup_rounds_total", tier=self._store.name)
             found = {one[:3]: one[3] for one in await self._look(question, asked + others)}
             elsewhere, others = next((one for one in others if one in found), None), []
             if elsewhere is not None and (0, parts[0], where) not in found:
@@ -171,6 +173,7 @@ class Asking:
         if hint is None:
             return
         where = hint.where._replace(order=PORTABLE)
+        self._counters.add("lookup_rounds_total", tier=self._store.name)
         found = await self._look(question, [(number, part, where) for number, part, _ in asked])
         levels = [(part ^ question.parts[0], nbytes) for _, part, _, nbytes in found]
         await self._note(question, [
@@ -181,7 +184,7 @@ class Asking:
         ], still)  # fmt: skip
 
     async def _look(self, question: Question, places: Places) -> list[tuple[int, int, Where, int]]:
-        """One round: which of these are there, and how large they are."""
+        """Which of these are there, and how large they are."""
         keys = question.keys
 
         def work() -> list[Stat | object]:
@@ -189,7 +192,6 @@ class Asking:
             return list(self._stat(question, names))
 
         stats = await self._calls.ask(work)
-        self._counters.add("lookup_rounds_total", tier=self._store.name)
         return [
             (*place, stat.nbytes)
             for place, stat in zip(places, stats, strict=True)

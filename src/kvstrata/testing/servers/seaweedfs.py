@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import obstore
@@ -67,6 +68,19 @@ class SeaweedFS(Server):
             self._process = None
 
     def restart(self) -> None:
+        self._start()
+        self._await(self._takes_objects)
+
+    def fill(self) -> bool:
+        """It wants more free space on its disk than any disk has, and takes nothing more."""
+        self._start("-volume.minFreeSpace=1000TiB")
+        self._await(self._is_full)
+        return True
+
+    def make_room(self) -> None:
+        self.restart()
+
+    def _start(self, *more: str) -> None:
         self.kill()
         ports = [
             f"-{service}.port{'.grpc' if grpc else ''}={self._ports[name]}"
@@ -81,14 +95,26 @@ class SeaweedFS(Server):
                     "-s3.port.iceberg=0", "-s3.port.lance=0",
                     "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
                     "-master.electionTimeout=1s",
-                    "-volume.max=8", "-master.volumeSizeLimitMB=1024",
+                    "-volume.max=8", "-master.volumeSizeLimitMB=1024", *more,
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        self._wait()
 
-    def _wait(self) -> None:
-        """Until the bucket is there and takes an object."""
+    def _takes_objects(self, store: S3Store) -> bool:
+        self._make_bucket()
+        obstore.put(store, "started", b"yes")
+        return True
+
+    def _is_full(self, store: S3Store) -> bool:
+        obstore.get(store, "started").bytes()
+        try:
+            obstore.put(store, "started", b"yes")
+        except obstore.exceptions.BaseError:
+            return True
+        return False
+
+    def _await(self, what: Callable[[S3Store], bool]) -> None:
+        """Until this is so of its bucket."""
         store = S3Store(
             BUCKET, endpoint=self.endpoint, access_key_id=KEY, secret_access_key=SECRET,
             client_options={"allow_http": True}, retry_config={"max_retries": 0},
@@ -96,16 +122,17 @@ class SeaweedFS(Server):
         deadline = time.monotonic() + START_S
         while True:
             assert self._process is not None
+            trouble: Exception | None = None
             try:
-                self._make_bucket()
-                obstore.put(store, "started", b"yes")
-                return
+                if what(store):
+                    return
             except (obstore.exceptions.BaseError, OSError) as error:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    self.close()
-                    said = (self._folder / "log").read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"SeaweedFS does not start: {said}") from error
-                time.sleep(0.1)
+                trouble = error
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                said = (self._folder / "log").read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"SeaweedFS does not start: {said}") from trouble
+            time.sleep(0.1)
 
     def _make_bucket(self) -> None:
         """A bucket is a folder for its filer; obstore makes none."""

@@ -88,6 +88,14 @@ class PlainConnection(redis.Connection):
         self.socket_connect_timeout = self._patience()
         return super()._connect()
 
+    def can_read(self, *args: Any, **options: Any) -> bool:
+        """See redis-py, which looks at nothing if another thread hangs up in the middle of it."""
+        try:
+            found: bool = super().can_read(*args, **options)
+        except (AttributeError, TypeError) as error:
+            raise redis.ConnectionError("the connection was closed") from error
+        return found
+
     def send_command(self, *args: Any, into: Buffers | None = None, **options: Any) -> None:
         """See redis-py. The reply is put into the buffers, if there are any."""
         if any(isinstance(one, Buffers) for one in args):
