@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -204,6 +205,28 @@ def test_what_is_late_on_one_line_ends_no_other(owner: Owner, target: Target) ->
                 late.result()
         assert not line.lasts(60.0)
         assert target.borrower._agent is agent
+
+
+def test_a_line_that_cannot_be_heard_is_an_error(owner: Owner, target: Target) -> None:
+    """As where the system has no more descriptors to watch; and nobody waits for ever."""
+
+    class Full:
+        def __init__(self, heard: Any) -> None:
+            self._heard = heard
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._heard, name)
+
+        def register(self, *args: Any) -> None:
+            raise OSError(errno.ENOSPC, "no more watches")
+
+    heard = target.borrower._heard
+    target.borrower._heard = Full(heard)  # type: ignore[assignment]
+    with ThreadPoolExecutor(1) as threads:
+        with pytest.raises(OSError, match="no more watches"):
+            threads.submit(target.pull, owner).result(20)
+        target.borrower._heard = heard
+        assert right(threads.submit(target.pull, owner).result(20))
 
 
 def test_nonsense_is_an_error(owner: Owner, target: Target, way: str) -> None:

@@ -170,11 +170,15 @@ class Borrower:
             if line.error is not None:
                 what.ended.set_exception(ConnectionError(str(line.error)))
                 continue
-            if line.channel.descriptor not in self._lines:
-                self._lines[line.channel.descriptor] = line
-                self._heard.register(line.channel.descriptor, select.EPOLLIN)
             line.used_at = time.monotonic()
             line.reads[what.number] = what
+            if line.channel.descriptor not in self._lines:
+                self._lines[line.channel.descriptor] = line
+                try:
+                    self._heard.register(line.channel.descriptor, select.EPOLLIN)
+                except OSError as error:  # the system has no more of that
+                    self._fail(line, error)
+                    continue
             line.words.append(p.Borrow(what.number, what.name, what.most))
 
     def _begin(self) -> None:
@@ -291,7 +295,8 @@ class Borrower:
             one.error = one.error or why
             if self._lines.get(one.channel.descriptor) is one:
                 del self._lines[one.channel.descriptor]
-                self._heard.unregister(one.channel.descriptor)
+                with contextlib.suppress(OSError):  # it may never have been heard
+                    self._heard.unregister(one.channel.descriptor)
             one.channel.close()
             reads, one.reads = one.reads, {}
             for read in reads.values():
