@@ -179,8 +179,28 @@ class TestPieces:
         admin.set(key_of(1), old)
         assert read_one(tier, name(1), 10 * PAGE)[0] is MISS
 
+    def test_a_reader_that_meets_a_replacement_reads_the_new_one(
+        self, tier: RedisTier, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was there all the time; only one that is replaced each time it is read is a miss."""
+        versions = [filled(12 * PAGE, number) for number in range(module.ATTEMPTS + 1)]
+        coming = list[Any]()
+        fetch_all = tier._fetch_all
+
+        def replaced_first(*wanted: Any) -> bool:
+            if coming:
+                write(tier, [(name(1), coming.pop(0))])
+            return fetch_all(*wanted)
+
+        monkeypatch.setattr(tier, "_fetch_all", replaced_first)
+        for times in range(module.ATTEMPTS + 1):
+            write(tier, [(name(1), versions[0])])
+            coming[:] = versions[1 : 1 + times]
+            whole = (HIT, bytes(versions[times])) if times < module.ATTEMPTS else (MISS, b"")
+            assert read_one(tier, name(1), 12 * PAGE) == whole
+
     def test_whole_objects_while_others_replace_them(self, tier: RedisTier) -> None:
-        """A reader that meets a replacement reads the new one: it was there all the time."""
+        """Never parts of two; how often a reader loses the race is the machine's."""
         versions = [filled(12 * PAGE, number) for number in range(4)]
         wanted, stop = {bytes(data) for data in versions}, threading.Event()
         write(tier, [(name(1), versions[0])])
@@ -203,8 +223,7 @@ class TestPieces:
             readers = list(threads.map(read, range(2)))
             stop.set()
             assert [one.result() for one in writers] == [None]
-        hits = sum(outcome is HIT for seen in readers for outcome in seen)
-        assert hits > 250
+        assert HIT in readers[0] + readers[1]
 
     def test_an_object_that_lost_a_piece_is_removed(
         self, tier: RedisTier, admin: redis.Redis
