@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Iterable
 
 from kvstrata.errors import ReadOnly, TierUnavailable
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.slots.host import HostMemory
@@ -77,7 +78,7 @@ class Clearer:
     ) -> tuple[int, list[Awaitable[int]]]:
         keys = set(p.split(packed[32 * start : 32 * (start + SLICE)], 32))
         self._forget_motion(keys)
-        count = sum(self._host.drop(key) for key in keys) if "host" in tiers else 0
+        count = sum(self._host.drop(key, Cause.CLEARED) for key in keys) if "host" in tiers else 0
         # Each begins to delete at once: what is out of the index must not pile up.
         drops = [asyncio.ensure_future(b.drop(keys)) for b in self._backings if b.name in tiers]
         return count, [*drops]

@@ -20,6 +20,7 @@ from kvstrata.memory.machine import available_bytes
 from kvstrata.memory.pool import Pool
 from kvstrata.node.clearing import Clearer
 from kvstrata.node.common.background import Tasks
+from kvstrata.node.common.changes import Changes
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.lending import Lender
 from kvstrata.node.matching import Matcher
@@ -83,6 +84,11 @@ class Node:
         capacity = pool.capacity_bytes
         per_client = int(config.leases.per_client * capacity)
         self.host = HostMemory(pool, create_policy(config.host.policy, capacity, clock))
+        self.changes = Changes()
+        self.host.index.tell("host", self.changes)
+        for backing in backings:
+            if isinstance(backing, OwnedBacking):
+                backing.index.tell(backing.name, self.changes)
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
         self.reservations = ReservationTable(self.host, per_client)
         self.movement = Movement(self.host, self.leases, backings, counters, clock)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
+from kvstrata.node.common.changes import Cause, Changes
 from kvstrata.policies.base import Policy
 
 E = TypeVar("E")
@@ -37,6 +38,11 @@ class Index(Generic[E]):
         self._nbytes_of = nbytes_of
         # A flat tuple (part, entry, part, entry, ...) costs a third of a dict per chunk.
         self._chunks: dict[bytes, tuple[object, ...]] = {}
+        self._tier, self._changes = "", Changes()
+
+    def tell(self, tier: str, changes: Changes) -> None:
+        """Tell of every change from now on, as one of this tier."""
+        self._tier, self._changes = tier, changes
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -98,6 +104,7 @@ class Index(Generic[E]):
             self._chunks[key] = (part, entry)
             self.num_objects += 1
             self._policy.insert(key, nbytes, cost)
+            self._changes.entered(self._tier, key, part)
             return None
         flat, replaced = _without(flat, part)
         if replaced is None:
@@ -108,6 +115,7 @@ class Index(Generic[E]):
         # The policy weighs whole chunks.
         weight = sum(self._nbytes_of(item) for _, item in self.objects(key))
         self._policy.insert(key, weight, cost)
+        self._changes.entered(self._tier, key, part)
         return replaced  # type: ignore[return-value]
 
     def amend(self, key: bytes, part: int, entry: E) -> None:
@@ -116,7 +124,7 @@ class Index(Generic[E]):
         assert self._nbytes_of(entry) == self._nbytes_of(before)  # type: ignore[arg-type]
         self._chunks[key] = (*flat, part, entry)
 
-    def pop(self, key: bytes, part: int) -> E | None:
+    def pop(self, key: bytes, part: int, cause: Cause) -> E | None:
         """Take one object out and return its entry."""
         rest, entry = _without(self._chunks.get(key, ()), part)
         if entry is None:
@@ -128,9 +136,10 @@ class Index(Generic[E]):
             self._policy.remove(key)
         self.used_bytes -= self._nbytes_of(entry)  # type: ignore[arg-type]
         self.num_objects -= 1
+        self._changes.left(self._tier, key, part, cause)
         return entry  # type: ignore[return-value]
 
-    def pop_chunk(self, key: bytes) -> list[tuple[int, E]]:
+    def pop_chunk(self, key: bytes, cause: Cause) -> list[tuple[int, E]]:
         """Take a whole chunk out."""
         objects = list(self.objects(key))
         if objects:
@@ -138,6 +147,8 @@ class Index(Generic[E]):
             self._policy.remove(key)
             self.used_bytes -= sum(self._nbytes_of(entry) for _, entry in objects)
             self.num_objects -= len(objects)
+        for part, _ in objects:
+            self._changes.left(self._tier, key, part, cause)
         return objects
 
     def clear(self) -> dict[bytes, tuple[object, ...]]:
@@ -150,6 +161,7 @@ class Index(Generic[E]):
         self._policy = type(self._policy)(self._policy.capacity_bytes, self._policy.clock)
         self.claimed_bytes = self.used_bytes
         self.num_objects = 0
+        self._changes.emptied(self._tier)
         return chunks
 
     def cost_of(self, key: bytes) -> float:

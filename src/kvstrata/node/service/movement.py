@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from kvstrata.node.common.background import Tasks
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.planner import Link
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.origin import Origin
@@ -333,7 +334,7 @@ class Movement:
             self._settle(promotion, header)
             if slot.state is SlotState.READY and header is not None and level:
                 # It serves the loads that wait for it; the next one may be in time for a finer one.
-                self._host.drop_object(key, part)
+                self._host.drop_object(key, part, Cause.SPENT)
             elif slot.state is SlotState.READY and header is not None:
                 self._copy_up(promotion, header)
         finally:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from kvstrata.errors import TierUnavailable
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
 from kvstrata.node.service.carrier import HIT, Carrier, Writing
 from kvstrata.node.service.clears import Clears
@@ -175,7 +176,7 @@ class OwnedBacking(Carrier):
     def drop(self, keys: Iterable[bytes]) -> Awaitable[int]:
         gone = set(keys)
         self._scan.forget(gone)
-        names = [name for key in gone for name in self._removals.condemn_chunk(key)]
+        names = [name for key in gone for name in self._removals.condemn_chunk(key, Cause.CLEARED)]
         num_objects = len(names)
         for writing in self._writes:
             writing.wanted = writing.wanted and writing.key not in gone
@@ -232,7 +233,7 @@ class OwnedBacking(Carrier):
         if outcome is not HIT:
             if outcome is Outcome.FAILED:
                 # Nobody knows what a write that failed has left of the object that was there.
-                self._removals.condemn(*name)
+                self._removals.condemn(*name, Cause.LOST)
             self._counters.add("tier_writes_total", tier=self.name, outcome="failed")
             return False
         self._health.wrote()
@@ -258,7 +259,7 @@ class OwnedBacking(Carrier):
             victim = self.index.victim(lambda _: True)
             if victim is not None:
                 self._counters.add("evicted_chunks_total", tier=self.name)
-                self._removals.condemn_chunk(victim)
+                self._removals.condemn_chunk(victim, Cause.EVICTED)
             if doomed := self._removals.idle():
                 if not await self._removals.run(doomed):
                     return False
@@ -272,7 +273,7 @@ class OwnedBacking(Carrier):
         return self.index.get(key, part)
 
     def _reject(self, key: bytes, part: int, seen: Any) -> None:
-        self._take_out(key, part, seen, lambda ids: self.tier.reject(ids))
+        self._take_out(key, part, seen, Cause.CORRUPT, lambda ids: self.tier.reject(ids))
 
     def _leave(self, key: bytes, part: int, seen: Any) -> None:
         entry = self.index.get(key, part)
@@ -281,7 +282,7 @@ class OwnedBacking(Carrier):
 
     def _missed(self, key: bytes, part: int, seen: Any, outcome: Outcome) -> None:
         # What the tier failed with must not stand in the way of a fresh copy.
-        self._take_out(key, part, seen, lambda ids: self.tier.delete(ids))
+        self._take_out(key, part, seen, Cause.LOST, lambda ids: self.tier.delete(ids))
 
     def _learn(self, key: bytes, part: int, header: ObjectHeader) -> None:
         # Only of what a scan found the order is not known; what takes its place has one.
@@ -290,14 +291,14 @@ class OwnedBacking(Carrier):
             order = self._orders.number(order_name(header.kind, header.order))
             self.index.amend(key, part, entry | order)
 
-    def _take_out(self, key: bytes, part: int, seen: Any, verb: Verb) -> None:
+    def _take_out(self, key: bytes, part: int, seen: Any, cause: Cause, verb: Verb) -> None:
         """Delete an object unless it has been replaced since it was seen; nobody waits for it."""
 
         async def work(turn: Turn) -> None:
             with turn, contextlib.suppress(TierUnavailable):  # which has been said already
                 await turn.come()
                 if same_object(self.index.get(key, part), seen):
-                    self._removals.condemn(key, part)
+                    self._removals.condemn(key, part, cause)
                     await self._removals.run_in(turn, verb, turn.hang)
 
         self._tasks.spawn("a removal", work(self._turns.take([(key, part)])))

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.node.common.background import Tasks
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
 from kvstrata.node.service.calls import TierCalls
 from kvstrata.node.service.entries import size_of
@@ -67,20 +68,20 @@ class Removals:
         self._untried[key, part] = None
         self.nbytes += nbytes
 
-    def condemn(self, key: bytes, part: int) -> bool:
+    def condemn(self, key: bytes, part: int, cause: Cause) -> bool:
         """Take an object out of the index and delete it; False where there is none."""
-        entry = self._index.pop(key, part)
+        entry = self._index.pop(key, part, cause)
         if entry is None:
             return False
         self._index.claim_existing(size_of(entry))
         self.add(key, part, size_of(entry))
         return True
 
-    def condemn_chunk(self, key: bytes) -> list[Name]:
+    def condemn_chunk(self, key: bytes, cause: Cause) -> list[Name]:
         """Do so with all objects of a chunk; their names."""
         names = [(key, part) for part, _ in self._index.objects(key)]
         for name in names:
-            self.condemn(*name)
+            self.condemn(*name, cause)
         return names
 
     def gone(self, key: bytes, part: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from kvstrata.errors import CorruptObject
 from kvstrata.node.common.background import Tasks, report_bug
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.host import HostMemory
@@ -203,7 +204,7 @@ class WriteBehind:
         logger.error("host: object %s is rejected: %s", identity(key, part).hex(), error)
         self._counters.add("corrupt_objects_total", tier="host")
         if self._host.get(key, part) is job.slot:
-            self._host.drop_object(key, part)
+            self._host.drop_object(key, part, Cause.CORRUPT)
 
     def _settle(self, job: _Job) -> None:
         """Nobody need wait for a job any more; repeatable."""

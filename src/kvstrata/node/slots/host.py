@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 from kvstrata.memory.allocator import SlotAllocator
 from kvstrata.memory.pool import Pool
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
 from kvstrata.node.slots.room import chunks_to_drop
 from kvstrata.node.slots.slot import Row, Slot, SlotState
@@ -208,18 +209,18 @@ class HostMemory:
             if slot.state is SlotState.GONE:
                 self._free(slot)
 
-    def drop(self, key: bytes) -> int:
+    def drop(self, key: bytes, cause: Cause) -> int:
         """Forget a chunk; returns the number of its objects."""
         self.forget_rows(key)
-        objects = self.index.pop_chunk(key)
+        objects = self.index.pop_chunk(key, cause)
         for _, slot in objects:
             self._retire(slot)
         return len(objects)
 
-    def drop_object(self, key: bytes, part: int) -> None:
+    def drop_object(self, key: bytes, part: int, cause: Cause) -> None:
         """Forget one object."""
         self.forget_rows(key)
-        slot = self.index.pop(key, part)
+        slot = self.index.pop(key, part, cause)
         if slot is not None:
             self._retire(slot)
 
@@ -287,7 +288,7 @@ class HostMemory:
         chosen = chunks_to_drop(self.index, self._allocator, self._evictable, need, count)
         for key in chosen:
             self.num_evicted += 1
-            self.drop(key)
+            self.drop(key, Cause.EVICTED)
         patience = self._num_asked // ASKED_PER_CHANGE - len(self._spared_once)
         if not chosen and patience > 0:
             self._no_room_for, self._patience = nbytes, patience

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from kvstrata.errors import CorruptObject, Incompatible, KVStrataError
 from kvstrata.node.common.background import NICE, Tasks, Threads
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Row, Slot, SlotState
 from kvstrata.objects import verify_object
@@ -74,7 +75,7 @@ class Sampler:
                 logger.error("host: object %s is rejected: %s", name.hex(), fault)
                 self._counters.add("corrupt_objects_total", tier="host")
                 if self._host.get(key, part) is slot:
-                    self._host.drop_object(key, part)
+                    self._host.drop_object(key, part, Cause.CORRUPT)
         finally:
             for _, _, slot in taken:
                 self._host.unhold(slot)
