@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -16,6 +16,15 @@ import kvstrata
 from kvstrata.errors import Incompatible, UsageError
 from kvstrata.objects import NOBODY
 from kvstrata.secret import MAX_SECRETS
+from kvstrata.wire import operating
+from kvstrata.wire.message import Message, Numbers, Strings
+from kvstrata.wire.operating import Clear as Clear
+from kvstrata.wire.operating import Flush as Flush
+from kvstrata.wire.operating import Found as Found
+from kvstrata.wire.operating import Lookup as Lookup
+from kvstrata.wire.operating import Record as Record
+from kvstrata.wire.operating import State as State
+from kvstrata.wire.operating import Status as Status
 
 PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 4 << 20
@@ -37,16 +46,7 @@ ARRIVING = -1
 ABSENT = 255
 
 
-# The node's loop must not be held by the decoding of one message; no list is this long.
-_Strings = Annotated[list[str], msgspec.Meta(max_length=4096)]
-_Numbers = Annotated[list[int], msgspec.Meta(max_length=4096)]
-
-
-class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    pass
-
-
-class Hello(_Message, tag="hello", frozen=True):
+class Hello(Message, tag="hello", frozen=True):
     version: int
     release: str
     pid: int
@@ -62,22 +62,22 @@ class Hello(_Message, tag="hello", frozen=True):
         return self.secrets[0]
 
 
-class Match(_Message, tag="match", frozen=True):
+class Match(Message, tag="match", frozen=True):
     id: int
     keys: bytes
-    parts: _Numbers
-    orders: _Strings
-    lengths: _Numbers = msgspec.field(default_factory=list)
+    parts: Numbers
+    orders: Strings
+    lengths: Numbers = msgspec.field(default_factory=list)
     owner: bytes = NOBODY
     namespace: bytes = b""
     chunk_s: float = 0.0
     pair_s: float = 0.0
     peer: str = ""
     expected_s: float = 0.0
-    tail: _Numbers = msgspec.field(default_factory=list)
+    tail: Numbers = msgspec.field(default_factory=list)
 
 
-class Matched(_Message, tag="matched", frozen=True):
+class Matched(Message, tag="matched", frozen=True):
     id: int
     lease: int
     tiers: bytes
@@ -89,37 +89,37 @@ class Matched(_Message, tag="matched", frozen=True):
     peer_refused: str = ""
 
 
-class Await(_Message, tag="await", frozen=True):
+class Await(Message, tag="await", frozen=True):
     id: int
     lease: int
     have: int
 
 
-class Arrived(_Message, tag="arrived", frozen=True):
+class Arrived(Message, tag="arrived", frozen=True):
     id: int
     ready: int
     failed: bool
     offsets: bytes
 
 
-class Release(_Message, tag="release", frozen=True):
+class Release(Message, tag="release", frozen=True):
     lease: int
     keep: int = 0
 
 
-class Template(_Message, frozen=True):
+class Template(Message, frozen=True):
     """What the headers of one reservation share; fields as in `kvstrata.objects.ObjectHeader`."""
 
     kind: str
     order: str
     dtype: str
-    shape: _Numbers
+    shape: Numbers
     num_tokens: int
     raw_length: int
     chunk_tokens: int = 0
 
 
-class Reserve(_Message, tag="reserve", frozen=True):
+class Reserve(Message, tag="reserve", frozen=True):
     id: int
     namespace: bytes
     prefix: bytes
@@ -132,73 +132,35 @@ class Reserve(_Message, tag="reserve", frozen=True):
     lend: bool = False
 
 
-class Reserved(_Message, tag="reserved", frozen=True):
+class Reserved(Message, tag="reserved", frozen=True):
     id: int
     reservation: int
     offsets: bytes
 
 
-class Commit(_Message, tag="commit", frozen=True):
+class Commit(Message, tag="commit", frozen=True):
     id: int
     reservation: int
     checksums: bytes
 
 
-class Done(_Message, tag="done", frozen=True):
+class Done(Message, tag="done", frozen=True):
     id: int
     count: int
 
 
-class Lookup(_Message, tag="lookup", frozen=True):
-    id: int
-    keys: bytes
-    parts: _Numbers
-    orders: _Strings = msgspec.field(default_factory=list)
-    namespace: bytes = b""
-
-
-class Found(_Message, tag="found", frozen=True):
-    id: int
-    tiers: bytes
-
-
-class Clear(_Message, tag="clear", frozen=True):
-    id: int
-    keys: bytes | None = None
-    tiers: _Strings = msgspec.field(default_factory=list)
-
-
-class Flush(_Message, tag="flush", frozen=True):
-    id: int
-
-
-class Status(_Message, tag="status", frozen=True):
-    id: int
-
-
-class State(_Message, tag="state", frozen=True):
-    id: int
-    state: dict[str, Any]
-
-
-class Record(_Message, tag="record", frozen=True):
-    record: dict[str, Any]
-
-
-class Bye(_Message, tag="bye", frozen=True):
+class Bye(Message, tag="bye", frozen=True):
     pass
 
 
-class Failed(_Message, tag="failed", frozen=True):
+class Failed(Message, tag="failed", frozen=True):
     id: int
     kind: str
     message: str
 
 
-Request = (
-    Match | Await | Release | Reserve | Commit | Lookup | Clear | Flush | Status | Record | Bye
-)
-Reply = Hello | Matched | Arrived | Reserved | Done | Found | State | Failed
+Request = Match | Await | Release | Reserve | Commit | operating.Request | Bye
+Reply = Hello | Matched | Arrived | Reserved | Done | operating.Reply | Failed
 
 # What msgspec raises beside its own error: text that is not UTF-8, depth, a map as a map's key.
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)

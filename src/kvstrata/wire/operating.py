@@ -1,0 +1,52 @@
+"""Messages of an operator: what a node holds, and what is to become of it.
+
+Part of ``docs/protocol.md``; `kvstrata.wire.protocol` encodes and decodes them with the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kvstrata.wire.message import Message, Numbers, Strings
+
+
+class Lookup(Message, tag="lookup", frozen=True):
+    id: int
+    keys: bytes
+    parts: Numbers
+    orders: Strings = msgspec.field(default_factory=list)
+    namespace: bytes = b""
+
+
+class Found(Message, tag="found", frozen=True):
+    id: int
+    tiers: bytes
+
+
+class Clear(Message, tag="clear", frozen=True):
+    id: int
+    keys: bytes | None = None
+    tiers: Strings = msgspec.field(default_factory=list)
+
+
+class Flush(Message, tag="flush", frozen=True):
+    id: int
+
+
+class Status(Message, tag="status", frozen=True):
+    id: int
+
+
+class State(Message, tag="state", frozen=True):
+    id: int
+    state: dict[str, Any]
+
+
+class Record(Message, tag="record", frozen=True):
+    record: dict[str, Any]
+
+
+Request = Lookup | Clear | Flush | Status | Record
+Reply = Found | State
