@@ -19,6 +19,7 @@ from kvstrata.node.coding.recoding import (
 )
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.coding.sealing import KeyRing
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import (
@@ -154,7 +155,7 @@ async def get(node: Node, keys: Sequence[bytes]) -> int:
     """Load from below host memory, compare, and say how many chunks came."""
     client, ready = Client("pid 1"), 0
     for key in keys:
-        node.host.drop(key)
+        node.host.drop(key, Cause.CLEARED)
     request = p.Match(1, b"".join(keys), [0], [ORDER], [WHOLE], namespace=NAMESPACE)
     answer = node.match(client, request)
     matched = await answer if isinstance(answer, Awaitable) else answer

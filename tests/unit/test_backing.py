@@ -36,6 +36,7 @@ from tests.support.real_nodes import ME as REAL_ME
 from tests.support.real_nodes import load as load_real
 from tests.support.real_nodes import store as store_real
 
+from kvstrata.node.common.changes import Cause
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.node.coding.scratch import Scratch
@@ -309,7 +310,7 @@ class TestBytesThatCount:
             with pytest.raises(AssertionError, match="4096 bytes claimed, but 0 doomed"):
                 node.check_integrity()
             backing.index.unclaim(4096)
-            backing.index.pop(key, 0)
+            backing.index.pop(key, 0, Cause.LOST)
             node.check_integrity()
             with pytest.raises(AssertionError, match="in the tier and nowhere else"):
                 node.check_integrity(contents=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvstrata.memory.pool import Pool
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.slots.host import MAX_SHAPES, HostMemory
 from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.parts import order_name
@@ -62,9 +63,9 @@ def test_what_is_held_keeps_its_bytes(host: HostMemory, how: str) -> None:
     slot = ready(host, KEYS[0])
     host.hold(slot)
     if how == "drop":
-        assert host.drop(KEYS[0]) == 1
+        assert host.drop(KEYS[0], Cause.CLEARED) == 1
     elif how == "drop_object":
-        host.drop_object(KEYS[0], 0)
+        host.drop_object(KEYS[0], 0, Cause.CORRUPT)
     else:
         ready(host, KEYS[0], order="c/d")
     assert slot.state is SlotState.GONE
@@ -139,7 +140,7 @@ def test_a_row_is_known_as_long_as_its_chunk_stays_as_it_is(host: HostMemory) ->
     assert not mixed.in_orders(frozenset(["a/b"]))
     assert mixed.in_orders(frozenset(["a/b", "c/d"]))
     host.check_integrity()
-    host.drop(KEYS[0])
+    host.drop(KEYS[0], Cause.CLEARED)
     assert host.rows_of((0, 1)) == {}
 
 
@@ -147,7 +148,7 @@ def test_of_too_many_sets_of_parts_the_rows_are_not_kept(host: HostMemory) -> No
     a = ready(host, KEYS[0])
     rows = [host.row(KEYS[0], (0, part), [a, a]) for part in range(1, MAX_SHAPES + 2)]
     assert [row.kept for row in rows] == [True] * MAX_SHAPES + [False]
-    host.drop(KEYS[0])
+    host.drop(KEYS[0], Cause.CLEARED)
     ready(host, KEYS[1])
     last = host.ready_row(KEYS[1], (0,))
     assert last is not None

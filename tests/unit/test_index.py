@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
 from kvstrata.policies import create_policy
 
@@ -29,11 +30,11 @@ def test_objects_of_a_chunk_stand_together() -> None:
     put(index, KEYS[1], 0, 5)
     assert (index.get(KEYS[0], 1), index.get(KEYS[0], 2), index.get(KEYS[2], 0)) == (4, None, None)
     assert (len(index), index.num_objects, index.used_bytes) == (2, 3, 12)
-    assert index.pop(KEYS[0], 0) == 3
-    assert index.pop(KEYS[0], 0) is None
+    assert index.pop(KEYS[0], 0, Cause.EVICTED) == 3
+    assert index.pop(KEYS[0], 0, Cause.EVICTED) is None
     assert KEYS[0] in index
-    assert index.pop_chunk(KEYS[0]) == [(1, 4)]
-    assert index.pop_chunk(KEYS[0]) == []
+    assert index.pop_chunk(KEYS[0], Cause.EVICTED) == [(1, 4)]
+    assert index.pop_chunk(KEYS[0], Cause.EVICTED) == []
     assert (len(index), index.num_objects, index.used_bytes) == (1, 1, 5)
     index.check_integrity()
 
@@ -77,7 +78,7 @@ def test_a_touched_prefix_loses_its_tail_first() -> None:
     victims = []
     while (victim := index.victim(lambda _: True)) is not None:
         victims.append(victim)
-        index.pop_chunk(victim)
+        index.pop_chunk(victim, Cause.EVICTED)
     assert victims == [KEYS[3], KEYS[2], KEYS[1], KEYS[0]]
     index.check_integrity()
 
@@ -117,16 +118,16 @@ def test_against_a_dictionary(steps: list[tuple[str, bytes, int, int]], policy: 
             assert index.put(key, part, nbytes) == model.get((key, part))
             model[key, part] = nbytes
         elif verb == "pop":
-            assert index.pop(key, part) == model.pop((key, part), None)
+            assert index.pop(key, part, Cause.EVICTED) == model.pop((key, part), None)
         elif verb == "pop_chunk":
-            assert dict(index.pop_chunk(key)) == {
+            assert dict(index.pop_chunk(key, Cause.EVICTED)) == {
                 q: model.pop((k, q)) for k, q in list(model) if k == key
             }
         elif verb == "victim":
             victim = index.victim(lambda _: True)
             assert (victim is None) == (not model)
             if victim is not None:
-                index.pop_chunk(victim)
+                index.pop_chunk(victim, Cause.EVICTED)
                 model = {name: size for name, size in model.items() if name[0] != victim}
         elif verb == "clear":
             index.clear()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from kvstrata.memory.pool import Pool
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import Lease, LeaseTable
@@ -207,9 +208,9 @@ def test_a_leased_row_keeps_its_bytes_when_its_chunk_changes(host: HostMemory, h
     (slot,), key = row.slots, chunk(row.slots[0])
     assert slot.holds == 0
     if how == "drop":
-        host.drop(key)
+        host.drop(key, Cause.CLEARED)
     elif how == "drop_object":
-        host.drop_object(key, 0)
+        host.drop_object(key, 0, Cause.CORRUPT)
     else:
         new = host.allocate(PAGE)
         assert new is not None

@@ -34,6 +34,7 @@ from kvstrata.errors import CorruptObject, Incompatible, UsageError
 from kvstrata.layout import LayerGroup, native_order
 from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object
 from kvstrata.node.coding.scratch import Scratch
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import (
@@ -232,7 +233,7 @@ def test_a_tier_keeps_more_with_a_codec_and_gives_back_the_same_bytes() -> None:
         assert backing.index.num_objects == 4
         assert backing.index.used_bytes < 4 * stored_bytes(RAW)
         for key in keys:
-            node.host.drop(key)
+            node.host.drop(key, Cause.CLEARED)
         matched = match(node, client, keys)
         arrived = await arrive(node, client, matched.lease, 3)
         assert arrived.ready == 4
@@ -280,7 +281,7 @@ def test_a_reader_that_names_no_length_gets_only_what_is_stored_raw() -> None:
         store(node, client, keys)
         await flush(node, Client("pid 1"))
         for key in keys:
-            node.host.drop(key)
+            node.host.drop(key, Cause.CLEARED)
         matched = at_once(node.match(client, p.Match(1, b"".join(keys), [0], [ORDER])))
         arrived = await arrive(node, client, matched.lease, 0)
         assert (arrived.ready, arrived.failed) == (0, True)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.memory.pool import Pool
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Slot
 from kvstrata.policies import POLICIES, create_policy
@@ -95,7 +96,7 @@ def test_as_brute_force_finds_them(
     with closing(new_host(pages)) as host:
         chunks = {chunk(n): fill(host, n, each) for n, each in enumerate(sizes)}
         for number in sorted(holes & set(range(len(sizes)))):
-            host.drop(chunk(number))
+            host.drop(chunk(number), Cause.CLEARED)
             del chunks[chunk(number)]
         order = list(chunks)
         random.Random(seed).shuffle(order)

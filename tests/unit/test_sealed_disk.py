@@ -41,6 +41,7 @@ from kvstrata.codecs import codec_named
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.node.coding.choosing import Always
 from kvstrata.node.coding.sealing import KeyRing
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.clients import Client
@@ -126,7 +127,7 @@ def test_an_object_of_which_a_page_is_left_fits_its_slot(folder: Path) -> None:
         store(node, client, keys)
         await flush(node, client)
         for key in keys:
-            node.host.drop(key)
+            node.host.drop(key, Cause.CLEARED)
         assert await load(node, client, keys) == NUM
         assert owned(node).find(keys[0], 0, None) == stored_bytes(RAW)
 
