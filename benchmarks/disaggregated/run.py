@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +23,10 @@ from benchmarks.common import (
     spread,
 )
 from benchmarks.disaggregated.asking import Talker
-from benchmarks.lmcache_client.servers import HOST, Program, Server, free_port
+from benchmarks.lmcache_client.servers import Server
 
 from kvstrata.testing.engine import engine_environment
-from kvstrata.testing.serving import Streamed, on_core, stream
+from kvstrata.testing.serving import HOST, MODEL, Program, Streamed, free_port, on_core, stream
 from kvstrata.testing.workplace import Workplace
 
 NAME = "disaggregated"
@@ -70,11 +70,9 @@ def setting(model: Path, folder: Path) -> Iterator[Setting]:
         ):
             place = ends.enter_context(Workplace(model, {**common, **options}, service=True))
             with on_core(core):
-                server = Server(
-                    name, model, place.connector, place.environment, NUM_BLOCKS,
-                    folder / f"{name}.log",
-                )  # fmt: skip
-            ends.enter_context(closing(server))
+                log = folder / f"{name}.log"
+                server = Server(model, place.connector, place.environment, NUM_BLOCKS, log)
+            ends.callback(server.kill)
             servers.append(server)
             places.append(place)
         prefill, decode = (server.url for server in servers)
@@ -85,14 +83,13 @@ def setting(model: Path, folder: Path) -> Iterator[Setting]:
         proxies = []
         for number, way in enumerate(ways):
             port = free_port()
-            command = ["kvstrata.cli", "proxy", f"--port={port}", *way]
-            proxy = Program(
-                command, engine_environment({}), folder / f"proxy-{number}.log", port, "/health"
-            )
-            proxies.append(ends.enter_context(closing(proxy)))
+            command = ["-m", "kvstrata.cli", "proxy", f"--port={port}", *way]
+            log = folder / f"proxy-{number}.log"
+            proxies.append(Program(command, port, log, engine_environment({})))
+            ends.callback(proxies[-1].kill)
         for program in (*servers, *proxies):
             program.wait()
-        yield Setting(str(model), servers[0], places[1], *proxies)
+        yield Setting(MODEL, servers[0], places[1], *proxies)
 
 
 def check_tokens(it: Setting, prompts: Prompts) -> None:

@@ -21,13 +21,13 @@ from benchmarks.common import (
     say,
     spread,
 )
-from benchmarks.lmcache_client.servers import HOST, free_port
 from benchmarks.node.asking import NAMESPACE, NUM_KEYS, ORDER, RAW, SEED, random_keys
 from benchmarks.node.run import store
 from benchmarks.stores.run import STORES, started
 
 from kvstrata.cli.counting import total
 from kvstrata.testing.engine import Answer, Engine
+from kvstrata.testing.serving import HOST, free_port
 from kvstrata.testing.workplace import Workplace, wait_ready, wait_stored
 from kvstrata.wire import protocol as p
 

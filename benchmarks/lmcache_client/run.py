@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from benchmarks.lmcache_client.overlay import NotInstalled, overlay, with_overla
 from benchmarks.lmcache_client.servers import (
     Server,
     daemon,
-    free_port,
     lmcache,
     native,
 )
 
 from kvstrata.testing.engine import engine_environment
 from kvstrata.testing.models import smollm2
+from kvstrata.testing.serving import free_port
 from kvstrata.testing.workplace import Workplace
 
 NAME = "lmcache_client"
@@ -116,9 +116,8 @@ def servers(
     place = Workplace(model, {"host.capacity": f"{gib}GiB"}, service=True)
     with place, ExitStack() as stack:
         port = free_port()
-        cache = stack.enter_context(
-            closing(daemon(environment, port, gib, place.folder / "daemon.log"))
-        )
+        cache = daemon(environment, port, gib, place.folder / "daemon.log")
+        stack.callback(cache.kill)
         cache.wait()  # without it vLLM's start hangs
         module = "benchmarks.lmcache_client.native_cpu"
         connectors = {
@@ -130,8 +129,8 @@ def servers(
         for number, (name, (connector, more)) in enumerate(connectors.items()):
             log = place.folder / f"server-{number}.log"
             num_blocks = PROMPT_BLOCKS * most_in_flight + SPARE_BLOCKS
-            server = Server(name, model, connector, more, num_blocks, log)
-            found[name] = stack.enter_context(closing(server))
+            found[name] = Server(model, connector, more, num_blocks, log)
+            stack.callback(found[name].kill)
         for server in found.values():
             server.wait()
         yield found

@@ -106,14 +106,21 @@ class Program:
         port: where it listens.
         log: for everything that it prints.
         environment: its whole environment.
+        health: a path that it answers once it is ready.
     """
 
     def __init__(
-        self, command: Sequence[str], port: int, log: Path, environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        environment: Mapping[str, str],
+        health: str = "/health",
     ) -> None:
         self._command = [sys.executable, *command]
         self._log = log
         self._environment = dict(environment)
+        self._health = health
         self.url = f"http://{HOST}:{port}"
         self.start()
 
@@ -143,7 +150,7 @@ class Program:
         deadline = time.monotonic() + START_S
         while True:
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                with urllib.request.urlopen(self.url + self._health, timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 pass
