@@ -43,7 +43,7 @@ from kvstrata.config import load_config
 from kvstrata.errors import Incompatible, TierFull, TierUnavailable, UsageError
 from kvstrata.node.common import backoff as backoff_module
 from kvstrata.node.common.background import Threads
-from kvstrata.node.node import Node
+from kvstrata.node.node import MAX_WAITING, Node
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.clients import Client
@@ -516,6 +516,27 @@ class TestSlowerTiers:
             assert node.counters.get("missed_chunks_total") == 4
 
         on_node(test, tier=MemoryTier())
+
+    def test_so_many_wait_for_one_lease_and_no_more(self) -> None:
+        tier = GatedTier()
+
+        async def test(node: Node) -> None:
+            me, keys = Client(ME), chunk_keys(1)
+            store(node, me, keys)
+            await flush(node, me)
+            await clear(node, me, tiers=["host"])
+            tier.shut("read")
+            lease = match(node, me, keys).lease
+            waiting = [node.await_arrival(me, p.Await(i, lease, 0)) for i in range(MAX_WAITING)]
+            with pytest.raises(UsageError, match="already"):
+                node.await_arrival(me, p.Await(MAX_WAITING, lease, 0))
+            tier.open()
+            for answer in waiting:
+                assert isinstance(answer, Awaitable)
+                assert isinstance(arrived := await answer, p.Arrived)
+                assert arrived.ready == 1
+
+        on_node(test, tier=tier)
 
     def test_two_matches_share_one_promotion(self) -> None:
         tier = GatedTier()

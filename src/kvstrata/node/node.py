@@ -47,6 +47,8 @@ from kvstrata.wire import protocol as p
 logger = logging.getLogger(__name__)
 
 UPKEEP_S = 10.0
+MAX_WAITING = 1024
+"""For the chunks of one lease at once: ranks of an engine, and some."""
 
 Answer = p.Reply | None | Awaitable[p.Reply]
 
@@ -198,6 +200,8 @@ class Node:
 
         if lease.settled(have):
             return arrived()
+        if len(lease.listeners) >= MAX_WAITING:
+            raise UsageError(f"{MAX_WAITING} wait for lease {lease.id} already")
         future: asyncio.Future[p.Reply] = asyncio.get_running_loop().create_future()
 
         def tell() -> None:
