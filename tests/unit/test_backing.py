@@ -36,11 +36,11 @@ from tests.support.real_nodes import ME as REAL_ME
 from tests.support.real_nodes import load as load_real
 from tests.support.real_nodes import store as store_real
 
-from kvstrata.node.common.changes import Cause
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.common.background import NICE, Tasks, Threads
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
 from kvstrata.node.service import scrub as scrub_module
 from kvstrata.node.service.calls import ENCODE_NICE
