@@ -200,6 +200,8 @@ def test_a_node_is_told_once_what_each_namespace_is_made_of(
     assert told["model"]["weights"] == namespaces.weights_of(request())
     assert told["model"]["max_model_len"] == "2048"
     assert told["model"]["reset"] == "no"
+    assert told["orders"] == rig.side._lookups.orders
+    assert told["objects"] == rig.side._lookups.parts == [0]
     assert len(rig.state()["requests"]) == 2, "it is no request's record"
     assert [one is not None for one in told_of] == [True, False, False]
     rig.connector.reset_cache()

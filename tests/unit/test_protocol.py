@@ -63,6 +63,11 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     (p.Status(1), "0900000092a673746174757301"),
     (p.State(1, {"a": 1}), "0c00000093a573746174650181a16101"),
     (p.Record({"a": 1}), "0c00000092a67265636f726481a16101"),
+    (p.Records(1, 7, 50), "0c00000094a77265636f726473010732"),
+    (
+        p.RecordPage(1, [{"number": 6}], 6),
+        "1900000094ab7265636f72645f70616765019181a66e756d6265720606",
+    ),
     (p.Bye(), "0500000091a3627965"),
     (p.Failed(1, "UsageError", "no"), "1700000094a66661696c656401aa55736167654572726f72a26e6f"),
 ]
@@ -176,8 +181,9 @@ def test_a_frame_may_have_so_many_bytes_and_no_more() -> None:
 
 @pytest.mark.parametrize("message", MESSAGES, ids=name)
 def test_only_messages_with_columns_are_long(message: p.Request | p.Reply) -> None:
-    long = type(message).__name__ in ("Match", "Lookup", "Clear", "Reserve", "Commit", "Matched",
-                                      "Arrived", "Reserved", "Found", "State")  # fmt: skip
+    long = type(message).__name__ in ("Match", "Lookup", "Clear", "Reserve", "Commit",
+                                      "Matched", "Arrived", "Reserved", "Found", "State",
+                                      "RecordPage")  # fmt: skip
     assert p.max_bytes(p.encode(message)[4:]) == (4 << 20 if long else 64 << 10)
 
 

@@ -117,6 +117,7 @@ class Node:
             p.Flush: self.flush,
             p.Status: self.status,
             p.Record: self.record,
+            p.Records: self.past_records,
         }
 
     @classmethod
@@ -308,6 +309,10 @@ class Node:
     def record(self, client: Client, message: p.Record) -> None:
         """Keep one request's record, or what a namespace is made of, for the operator."""
         self.records.note(message.record)
+
+    def past_records(self, client: Client, message: p.Records) -> p.RecordPage:
+        """A page of the requests' records, the latest first."""
+        return p.RecordPage(message.id, *self.records.page(message.before, message.limit))
 
     def status(self, client: Client, message: p.Status) -> p.State:
         """Everything an operator may ask of a node."""

@@ -11,6 +11,7 @@ import msgspec
 from kvstrata.errors import UsageError
 from kvstrata.node.namespaces import Namespaces
 from kvstrata.observe.counters import Counters
+from kvstrata.wire import protocol as p
 
 NUM_RECORDS = 1024
 MAX_RECORD_BYTES = 8192
@@ -31,6 +32,7 @@ class Records:
         self._requests: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
         self._namespaces = Namespaces()
         self._outcomes: set[str] = set()
+        self._num_ever = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -50,11 +52,31 @@ class Records:
         if "namespace" in record:
             return self._namespaces.note(record)
         self._requests.append(record)
+        self._num_ever += 1
         outcome = str(record.get("outcome", ""))
         if len(self._outcomes) < MAX_OUTCOMES and _LABEL.fullmatch(outcome):
             self._outcomes.add(outcome)
         label = outcome if outcome in self._outcomes else "other"
         self._counters.add("requests_total", outcome=label)
+
+    def page(self, before: int, limit: int) -> tuple[list[dict[str, Any]], int]:
+        """Those of before a number, the latest first, and before which to go on; 0: it was the end.
+
+        Args:
+            before: of the last one that is known; 0: from the latest on. Each has a ``number``,
+                counted since the node started.
+            limit: how many at most.
+
+        Raises:
+            UsageError: a negative number, or a limit that no page has.
+        """
+        if before < 0 or not 0 < limit <= p.MAX_PAGE:
+            raise UsageError(f"{limit} records before {before}; a page has 1 to {p.MAX_PAGE}")
+        oldest = self._num_ever - len(self._requests) + 1
+        end = min(before or self._num_ever + 1, self._num_ever + 1)
+        numbers = range(end - 1, max(oldest, end - limit) - 1, -1)
+        records = [{**self._requests[number - oldest], "number": number} for number in numbers]
+        return records, numbers[-1] if numbers and numbers[-1] > oldest else 0
 
     def shown(self) -> dict[str, Any]:
         """For a status, the latest last."""

@@ -14,6 +14,8 @@ from kvstrata.keys import Namespace
 
 MAX_DETAILS = 16
 MAX_DETAIL_CHARS = 256
+MAX_ORDERS = 16
+MAX_OBJECTS = 1024
 
 _Text = Annotated[str, msgspec.Meta(max_length=MAX_DETAIL_CHARS)]
 
@@ -24,10 +26,14 @@ class Described(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         parts: every field of the digest.
         model: of the model: name, weights, dtype and whatever else decides its fingerprint.
+        orders: the byte orders that the engine reads; empty: not told.
+        objects: the parts that make up a chunk; empty: not told.
     """
 
     parts: Namespace
     model: Annotated[dict[_Text, _Text], msgspec.Meta(max_length=MAX_DETAILS)] = {}
+    orders: Annotated[list[_Text], msgspec.Meta(max_length=MAX_ORDERS)] = []
+    objects: Annotated[list[int], msgspec.Meta(max_length=MAX_OBJECTS)] = []
 
     def record(self) -> dict[str, Any]:
         """As an engine hands it in: the record of no request."""

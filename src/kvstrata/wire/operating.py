@@ -48,5 +48,17 @@ class Record(Message, tag="record", frozen=True):
     record: dict[str, Any]
 
 
-Request = Lookup | Clear | Flush | Status | Record
-Reply = Found | State
+class Records(Message, tag="records", frozen=True):
+    id: int
+    before: int = 0
+    limit: int = 100
+
+
+class RecordPage(Message, tag="record_page", frozen=True):
+    id: int
+    records: list[dict[str, Any]]
+    next: int
+
+
+Request = Lookup | Clear | Flush | Status | Record | Records
+Reply = Found | State | RecordPage

@@ -23,6 +23,8 @@ from kvstrata.wire.operating import Flush as Flush
 from kvstrata.wire.operating import Found as Found
 from kvstrata.wire.operating import Lookup as Lookup
 from kvstrata.wire.operating import Record as Record
+from kvstrata.wire.operating import RecordPage as RecordPage
+from kvstrata.wire.operating import Records as Records
 from kvstrata.wire.operating import State as State
 from kvstrata.wire.operating import Status as Status
 
@@ -37,6 +39,8 @@ MAX_OBJECTS = 1 << 18
 """Of a match or a lookup: chunks times parts."""
 MAX_RESERVED = 1 << 12
 """Chunks that one reservation may ask for."""
+MAX_PAGE = 256
+"""Items in one page of a list."""
 
 #: offsets that `Reserved` answers instead of a slot
 PRESENT, BUSY, FULL, REFUSED = -1, -2, -3, -4
@@ -175,7 +179,7 @@ _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _LONG = tuple(
     bytes([0xA0 + len(tag)]) + tag
     for tag in (b"match", b"lookup", b"clear", b"reserve", b"commit",
-                b"matched", b"arrived", b"reserved", b"found", b"state")
+                b"matched", b"arrived", b"reserved", b"found", b"state", b"record_page")
 )  # fmt: skip
 
 

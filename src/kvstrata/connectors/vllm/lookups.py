@@ -12,6 +12,8 @@ import time
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from kvstrata.config import Config
 from kvstrata.connectors.vllm.fingerprint import Namespaces
 from kvstrata.connectors.vllm.link import Link
@@ -296,6 +298,7 @@ class Lookups:
             return
         if (described := self.namespaces.describe(parts)) is not None:
             self._told.add(told)
+            described = replace(described, orders=self.orders, objects=self.parts)
             with contextlib.suppress(KVStrataError):  # a request is served without it
                 client.record(described.record())
 
