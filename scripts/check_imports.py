@@ -15,7 +15,7 @@ SOURCES = Path(__file__).parent.parent / "src"
 
 STOREYS = (
     "errors",
-    "units layout objects parts secret keys identity cores",
+    "units layout objects parts secret keys identity cores canaries",
     "observe",
     "memory",
     "codecs",
@@ -29,10 +29,12 @@ STOREYS = (
     "node.slots",
     "node.coding",
     "node.service",
+    "node.operating",
     "node",
     "node.process",
     "connectors",
     "proxy",
+    "control",
     "testing",
     "cli",
 )

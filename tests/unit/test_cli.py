@@ -20,6 +20,7 @@ import pytest
 import typer.main
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from tests.support.nodes import owned
 
 import kvstrata
@@ -903,6 +904,28 @@ def test_a_failed_step_is_explained_by_what_rose(counter: str, result: str, word
         "FAIL",
         "no counter tells why; the node's log may",
     )
+
+
+# metrics
+
+
+def test_metrics_are_printed_as_prometheus_reads_them(serving: Serving, command: Any) -> None:
+    client = serving.inprocess.connect()
+    canary = Canary(client, 2, 4096, 10.0)
+    assert not canary.store().problem
+    client.close()
+    status, out, _ = command("metrics", *serving.arguments)
+    assert status == 0
+    assert "\nkvstrata_stored_objects_total 2.0\n" in out
+    assert 'kvstrata_tier_state{state="off",tier="disk"} 0.0\n' in out
+    families = {family.name for family in text_string_to_metric_families(out)}
+    assert {"kvstrata_host_capacity_bytes", "kvstrata_stored_objects"} <= families
+
+
+def test_without_a_node_there_are_no_metrics(folder: Path, command: Any) -> None:
+    status, out, err = command("metrics", f"--node=unix:{folder}/none.sock")
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
 
 
 # documentation

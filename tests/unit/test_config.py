@@ -46,6 +46,7 @@ SAMPLES: Mapping[str, Any] = {
     "log": "debug",
     "quality": "kl <= 0.01 and agreement >= 0.98",
     "planner": "off",
+    "canary": "off",
     "host.capacity": "3GiB",
     "host.policy": "s3fifo",
     "host.verify_every": 1,

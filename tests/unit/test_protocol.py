@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstrata.errors import Incompatible, UsageError
+from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
 TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096, 256)
@@ -62,6 +63,13 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     (p.Flush(1), "0800000092a5666c75736801"),
     (p.Status(1), "0900000092a673746174757301"),
     (p.State(1, {"a": 1}), "0c00000093a573746174650181a16101"),
+    (p.Metrics(1), "0a00000092a76d65747269637301"),
+    (
+        p.Measured(
+            1, [o.Value("a", {"b": "c"}, 2.0)], [o.Distribution("d", {}, [0.5], [1, 2], 3.0)]
+        ),
+        "3800000094a86d65617375726564019193a16181a162a163cb40000000000000009195a1648091cb3fe0000000000000920102cb4008000000000000",
+    ),
     (p.Record({"a": 1}), "0c00000092a67265636f726481a16101"),
     (p.Records(1, 7, 50), "0c00000094a77265636f726473010732"),
     (
@@ -183,7 +191,7 @@ def test_a_frame_may_have_so_many_bytes_and_no_more() -> None:
 def test_only_messages_with_columns_are_long(message: p.Request | p.Reply) -> None:
     long = type(message).__name__ in ("Match", "Lookup", "Clear", "Reserve", "Commit",
                                       "Matched", "Arrived", "Reserved", "Found", "State",
-                                      "RecordPage")  # fmt: skip
+                                      "Measured", "RecordPage")  # fmt: skip
     assert p.max_bytes(p.encode(message)[4:]) == (4 << 20 if long else 64 << 10)
 
 

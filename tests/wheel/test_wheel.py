@@ -29,6 +29,8 @@ NEED_MORE = {
     "kvstrata.testing": {"pytest"},
     "kvstrata.node.coding.sealing": {"cryptography"},
     "kvstrata.proxy": {"aiohttp"},
+    "kvstrata.observe.rendering": {"prometheus_client"},
+    "kvstrata.control": {"prometheus_client"},
 }
 
 IMPORT_ALL = """

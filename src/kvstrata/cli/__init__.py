@@ -17,6 +17,7 @@ from kvstrata.cli import (
     config,
     demo,
     doctor,
+    metrics,
     proxy,
     quality,
     secret,
@@ -38,6 +39,7 @@ def build_app() -> typer.Typer:
     app.callback()(root)
     app.command("serve")(serve.run)
     app.command("status")(status.run)
+    app.command("metrics")(metrics.run)
     app.command("clear")(clear.run)
     app.command("config")(config.run)
     app.command("doctor")(doctor.run)

@@ -1,13 +1,12 @@
-"""A canary: chunks of random bytes that go the way of real ones, tier by tier, and are compared.
+"""Canaries that go the way of real chunks through a node, tier by tier, and are compared.
 
-They have a namespace of their own, so no request can hit them, and they are forgotten at the end.
-Each step answers with what it measured, or with the problem that it met.
+They are forgotten at the end. Each step answers with what it measured, or with the problem that it
+met.
 """
 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,22 +14,13 @@ from statistics import quantiles
 
 import numpy as np
 
-from kvstrata.errors import (
-    CorruptObject,
-    DeadlineExceeded,
-    Incompatible,
-    NodeUnavailable,
-    TierUnavailable,
-)
-from kvstrata.keys import KeyChain, Namespace
-from kvstrata.objects import HEADER_BYTES, checksum, object_id, stored_bytes, verify_object
+from kvstrata.canaries import CHUNK_TOKENS, ORDER, PART, Canaries
+from kvstrata.errors import DeadlineExceeded, NodeUnavailable, TierUnavailable
+from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 
 ABSENT = p.ABSENT
-PART = 0
-ORDER = "portable"
-CHUNK_TOKENS = 128
 
 REFUSALS = {
     p.PRESENT: "they are said to be there already",
@@ -66,16 +56,10 @@ class Canary:
         self._client = client
         self._timeout_s = timeout_s
         self._stored_at = 0.0
-        random = np.random.default_rng()
-        self._payloads = random.integers(0, 256, (num_chunks, payload_bytes), np.uint8)
+        self._chunks = Canaries(client.hello.secret, num_chunks, payload_bytes)
+        self._payloads, self._namespace = self._chunks.payloads, self._chunks.namespace
         self._copies = np.ones_like(self._payloads)  # written, so that no copy pays for pages
-        self._namespace = Namespace(
-            model=f"kvstrata canary {secrets.token_hex(16)}",
-            layout=f"{payload_bytes} random bytes",
-            chunk_tokens=CHUNK_TOKENS,
-        ).digest()
-        chain = KeyChain(client.hello.secret, self._namespace, CHUNK_TOKENS)
-        self.keys = chain.keys(random.integers(0, 1 << 16, num_chunks * CHUNK_TOKENS))
+        self.keys = self._chunks.keys
 
     @property
     def nbytes(self) -> int:
@@ -181,8 +165,6 @@ class Canary:
 
     def _is_right(self, number: int, offset: int) -> bool:
         view = self._client.pool.view(offset, stored_bytes(self.payload_bytes))
-        try:
-            verify_object(view, object_id(self.keys[number], PART >> 16, PART & 0xFFFF))
-        except (CorruptObject, Incompatible):
+        if not self._chunks.is_right(number, view):
             return False
         return np.array_equal(self._copies[number], self._payloads[number])

@@ -22,6 +22,7 @@ MIN_CAPACITY = 1 << 20
 # A Unix socket's address holds 108 bytes, the last of them zero.
 MAX_SOCKET_PATH = 107
 MAX_COARSER = 15
+MIN_EVERY_S = 1.0
 NO_LOSSY_CODEC = ("raw", "lossless", "exact", "auto")
 
 
@@ -90,6 +91,14 @@ def _wait(value: Any) -> float:
     seconds = units.parse_duration(value)
     if seconds == 0:
         raise ValueError(f"{value!r} leaves no time")
+    return seconds
+
+
+def _every(value: Any) -> float:
+    if value == "off":
+        return 0.0
+    if (seconds := units.parse_duration(value)) < MIN_EVERY_S:
+        raise ValueError(f"{value!r} is too often")
     return seconds
 
 
@@ -193,6 +202,11 @@ SIZE_OR_SHARE = Kind(
 SHARE = Kind(_share, units.format_fraction, 'a percentage above 0%, such as "50%"')
 DURATION = Kind(units.parse_duration, units.format_duration, 'a duration such as "250ms" or "5s"')
 WAIT = Kind(_wait, units.format_duration, 'a duration above 0, such as "250ms" or "5s"')
+EVERY = Kind(
+    _every,
+    lambda value: units.format_duration(value) if value else "off",
+    '"off", or a duration of at least 1s, such as "1min"',
+)
 RATE = Kind(units.parse_rate, units.format_rate, 'a rate such as "32MiB/s", or 0')
 TEXT = Kind(_text, str, "1 to 128 printable characters")
 PATH = Kind(_path, str, "an absolute path, or one that starts with ~")

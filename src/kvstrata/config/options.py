@@ -95,6 +95,12 @@ class Config:
         "engine, see docs/planner.md; `off`: all that is found is loaded.",
         shared=True,
     )
+    canary: float = option(
+        kinds.EVERY,
+        "1min",
+        "How often a chunk of random bytes goes through each tier and back, see docs/metrics.md.",
+        shared=True,
+    )
     host: HostConfig = field(default_factory=HostConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     tiers: tuple[TierPart, ...] = ()

@@ -10,6 +10,7 @@ ends, so nothing that was found can go, and no cap is passed, while others are s
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -322,6 +323,8 @@ class Matcher:
             best = plan(search.tiers[first:], search.coming[first:], links, search.prefill, first)
             search.load_s = max(search.load_s, best.load_s)
             keep = first + best.keep
+            decision = "load" if keep == count else "part" if best.load_s else "compute"
+            self._counters.add("plans_total", decision=decision)
             if keep < count:
                 self._let_go(search, keep)
         search.num_decided = len(search.tiers)
@@ -376,6 +379,7 @@ class Matcher:
 
     def _answer(self, search: Search, offsets: bytes) -> p.Matched:
         self._counters.add("matches_total")
+        self._counters.observe("match_seconds", time.perf_counter() - search.begun)
         for number in range(1 + len(self._backings)):
             name = self._backings[number - 1].name if number else "host"
             if hits := search.tiers.count(number):

@@ -25,6 +25,9 @@ from kvstrata.node.common.slices import in_slices
 from kvstrata.node.lending import Lender
 from kvstrata.node.matching import Matcher
 from kvstrata.node.opening import open_backings
+from kvstrata.node.operating.canary import Canary
+from kvstrata.node.operating.flow import Flow
+from kvstrata.node.operating.measuring import Measures
 from kvstrata.node.records import Records
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.expecting import Expecting
@@ -87,6 +90,7 @@ class Node:
         per_client = int(config.leases.per_client * capacity)
         self.host = HostMemory(pool, create_policy(config.host.policy, capacity, clock))
         self.changes = Changes()
+        self.changes.watch(Flow(counters))
         self.host.index.tell("host", self.changes)
         for backing in backings:
             if isinstance(backing, OwnedBacking):
@@ -94,7 +98,7 @@ class Node:
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
         self.reservations = ReservationTable(self.host, per_client)
         self.movement = Movement(self.host, self.leases, backings, counters, clock)
-        self.records = Records(counters)
+        self.records = Records(counters, ["host", *(backing.name for backing in backings)])
         self._expecting = Expecting(self.movement, counters, clock)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
         self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
@@ -105,6 +109,11 @@ class Node:
         self._clearer = Clearer(self.host, self.reservations, self.movement, backings)
         self._clock = clock
         self._started = clock()
+        self.canary = Canary(self.host, backings, counters)
+        self.measures = Measures(
+            counters, self.host, self.leases, self.reservations, self.movement, backings,
+            self.canary, lambda: self.lender.kept_bytes, lambda: clock() - self._started,
+        )  # fmt: skip
         self._tasks = Tasks(counters)
         self._handlers: dict[type, Callable[[Client, Any], Answer]] = {
             p.Match: self.match,
@@ -116,16 +125,14 @@ class Node:
             p.Clear: self.clear,
             p.Flush: self.flush,
             p.Status: self.status,
+            p.Metrics: self.measures.answer,
             p.Record: self.record,
             p.Records: self.past_records,
         }
 
     @classmethod
     def create(cls, config: Config, clock: Callable[[], float] = time.monotonic) -> Node:
-        """A node as configured: allocates the pool and opens the tiers.
-
-        A tier that cannot be opened is left out with a log line; the node serves without it.
-        """
+        """A node as configured; one without the tiers that cannot be opened, which the log says."""
         counters = Counters()
         pool = Pool.create(host_capacity_bytes(config, available_bytes()))
         try:
@@ -140,6 +147,8 @@ class Node:
         """Begin the background work: fault the pool in, scan the tiers, scrub them."""
         self.host.pool.populate()
         self._tasks.spawn("the upkeep of what is lent", self.lender.run())
+        if self.config.canary:
+            self.canary.start(self.config.canary, self._tasks)
         for backing in self.backings:
             self._tasks.spawn(f"the tier {backing.name}", self._run(backing))
             self._tasks.spawn(f"the upkeep of {backing.name}", self._maintain(backing))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 
 from kvstrata.errors import UsageError
 from kvstrata.node.namespaces import Namespaces
+from kvstrata.node.operating.requests import RequestCounts
 from kvstrata.observe.counters import Counters
 from kvstrata.wire import protocol as p
 
@@ -25,10 +27,12 @@ class Records:
 
     Args:
         counters: the node's.
+        tiers: names of the node's tiers, host memory among them.
     """
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Counters, tiers: Collection[str]) -> None:
         self._counters = counters
+        self._counts = RequestCounts(counters, tiers)
         self._requests: deque[dict[str, Any]] = deque(maxlen=NUM_RECORDS)
         self._namespaces = Namespaces()
         self._outcomes: set[str] = set()
@@ -58,6 +62,7 @@ class Records:
             self._outcomes.add(outcome)
         label = outcome if outcome in self._outcomes else "other"
         self._counters.add("requests_total", outcome=label)
+        self._counts.note(record)
 
     def page(self, before: int, limit: int) -> tuple[list[dict[str, Any]], int]:
         """Those of before a number, the latest first, and before which to go on; 0: it was the end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 from kvstrata.errors import UsageError
 from kvstrata.keys import KEY_BYTES, OWNER_BYTES
@@ -28,6 +29,7 @@ class Search:
     """
 
     def __init__(self, client: Client, message: p.Match) -> None:
+        self.begun = time.perf_counter()
         self.client = client
         self.id = message.id
         self.parts = tuple(checked_parts(message.parts))

@@ -277,6 +277,11 @@ class NodeClient:
         state: p.State = self.begin(p.Status, p.State).wait(self._timeout_s)
         return state.state
 
+    def metrics(self) -> p.Measured:
+        """The node's metrics as numbers; `kvstrata.observe.rendering.render` makes text of them."""
+        measured: p.Measured = self.begin(p.Metrics, p.Measured).wait(self._timeout_s)
+        return measured
+
     def record(self, record: dict[str, Any]) -> None:
         """Hand in one request's record; nothing happens if the node is gone."""
         with contextlib.suppress(NodeUnavailable):

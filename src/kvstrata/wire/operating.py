@@ -44,6 +44,34 @@ class State(Message, tag="state", frozen=True):
     state: dict[str, Any]
 
 
+class Metrics(Message, tag="metrics", frozen=True):
+    id: int
+
+
+class Value(Message, frozen=True):
+    """A counter or a gauge; what it is called is in ``docs/metrics.md``."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+class Distribution(Message, frozen=True):
+    """A histogram: how many values lie in each bucket alone, the last one without a bound."""
+
+    name: str
+    labels: dict[str, str]
+    bounds: list[float]
+    counts: list[int]
+    sum: float
+
+
+class Measured(Message, tag="measured", frozen=True):
+    id: int
+    values: list[Value]
+    distributions: list[Distribution]
+
+
 class Record(Message, tag="record", frozen=True):
     record: dict[str, Any]
 
@@ -60,5 +88,5 @@ class RecordPage(Message, tag="record_page", frozen=True):
     next: int
 
 
-Request = Lookup | Clear | Flush | Status | Record | Records
-Reply = Found | State | RecordPage
+Request = Lookup | Clear | Flush | Status | Metrics | Record | Records
+Reply = Found | State | Measured | RecordPage

@@ -22,6 +22,8 @@ from kvstrata.wire.operating import Clear as Clear
 from kvstrata.wire.operating import Flush as Flush
 from kvstrata.wire.operating import Found as Found
 from kvstrata.wire.operating import Lookup as Lookup
+from kvstrata.wire.operating import Measured as Measured
+from kvstrata.wire.operating import Metrics as Metrics
 from kvstrata.wire.operating import Record as Record
 from kvstrata.wire.operating import RecordPage as RecordPage
 from kvstrata.wire.operating import Records as Records
@@ -179,7 +181,8 @@ _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _LONG = tuple(
     bytes([0xA0 + len(tag)]) + tag
     for tag in (b"match", b"lookup", b"clear", b"reserve", b"commit",
-                b"matched", b"arrived", b"reserved", b"found", b"state", b"record_page")
+                b"matched", b"arrived", b"reserved", b"found", b"state", b"measured",
+                b"record_page")
 )  # fmt: skip
 
 

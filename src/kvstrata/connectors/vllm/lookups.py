@@ -204,11 +204,12 @@ class Lookups:
         state.by_other = by_other
         state.question = state.asked_by_other if by_other else state.asked
         token_s, pair_s = self.pace.computing.speeds()
+        state.chunk_s, state.pair_s = token_s * self._chunk, pair_s * self._chunk**2
         try:
             state.call = client.match(
                 state.question, self.parts, self.orders, self.lengths,
                 state.other_owner if by_other else state.owner, state.namespace,
-                token_s * self._chunk, pair_s * self._chunk**2, state.roles.peer,
+                state.chunk_s, state.pair_s, state.roles.peer,
                 self._expected_s(state) if by_other == state.other_first else 0.0,
                 self._tail_lengths(state) if len(state.question) > len(state.keys) else (),
             )  # fmt: skip

@@ -70,6 +70,7 @@ class RequestState:
         self.miss = ""
         self.peer_refused = ""
         self.load_began = self.load_took = 0.0
+        self.chunk_s = self.pair_s = 0.0  # what computing takes, as the node was told
         self.computed_at = 0.0  # when the prompt was there, whichever way
 
     @property
@@ -160,13 +161,29 @@ class RequestState:
             "local_tokens": self.local_tokens,
             "loaded_tokens": self.loaded_tokens,
             "other_secret_tokens": self.other_tokens,
+            "tier_tokens": self.tier_tokens(chunk_tokens),
             "load": self.loaded_how if self.loaded_tokens else "",
+            "load_instead_s": round(self._instead_s(chunk_tokens), 4),
             "stored_chunks": self.stored_chunks,
             "miss": self.bypass or self.miss,
             "peer": self.peer_refused or self.roles.peer,
             **self._plan(),
             "seconds": round(time.monotonic() - self.arrived_at, 4),
         }
+
+    def tier_tokens(self, chunk_tokens: int) -> dict[str, int]:
+        """Tokens that were loaded, by the tier that they came from."""
+        tokens, left = {}, self.loaded_tokens
+        for tier, chunks in self.hit_chunks.items():
+            tokens[tier] = min(left, chunks * chunk_tokens)  # a load may be cut within a chunk
+            left -= tokens[tier]
+        return tokens
+
+    def _instead_s(self, chunk_tokens: int) -> float:
+        """What computing the tokens that were loaded would have taken; 0: unknown."""
+        start = self.local_tokens / chunk_tokens
+        stop = start + self.loaded_tokens / chunk_tokens
+        return self.chunk_s * (stop - start) + self.pair_s * (stop**2 - start**2) / 2
 
     def _plan(self) -> dict[str, Any]:
         """What the node reckoned, and what came true."""

@@ -240,6 +240,10 @@ class Backing(ABC):
             return f"read only: {self._health.read_only}"
         return "ok" if self.writable else f"read only: {self._health.trouble}"
 
+    def calls_under_way(self) -> dict[str, int]:
+        """Calls that wait for a thread of their lane, or run, by lane."""
+        return self._calls.under_way()
+
     @property
     def scratch_bytes(self) -> int:
         """Memory of the buffers in use, and of those kept for the next use."""

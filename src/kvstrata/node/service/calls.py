@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
 from kvstrata.node.common.background import NICE, Threads, report_bug
@@ -32,6 +33,21 @@ def half_the_cores() -> int:
 
 def nothing() -> None:
     """What is to be done where nobody waits."""
+
+
+class Timed(Generic[R]):
+    """A call that knows what it took in its thread."""
+
+    def __init__(self, work: Callable[[], R]) -> None:
+        self.seconds: float | None = None
+        self._work = work
+
+    def __call__(self) -> R:
+        begun = time.perf_counter()
+        try:
+            return self._work()
+        finally:
+            self.seconds = time.perf_counter() - begun
 
 
 class Lane:
@@ -64,6 +80,11 @@ class Lane:
         self._num_stuck = 0
         self._num_ended = 0
         self._last_progress = clock()
+
+    @property
+    def num_under_way(self) -> int:
+        """Calls that wait for a thread, or run and were not given up."""
+        return self._num_waiting
 
     @property
     def stuck(self) -> bool:
@@ -193,7 +214,14 @@ class TierCalls:
 
     async def encode(self, work: Callable[[], R], give_up: Callable[[], None] = nothing) -> R:
         """Run a codec, likewise; what it raises is the caller's to judge."""
-        return await self._encodes.run("encoding", work, give_up)
+        return await self._timed(self._encodes, "encoding", work, give_up)
+
+    def under_way(self) -> dict[str, int]:
+        """Calls that wait or run, by lane."""
+        lanes = {"read": self._reads, "ask": self._questions, "write": self._others}
+        return {
+            name: lane.num_under_way for name, lane in {**lanes, "encode": self._encodes}.items()
+        }
 
     def close(self) -> None:
         """Cancel what has not begun; threads that hang are left behind."""
@@ -204,10 +232,22 @@ class TierCalls:
         self, lane: Lane, what: str, work: Callable[[], R], give_up: Callable[[], None]
     ) -> R:
         try:
-            return await lane.run(what, work, give_up)
+            return await self._timed(lane, what, work, give_up)
         except (TierUnavailable, CorruptObject, Incompatible, UsageError):
             raise
         except Exception as error:
             # What a tier should not have raised makes it unavailable, like what it may.
             report_bug(self._counters, f"tier {self._name}", error)
             raise TierUnavailable(f"{type(error).__name__}: {error}") from error
+
+    async def _timed(
+        self, lane: Lane, what: str, work: Callable[[], R], give_up: Callable[[], None]
+    ) -> R:
+        call = Timed(work)
+        try:
+            return await lane.run(what, call, give_up)
+        finally:
+            if call.seconds is not None:
+                self._counters.observe(
+                    "tier_call_seconds", call.seconds, tier=self._name, call=what
+                )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,11 +53,15 @@ class Writing:
 
 
 class Read(NamedTuple):
-    """What became of a read: with HIT the object's header as it is raw, and its size as stored."""
+    """What became of a read: with HIT the object's header as it is raw, and its size as stored.
+
+    ``restoring_s`` is what it took to verify, decrypt and decode it, where that was done.
+    """
 
     outcome: Outcome
     header: ObjectHeader | None = None
     nbytes: int = 0
+    restoring_s: float = 0.0
 
 
 class Carrier(Backing):
@@ -127,17 +132,17 @@ class Carrier(Backing):
             if nbytes == len(into) and self._keys is None:
                 length = self._fetch(stored_as, into)
                 if length == len(into):
-                    return Read(HIT, self._restored(into, name, into), length)
+                    return self._restored(into, name, into)
                 if isinstance(length, Outcome):
                     return Read(length)
                 with self._scratch.buffer(length) as stored:
                     stored[:] = into[:length]
-                    return Read(HIT, self._restored(stored, name, into), length)
+                    return self._restored(stored, name, into)
             with self._scratch.buffer(nbytes) as stored:
                 length = self._fetch(stored_as, stored)
                 if isinstance(length, Outcome):
                     return Read(length)
-                return Read(HIT, self._restored(stored[:length], name, into), length)
+                return self._restored(stored[:length], name, into)
 
         return await self._judge(key, part, lambda: self._calls.read(work, give_up))
 
@@ -170,8 +175,10 @@ class Carrier(Backing):
 
         await self._judge(key, part, lambda: self._calls.call("check", work))
 
-    def _restored(self, data: memoryview, name: bytes, into: memoryview) -> ObjectHeader:
-        return restored_object(data, name, into, self._keys, self._scratch)
+    def _restored(self, data: memoryview, name: bytes, into: memoryview) -> Read:
+        begun = time.perf_counter()
+        header = restored_object(data, name, into, self._keys, self._scratch)
+        return Read(HIT, header, len(data), time.perf_counter() - begun)
 
     def _checked(self, data: memoryview, name: bytes) -> ObjectHeader:
         return checked_object(data, name, self._keys, self._scratch)
@@ -182,7 +189,7 @@ class Carrier(Backing):
         """Read, count, and see to it that what is no good is not read again."""
         name, seen = identity(key, part), self._seen(key, part)
         try:
-            outcome, header, nbytes = await read()
+            outcome, header, nbytes, restoring_s = await read()
         except CorruptObject as error:
             logger.error("%s: object %s is rejected: %s", self.name, name.hex(), error)
             self._counters.add("corrupt_objects_total", tier=self.name)
@@ -206,6 +213,10 @@ class Carrier(Backing):
         else:
             self._health.worked()
             self._counters.add("tier_read_bytes_total", nbytes, tier=self.name)
+            if restoring_s:
+                raw = header.raw_length
+                self._counters.add("restored_bytes_total", raw, tier=self.name)
+                self._counters.add("restored_seconds_total", restoring_s, tier=self.name)
             self._learn(key, part, header)
         return header
 

@@ -1,0 +1,53 @@
+"""Counts what engines say became of their requests, in tokens and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from kvstrata.observe.counters import Counters
+
+MOST = 1e9
+"""Tokens or seconds of one request; a record that says more says nothing."""
+
+
+class RequestCounts:
+    """Reads the numbers out of requests' records; what is none of them counts nothing.
+
+    Args:
+        counters: the node's.
+        tiers: names of the node's tiers, host memory among them.
+    """
+
+    def __init__(self, counters: Counters, tiers: Collection[str]) -> None:
+        self._counters = counters
+        self._tiers = tiers
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Count one request."""
+        counters = self._counters
+        counters.add("asked_tokens_total", _number(record, "prompt_tokens"))
+        counters.add("engine_tokens_total", _number(record, "local_tokens"))
+        by_tier = record.get("tier_tokens")
+        if isinstance(by_tier, dict):
+            for tier in self._tiers:
+                if tokens := _number(by_tier, tier):
+                    counters.add("hit_tokens_total", tokens, tier=tier)
+        how, took = record.get("load"), _number(record, "load_s")
+        if how in ("sync", "async") and took:
+            counters.observe("load_seconds", took, load=how)
+            if (computing := _number(record, "load_instead_s")) > 0:
+                saved = computing - took
+                counters.add("ttft_saved_seconds_total", max(0.0, saved))
+                counters.add("ttft_lost_seconds_total", max(0.0, -saved))
+            if (expected := _number(record, "load_s_expected")) > 0:
+                counters.add("load_predicted_seconds_total", expected)
+                counters.add("load_measured_seconds_total", took)
+                counters.observe("load_error_ratio", took / expected)
+
+
+def _number(record: Mapping[str, Any], name: str) -> float:
+    value = record.get(name, 0)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST:
+        return value
+    return 0
