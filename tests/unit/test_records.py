@@ -14,7 +14,7 @@ from kvstrata.wire.protocol import MAX_PAGE
 
 
 def kept(count: int) -> Records:
-    noted = Records(Counters())
+    noted = Records(Counters(), ["host"])
     for number in range(1, count + 1):
         noted.note({"request": f"r{number}", "outcome": "hit"})
     return noted
