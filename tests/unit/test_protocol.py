@@ -76,6 +76,11 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
         p.RecordPage(1, [{"number": 6}], 6),
         "1900000094ab7265636f72645f70616765019181a66e756d6265720606",
     ),
+    (p.Watch(1, 2, 0.5), "1200000094a577617463680102cb3fe0000000000000"),
+    (
+        p.Watched(1, 2, True, [p.Change(1, "evicted", b"k", 2)]),
+        "1b00000095a7776174636865640102c3919401a765766963746564c4016b02",
+    ),
     (p.Bye(), "0500000091a3627965"),
     (p.Failed(1, "UsageError", "no"), "1700000094a66661696c656401aa55736167654572726f72a26e6f"),
 ]
@@ -191,7 +196,7 @@ def test_a_frame_may_have_so_many_bytes_and_no_more() -> None:
 def test_only_messages_with_columns_are_long(message: p.Request | p.Reply) -> None:
     long = type(message).__name__ in ("Match", "Lookup", "Clear", "Reserve", "Commit",
                                       "Matched", "Arrived", "Reserved", "Found", "State",
-                                      "Measured", "RecordPage")  # fmt: skip
+                                      "Measured", "RecordPage", "Watched")  # fmt: skip
     assert p.max_bytes(p.encode(message)[4:]) == (4 << 20 if long else 64 << 10)
 
 

@@ -14,6 +14,7 @@ from kvstrata import __version__
 from kvstrata.cli import (
     calibrate,
     clear,
+    cluster,
     config,
     demo,
     doctor,
@@ -41,6 +42,7 @@ def build_app() -> typer.Typer:
     app.command("status")(status.run)
     app.command("metrics")(metrics.run)
     app.command("clear")(clear.run)
+    app.add_typer(cluster.app, name="cluster")
     app.command("config")(config.run)
     app.command("doctor")(doctor.run)
     app.command("demo")(demo.run)

@@ -186,7 +186,7 @@ def check_peers(config: Config, known: Secrets) -> Iterator[Check]:
     for part in config.tiers:
         if isinstance(part, PeerConfig):
             tls = config.network.tls(serving=False)
-            for node in part.nodes:
+            for node in part.addresses:
                 yield fleet.check_peer(node, known, tls)
 
 

@@ -19,6 +19,7 @@ from kvstrata.transfer.tcp import Address
 if TYPE_CHECKING:
     from kvstrata.tiers.peer import PeerTier
 
+FLEET = "fleet"
 TRUSTED = "yes, I trust this network"
 MAX_PEERS = 64
 
@@ -27,9 +28,11 @@ def _listen(value: Any) -> Address | None:
     return None if value == "none" else Address.parse(value)
 
 
-def _nodes(value: Any) -> tuple[Address, ...]:
+def _nodes(value: Any) -> tuple[Address, ...] | str:
     if value == "none":
         return ()
+    if value == FLEET:
+        return FLEET
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not 0 < len(names) <= MAX_PEERS:
         raise ValueError(f"{value!r} is no list of 1 to {MAX_PEERS} addresses")
@@ -48,8 +51,8 @@ LISTEN = kinds.Kind(
 )
 NODES = kinds.Kind(
     _nodes,
-    lambda value: ", ".join(map(str, value)) or "none",
-    '"none", or addresses such as "10.0.0.2:7788, 10.0.0.3:7788"',
+    lambda value: value if value == FLEET else ", ".join(map(str, value)) or "none",
+    '"none", "fleet", or addresses such as "10.0.0.2:7788, 10.0.0.3:7788"',
 )
 FILE = kinds.Kind(_file, lambda value: str(value or "none"), f'"none", or {kinds.PATH.expected}')
 
@@ -154,10 +157,11 @@ class PeerConfig(TierPart):
     """What other nodes have in host memory; off without `nodes` and `named`."""
 
     name: ClassVar[str] = "peer"
-    nodes: tuple[Address, ...] = option(
+    nodes: tuple[Address, ...] | str = option(
         NODES,
         "none",
-        "Where the others answer: their `network.listen`. They are asked for whatever is not here.",
+        "Where the others answer: their `network.listen`. They are asked for whatever is not here. "
+        "`fleet`: as the fleet's registry says, and only those that have the next chunk.",
         shared=True,
     )
     named: Named = option(  # noqa: RUF009 - it calls field()
@@ -181,9 +185,14 @@ class PeerConfig(TierPart):
                 "peer.nodes", f"missing, and peer.named is none; expected {NODES.expected}"
             )
 
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Those that are configured by their address."""
+        return () if isinstance(self.nodes, str) else self.nodes
+
     def check_ways(self, network: NetworkConfig) -> None:
         """Raise `ConfigError` where bytes would cross a network that nobody says is trusted."""
-        for node in self.nodes:
+        for node in self.addresses:
             network.check_way(node, "peer.nodes")
         for node in self.named.addresses:
             network.check_way(node, "peer.named")
@@ -192,7 +201,7 @@ class PeerConfig(TierPart):
 
     def why_not(self, address: Address) -> str:
         """Why a request may not name this peer; empty where it may."""
-        if address in self.nodes or self.named.allows(address):
+        if address in self.addresses or self.named.allows(address):
             return ""
         return f"the peer {address} may not be named here: peer.named is {self.named}"
 
@@ -204,5 +213,6 @@ class PeerConfig(TierPart):
         network, known = config.network, load_secrets(config.secret_file)
         tls = network.tls(serving=False)
         return PeerTier(
-            self.nodes, lambda node, timeout_s: connect(node, known, timeout_s, tls, network.ways)
+            self.addresses,
+            lambda node, timeout_s: connect(node, known, timeout_s, tls, network.ways),
         )

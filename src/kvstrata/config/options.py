@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from kvstrata import units
 from kvstrata.config import kinds
 from kvstrata.config.files import read_file
-from kvstrata.config.network import NetworkConfig, PeerConfig
+from kvstrata.config.fleet import FleetConfig
+from kvstrata.config.network import FLEET, NetworkConfig, PeerConfig
 from kvstrata.config.owned import file_system_bytes
 from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig, about, option
 from kvstrata.config.tierparts import Room, TierPart, check_fits
@@ -103,6 +104,7 @@ class Config:
     )
     host: HostConfig = field(default_factory=HostConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
     tiers: tuple[TierPart, ...] = ()
     """Below the pool, fastest first."""
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
@@ -155,6 +157,7 @@ PARTS: Mapping[str, type] = {
     "host": HostConfig,
     **{part.name: part for part in TIERS},
     "network": NetworkConfig,
+    "fleet": FleetConfig,
     "deadlines": DeadlineConfig,
     "leases": LeaseConfig,
 }
@@ -275,6 +278,8 @@ def _check_sums(
         part.check(room)
         if isinstance(part, PeerConfig):
             part.check_ways(config.network)
+            if part.nodes == FLEET and config.fleet.registry is None:
+                raise ConfigError("fleet.registry", "missing, but peer.nodes is fleet")
 
 
 def _flatten(

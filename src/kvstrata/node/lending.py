@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from kvstrata.errors import KVStrataError
+from kvstrata.node.common.standing import alone
 from kvstrata.node.service.names import Where
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.reservations import Reservation
@@ -42,6 +43,8 @@ class Lender:
         self._clock = clock
         self._kept: dict[Slot, float] = {}  # until when; the first to end is the first
         self.kept_bytes = 0
+        self.allowed: Callable[[], bool] = alone
+        """Whether others may read from this node."""
 
     def keep(self, key: bytes, part: int) -> None:
         """Keep an object for another node, if it is here and there is room for that."""
@@ -110,6 +113,8 @@ class Lender:
             self._counters.add("peer_sent_bytes_total", slot.nbytes, by=by)
 
     def _find(self, name: bytes) -> Slot | None:
+        if not self.allowed():
+            return None
         try:
             key, part = named(name[-OBJECT_ID_BYTES:])
         except KVStrataError:

@@ -28,6 +28,7 @@ from kvstrata.node.opening import open_backings
 from kvstrata.node.operating.canary import Canary
 from kvstrata.node.operating.flow import Flow
 from kvstrata.node.operating.measuring import Measures
+from kvstrata.node.operating.watching import Watching
 from kvstrata.node.records import Records
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.expecting import Expecting
@@ -95,6 +96,8 @@ class Node:
         for backing in backings:
             if isinstance(backing, OwnedBacking):
                 backing.index.tell(backing.name, self.changes)
+        self.watching = Watching(self.changes, ["host", *(one.name for one in backings)])
+        self.fleet_state: Callable[[], dict[str, Any]] | None = None
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
         self.reservations = ReservationTable(self.host, per_client)
         self.movement = Movement(self.host, self.leases, backings, counters, clock)
@@ -128,6 +131,7 @@ class Node:
             p.Metrics: self.measures.answer,
             p.Record: self.record,
             p.Records: self.past_records,
+            p.Watch: self.watching.watch,
         }
 
     @classmethod
@@ -359,6 +363,7 @@ class Node:
                     for backing in self.backings
                 ],
                 "tiers_left_out": self.left_out,
+                **({"fleet": self.fleet_state()} if self.fleet_state is not None else {}),
                 "counters": self.counters.snapshot(),
                 **self.records.shown(),
             },

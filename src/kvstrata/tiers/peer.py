@@ -17,7 +17,9 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 import numpy as np
 
+from kvstrata import parts
 from kvstrata.errors import Incompatible, TierUnavailable
+from kvstrata.objects import OBJECT_ID_BYTES
 from kvstrata.tiers.base import Epoch, Limits, Outcome, Put, SharedTier, Stat
 from kvstrata.transfer import peers as p
 from kvstrata.transfer.borrowing import Borrower, Line
@@ -31,6 +33,8 @@ STAT_S = 0.5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 LASTS_S = 5.0
 MAX_PLACES = 1 << 16
+MOST_ASKING = 64
+"""Threads that ask, where it is not known yet how many peers there are."""
 MAX_NAMED = 64
 """Peers that requests named last, whose connections are kept."""
 NAMED_THREADS = 8
@@ -210,9 +214,11 @@ class PeerTier(SharedTier):
         self.peers = [Peer(address, connect) for address in addresses]
         self._borrower: Borrower | None = None
         # One for a peer that is tried again, the others end within `STAT_S`.
-        self._asking = ThreadPoolExecutor(5 * len(self.peers) or 1, "kvstrata-peers")
+        self._asking = ThreadPoolExecutor(5 * len(self.peers) or MOST_ASKING, "kvstrata-peers")
         # Whom a client names may be anybody, and must not hold up those that are configured.
         self._asking_named = ThreadPoolExecutor(NAMED_THREADS, "kvstrata-named")
+        self.find: Callable[[bytes], set[Address]] | None = None
+        """Says who is to have a chunk, so that nobody else is asked for what begins with it."""
         self._connect = connect
         self._named: OrderedDict[Address, Peer] = OrderedDict()
         self._tries: dict[Peer, Future[p.Reply]] = {}
@@ -226,6 +232,24 @@ class PeerTier(SharedTier):
         for peer in self.peers:
             peer.borrower = borrower
 
+    def meet(self, addresses: Sequence[Address]) -> None:
+        """These are asked from now on, and no others."""
+        with self._lock:
+            if self._closed:
+                return
+            known = {peer.address: peer for peer in self.peers}
+            peers = [
+                known.pop(one) if one in known else Peer(one, self._connect) for one in addresses
+            ]
+            for peer in peers:
+                peer.borrower = self._borrower
+            self.peers = peers
+            gone = set(known.values())
+            for name in [name for name, peer in self._places.items() if peer in gone]:
+                del self._places[name]
+        for peer in gone:
+            peer.close()
+
     def stat(self, ids: Sequence[bytes]) -> list[Stat | Outcome]:
         """See `Store.stat`: all peers are asked at once, but for those that are left alone."""
         return self.stat_of(ids, None)
@@ -233,7 +257,11 @@ class PeerTier(SharedTier):
     def stat_of(self, ids: Sequence[bytes], named: Address | None) -> list[Stat | Outcome]:
         """The same, of all peers and of one that a request names."""
         also = self._meet(named) if named is not None else None
-        answers = self._ask_all(p.Stat(list(ids)), also)
+        asked = self.peers
+        if self.find is not None and ids:
+            having = self.find(parts.named(ids[0][-OBJECT_ID_BYTES:])[0])
+            asked = [peer for peer in asked if peer.address in having]
+        answers = self._ask_all(p.Stat(list(ids)), also, asked)
         if also is None:
             self._check()
         found: list[Stat | Outcome] = [Outcome.MISS] * len(ids)
@@ -335,10 +363,14 @@ class PeerTier(SharedTier):
             old.close()
         return peer
 
-    def _ask_all(self, request: p.Request, also: Peer | None = None) -> list[tuple[Peer, p.Reply]]:
+    def _ask_all(
+        self, request: p.Request, also: Peer | None = None, peers: Sequence[Peer] | None = None
+    ) -> list[tuple[Peer, p.Reply]]:
         """The answers of those that are not left alone, in their order, and of one more."""
         asked = [
-            (peer, self._submit(peer, request, STAT_S)) for peer in self.peers if not peer.failed
+            (peer, self._submit(peer, request, STAT_S))
+            for peer in (self.peers if peers is None else peers)
+            if not peer.failed
         ]
         if also is not None and (also.due or not also.failed):
             asked.append((also, self._submit(also, request, STAT_S, self._asking_named)))

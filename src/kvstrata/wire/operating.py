@@ -5,7 +5,7 @@ Part of ``docs/protocol.md``; `kvstrata.wire.protocol` encodes and decodes them 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -88,5 +88,25 @@ class RecordPage(Message, tag="record_page", frozen=True):
     next: int
 
 
-Request = Lookup | Clear | Flush | Status | Metrics | Record | Records
-Reply = Found | State | Measured | RecordPage
+class Watch(Message, tag="watch", frozen=True):
+    id: int
+    since: int = -1
+    wait_s: float = 0.0
+
+
+class Change(Message, frozen=True):
+    tier: int
+    what: str
+    key: bytes = b""
+    part: int = 0
+
+
+class Watched(Message, tag="watched", frozen=True):
+    id: int
+    next: int
+    lost: bool
+    changes: Annotated[list[Change], msgspec.Meta(max_length=4096)]
+
+
+Request = Lookup | Clear | Flush | Status | Metrics | Record | Records | Watch
+Reply = Found | State | Measured | RecordPage | Watched

@@ -18,6 +18,7 @@ from kvstrata.objects import NOBODY
 from kvstrata.secret import MAX_SECRETS
 from kvstrata.wire import operating
 from kvstrata.wire.message import Message, Numbers, Strings
+from kvstrata.wire.operating import Change as Change
 from kvstrata.wire.operating import Clear as Clear
 from kvstrata.wire.operating import Flush as Flush
 from kvstrata.wire.operating import Found as Found
@@ -29,6 +30,8 @@ from kvstrata.wire.operating import RecordPage as RecordPage
 from kvstrata.wire.operating import Records as Records
 from kvstrata.wire.operating import State as State
 from kvstrata.wire.operating import Status as Status
+from kvstrata.wire.operating import Watch as Watch
+from kvstrata.wire.operating import Watched as Watched
 
 PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 4 << 20
@@ -172,6 +175,7 @@ Reply = Hello | Matched | Arrived | Reserved | Done | operating.Reply | Failed
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)
 
 _length = struct.Struct("<I")
+LENGTH_BYTES = _length.size
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
@@ -182,7 +186,7 @@ _LONG = tuple(
     bytes([0xA0 + len(tag)]) + tag
     for tag in (b"match", b"lookup", b"clear", b"reserve", b"commit",
                 b"matched", b"arrived", b"reserved", b"found", b"state", b"measured",
-                b"record_page")
+                b"record_page", b"watched")
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Only numbers are gathered here, on the node's loop; whoever asked makes text of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import kvstrata
 from kvstrata.node.operating.canary import Canary
@@ -58,6 +58,8 @@ class Measures:
         self._kept_bytes = kept_bytes
         self._uptime_s = uptime_s
         self._canary = canary
+        self.of_fleet: Callable[[], Iterable[Value]] = tuple
+        """Of the node's fleet, if it is in one."""
 
     def answer(self, client: Client, message: o.Metrics) -> o.Measured:
         """All of it, as numbers."""
@@ -74,6 +76,7 @@ class Measures:
         host = self._host
         yield Value("node_info", {"release": kvstrata.__version__}, 1)
         yield Value("uptime_seconds", {}, self._uptime_s())
+        yield from self.of_fleet()
         yield Value("host_capacity_bytes", {}, host.pool.capacity_bytes)
         yield Value("host_used_bytes", {}, host.allocated_bytes)
         yield Value("host_populated_bytes", {}, host.pool.populated_bytes)

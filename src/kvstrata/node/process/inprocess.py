@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from kvstrata.config import Config
+from kvstrata.node.fleet.membership import Membership
 from kvstrata.node.node import Node
 from kvstrata.node.process.listening import PeerServer
 from kvstrata.node.process.server import Server
@@ -34,6 +35,8 @@ class InProcessNode:
     server: Server
     peers: PeerServer | None
     """Answers other nodes, if it is configured."""
+    fleet: Membership | None
+    """Keeps it in its fleet, if it is in one."""
 
     def __init__(self, config: Config, make: Callable[[Config], Node] = Node.create) -> None:
         self.config = config
@@ -91,12 +94,17 @@ class InProcessNode:
         self.node = self._make(self.config)
         self.server = Server(self.node, self._known)
         self.peers = None
+        self.fleet = Membership.of(self.node, None)
         try:
             self.peers = PeerServer.of(self.config, self._known, self.node)
             await self.node.start()
+            if self.fleet is not None:
+                await self.fleet.start()
             started.set_result(None)
             await self._ending.wait()
         finally:
+            if self.fleet is not None:
+                await self.fleet.stop()
             await self.server.close()
             if self.peers is not None:
                 await self.peers.close()

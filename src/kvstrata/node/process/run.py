@@ -24,6 +24,7 @@ import uvloop
 from kvstrata.config import Config, load_config
 from kvstrata.cores import given_cores
 from kvstrata.errors import KVStrataError
+from kvstrata.node.fleet.membership import Membership
 from kvstrata.node.node import Node
 from kvstrata.node.process.listening import PeerServer
 from kvstrata.node.process.server import Server
@@ -145,9 +146,12 @@ async def _serve(
     node = Node.create(config)
     server = Server(node, known, door.on_alone)
     peers = None
+    fleet = Membership.of(node, path)
     try:
         peers = PeerServer.of(config, known, node)
         await node.start()
+        if fleet is not None:
+            await fleet.start()
         door.open(server)
         logger.info(
             "node %d serves on %s: %d bytes of host memory", os.getpid(), path,
@@ -157,6 +161,8 @@ async def _serve(
         await door.closed.wait()
     finally:
         door.close()
+        if fleet is not None:
+            await fleet.stop()
         await server.close()
         if peers is not None:
             await peers.close()

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from kvstrata.errors import CorruptObject, Incompatible, ReadOnly, TierUnavailable
+from kvstrata.node.common.standing import alone
 from kvstrata.node.service.asking import Asking
 from kvstrata.node.service.backing import Question
 from kvstrata.node.service.calls import nothing
@@ -66,6 +67,8 @@ class SharedBacking(Carrier):
         self._seen_so_far = Seen()
         self._uses = Uses()
         self._upkeeping = asyncio.Lock()
+        self.allowed: Callable[[], bool] = alone
+        """Whether the node may use what its fleet shares."""
         self._link_test = LinkTest(self._calls, tier, self._scratch, self._fetch)
 
     # what it holds
@@ -73,6 +76,11 @@ class SharedBacking(Carrier):
     @property
     def epoch(self) -> int | None:
         """Number of the present epoch; None while the store is not in use."""
+        return self._epoch_there if self.allowed() else None
+
+    @property
+    def _epoch_there(self) -> int | None:
+        """The same, whether the node may use the store or not."""
         return None if self._health.off_s else self._presence.number
 
     @property
@@ -82,6 +90,8 @@ class SharedBacking(Carrier):
     @property
     def state(self) -> str:
         waiting = not self._health.off_s and self.epoch is None
+        if waiting and not self.allowed():
+            return "waiting for the fleet's registry"
         return "waiting for the store to answer" if waiting else super().state
 
     def find(self, key: bytes, part: int, orders: Iterable[str] | None) -> int | None:
@@ -243,7 +253,7 @@ class SharedBacking(Carrier):
             self._hints.forget_chunk(key)
         for writing in self._writes:
             writing.wanted = writing.wanted and writing.key not in gone
-        return self._dropped(gone, self.epoch)
+        return self._dropped(gone, self._epoch_there)
 
     async def _dropped(self, keys: set[bytes], epoch: int | None) -> int:
         if epoch is None:

@@ -1,0 +1,1 @@
+"""A fleet of nodes, as its registry in Redis or Valkey knows it: ``docs/fleet.md``."""

@@ -1,0 +1,144 @@
+"""What a node does when its fleet is told something: each command once, in order, answered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from blake3 import blake3
+
+from kvstrata.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    KVStrataError,
+    TierUnavailable,
+    UsageError,
+)
+from kvstrata.fleet import commands
+from kvstrata.fleet.registry import Registry
+from kvstrata.node.node import Node
+from kvstrata.node.service.owned import OwnedBacking
+from kvstrata.node.service.peers import PeerBacking
+from kvstrata.node.slots.clients import Client
+from kvstrata.wire import protocol as p
+
+logger = logging.getLogger(__name__)
+
+TAKEN: tuple[type, ...] = (p.Clear, p.Flush)
+"""The requests that a fleet may be told to carry out."""
+FORGETTING: tuple[type, ...] = (p.Clear,)
+"""Those of them that are carried out however late."""
+
+
+class Obeying:
+    """Carries commands out on a node's loop.
+
+    Args:
+        node: the node.
+        registry: of the fleet.
+        in_thread: does what blocks.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        registry: Registry,
+        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
+    ) -> None:
+        self.name = node.config.fleet.name
+        self.clock_offset_s = 0.0
+        self._node = node
+        self._registry = registry
+        self._in_thread = in_thread
+        self._client = Client("the fleet")
+
+    async def carry_out(
+        self, number: int, value: bytes, absent_since: float | None
+    ) -> tuple[p.Reply | None, list[str]]:
+        """Do what an entry of the stream says.
+
+        Args:
+            number: of the command.
+            value: the entry.
+            absent_since: from when on the node has used nothing that it shares, seconds since 1970
+                by the registry's clock; None: it uses that.
+        Returns:
+            The answer, None if it is for other nodes; and the shared stores that were cleared.
+        """
+        try:
+            command = commands.decode_command(value)
+            if command.nodes and self.name not in command.nodes:
+                return None, []
+            if command.protocol != p.PROTOCOL_VERSION:
+                raise Incompatible(
+                    f"the command is of protocol {command.protocol}, this node of "
+                    f"{p.PROTOCOL_VERSION}; install one release everywhere"
+                )
+            request = p.decode_request(command.request)
+            if not isinstance(request, TAKEN):
+                raise UsageError(f"a {type(request).__name__.lower()} is nothing for a fleet")
+            left_s = command.until - (time.time() - self.clock_offset_s)
+            if not isinstance(request, FORGETTING):
+                if left_s <= 0:
+                    raise DeadlineExceeded("the command came too late, and was left")
+                return await asyncio.wait_for(self._answer(request), left_s), []
+            assert isinstance(request, p.Clear)
+            late = absent_since is not None and command.posted > absent_since
+            return await self._clear(number, request, late)
+        except asyncio.TimeoutError:
+            return p.Failed(0, "DeadlineExceeded", "it was not done in time"), []
+        except KVStrataError as error:
+            return p.Failed(0, type(error).__name__, str(error)), []
+
+    async def forget_own(self) -> None:
+        """Forget all that the node's own tiers have: it missed commands that nobody knows now."""
+        own = [one.name for one in self._node.backings if isinstance(one, OwnedBacking)]
+        try:
+            await self._answer(p.Clear(0, None, ["host", *own]))
+        except TierUnavailable as error:
+            logger.error("not all that was to be forgotten could be deleted: %s", error)
+
+    async def _answer(self, request: p.Request) -> p.Reply | None:
+        answer = self._node.handle(self._client, request)
+        return await answer if isinstance(answer, Awaitable) else answer
+
+    async def _clear(
+        self, number: int, request: p.Clear, late: bool
+    ) -> tuple[p.Reply | None, list[str]]:
+        """A clear. A store that others have cleared since is not cleared again by who comes late.
+
+        It has whatever was stored there after that, and the late node has stored nothing meanwhile.
+        """
+        tiers = ["host", *(one.name for one in self._node.backings)]
+        if request.tiers:
+            tiers = [name for name in tiers if name in request.tiers]
+        stores = self._stores(tiers)
+        if late:
+            there = await self._in_thread(
+                partial(commands.already_cleared, self._registry, number, list(stores.values()))
+            )
+            stores = {name: store for name, store in stores.items() if store not in there}
+            tiers = [name for name in tiers if self._is_own(name) or name in stores]
+        if not tiers:
+            return p.Done(0, 0), []
+        done = await self._answer(p.Clear(0, request.keys, tiers))
+        return done, list(stores.values())
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a tier is the node's alone, or the peers', of which it has only hints."""
+        kinds = (OwnedBacking, PeerBacking)
+        shared = [one.name for one in self._node.backings if not isinstance(one, kinds)]
+        return name not in shared
+
+    def _stores(self, tiers: list[str]) -> dict[str, str]:
+        """By the name of a shared tier what tells its store from others'."""
+        shown = self._node.config.shown()
+        return {
+            name: blake3(repr(sorted(shown.get(name, {}).items())).encode()).hexdigest(16)
+            for name in tiers
+            if not self._is_own(name)
+        }
