@@ -39,6 +39,11 @@ def test_members_are_there_as_long_as_they_say_so(fleet: Fleet) -> None:
     assert said["a"].tiers[0].capacity_bytes == 1 << 20
     assert abs(said["a"].clock_offset_s) < 1.0
     assert a.client.status()["fleet"]["state"] == "member"
+    gauges = {one.name: one.value for one in a.client.metrics().values}
+    assert gauges["fleet_ok"] == 1
+    assert abs(gauges["fleet_clock_offset_seconds"]) < 1.0
+    until(lambda: all(one.value == 0 for one in a.client.metrics().values
+                      if one.name == "fleet_untold_chunks"))  # fmt: skip
     b.close()  # who ends says so
     assert sorted(fleet.members()) == ["a"]
     # One that says nothing any more is gone when its registration has run out.

@@ -1,4 +1,4 @@
-"""``kvstrata cluster``: the fleet by its registry: who is there, who has what, what is to be done."""
+"""``kvstrata cluster``: the fleet by its registry: who is there, who has what, what to do."""
 
 from __future__ import annotations
 

@@ -237,10 +237,10 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
     ),
     "The fleet": (
         _gauge(
-            "fleet_member",
+            "fleet_ok",
             "Whether the node is in its fleet and has caught up with its commands; 0: no.",
         ),
-        _gauge("fleet_events_behind", "Changes that the registry has not been told yet."),
+        _gauge("fleet_untold_chunks", "Changes that the registry has not been told yet."),
         _gauge("fleet_clock_offset_seconds", "By how much the clock is ahead of the registry's."),
         _counter("fleet_events_total", "Changes that the registry was told."),
         _counter("fleet_event_gaps_total", "How often changes were lost before they were told."),

@@ -147,8 +147,8 @@ class Membership:
 
     def _gauges(self) -> Iterable[Value]:
         return (
-            Value("fleet_member", {}, float(self.standing.good())),
-            Value("fleet_events_behind", {}, self.telling.behind),
+            Value("fleet_ok", {}, float(self.standing.good())),
+            Value("fleet_untold_chunks", {}, self.telling.behind),
             Value("fleet_clock_offset_seconds", {}, self._obey.clock_offset_s),
         )
 
