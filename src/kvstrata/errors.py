@@ -12,6 +12,7 @@
     │   └── ReadOnly         nor may this node ever write to it, until somebody grants that
     ├── DeadlineExceeded     stop waiting, count a miss
     ├── NodeUnavailable      the node is gone: recompute now, reattach later
+    ├── Busy                 ask again later, or end something first
     └── UsageError           fix the calling code
 
 A miss is a value, not an error. Only a connector turns these into misses.
@@ -75,6 +76,10 @@ class DeadlineExceeded(KVStrataError):
 
 class NodeUnavailable(KVStrataError):
     """No node answers on the socket."""
+
+
+class Busy(KVStrataError):
+    """As much of this is under way as may be; ask again later."""
 
 
 class UsageError(KVStrataError):

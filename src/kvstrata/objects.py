@@ -7,7 +7,7 @@ there are no bytes on it that are not checked.
 from __future__ import annotations
 
 import struct
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 import xxhash
@@ -47,6 +47,16 @@ _SINCE_2 = struct.Struct("<16s IB3x Q16s16s I300x 3072s")
 _CHECKSUM = slice(16, 32)
 NAMESPACE_FIELD = slice(32, 64)
 """Of a header page: what the object belongs to."""
+
+
+class Kinship(NamedTuple):
+    """Whose a chunk is and where it stands in its prompt; fields as in `ObjectHeader`."""
+
+    namespace: bytes
+    parent: bytes
+    start: int
+    num_tokens: int
+    owner: bytes
 
 
 class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -290,6 +300,14 @@ def decode(buffer: Buffer) -> ObjectHeader:
     ):
         raise CorruptObject("header of version 1 with what version 2 brought")
     return header
+
+
+def kinship(page: Buffer) -> Kinship:
+    """Out of a header page of version 2 that has been checked before; nothing is checked here."""
+    fields = _PAGE.unpack_from(page)
+    return Kinship(
+        fields[7], fields[9], fields[10], fields[11], _SINCE_2.unpack_from(page, _PAGE.size)[0]
+    )
 
 
 def _fields_since_2(page: bytes) -> dict[str, Any]:

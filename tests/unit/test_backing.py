@@ -44,7 +44,6 @@ from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
 from kvstrata.node.service import scrub as scrub_module
 from kvstrata.node.service.calls import ENCODE_NICE
-from kvstrata.node.service.scrub import scrub
 from kvstrata.node.service.uses import Uses
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES
@@ -497,13 +496,22 @@ class TestScrub:
 
         on_node(test, tier=tier, scrub_bytes_per_s=1e12)
 
-    def test_a_rate_of_zero_is_never(self) -> None:
-        async def test() -> None:
-            backing = make_backing(MemoryTier())
-            await asyncio.wait_for(scrub(backing), 5)
-            backing.close()
+    def test_a_rate_of_zero_is_never_until_it_changes(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(scrub_module, "IDLE_S", 0.001)
 
-        asyncio.run(test())
+        async def test(node: Node) -> None:
+            store(node, ME, chunk_keys(1))
+            await flush(node, ME)
+            await asyncio.sleep(0.05)
+            assert not node.counters.get("tier_reads_total", tier="memory", outcome="hit")
+            owned(node).scrub_bytes_per_s = 1e12
+            await until(
+                lambda: node.counters.get("tier_reads_total", tier="memory", outcome="hit") > 0
+            )
+
+        on_node(test, tier=MemoryTier())
 
     def test_encoded_objects_in_memory_have_a_rate_of_their_own(
         self, monkeypatch: pytest.MonkeyPatch

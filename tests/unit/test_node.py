@@ -41,9 +41,10 @@ from tests.support.nodes import (
 
 from kvstrata.config import load_config
 from kvstrata.errors import Incompatible, TierFull, TierUnavailable, UsageError
+from kvstrata.node.arriving import MAX_WAITING
 from kvstrata.node.common import backoff as backoff_module
 from kvstrata.node.common.background import Threads
-from kvstrata.node.node import MAX_WAITING, Node
+from kvstrata.node.node import Node
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.clients import Client

@@ -189,6 +189,6 @@ def test_off_means_off() -> None:
     from tests.support.real_nodes import on_real_node
 
     async def test(node: Any) -> None:
-        assert node._matcher._planning is False
+        assert node._matcher.planning is False
 
     on_real_node(test, {"planner": "off"})

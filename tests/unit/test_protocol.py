@@ -81,6 +81,81 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
         p.Watched(1, 2, True, [p.Change(1, "evicted", b"k", 2)]),
         "1b00000095a7776174636865640102c3919401a765766963746564c4016b02",
     ),
+    (
+        o.Jobs(1, 2, 3),
+        "0900000094a46a6f6273010203",
+    ),
+    (
+        o.JobPage(1, [o.JobState(2, "copy", "a", "done", 3, 3, 4096, 1, ["no"], "n", 0.5, 1.5)], 2),
+        "3900000094a86a6f625f7061676501919c02a4636f7079a161a4646f6e650303cd10000191a26e6fa16e"
+        "cb3fe0000000000000cb3ff800000000000002",
+    ),
+    (
+        o.Cancel(1, 2),
+        "0a00000093a663616e63656c0102",
+    ),
+    (
+        o.Started(1, 2, True),
+        "0c00000094a7737461727465640102c3",
+    ),
+    (
+        o.Prefetch(1, b"k", [0], ["a/b"], [4096], b"n", bytes(range(16))),
+        "2e00000098a8707265666574636801c4016b910091a3612f6291cd1000c4016ec4100001020304050607"
+        "08090a0b0c0d0e0f",
+    ),
+    (
+        o.Copy(1, b"k", "host", "disk", [0], ["a/b"], b"n"),
+        "1e00000098a4636f707901c4016ba4686f7374a46469736b910091a3612f62c4016e",
+    ),
+    (
+        o.Move(1, b"k", "host", "disk", [0], ["a/b"], b"n"),
+        "1e00000098a46d6f766501c4016ba4686f7374a46469736b910091a3612f62c4016e",
+    ),
+    (
+        o.Send(1, b"k", "a:1", [0], ["a/b"], [4096], b"n"),
+        "1c00000098a473656e6401c4016ba3613a31910091a3612f6291cd1000c4016e",
+    ),
+    (
+        o.Transcode(1, "disk", "int4", None, [0], ["a/b"], b"n"),
+        "2100000098a97472616e73636f646501a46469736ba4696e7434c0910091a3612f62c4016e",
+    ),
+    (
+        o.Scrub(1, "disk"),
+        "0d00000093a5736372756201a46469736b",
+    ),
+    (
+        o.Inspect(1, "disk", b"k", 65537, ["a/b"], b"n"),
+        "1f00000097a7696e737065637401a46469736bc4016bce0001000191a3612f62c4016e",
+    ),
+    (
+        o.Inspected(1, 8192, "no", {"rank": 1}),
+        "1900000095a9696e7370656374656401cd2000a26e6f81a472616e6b01",
+    ),
+    (
+        o.List(1, "disk", b"k", 2),
+        "1000000095a46c69737401a46469736bc4016b02",
+    ),
+    (
+        o.Listed(1, [o.Chunk(b"k", {"disk": 8192}, b"p", 128, 128, b"n", b"o", 0.5)], b"k"),
+        "3000000094a66c6973746564019198c4016b81a46469736bcd2000c40170cc80cc80c4016ec4016fcb3f"
+        "e0000000000000c4016b",
+    ),
+    (
+        o.Drain(1, True),
+        "0900000093a5647261696e01c3",
+    ),
+    (
+        o.Undrain(1),
+        "0a00000092a7756e647261696e01",
+    ),
+    (
+        o.Reload(1, {"log": "info"}),
+        "1300000093a672656c6f61640181a36c6f67a4696e666f",
+    ),
+    (
+        o.Reloaded(1, ["log"], ["tenant"]),
+        "1800000094a872656c6f616465640191a36c6f6791a674656e616e74",
+    ),
     (p.Bye(), "0500000091a3627965"),
     (p.Failed(1, "UsageError", "no"), "1700000094a66661696c656401aa55736167654572726f72a26e6f"),
 ]
@@ -196,7 +271,9 @@ def test_a_frame_may_have_so_many_bytes_and_no_more() -> None:
 def test_only_messages_with_columns_are_long(message: p.Request | p.Reply) -> None:
     long = type(message).__name__ in ("Match", "Lookup", "Clear", "Reserve", "Commit",
                                       "Matched", "Arrived", "Reserved", "Found", "State",
-                                      "Measured", "RecordPage", "Watched")  # fmt: skip
+                                      "Measured", "RecordPage", "Watched", "JobPage", "Listed",
+                                      "Prefetch", "Copy", "Move", "Send",
+                                      "Transcode")  # fmt: skip
     assert p.max_bytes(p.encode(message)[4:]) == (4 << 20 if long else 64 << 10)
 
 

@@ -26,6 +26,7 @@ REFUSALS = {
     p.PRESENT: "they are said to be there already",
     p.BUSY: "somebody else is said to be writing them",
     p.FULL: "there is no room: everything in host memory is leased",
+    p.DRAINING: "the node is being drained, and takes no stores",
     p.REFUSED: "they are more than one client may reserve (leases.per_client)",
 }
 

@@ -338,6 +338,12 @@ def _part(config: Config, name: str) -> Any:
     return getattr(config, name) if name else config
 
 
+def differing(one: Config, other: Config) -> list[str]:
+    """The options in which two configurations differ, by their paths; parts that one lacks too."""
+    values, others = dict(_values(one)), dict(_values(other))
+    return [path for path in OPTIONS if values.get(path) != others.get(path)]
+
+
 def _nested(values: Iterator[tuple[str, str | int]]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for path, value in values:

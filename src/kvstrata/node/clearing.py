@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Iterable
 
 from kvstrata.errors import ReadOnly, TierUnavailable
 from kvstrata.node.common.changes import Cause
+from kvstrata.node.operating.operations import Operations
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.slots.host import HostMemory
@@ -28,6 +29,7 @@ class Clearer:
         host: host memory.
         reservations: what is being written to it.
         movement: what is on its way between it and the slower tiers.
+        operations: what jobs have on its way.
         backings: the slower tiers.
     """
 
@@ -36,11 +38,13 @@ class Clearer:
         host: HostMemory,
         reservations: ReservationTable,
         movement: Movement,
+        operations: Operations,
         backings: Iterable[Backing],
     ) -> None:
         self._host = host
         self._reservations = reservations
         self._movement = movement
+        self._operations = operations
         self._backings = backings
 
     def clear(self, tiers: set[str]) -> Awaitable[int]:
@@ -86,6 +90,7 @@ class Clearer:
     def _forget_motion(self, keys: set[bytes] | None) -> None:
         self._movement.forget(keys)
         self._reservations.forget(keys)
+        self._operations.forget(keys)
 
 
 async def _total(counts: list[Awaitable[int]]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from kvstrata.node.common.planner import plan
@@ -78,21 +78,18 @@ class Matcher:
         self._expecting = expecting
         self._backings = backings
         self._counters = counters
-        self._planning = planning
+        self.planning = planning
+        self.used: Callable[[bytes], None] = lambda key: None  # the last that a match found
         self._peers = next((one for one in backings if isinstance(one, PeerBacking)), None)
 
     def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
         search = Search(client, message)
-        if message.peer:
-            search.peer, search.peer_refused = self._named(message.peer)
+        if message.peer and self._peers is None:
+            search.peer_refused = "the node asks no peer that a request names: see peer.named"
+        elif message.peer and self._peers is not None:
+            search.peer, search.peer_refused = self._peers.named(message.peer)
         return in_slices(self._match(search))
-
-    def _named(self, peer: str) -> tuple[Address | None, str]:
-        """The peer that a request names, or why it is not asked."""
-        if self._peers is None:
-            return None, "the node asks no peer that a request names: see peer.named"
-        return self._peers.named(peer)
 
     def _match(self, search: Search) -> Work[p.Matched]:
         try:
@@ -318,7 +315,7 @@ class Matcher:
         """Begin to bring what is worth it of the chunks that were found, and let go of the rest."""
         first, count = search.num_decided, len(search.tiers)
         search.num_found = count
-        if self._planning and not search.expected_s and search.prepared and not search.client.ended:
+        if self.planning and not search.expected_s and search.prepared and not search.client.ended:
             links = [self._movement.link(backing) for backing in self._backings]
             best = plan(search.tiers[first:], search.coming[first:], links, search.prefill, first)
             search.load_s = max(search.load_s, best.load_s)
@@ -380,6 +377,8 @@ class Matcher:
     def _answer(self, search: Search, offsets: bytes) -> p.Matched:
         self._counters.add("matches_total")
         self._counters.observe("match_seconds", time.perf_counter() - search.begun)
+        if search.tiers:
+            self.used(search.keys[len(search.tiers) - 1])
         for number in range(1 + len(self._backings)):
             name = self._backings[number - 1].name if number else "host"
             if hits := search.tiers.count(number):

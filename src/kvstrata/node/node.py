@@ -18,6 +18,7 @@ from kvstrata.config import Config, host_capacity_bytes
 from kvstrata.errors import UsageError
 from kvstrata.memory.machine import available_bytes
 from kvstrata.memory.pool import Pool
+from kvstrata.node.arriving import arrival
 from kvstrata.node.clearing import Clearer
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.changes import Changes
@@ -27,7 +28,9 @@ from kvstrata.node.matching import Matcher
 from kvstrata.node.opening import open_backings
 from kvstrata.node.operating.canary import Canary
 from kvstrata.node.operating.flow import Flow
+from kvstrata.node.operating.holdings import holdings
 from kvstrata.node.operating.measuring import Measures
+from kvstrata.node.operating.operations import Operations
 from kvstrata.node.operating.watching import Watching
 from kvstrata.node.records import Records
 from kvstrata.node.service.backing import Backing
@@ -41,7 +44,6 @@ from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import LeaseTable
 from kvstrata.node.slots.reservations import Reservation, ReservationTable
 from kvstrata.node.slots.sampling import Sampler
-from kvstrata.node.slots.slot import offsets_of_rows
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE
 from kvstrata.policies import create_policy
@@ -51,8 +53,6 @@ from kvstrata.wire import protocol as p
 logger = logging.getLogger(__name__)
 
 UPKEEP_S = 10.0
-MAX_WAITING = 1024
-"""For the chunks of one lease at once: ranks of an engine, and some."""
 
 Answer = p.Reply | None | Awaitable[p.Reply]
 
@@ -109,7 +109,15 @@ class Node:
                                 planning=config.planner == "on")  # fmt: skip
         self.lender = Lender(self.host, per_client, counters, clock)
         self.nixl = nixl
-        self._clearer = Clearer(self.host, self.reservations, self.movement, backings)
+        self.operations = Operations(
+            config, self.host, self.leases, self.reservations, self.movement, backings, counters,
+            match=self._matcher.match, release=self._matcher.release, plan=self._plan,
+            sampler=self._sampler, changes=self.changes, address=lambda: self.address,
+        )  # fmt: skip
+        self._matcher.used = self.operations.lineage.used
+        self._clearer = Clearer(
+            self.host, self.reservations, self.movement, self.operations, backings
+        )
         self._clock = clock
         self._started = clock()
         self.canary = Canary(self.host, backings, counters)
@@ -132,6 +140,7 @@ class Node:
             p.Record: self.record,
             p.Records: self.past_records,
             p.Watch: self.watching.watch,
+            **self.operations.handlers,
         }
 
     @classmethod
@@ -159,6 +168,7 @@ class Node:
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Write behind what is queued, for ``drain_s`` at most, and release everything."""
+        await self.operations.close(min(2.0, drain_s))
         try:
             await asyncio.wait_for(self.movement.flush(), drain_s)
             for backing in self.backings:
@@ -195,6 +205,8 @@ class Node:
 
     def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
+        if self.operations.drainer.closing:
+            return p.Matched(message.id, 0, b"", b"")
         return self._matcher.match(client, message)
 
     def await_arrival(self, client: Client, message: p.Await) -> Answer:
@@ -202,28 +214,7 @@ class Node:
 
         Any connection may ask: of one engine a scheduler leases, and its workers load.
         """
-        lease, have = self.leases.get(message.lease), message.have
-        if lease is None:
-            raise UsageError(f"there is no lease {message.lease}")
-        if have < 0:
-            raise UsageError(f"nobody has {have} chunks")
-
-        def arrived() -> p.Arrived:
-            offsets = offsets_of_rows(lease.rows[have : lease.ready])
-            return p.Arrived(message.id, lease.ready, lease.failed, offsets)
-
-        if lease.settled(have):
-            return arrived()
-        if len(lease.listeners) >= MAX_WAITING:
-            raise UsageError(f"{MAX_WAITING} wait for lease {lease.id} already")
-        future: asyncio.Future[p.Reply] = asyncio.get_running_loop().create_future()
-
-        def tell() -> None:
-            if not future.done():
-                future.set_result(arrived())
-
-        lease.listeners.append((have, tell))
-        return future
+        return arrival(self.leases, message)
 
     def release(self, client: Client, message: p.Release) -> None:
         """End a lease, or all of it but its first chunks."""
@@ -245,7 +236,8 @@ class Node:
         """Give out slots for the chunks ``prefix[first:]``, head first, as far as there is room."""
 
         def work() -> Generator[None, None, p.Reserved]:
-            granted = yield from self.reservations.grant(client, message, self._presence)
+            presence = self._none_taken if self.operations.drainer.draining else self._presence
+            granted = yield from self.reservations.grant(client, message, presence)
             reservation, offsets = granted
             if message.lend:
                 self.lender.keep_present(reservation, offsets)
@@ -329,41 +321,18 @@ class Node:
 
     def status(self, client: Client, message: p.Status) -> p.State:
         """Everything an operator may ask of a node."""
-        host = self.host
-        queued = {behind.backing.name: behind.queued_bytes for behind in self.movement.behind}
+        held = holdings(self.host, self.config.host.policy, self.leases, self.reservations,
+                        self.movement, self.backings)  # fmt: skip
         return p.State(
             message.id,
             {
                 "release": kvstrata.__version__,
                 "pid": os.getpid(),
                 "uptime_s": round(self._clock() - self._started, 1),
-                "host": {
-                    "capacity_bytes": host.pool.capacity_bytes,
-                    "allocated_bytes": host.allocated_bytes,
-                    "populated_bytes": host.pool.populated_bytes,
-                    "num_chunks": len(host.index),
-                    "num_objects": host.index.num_objects,
-                    "num_evicted": host.num_evicted,
-                    "policy": self.config.host.policy,
-                },
-                "leases": {
-                    "count": len(self.leases),
-                    "bytes": self.leases.leased_bytes,
-                    "reservations": len(self.reservations),
-                },
-                "tiers": [
-                    {
-                        "name": backing.name,
-                        "codec": backing.choice.name if backing.choice else "raw",
-                        "state": backing.state,
-                        **backing.holdings(),
-                        "queued_bytes": queued.get(backing.name, 0),
-                        "scratch_bytes": backing.scratch_bytes,
-                    }
-                    for backing in self.backings
-                ],
+                **held,
                 "tiers_left_out": self.left_out,
                 **({"fleet": self.fleet_state()} if self.fleet_state is not None else {}),
+                **self.operations.state(),
                 "counters": self.counters.snapshot(),
                 **self.records.shown(),
             },
@@ -375,7 +344,9 @@ class Node:
         Args:
             contents: scan the tiers too; blocks.
         """
-        self.host.check_integrity([*self.reservations.filling(), *self.movement.filling()])
+        self.host.check_integrity(
+            [*self.reservations.filling(), *self.movement.filling(), *self.operations.filling()]
+        )
         self.leases.check_integrity(self.movement.under_way())
         self.movement.check_integrity()
         self.reservations.check_integrity()
@@ -398,6 +369,13 @@ class Node:
         if slot is not None:
             return p.PRESENT if slot.order in orders else 0
         return p.PRESENT if any(one.has(key, part, orders) for one in self.backings) else 0
+
+    def _plan(self, planning: bool) -> None:
+        self._matcher.planning = planning
+
+    def _none_taken(self, key: bytes, part: int, order: str) -> int:
+        """The same of a node that is being drained."""
+        return self._presence(key, part, order) or p.DRAINING
 
     async def _run(self, backing: Backing) -> None:
         await backing.run()

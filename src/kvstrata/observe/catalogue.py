@@ -249,6 +249,7 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
         _gauge("node_info", "1; which release this is.", "release"),
         _gauge("uptime_seconds", "Since the node started."),
         _counter("requests_refused_total", "Messages that were refused.", "request"),
+        _counter("jobs_total", "An operator's jobs that have ended.", "kind", "state"),
         _counter("disconnects_total", "Clients that were disconnected.", "why"),
         _counter("bugs_total", "Errors that nobody foresaw; the log has their trace.", "where"),
     ),

@@ -290,6 +290,22 @@ class PeerTier(SharedTier):
         """Nothing, likewise."""
         return [Outcome.MISS] * len(ids)
 
+    def tell(self, address: Address, request: p.Fetch | p.Watch) -> p.Fetching:
+        """Ask one peer to fetch something, or how far it is.
+
+        Raises:
+            TierUnavailable: it does not answer, or answers something else.
+        """
+        with self._lock:
+            peer = self._configured(address)
+        peer = peer or self._meet(address)
+        if peer is None:
+            raise TierUnavailable("peer: the tier is closed")
+        reply = peer.call(request, TIMEOUT_S)
+        if not isinstance(reply, p.Fetching):
+            raise TierUnavailable(f"{address}: it answers with a {type(reply).__name__}")
+        return reply
+
     def epoch(self) -> Epoch:
         """Always the same one: peers' own clears are heard in each answer.
 

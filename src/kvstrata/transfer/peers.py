@@ -35,6 +35,8 @@ _Names = Annotated[list[_Bytes], msgspec.Meta(max_length=MAX_NAMES)]
 _Proofs = Annotated[list[_Bytes], msgspec.Meta(max_length=MAX_SECRETS)]
 _Words = Annotated[list[Annotated[str, msgspec.Meta(max_length=32)]], msgspec.Meta(max_length=16)]
 
+_Orders = Annotated[list[Annotated[str, msgspec.Meta(max_length=64)]], msgspec.Meta(max_length=16)]
+
 
 class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     pass
@@ -93,6 +95,37 @@ class Data(_Message, tag="data", frozen=True):
     nbytes: int
 
 
+class Fetch(_Message, tag="fetch", frozen=True):
+    """Ask it to fetch chunks from the node at ``address``, which is the one that asks.
+
+    ``parts`` make up a chunk, ``orders`` are those that they are in, ``lengths`` the bytes of each
+    part's payload before any encoding. Asked again while it is at it, it answers for the same job.
+    """
+
+    address: Annotated[str, msgspec.Meta(max_length=256)]
+    namespace: _Bytes
+    keys: _Names
+    parts: Annotated[list[int], msgspec.Meta(max_length=MAX_NAMES)]
+    orders: _Orders
+    lengths: Annotated[list[int], msgspec.Meta(max_length=MAX_NAMES)]
+
+
+class Watch(_Message, tag="watch", frozen=True):
+    """Ask how far a `Fetch` is."""
+
+    job: int
+
+
+class Fetching(_Message, tag="fetching", frozen=True):
+    """How far it is: chunks and bytes; ``state`` as of a job, or ``refused``, with the reason."""
+
+    job: int
+    state: str
+    done: int
+    nbytes: int
+    why: str
+
+
 class Introduce(_Message, tag="introduce", frozen=True):
     """Ask for the other end's NIXL agent."""
 
@@ -134,8 +167,8 @@ class Taken(_Message, tag="taken", frozen=True):
     loan: int
 
 
-Request = Hello | Proof | Ping | Stat | Read | Introduce | Borrow | Return
-Reply = Hello | Welcome | Refused | Stats | Data | Agent | Lent | Taken
+Request = Hello | Proof | Ping | Stat | Read | Fetch | Watch | Introduce | Borrow | Return
+Reply = Hello | Welcome | Refused | Stats | Data | Fetching | Agent | Lent | Taken
 
 encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

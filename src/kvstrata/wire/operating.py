@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from kvstrata.objects import NOBODY
 from kvstrata.wire.message import Message, Numbers, Strings
 
 
@@ -108,5 +109,164 @@ class Watched(Message, tag="watched", frozen=True):
     changes: Annotated[list[Change], msgspec.Meta(max_length=4096)]
 
 
-Request = Lookup | Clear | Flush | Status | Metrics | Record | Records | Watch
-Reply = Found | State | Measured | RecordPage | Watched
+class Jobs(Message, tag="jobs", frozen=True):
+    id: int
+    after: int = 0
+    limit: int = 100
+
+
+class JobState(Message, frozen=True):
+    """One job as `JobPage` tells it; times in Unix seconds, ``ended`` 0 while it runs."""
+
+    id: int
+    kind: str
+    about: str
+    state: str
+    total: int
+    done: int
+    nbytes: int
+    failed: int
+    troubles: list[str]
+    note: str
+    began: float
+    ended: float
+
+
+class JobPage(Message, tag="job_page", frozen=True):
+    id: int
+    jobs: list[JobState]
+    next: int
+
+
+class Cancel(Message, tag="cancel", frozen=True):
+    id: int
+    job: int
+
+
+class Started(Message, tag="started", frozen=True):
+    id: int
+    job: int
+    again: bool
+
+
+class Prefetch(Message, tag="prefetch", frozen=True):
+    id: int
+    keys: bytes
+    parts: Numbers = msgspec.field(default_factory=list)
+    orders: Strings = msgspec.field(default_factory=list)
+    lengths: Numbers = msgspec.field(default_factory=list)
+    namespace: bytes = b""
+    owner: bytes = NOBODY
+
+
+class Copy(Message, tag="copy", frozen=True):
+    id: int
+    keys: bytes
+    source: str
+    target: str
+    parts: Numbers = msgspec.field(default_factory=list)
+    orders: Strings = msgspec.field(default_factory=list)
+    namespace: bytes = b""
+
+
+class Move(Copy, tag="move", frozen=True):
+    pass
+
+
+class Send(Message, tag="send", frozen=True):
+    id: int
+    keys: bytes
+    peer: str
+    parts: Numbers = msgspec.field(default_factory=list)
+    orders: Strings = msgspec.field(default_factory=list)
+    lengths: Numbers = msgspec.field(default_factory=list)
+    namespace: bytes = b""
+
+
+class Transcode(Message, tag="transcode", frozen=True):
+    id: int
+    tier: str
+    codec: str = ""
+    keys: bytes | None = None
+    parts: Numbers = msgspec.field(default_factory=list)
+    orders: Strings = msgspec.field(default_factory=list)
+    namespace: bytes = b""
+
+
+class Scrub(Message, tag="scrub", frozen=True):
+    id: int
+    tier: str
+
+
+class Inspect(Message, tag="inspect", frozen=True):
+    id: int
+    tier: str
+    key: bytes
+    part: int = 0
+    orders: Strings = msgspec.field(default_factory=list)
+    namespace: bytes = b""
+
+
+class Inspected(Message, tag="inspected", frozen=True):
+    id: int
+    nbytes: int
+    problem: str
+    header: dict[str, Any]
+
+
+class List(Message, tag="list", frozen=True):
+    id: int
+    tier: str = ""
+    after: bytes = b""
+    limit: int = 100
+
+
+class Chunk(Message, frozen=True):
+    """One chunk as `Listed` tells it; what the node does not know is empty or 0."""
+
+    key: bytes
+    tiers: dict[str, int]
+    parent: bytes
+    start: int
+    num_tokens: int
+    namespace: bytes
+    owner: bytes
+    used: float
+
+
+class Listed(Message, tag="listed", frozen=True):
+    id: int
+    chunks: list[Chunk]
+    next: bytes
+
+
+class Drain(Message, tag="drain", frozen=True):
+    id: int
+    end: bool = False
+
+
+class Undrain(Message, tag="undrain", frozen=True):
+    id: int
+
+
+class Reload(Message, tag="reload", frozen=True):
+    id: int
+    config: dict[str, Any]
+
+
+class Reloaded(Message, tag="reloaded", frozen=True):
+    id: int
+    changed: list[str]
+    engines: list[str]
+
+
+Working = Prefetch | Copy | Move | Send | Transcode | Scrub | Drain
+"""What is answered with the job that does it."""
+Request = (
+    Lookup | Clear | Flush | Status | Metrics | Record | Records | Watch
+    | Jobs | Cancel | Working | Inspect | List | Undrain | Reload
+)  # fmt: skip
+Reply = (
+    Found | State | Measured | RecordPage | Watched
+    | JobPage | Started | Inspected | Listed | Reloaded
+)  # fmt: skip

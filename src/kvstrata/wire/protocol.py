@@ -48,7 +48,7 @@ MAX_PAGE = 256
 """Items in one page of a list."""
 
 #: offsets that `Reserved` answers instead of a slot
-PRESENT, BUSY, FULL, REFUSED = -1, -2, -3, -4
+PRESENT, BUSY, FULL, REFUSED, DRAINING = -1, -2, -3, -4, -5
 #: the offset in `Matched` of an object that is still on its way into host memory
 ARRIVING = -1
 #: the tier byte in `Found` of a chunk that no tier has
@@ -185,8 +185,9 @@ _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _LONG = tuple(
     bytes([0xA0 + len(tag)]) + tag
     for tag in (b"match", b"lookup", b"clear", b"reserve", b"commit",
+                b"prefetch", b"copy", b"move", b"send", b"transcode",
                 b"matched", b"arrived", b"reserved", b"found", b"state", b"measured",
-                b"record_page", b"watched")
+                b"record_page", b"watched", b"listed", b"job_page")
 )  # fmt: skip
 
 
@@ -211,8 +212,10 @@ def check_limits(request: Request) -> None:
     match request:
         case Match() | Lookup():
             keys, num_parts = request.keys, len(request.parts)
-        case Clear():
+        case Clear() | operating.Transcode():
             keys = request.keys or b""
+        case operating.Prefetch() | operating.Copy() | operating.Send():
+            keys, num_parts = request.keys, len(request.parts)
         case Reserve():
             keys = request.prefix
     what, num_keys = type(request).__name__.lower(), len(keys) // 32

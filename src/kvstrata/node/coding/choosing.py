@@ -67,6 +67,10 @@ class Always(Choice):
     def of(self, weights: str, compute_s: float, place: Place | None) -> Codec | None:
         return self._codec
 
+    def made(self, family: str, parameters: bytes) -> bool:
+        """Whether an object with these in its header was made by this very codec."""
+        return (family, parameters) == (self._codec.family, self._codec.parameters())
+
 
 class Exact(Choice):
     """Raw, or lossless on a tier so slow that the saved bytes take longer than decoding them.

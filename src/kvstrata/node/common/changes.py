@@ -11,7 +11,8 @@ class Cause(str, Enum):
 
     ``EVICTED``: for something else. ``CLEARED``: somebody asked for it. ``CORRUPT``: its bytes were
     not what had been stored. ``LOST``: the tier does not have it, or failed at it. ``SPENT``: a
-    coarser copy that served those who waited for it.
+    coarser copy that served those who waited for it. ``MOVED``: an operator had it moved to another
+    tier, where it is now.
     """
 
     EVICTED = "evicted"
@@ -19,6 +20,7 @@ class Cause(str, Enum):
     CORRUPT = "corrupt"
     LOST = "lost"
     SPENT = "spent"
+    MOVED = "moved"
 
 
 class Watcher(Protocol):

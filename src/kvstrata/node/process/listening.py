@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+Fetcher = Callable[[p.Fetch | p.Watch], p.Fetching]
+
 MAX_CONNECTIONS = 256
+MAX_WHY_CHARS = 1000
 HELLO_S = 5.0
 ACCEPT_AGAIN_S = 0.1
 TIMEOUT_S = 10.0
@@ -56,6 +59,7 @@ class PeerServer:
         counters: the node's.
         tls: for a network that is not trusted.
         by_nixl: lends host memory by NIXL.
+        fetch: has something fetched from another node; None: nothing is.
     Raises:
         TierUnavailable: one cannot listen there.
     """
@@ -68,12 +72,14 @@ class PeerServer:
         counters: Counters,
         tls: ssl.SSLContext | None = None,
         by_nixl: nixl.Lender | None = None,
+        fetch: Fetcher | None = None,
     ) -> None:
         self._known = known
         self._lender = lender
         self._counters = counters
         self._tls = tls
         self._by_nixl = by_nixl
+        self._fetch = fetch
         self._loop = asyncio.get_running_loop()
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -105,6 +111,7 @@ class PeerServer:
                 node.counters,
                 network.tls(serving=True),
                 None if node.nixl is None else node.nixl.lender,
+                node.operations.fetch,
             )
         except TierUnavailable as error:
             logger.error("other nodes get nothing from this one: %s", error)
@@ -209,6 +216,8 @@ class PeerServer:
                     channel.send(p.Stats(self._sizes(names)))
                 case p.Read(name, most):
                     self._send(channel, name, most)
+                case p.Fetch() | p.Watch() if self._fetch is not None:
+                    channel.send(self._fetching(self._fetch, request))
                 case p.Introduce() if self._by_nixl is not None:
                     channel.send(p.Agent(self._by_nixl.metadata))
                     on_loop = channel.on_loop()
@@ -216,6 +225,12 @@ class PeerServer:
                     return
                 case other:
                     raise Incompatible(f"a {type(other).__name__} out of place")
+
+    def _fetching(self, fetch: Fetcher, request: p.Fetch | p.Watch) -> p.Fetching:
+        try:
+            return self._on_loop(partial(fetch, request))
+        except KVStrataError as error:
+            return p.Fetching(0, "refused", 0, 0, str(error)[:MAX_WHY_CHARS])
 
     def _sizes(self, names: Sequence[bytes]) -> list[int]:
         sizes: list[int] = []

@@ -144,6 +144,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, door.close)
     node = Node.create(config)
+    node.operations.drainer.end = door.close
     server = Server(node, known, door.on_alone)
     peers = None
     fleet = Membership.of(node, path)

@@ -16,6 +16,7 @@ from kvstrata.node.service.calls import TierCalls
 from kvstrata.node.service.gallop import Gallop
 from kvstrata.node.service.hints import Hints
 from kvstrata.node.service.names import Where
+from kvstrata.node.service.origin import Origin
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE, at_level
 from kvstrata.tiers.base import Outcome, Stat, Store
@@ -75,6 +76,25 @@ class Asking:
             await self._ask_for_all(question, wheres, limits.batch_objects, each, still)
         else:
             await self._gallop(question, wheres, limits.round_objects, still)
+
+    async def there(self, keys: Sequence[bytes], origin: Origin, epoch: int) -> set[bytes]:
+        """Which chunks of a commit others have written, in its byte order or the portable one.
+
+        Raises:
+            TierUnavailable: the store cannot be asked.
+        """
+        orders = dict.fromkeys((origin.order, PORTABLE))
+        wheres = [Where(epoch, origin.namespace, order) for order in orders]
+
+        def work() -> set[bytes]:
+            names = [where.name(key, origin.part) for where in wheres for key in keys]
+            size, answers = self._store.limits.batch_objects, []
+            for start in range(0, len(names), size):
+                answers += self._store.stat(names[start : start + size])
+            pairs = zip([*keys] * len(wheres), answers, strict=True)
+            return {key for key, answer in pairs if isinstance(answer, Stat)}
+
+        return await self._calls.call("lookup", work)
 
     async def _ask_for_all(
         self,

@@ -273,6 +273,10 @@ class Backing(ABC):
         """Leave the tier alone for a while: off, or only read where that works."""
         self._health.trip(error)
 
+    def wait_for(self, deadline_s: float) -> None:
+        """Take the tier as hung when it completes no call of a kind for this long, from now on."""
+        self._calls.wait_for(min(deadline_s, self.tier.limits.timeout_s))
+
     async def upkeep(self) -> None:
         """Do what is due now and then."""
         self._scratch.trim()

@@ -73,7 +73,7 @@ class Lane:
     ) -> None:
         self.num_threads = num_threads
         self._threads = Threads(num_threads, name, nice)
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._clock = clock
         self._trip = trip
         self._num_waiting = 0
@@ -113,7 +113,7 @@ class Lane:
         finally:
             self._num_waiting -= 1
         if hung:
-            trouble = TierUnavailable(f"no {what} has ended for {self._deadline_s:g} s")
+            trouble = TierUnavailable(f"no {what} has ended for {self.deadline_s:g} s")
             cancelled = call.cancel()
             self._num_stuck += not cancelled
             self._trip(trouble)
@@ -135,7 +135,7 @@ class Lane:
     async def _ends_or_others_do(self, future: asyncio.Future[R]) -> bool:
         """Wait for a call; False once no call at all has ended for as long as the deadline."""
         while not future.done():
-            left = self._last_progress + self._deadline_s - self._clock()
+            left = self._last_progress + self.deadline_s - self._clock()
             if left > 0:
                 await asyncio.wait({future}, timeout=left)
                 continue
@@ -181,6 +181,12 @@ class TierCalls:
         self._questions = lane("ask", ASK_THREADS, 0, deadline_s)
         self._others = lane("write", num_threads, NICE, deadline_s)
         self._encodes = lane("encode", min(num_threads, half_the_cores()), ENCODE_NICE, patient_s)
+
+    def wait_for(self, deadline_s: float) -> None:
+        """Take a lane in which no call ends for this long as hung, from now on."""
+        for lane in (self._reads, self._questions, self._others):
+            lane.deadline_s = deadline_s
+        self._encodes.deadline_s = max(deadline_s, ENCODE_DEADLINE_S)
 
     @property
     def stuck(self) -> bool:

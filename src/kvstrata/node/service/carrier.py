@@ -41,12 +41,18 @@ UNKNOWN_S = 1.0
 
 
 class Writing:
-    """A write under way, and the bytes set aside for it; not wanted once its chunk is cleared."""
+    """A write under way, and the bytes set aside for it; not wanted once its chunk is cleared.
 
-    __slots__ = ("claimed", "key", "name", "wanted")
+    Args:
+        key: of the chunk.
+        replaces: whether it takes the place of what a shared store has by its name.
+    """
 
-    def __init__(self, key: bytes) -> None:
+    __slots__ = ("claimed", "key", "name", "replaces", "wanted")
+
+    def __init__(self, key: bytes, *, replaces: bool = False) -> None:
         self.key = key
+        self.replaces = replaces
         self.name: Name | None = None  # of the object whose turn it waits for, or has
         self.claimed = 0
         self.wanted = True
@@ -160,7 +166,7 @@ class Carrier(Backing):
         except TierUnavailable as error:
             self.trip(error)
 
-    async def verify(self, key: bytes, part: int, nbytes: int) -> None:
+    async def verify(self, key: bytes, part: int, nbytes: int) -> bool:
         """Read one object as it is stored, to see whether it is still good; nobody waits for it."""
         name, stored_as = identity(key, part), self._name(key, part)
 
@@ -173,7 +179,7 @@ class Carrier(Backing):
                     return Read(length)
                 return Read(HIT, self._checked(stored[:length], name), length)
 
-        await self._judge(key, part, lambda: self._calls.call("check", work))
+        return await self._judge(key, part, lambda: self._calls.call("check", work)) is not None
 
     def _restored(self, data: memoryview, name: bytes, into: memoryview) -> Read:
         begun = time.perf_counter()

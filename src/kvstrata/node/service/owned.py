@@ -19,7 +19,7 @@ from typing import Any
 from kvstrata.errors import TierUnavailable
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
-from kvstrata.node.service.carrier import HIT, Carrier, Writing
+from kvstrata.node.service.carrier import HIT, Writing
 from kvstrata.node.service.clears import Clears
 from kvstrata.node.service.entries import (
     UNKNOWN_TO_US,
@@ -32,10 +32,11 @@ from kvstrata.node.service.entries import (
 from kvstrata.node.service.probe import Probe
 from kvstrata.node.service.removals import Removals, Verb
 from kvstrata.node.service.scan import Scan
+from kvstrata.node.service.single import Singly
 from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
 from kvstrata.objects import ObjectHeader
-from kvstrata.parts import identity, named, order_name
+from kvstrata.parts import at_level, identity, named, order_name
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.base import Outcome, OwnedTier
 
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 SLICE = 256
 
 
-class OwnedBacking(Carrier):
+class OwnedBacking(Singly):
     """An owned tier in the node's service.
 
     Args:
@@ -302,6 +303,17 @@ class OwnedBacking(Carrier):
                     await self._removals.run_in(turn, verb, turn.hang)
 
         self._tasks.spawn("a removal", work(self._turns.take([(key, part)])))
+
+    async def remove(self, key: bytes, part: int, seen: Any, cause: Cause) -> bool:
+        """See `Singly.remove`."""
+        levels = [(key, at_level(part, level)) for level in range(1 + len(self.coarser))]
+        with self._turns.take(levels) as turn:
+            await turn.come()
+            if not same_object(self.index.get(key, part), seen):
+                return False
+            for name in levels:
+                self._removals.condemn(*name, cause)
+            return await self._removals.run_in(turn, None, turn.hang)
 
     # how
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from kvstrata.node.service.backing import Question
@@ -10,6 +11,7 @@ from kvstrata.node.service.names import Where
 from kvstrata.node.service.shared import SharedBacking
 from kvstrata.tiers.base import Outcome, Stat
 from kvstrata.tiers.peer import PeerTier
+from kvstrata.transfer import peers as p
 from kvstrata.transfer.tcp import Address
 
 MAX_NAME = 256
@@ -41,10 +43,13 @@ class PeerBacking(SharedBacking):
         why = self._why_not(address)
         return (None, why) if why else (address, "")
 
-    async def ask(self, question: Question) -> None:
-        """Hear all that the peers say to a question, however long that takes."""
-        if (epoch := self.epoch) is not None:
-            await self._hear(question, epoch)
+    async def tell(self, peer: Address, request: p.Fetch | p.Watch) -> p.Fetching:
+        """Ask a peer to fetch something from here, or how far it is.
+
+        Raises:
+            TierUnavailable: it does not answer, or answers something else.
+        """
+        return await self._calls.call("request", partial(self.tier.tell, peer, request))
 
     def fails(self, peer: Address) -> bool:
         """Whether a peer that a request names has failed lately."""

@@ -13,15 +13,15 @@ async def scrub(backing: OwnedBacking) -> None:
     """Verify the tier's objects one after the other, for ever; what fails is taken out of service.
 
     Args:
-        backing: the tier; its ``scrub_bytes_per_s`` is not exceeded on average.
+        backing: the tier; its ``scrub_bytes_per_s`` is not exceeded on average, and may change.
     """
-    while backing.scrub_bytes_per_s:
-        for key in list(backing.index.keys()):
+    while True:
+        for key in list(backing.index.keys()) if backing.scrub_bytes_per_s else ():
             for part, _ in list(backing.index.objects(key)):
-                while not backing.readable:
+                while not (backing.readable and backing.scrub_bytes_per_s):
                     await asyncio.sleep(IDLE_S)
                 nbytes = backing.find(key, part, None)
                 if nbytes is not None:
                     await backing.verify(key, part, nbytes)
-                    await asyncio.sleep(nbytes / backing.scrub_bytes_per_s)
+                    await asyncio.sleep(nbytes / (backing.scrub_bytes_per_s or nbytes))
         await asyncio.sleep(IDLE_S)

@@ -14,20 +14,22 @@ from functools import partial
 from typing import Any
 
 from kvstrata.errors import CorruptObject, Incompatible, ReadOnly, TierUnavailable
+from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.standing import alone
 from kvstrata.node.service.asking import Asking
 from kvstrata.node.service.backing import Question
 from kvstrata.node.service.calls import nothing
-from kvstrata.node.service.carrier import HIT, Carrier, Writing
+from kvstrata.node.service.carrier import HIT, Writing
 from kvstrata.node.service.hints import Hints
 from kvstrata.node.service.link_test import LinkTest
 from kvstrata.node.service.names import Seen, Where
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.presence import Presence
+from kvstrata.node.service.single import Singly
 from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
 from kvstrata.objects import HEADER_BYTES, NAMESPACE_FIELD, ObjectHeader
-from kvstrata.parts import PORTABLE, identity
+from kvstrata.parts import PORTABLE, at_level, identity
 from kvstrata.tiers.base import Outcome, SharedTier, Stat
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ trips, but never more than this."""
 TOUCH_SLICE = 256
 
 
-class SharedBacking(Carrier):
+class SharedBacking(Singly):
     """A shared tier in the node's service.
 
     Args:
@@ -55,7 +57,7 @@ class SharedBacking(Carrier):
     def __init__(self, tier: SharedTier, *, lookup_timeout_s: float, **others: Any) -> None:
         super().__init__(tier, **others)
         self.capacity_bytes = tier.capacity_bytes
-        self._lookup_timeout_s = lookup_timeout_s
+        self.lookup_timeout_s = lookup_timeout_s
         self._hints = Hints(others["clock"])
         self._presence = Presence(
             tier, self._calls, self._health, others["clock"], self._hints.clear
@@ -115,6 +117,13 @@ class SharedBacking(Carrier):
         if not asking.done():
             self._counters.add("late_lookups_total", tier=self.name)
 
+    async def ask(self, question: Question) -> None:
+        """Hear all that the store says to a question, however long that takes."""
+        question = question._replace(orders=question.orders[:MAX_ORDERS])
+        if (epoch := self.epoch) is not None and question.keys and question.orders:
+            self._seen_so_far.note(question.namespace, question.orders, question.parts)
+            await self._hear(question, epoch)
+
     def _stat(self, question: Question, names: Sequence[bytes]) -> list[Stat | Outcome]:
         """What the store says for a question; blocks."""
         return self.tier.stat(names)
@@ -122,7 +131,7 @@ class SharedBacking(Carrier):
     @property
     def patience_s(self) -> float:
         """For how long a match waits for the store's word."""
-        return max(self._lookup_timeout_s, min(LONGEST_S, 1.5 * self._presence.round_s))
+        return max(self.lookup_timeout_s, min(LONGEST_S, 1.5 * self._presence.round_s))
 
     async def _hear(self, question: Question, epoch: int) -> None:
         try:
@@ -133,21 +142,10 @@ class SharedBacking(Carrier):
     async def spared(self, keys: Sequence[bytes], origin: Origin) -> set[bytes]:
         """See `Backing.spared`: one batch of questions for the whole commit."""
         epoch = self.epoch
-        orders = dict.fromkeys((origin.order, PORTABLE))
         if epoch is None or len(origin.namespace) != 32:
             return set()
-        wheres = [Where(epoch, origin.namespace, order) for order in orders]
-
-        def work() -> set[bytes]:
-            names = [where.name(key, origin.part) for where in wheres for key in keys]
-            size, answers = self.tier.limits.batch_objects, []
-            for start in range(0, len(names), size):
-                answers += self.tier.stat(names[start : start + size])
-            there = zip([*keys] * len(wheres), answers, strict=True)
-            return {key for key, answer in there if isinstance(answer, Stat)}
-
         try:
-            return await self._calls.call("lookup", work)
+            return await self._asking.there(keys, origin, epoch)
         except TierUnavailable as error:
             self.trip(error)
             return set()
@@ -274,6 +272,20 @@ class SharedBacking(Carrier):
         except TierUnavailable as error:
             raise TierUnavailable(f"{self.name}: {error}; others may still find it") from error
 
+    async def remove(self, key: bytes, part: int, seen: Any, cause: Cause) -> bool:
+        """See `Singly.remove`; one that others put there meanwhile is not told from this one."""
+        if not isinstance(seen, Where) or seen.epoch != self.epoch:
+            return False
+        order = seen._replace(order=PORTABLE)
+        names = [seen.name(key, part)]
+        names += [order.name(key, at_level(part, 1 + i)) for i in range(len(self.coarser))]
+        with self._turns.take([(key, part)]) as turn:
+            await turn.come()
+            if self._seen(key, part) == seen:
+                self._hints.forget(key, part)
+            answers = await self._calls.call("removal", partial(self.tier.delete, names), turn.hang)
+        return answers[0] is not Outcome.FAILED
+
     # writing
 
     async def _store(
@@ -292,7 +304,9 @@ class SharedBacking(Carrier):
         where = Where(epoch, bytes(data[NAMESPACE_FIELD]), order)
         self._seen_so_far.note(where.namespace, [order], [name[1]])
         try:
-            outcome = await self._put(where.name(*name), data, epoch, hang, if_absent=True)
+            outcome = await self._put(
+                where.name(*name), data, epoch, hang, if_absent=not writing.replaces
+            )
         except TierUnavailable as error:
             self.trip(error)
             return False

@@ -30,7 +30,7 @@ class Sampler:
 
     def __init__(self, host: HostMemory, every: int, counters: Counters) -> None:
         self._host = host
-        self._every = every
+        self.every = every
         self._counters = counters
         self._tasks = Tasks(counters)
         self._thread = Threads(1, "kvstrata-verify", NICE)
@@ -38,14 +38,14 @@ class Sampler:
 
     def note_hits(self, keys: Sequence[bytes], parts: Sequence[int], rows: Sequence[Row]) -> None:
         """Hear of a match: ``rows`` are those of these parts of ``keys``, leased."""
-        if not self._every:
+        if not self.every:
             return
         num_slots, taken = len(rows) * len(parts), []
         while self._skip < num_slots:
             chunk, place = divmod(self._skip, len(parts))
             slot = rows[chunk].slots[place]
             # Not regular, or prompts of one length would always show the same chunk.
-            self._skip += random.randint(1, 2 * self._every - 1)
+            self._skip += random.randint(1, 2 * self.every - 1)
             if slot.state is SlotState.READY:  # what is being promoted is verified anyway
                 self._host.hold(slot)
                 taken.append((keys[chunk], parts[place], slot))

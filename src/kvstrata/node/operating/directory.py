@@ -1,0 +1,81 @@
+"""The keys of what the node's own tiers hold, in order, so that they can be listed in pages.
+
+A page begins behind a key, not at a number: what comes or goes between two pages moves nothing, so
+a chunk that stays is told once, neither twice nor not at all.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterator
+
+from kvstrata.node.common.changes import Cause
+
+BUCKET_BITS = 12
+"""Keys are digests, so each of so many buckets has its share; to enter one moves only those there.
+At a million chunks a tier pays 9 bytes a chunk."""
+
+
+class _Keys:
+    """The keys of one tier."""
+
+    def __init__(self) -> None:
+        self._buckets: list[list[bytes]] = [[] for _ in range(1 << BUCKET_BITS)]
+
+    def add(self, key: bytes) -> None:
+        bucket = self._buckets[_bucket(key)]
+        place = bisect_right(bucket, key)
+        if not place or bucket[place - 1] != key:
+            insort(bucket, key)
+
+    def discard(self, key: bytes) -> None:
+        bucket = self._buckets[_bucket(key)]
+        place = bisect_right(bucket, key)
+        if place and bucket[place - 1] == key:
+            del bucket[place - 1]
+
+    def after(self, key: bytes) -> Iterator[bytes]:
+        first = _bucket(key) if key else 0
+        for number in range(first, len(self._buckets)):
+            bucket = self._buckets[number]
+            place = bisect_right(bucket, key) if number == first else 0
+            yield from bucket[place:]
+
+
+class Directory:
+    """Watches a node's own tiers; see `kvstrata.node.common.changes.Watcher`.
+
+    Args:
+        holds: whether a tier holds anything of a chunk, for each tier's name.
+    """
+
+    def __init__(self, holds: dict[str, Callable[[bytes], bool]]) -> None:
+        self._holds = holds
+        self._tiers = {name: _Keys() for name in holds}
+
+    def entered(self, tier: str, key: bytes, part: int) -> None:
+        """See `Watcher`."""
+        self._tiers[tier].add(key)
+
+    def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
+        """See `Watcher`."""
+        if not self._holds[tier](key):
+            self._tiers[tier].discard(key)
+
+    def emptied(self, tier: str) -> None:
+        """See `Watcher`."""
+        self._tiers[tier] = _Keys()
+
+    def after(self, tiers: list[str], key: bytes, most: int) -> list[bytes]:
+        """The next keys behind one (empty: from the first on) in any of these tiers, in order."""
+        found: set[bytes] = set()
+        for name in tiers:
+            for number, one in enumerate(self._tiers[name].after(key)):
+                if number == most:
+                    break
+                found.add(one)
+        return sorted(found)[:most]
+
+
+def _bucket(key: bytes) -> int:
+    return int.from_bytes(key[:2], "big") >> 16 - BUCKET_BITS

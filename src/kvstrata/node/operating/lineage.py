@@ -1,0 +1,81 @@
+"""What chunks descend from: read out of the headers that pass through host memory.
+
+An index knows keys and sizes alone. The parent, the position and the owner stand in the header,
+and every chunk that an engine stores or loads has its header in host memory for a while. What was
+read there is remembered for the last chunks, however long they stay in any tier.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kvstrata.node.common.changes import Cause
+from kvstrata.node.slots.host import HostMemory
+from kvstrata.objects import HEADER_BYTES, Kinship, kinship
+
+MAX_KNOWN = 1 << 16
+"""Chunks of which it is remembered: about 30 MB at most."""
+
+NOTHING = Kinship(b"", b"", 0, 0, b"")
+
+
+class _Known(NamedTuple):
+    kinship: Kinship
+    used: float
+
+
+class Lineage:
+    """Watches host memory; see `kvstrata.node.common.changes.Watcher`.
+
+    Args:
+        host: host memory.
+        now: Unix seconds.
+    """
+
+    def __init__(self, host: HostMemory, now: Callable[[], float] = time.time) -> None:
+        self._host = host
+        self._now = now
+        self._known: dict[bytes, _Known] = {}
+        self._shared: dict[bytes, bytes] = {}  # namespaces and owners are few: one copy of each
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def of(self, key: bytes) -> tuple[Kinship, float]:
+        """Its kinship, and when it came or a match last ended with it (Unix time; 0: unknown)."""
+        known = self._known.get(key)
+        return (NOTHING, 0.0) if known is None else known
+
+    def used(self, key: bytes) -> None:
+        """A match has ended with this chunk: it and all before it were used."""
+        if (known := self._known.pop(key, None)) is not None:
+            self._known[key] = known._replace(used=self._now())
+
+    def entered(self, tier: str, key: bytes, part: int) -> None:
+        """See `Watcher`."""
+        if tier != "host" or key in self._known:
+            return
+        slot = self._host.get(key, part)
+        assert slot is not None
+        found = kinship(self._host.pool.view(slot.offset, HEADER_BYTES))
+        self._known[key] = _Known(
+            found._replace(
+                namespace=self._one_copy(found.namespace), owner=self._one_copy(found.owner)
+            ),
+            self._now(),
+        )
+        if len(self._known) > MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+
+    def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
+        """See `Watcher`. What a chunk descends from stays true."""
+
+    def emptied(self, tier: str) -> None:
+        """See `Watcher`."""
+
+    def _one_copy(self, word: bytes) -> bytes:
+        if len(self._shared) > MAX_KNOWN:
+            self._shared.clear()
+        return self._shared.setdefault(word, word)

@@ -1,0 +1,255 @@
+"""Prefixes brought into host memory ahead of need, and to another node.
+
+A prefetch is a match of the node's own: what is there is leased, promoted, and let go once it has
+come; then it is in host memory as anything that was used just now. All prefetches together lease no
+more than one process may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from kvstrata.errors import KVStrataError, TierUnavailable, UsageError
+from kvstrata.node.operating.copying import Copier, taken_in
+from kvstrata.node.operating.jobs import Job
+from kvstrata.node.operating.places import HOST, Made, Places
+from kvstrata.node.service.backing import Question
+from kvstrata.node.slots.clients import Client, Holder
+from kvstrata.node.slots.leases import Lease, LeaseTable
+from kvstrata.objects import NOBODY
+from kvstrata.parts import order_name
+from kvstrata.transfer import peers as peers_protocol
+from kvstrata.transfer.tcp import Address
+from kvstrata.wire import protocol as p
+
+SEND_CHUNKS = 1024
+"""Of what goes to another node so many are held still at once, as far as there is room."""
+WATCH_S = 0.1
+"""How often another node is asked how far it is."""
+SILENT_S = 60.0
+"""For how long another node may bring nothing, before that counts as a failure."""
+
+
+class Sought(NamedTuple):
+    """What a match needs to know of chunks, given or found out."""
+
+    made: Made
+    lengths: tuple[int, ...]
+    owner: bytes = NOBODY
+    peer: Address | None = None
+
+
+class Prefetcher:
+    """Brings prefixes into host memory, for jobs.
+
+    Args:
+        places: the tiers.
+        leases: the node's.
+        copier: reads the first chunk, to find out what was not said.
+        match: of the node, see `Node.match`.
+        release: ends a lease.
+    """
+
+    def __init__(
+        self,
+        places: Places,
+        leases: LeaseTable,
+        copier: Copier,
+        match: Callable[[Client, p.Match], p.Matched | Awaitable[p.Matched]],
+        release: Callable[[Lease], None],
+    ) -> None:
+        self._places = places
+        self._leases = leases
+        self._copier = copier
+        self._match = match
+        self._release = release
+        self._holder = Holder()
+
+    async def run(self, job: Job, packed: bytes, sought: Sought) -> None:
+        """Bring as much of a prefix as there is, and room for."""
+        keys = await taken_in(packed)
+        job.total = len(keys)
+        if sought.peer is None:
+            sought = await self.found_out(keys[0], sought)
+        async with self.held(job, keys, sought):
+            pass
+        if job.done < job.total:
+            job.note = job.note or self._why(keys[job.done], sought)
+
+    @contextlib.asynccontextmanager
+    async def held(self, job: Job, keys: Sequence[bytes], sought: Sought) -> AsyncIterator[int]:
+        """Chunks at the beginning, in host memory and leased meanwhile: how many.
+
+        Adds to what the job has done as they come.
+        """
+        made, peer = sought.made, sought.peer
+        if peer is None:
+            await job.wait(self._places.ask(keys, made, self._places.backings))
+        else:
+            # Its word is asked for alone, and waited for: the match would not be patient enough.
+            await job.wait(self._ask_peer(keys, sought))
+        client = Client(f"job {job.id}", self._holder)
+        message = p.Match(
+            job.id, b"".join(keys), list(made.parts), list(made.orders), list(sought.lengths),
+            sought.owner, made.namespace, peer=str(peer or ""),
+        )  # fmt: skip
+        answer = self._match(client, message)
+        matched = await answer if isinstance(answer, Awaitable) else answer
+        if matched.peer_refused:
+            raise UsageError(matched.peer_refused)
+        lease = self._leases.get(matched.lease)
+        if lease is None:
+            yield 0
+            return
+        coming = [
+            row.nbytes if tier else 0 for row, tier in zip(lease.rows, matched.tiers, strict=True)
+        ]
+        before = job.done
+        try:
+            while not lease.settled(lease.num_chunks - 1):
+                await self._next(job, lease)
+                job.done = before + lease.ready
+            job.done = before + lease.ready
+            job.nbytes += sum(coming[: lease.ready])
+            if lease.failed:
+                job.trouble(f"chunk {keys[lease.ready].hex()} could not be brought")
+            yield lease.ready
+        finally:
+            client.ended = True
+            self._release(lease)
+
+    async def _next(self, job: Job, lease: Lease) -> None:
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def tell() -> None:
+            if not told.done():
+                told.set_result(None)
+
+        lease.listeners.append((lease.ready, tell))
+        await job.wait(told)
+
+    async def _ask_peer(self, keys: Sequence[bytes], sought: Sought) -> None:
+        assert self._places.peers is not None
+        made = sought.made
+        question = Question(made.namespace, keys, made.parts, made.orders, sought.peer)
+        await self._places.peers.ask(question)
+
+    async def found_out(self, key: bytes, sought: Sought) -> Sought:
+        """What chunks like this one are made of, read off it where it was not said.
+
+        Raises:
+            UsageError: no tier of the node's own has it.
+        """
+        made = sought.made
+        if made.parts and made.orders and sought.lengths:
+            return sought
+        name = next((one for one in self._places.owned if self._places.parts_of(key, one)), None)
+        if name is None:
+            raise UsageError(
+                "the first chunk is in no tier of this node's own; name parts, orders, lengths and "
+                "the namespace to have it from elsewhere"
+            )
+        parts = made.parts or tuple(self._places.parts_of(key, name))
+        orders, lengths, namespace = dict.fromkeys(made.orders), list[int](), made.namespace
+        for part in parts:
+            async with self._copier.lent(key, part, name) as lent:
+                if lent is None:
+                    raise TierUnavailable(f"{name}: the first chunk could not be read")
+                header = lent.header
+                lengths.append(header.raw_length)
+                if not made.orders:
+                    orders[order_name(header.kind, header.order)] = None
+                namespace = namespace or header.namespace
+        return sought._replace(
+            made=Made(parts, tuple(orders), namespace), lengths=sought.lengths or tuple(lengths)
+        )
+
+    def _why(self, key: bytes, sought: Sought) -> str:
+        """Why a prefetch ended before its last chunk."""
+        for name in self._places.names:
+            backing = self._places.named(name)
+            for part in sought.made.parts:
+                if backing is None:
+                    found = self._places.host.get(key, part) is not None
+                else:
+                    found = backing.find(key, part, sought.made.orders or None) is not None
+                if found:
+                    return f"no room in {HOST} for more of it at once"
+        return "nobody has the next chunk"
+
+
+class Sender:
+    """Has another node fetch prefixes from this one, for jobs.
+
+    Args:
+        places: the tiers; the peers among them.
+        prefetcher: brings what is sent into host memory, where others may read it.
+        address: where others find this node; empty: nowhere.
+    """
+
+    def __init__(self, places: Places, prefetcher: Prefetcher, address: Callable[[], str]) -> None:
+        self._places = places
+        self._prefetcher = prefetcher
+        self._address = address
+
+    def checked(self, peer: str) -> Address:
+        """The other node. Raises `UsageError` where it cannot be sent anything, and says why."""
+        if self._places.peers is None:
+            raise UsageError("this node asks no others: see peer.nodes and peer.named")
+        address, why = self._places.peers.named(peer)
+        if address is None:
+            raise UsageError(why)
+        if not self._address():
+            raise UsageError("others find this node nowhere: see network.listen and advertise")
+        return address
+
+    async def run(self, job: Job, packed: bytes, peer: Address, sought: Sought) -> None:
+        """Send as much of a prefix as there is."""
+        keys = await taken_in(packed)
+        job.total = len(keys)
+        sought = await self._prefetcher.found_out(keys[0], sought)
+        while job.done < job.total:
+            before, nbytes = job.done, job.nbytes
+            some = keys[before : before + SEND_CHUNKS]
+            async with self._prefetcher.held(job, some, sought) as count:
+                job.done, job.nbytes = before, nbytes  # it counts once it is there
+                if not count:
+                    job.note = "this node has no more of it"
+                    return
+                await self._have_fetched(job, some[:count], peer, sought, before)
+            if job.done < before + count:
+                return
+
+    async def _have_fetched(
+        self, job: Job, keys: list[bytes], peer: Address, sought: Sought, before: int
+    ) -> None:
+        assert self._places.peers is not None
+        made, tell = sought.made, self._places.peers.tell
+        request = peers_protocol.Fetch(
+            self._address(), made.namespace, keys, list(made.parts), list(made.orders),
+            list(sought.lengths),
+        )  # fmt: skip
+        state = await job.wait(tell(peer, request))
+        clock, quiet_since = asyncio.get_running_loop().time, 0.0
+        while state.state == "running":
+            now = clock()
+            if before + state.done > job.done or not quiet_since:
+                quiet_since = now
+            elif now - quiet_since > SILENT_S:
+                raise TierUnavailable(f"{peer} has brought nothing for {SILENT_S:g} s")
+            job.done = before + state.done
+            await job.pause(WATCH_S)
+            state = await job.wait(tell(peer, peers_protocol.Watch(state.job)))
+        job.done = before + state.done
+        job.nbytes += state.nbytes
+        if state.done < len(keys):
+            raise _refused(peer, state)
+
+
+def _refused(peer: Address, state: peers_protocol.Fetching) -> KVStrataError:
+    return TierUnavailable(
+        f"{peer} has {state.done} of what it was sent: {state.why or state.state}"
+    )
