@@ -80,6 +80,10 @@ SAMPLES: Mapping[str, Any] = {
     "fleet.registry": "rediss://kv@[::1]:7000/2?ca_file=/etc/ca.pem",
     "fleet.name": "node-7",
     "fleet.prefix": "fleet-1",
+    "api.listen": "unix:/run/kvstrata/api.sock",
+    "api.token_file": "/etc/kvstrata/tokens",
+    "api.tls_certificate": "/etc/kvstrata/api.pem",
+    "api.tls_key": "/etc/kvstrata/api.key",
     "redis.codec": "lossless",
     "redis.coarser": "cachegen-2, int4",
     "redis.load_target": "500ms",
@@ -474,6 +478,7 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
         "memory.capacity": "1GiB",
         "peer.nodes": "b:1",
         **{f"network.{name}": "/x.pem" for name in ("certificate", "key", "authority")},
+        **{f"api.tls_{name}": "/x.pem" for name in ("certificate", "key")},
         "redis.url": "redis://h",
         "redis.load_target": "1s",
         "mooncake.master": "m:1",
@@ -490,7 +495,7 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
             given["network.trusted"] = SAMPLES["network.trusted"]
         before = load(given).node_identity(uid=1)
         other = load({**given, path: value}).node_identity(uid=1)
-        is_client = path in clients or path.startswith("deadlines.")
+        is_client = path in clients or path.startswith(("deadlines.", "api."))
         assert (other == before) == is_client, path
     assert load().node_identity(uid=1) != identity
     assert load(base).node_identity(uid=2) != identity

@@ -12,18 +12,21 @@ import typer
 
 from kvstrata import __version__
 from kvstrata.cli import (
+    api,
     calibrate,
     clear,
     cluster,
     config,
     demo,
     doctor,
+    lookup,
     metrics,
     proxy,
     quality,
     secret,
     serve,
     status,
+    warm,
 )
 from kvstrata.errors import KVStrataError
 
@@ -43,6 +46,9 @@ def build_app() -> typer.Typer:
     app.command("metrics")(metrics.run)
     app.command("clear")(clear.run)
     app.add_typer(cluster.app, name="cluster")
+    app.command("lookup")(lookup.run)
+    app.command("warm")(warm.run)
+    app.command("api")(api.run)
     app.command("config")(config.run)
     app.command("doctor")(doctor.run)
     app.command("demo")(demo.run)

@@ -31,6 +31,14 @@ def run(
             help="Where to listen; engines name the same in their `node` option.",
         ),
     ] = None,
+    api: Annotated[
+        str | None,
+        typer.Option(
+            "--api",
+            metavar="ADDRESS",
+            help="Also run the HTTP API here, such as 127.0.0.1:7780 or unix:/PATH.",
+        ),
+    ] = None,
 ) -> None:
     """Run a node in the foreground until SIGTERM or ctrl-C.
 
@@ -40,6 +48,9 @@ def run(
 
     Without --socket the node listens where an on-demand node of this user and configuration
     would: engines with the same options and no `node` of their own find it.
+
+    With --api, or `api.listen` in the configuration, the HTTP API runs beside it as a process of
+    its own (docs/api.md) and ends with it. Engines need not know of it.
     """
     from kvstrata.config import effective, host_capacity_bytes
     from kvstrata.memory.machine import available_bytes
@@ -47,7 +58,8 @@ def run(
     from kvstrata.units import approximate_size
     from kvstrata.wire.sockets import prepare_folder, socket_path
 
-    config = configured(config_file, settings, at)
+    given = [*(settings or []), *([f"api.listen={api}"] if api else [])]
+    config = configured(config_file, given, at)
     path = socket_path(config)
     typer.echo(effective(config))
     logging.basicConfig(
@@ -73,7 +85,7 @@ def run(
     try:
         prepare_folder(path.parent)
         wait_for_turn(config, path)
-        run(config, on_ready=on_ready)
+        run(config, on_ready=on_ready, on_api=lambda url: typer.echo(f"API on {url}"))
     except OSError as error:
         if ready:  # not about how the node was set up: a bug's trace must be seen
             raise

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from kvstrata import units
 from kvstrata.config import kinds
+from kvstrata.config.api import ApiConfig
 from kvstrata.config.files import read_file
 from kvstrata.config.fleet import FleetConfig
 from kvstrata.config.network import FLEET, NetworkConfig, PeerConfig
@@ -31,6 +32,7 @@ from kvstrata.memory.machine import total_bytes
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 OTHER_VARIABLES: Mapping[str, str] = {
+    "KVSTRATA_API_TOKEN": "tokens of the HTTP API, as in `api.token_file`; a bare one may write",
     "KVSTRATA_CONFIG": "the configuration file (`.toml`, `.yaml` or `.yml`)",
     "KVSTRATA_MODEL_CACHE": "where the demo and the tests keep the models that they prepared",
     "KVSTRATA_REQUIRE_ENGINE": "`1`: the engine tests fail, not skip, where vLLM is missing",
@@ -105,6 +107,7 @@ class Config:
     host: HostConfig = field(default_factory=HostConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
     tiers: tuple[TierPart, ...] = ()
     """Below the pool, fastest first."""
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
@@ -158,6 +161,7 @@ PARTS: Mapping[str, type] = {
     **{part.name: part for part in TIERS},
     "network": NetworkConfig,
     "fleet": FleetConfig,
+    "api": ApiConfig,
     "deadlines": DeadlineConfig,
     "leases": LeaseConfig,
 }
@@ -274,6 +278,7 @@ def _check_sums(
         check_fits("host.capacity", pool, in_all(), "memory this machine has")
     room = Room(lambda: max(0, in_all() - pool), disk_bytes)
     config.network.check()
+    config.api.check()
     for part in config.tiers:
         part.check(room)
         if isinstance(part, PeerConfig):

@@ -26,6 +26,7 @@ from kvstrata.cores import given_cores
 from kvstrata.errors import KVStrataError
 from kvstrata.node.fleet.membership import Membership
 from kvstrata.node.node import Node
+from kvstrata.node.process.companion import Companion
 from kvstrata.node.process.listening import PeerServer
 from kvstrata.node.process.server import Server
 from kvstrata.secret import Secrets, load_secrets
@@ -40,7 +41,11 @@ STARTUP_GRACE_S = 60.0
 
 
 def run(
-    config: Config, *, on_demand: bool = False, on_ready: Callable[[], None] = lambda: None
+    config: Config,
+    *,
+    on_demand: bool = False,
+    on_ready: Callable[[], None] = lambda: None,
+    on_api: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; on demand, also until nobody has been connected for a while.
 
@@ -48,9 +53,11 @@ def run(
         config: the whole configuration.
         on_demand: end ``config.linger`` seconds after the last client.
         on_ready: called once clients can connect.
+        on_api: called with the HTTP API's URL, where one is configured. A service does not serve
+            without it; an on-demand node does, and logs why.
 
     Raises:
-        ConfigError: the socket's folder or the secret cannot be used.
+        ConfigError: the socket's folder or the secret cannot be used, or the API cannot start.
         TierUnavailable: the system gives no memory for the pool.
     """
     path = socket_path(config)
@@ -63,7 +70,7 @@ def run(
     with open(beside(path, ".lock"), "a") as lock:
         # An earlier node that is still writing behind holds this, and the disk tier's folder.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        uvloop.run(_serve(config, path, known, on_demand, on_ready))
+        uvloop.run(_serve(config, path, known, on_demand, on_ready, on_api))
 
 
 def bind(path: Path) -> socket.socket:
@@ -138,7 +145,12 @@ class _Door:
 
 
 async def _serve(
-    config: Config, path: Path, known: Secrets, on_demand: bool, on_ready: Callable[[], None]
+    config: Config,
+    path: Path,
+    known: Secrets,
+    on_demand: bool,
+    on_ready: Callable[[], None],
+    on_api: Callable[[str], None],
 ) -> None:
     door = _Door(path, config.linger if on_demand else None)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -148,6 +160,8 @@ async def _serve(
     server = Server(node, known, door.on_alone)
     peers = None
     fleet = Membership.of(node, path)
+    companion = Companion(config, path, server.beside.add)
+    starting: asyncio.Future[None] | None = None
     try:
         peers = PeerServer.of(config, known, node)
         await node.start()
@@ -158,17 +172,33 @@ async def _serve(
             "node %d serves on %s: %d bytes of host memory", os.getpid(), path,
             node.host.pool.capacity_bytes,
         )  # fmt: skip
+        if config.api.listen is not None:
+            if on_demand:
+                starting = asyncio.ensure_future(_start_if_it_can(companion))
+            else:
+                on_api(await companion.start())
         on_ready()
         await door.closed.wait()
     finally:
         door.close()
         if fleet is not None:
             await fleet.stop()
+        if starting is not None:
+            starting.cancel()
+            await asyncio.wait({starting})
+        await companion.close()
         await server.close()
         if peers is not None:
             await peers.close()
         await node.stop()
         logger.info("node %d has ended", os.getpid())
+
+
+async def _start_if_it_can(companion: Companion) -> None:
+    try:
+        logger.info("the API of this node is on %s", await companion.start())
+    except (KVStrataError, OSError) as error:
+        logger.error("this node has no API: %s", error)
 
 
 def _main() -> None:

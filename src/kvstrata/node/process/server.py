@@ -194,12 +194,14 @@ class Server:
         self._on_alone = on_alone
         self._identity = os.urandom(16)
         self._connections: set[Connection] = set()
+        self.beside: set[int] = set()
+        """Processes that belong to this node: it serves them, and does not stay for them."""
         self._listener: socket.socket | None = None
 
     @property
     def num_clients(self) -> int:
         """Connections that stand, and those of living processes whose copies may still run."""
-        return len(self._connections)
+        return sum(one.pid not in self.beside for one in self._connections)
 
     def listen(self, listener: socket.socket) -> None:
         """Serve a bound, listening Unix socket."""
@@ -318,7 +320,7 @@ class Server:
             asyncio.get_running_loop().remove_reader(connection.pidfd)
             os.close(connection.pidfd)
         self.node.end(connection.client)
-        if not self._connections:
+        if connection.pid not in self.beside and not self.num_clients:
             self._on_alone()
 
 

@@ -1,0 +1,59 @@
+"""What the verbs share: the state behind them, and the form of their models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvstrata.config import Config
+from kvstrata.control.jobs import Jobs
+from kvstrata.control.link import Lane, NodeLink
+from kvstrata.control.problems import Problem
+from kvstrata.control.tokenizing import Tokenizers
+
+Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=["ab" * 32])]
+"""A key or a namespace: 32 bytes in hex."""
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Text = Annotated[str, Field(max_length=1024)]
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "model": Problem,
+        "description": "A problem (RFC 9457).",
+        "content": {"application/problem+json": {}},
+    }
+}
+
+
+class Asked(BaseModel):
+    """A body that somebody sent: nothing in it is passed over, and nothing is taken for another."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Told(BaseModel):
+    """What the API answers; a later release may add fields."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+@dataclass
+class State:
+    """Behind all verbs."""
+
+    config: Config
+    link: NodeLink
+    jobs: Jobs = field(default_factory=Jobs)
+    tokenizers: Tokenizers = field(default_factory=Tokenizers)
+    tokenizing: Lane = field(default_factory=lambda: Lane("tokens", 2))
+
+
+def _state(request: Request) -> State:
+    state: State = request.app.state.kvstrata
+    return state
+
+
+Here = Annotated[State, Depends(_state)]

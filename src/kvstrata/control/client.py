@@ -1,0 +1,210 @@
+"""A client of the HTTP API: typed, small, and checked against the API's own description."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from kvstrata import errors
+from kvstrata.control import problems
+from kvstrata.control.verbs.about import Health, Ready, Status, Version
+from kvstrata.control.verbs.clear import Cleared, Flushed
+from kvstrata.control.verbs.jobs import Job, Jobs
+from kvstrata.control.verbs.lookup import Found
+from kvstrata.control.verbs.namespaces import Namespaces
+from kvstrata.control.verbs.records import Records
+from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeUnavailable
+
+M = TypeVar("M", bound=BaseModel)
+
+TIMEOUT_S = 130.0
+"""More than any verb takes."""
+
+
+class ApiProblem(KVStrataError):
+    """The API answered with a problem that no other error stands for.
+
+    Args:
+        problem: as it came.
+    """
+
+    def __init__(self, problem: problems.Problem) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+
+
+class Client:
+    """Asks a node's API. Thread-safe; a context manager.
+
+    Args:
+        url: ``http://127.0.0.1:7780``, ``https://...`` or ``unix:/path``.
+        token: shown where one is needed.
+        timeout_s: for any answer.
+        certificates: of the authority that signed the API's certificate, for HTTPS; None: the
+            system's.
+        transport: in the place of the network.
+
+    Every method raises:
+        NodeUnavailable: the API, or its node, does not answer.
+        DeadlineExceeded: it does not answer in time.
+        UsageError, TierUnavailable, ReadOnly: as the node does.
+        ApiProblem: any other problem; it has the field's name.
+        Incompatible: what answers is no such API.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+        certificates: Path | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.url = url
+        if url.startswith("unix:"):
+            transport = transport or httpx.HTTPTransport(uds=url.removeprefix("unix:"))
+            url = "http://localhost"
+        verify = ssl.create_default_context(cafile=certificates) if certificates else True
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=timeout_s,
+            transport=transport,
+            verify=verify,
+            trust_env=False,
+        )
+
+    def health(self) -> Health:
+        """Whether the API's process lives."""
+        return self._get("/v1/health", Health)
+
+    def ready(self) -> Ready:
+        """Whether the node can be asked."""
+        return self._get("/v1/ready", Ready)
+
+    def version(self) -> Version:
+        """Releases of the API and of its node."""
+        return self._get("/v1/version", Version)
+
+    def status(self) -> Status:
+        """Memory, tiers, leases, counters and the last requests of the node."""
+        return self._get("/v1/status", Status)
+
+    def namespaces(self) -> Namespaces:
+        """The namespaces that engines told the node of."""
+        return self._get("/v1/namespaces", Namespaces)
+
+    def requests(self, before: int = 0, limit: int = 100) -> Records:
+        """A page of the requests' records, the latest first; ``before``: `Records.next`."""
+        return self._get("/v1/requests", Records, before=before, limit=limit)
+
+    def lookup(
+        self,
+        tokens: Sequence[int] | None = None,
+        text: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        keys: Sequence[str] | None = None,
+        model: str | None = None,
+        namespace: str | None = None,
+        salt: str = "",
+    ) -> Found:
+        """How many leading tokens of a prompt are held; one of the first four says which."""
+        return self._post(
+            "/v1/lookup", Found, tokens=tokens, text=text, messages=messages, keys=keys,
+            model=model, namespace=namespace, salt=salt,
+        )  # fmt: skip
+
+    def flush(self) -> Flushed:
+        """Wait until what was stored so far is written to the slower tiers."""
+        return self._post("/v1/flush", Flushed)
+
+    def clear(
+        self,
+        everything: Literal[True] | None = None,
+        keys: Sequence[str] | None = None,
+        tiers: Sequence[str] | None = None,
+    ) -> Cleared:
+        """Forget everything, or the chunks of these keys, in these tiers or all."""
+        return self._post("/v1/clear", Cleared, everything=everything, keys=keys, tiers=tiers)
+
+    def warm(
+        self, url: str, model: str, prompts: Sequence[str | Sequence[int]], at_once: int = 2
+    ) -> Job:
+        """Begin to have an engine compute prompts."""
+        return self._post("/v1/warm", Job, url=url, model=model, prompts=prompts, at_once=at_once)
+
+    def jobs(self, after: str = "", limit: int = 100) -> Jobs:
+        """A page of the jobs, the latest first; ``after``: `Jobs.next`."""
+        return self._get("/v1/jobs", Jobs, after=after, limit=limit)
+
+    def job(self, id: str) -> Job:
+        """One job."""
+        return self._get(f"/v1/jobs/{_quoted(id)}", Job)
+
+    def cancel(self, id: str) -> Job:
+        """End a job."""
+        return self._post(f"/v1/jobs/{_quoted(id)}/cancel", Job)
+
+    def close(self) -> None:
+        """Hang up. Repeatable."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _get(self, path: str, told: type[M], /, **query: Any) -> M:
+        return self._ask("GET", path, told, params=query)
+
+    def _post(self, path: str, told: type[M], /, **body: Any) -> M:
+        given = {name: value for name, value in body.items() if value is not None}
+        return self._ask("POST", path, told, **({"json": given} if body else {}))
+
+    def _ask(self, method: str, path: str, told: type[M], **what: Any) -> M:
+        try:
+            answer = self._http.request(method, path, **what)
+        except httpx.TimeoutException as error:
+            raise DeadlineExceeded(f"the API on {self.url} does not answer in time") from error
+        except (httpx.HTTPError, OSError) as error:
+            raise NodeUnavailable(f"no API answers on {self.url}: {error}") from error
+        try:
+            if answer.is_success:
+                return told.model_validate_json(answer.content)
+            problem = problems.Problem.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise Incompatible(
+                f"what answers on {self.url} ({answer.status_code}) is no API of this release"
+            ) from error
+        kind = getattr(errors, problem.kind, None)
+        if isinstance(kind, type) and issubclass(kind, KVStrataError) and kind in RAISED:
+            raise kind(problem.detail)
+        raise ApiProblem(problem)
+
+
+RAISED = frozenset(
+    {
+        DeadlineExceeded,
+        Incompatible,
+        NodeUnavailable,
+        errors.ReadOnly,
+        errors.TierUnavailable,
+        errors.UsageError,
+    }
+)
+
+
+def _quoted(id: str) -> str:
+    return httpx.URL("http://localhost").copy_with(path=f"/{id}").raw_path.decode()[1:]

@@ -1,0 +1,94 @@
+"""Having an engine compute prompts ahead of need, so that they are stored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import httpx
+from blake3 import blake3
+from fastapi import APIRouter
+from pydantic import Field
+
+from kvstrata.control.base import PROBLEMS, Asked, Here, Text, TokenId
+from kvstrata.control.jobs import Work
+from kvstrata.control.problems import Invalid
+from kvstrata.control.verbs.jobs import Job, shown
+
+router = APIRouter(responses=PROBLEMS, tags=["act"])
+
+MAX_PROMPTS = 4096
+MAX_AT_ONCE = 64
+PROMPT_S = 600.0
+"""For the engine to compute one prompt."""
+CONNECT_S = 5.0
+
+
+class Warm(Asked):
+    """Prompts, and the engine that is to compute them."""
+
+    url: Text = Field(
+        description="Of the engine's OpenAI server, without `/v1`.",
+        examples=["http://127.0.0.1:8000"],
+    )
+    model: Text = Field(description="As that server calls it.")
+    prompts: list[str | list[TokenId]] = Field(
+        description="Texts or token ids.", min_length=1, max_length=MAX_PROMPTS
+    )
+    at_once: int = Field(2, ge=1, le=MAX_AT_ONCE, description="How many it is given at a time.")
+
+
+@router.post("/v1/warm", operation_id="warm", status_code=202)
+async def warm(asked: Warm, here: Here) -> Job:
+    """Compute a list of prompts through an engine, each with one token to answer; a job.
+
+    The engine's connector stores what is computed. Asking for exactly the same again while it runs
+    answers the job that runs. A prompt that the engine refuses is counted and passed over.
+    """
+    url = _endpoint(asked.url)
+    about = blake3(asked.model_dump_json().encode()).digest()
+
+    async def work(job: Work) -> None:
+        await _compute(job, url, asked)
+
+    return shown(here.jobs.begin("warm", len(asked.prompts), about, work))
+
+
+def _endpoint(text: str) -> httpx.URL:
+    try:
+        url = httpx.URL(text.rstrip("/"))
+    except (httpx.InvalidURL, ValueError) as error:
+        raise Invalid("url", f"is no URL: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host or url.path not in ("", "/"):
+        raise Invalid("url", "is no engine's; expected one such as http://127.0.0.1:8000")
+    return url.copy_with(path="/v1/completions", query=None, fragment=None)
+
+
+async def _compute(job: Work, url: httpx.URL, asked: Warm) -> None:
+    """All prompts, some at a time; nothing an engine answers gets into the job but numbers."""
+    timeout = httpx.Timeout(PROMPT_S, connect=CONNECT_S)
+    left: Iterator[tuple[int, str | list[int]]] = iter(enumerate(asked.prompts))
+
+    async def go_on(client: httpx.AsyncClient) -> None:
+        for number, prompt in left:
+            body = {"model": asked.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+            try:
+                answer = await client.post(url, json=body)
+                answer.raise_for_status()
+                job.tokens += int(answer.json()["usage"]["prompt_tokens"])
+            except httpx.HTTPStatusError as error:
+                job.trouble(f"prompt {number}: the engine answered {error.response.status_code}")
+            except (httpx.HTTPError, OSError) as error:
+                job.trouble(f"prompt {number}: {type(error).__name__}")
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                job.trouble(f"prompt {number}: that is no OpenAI server")
+            job.done += 1
+
+    async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
+        working = [asyncio.ensure_future(go_on(client)) for _ in range(asked.at_once)]
+        try:
+            await asyncio.gather(*working)
+        finally:
+            for one in working:
+                one.cancel()
