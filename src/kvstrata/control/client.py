@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -145,11 +146,11 @@ class Client:
 
     def job(self, id: str) -> Job:
         """One job."""
-        return self._get(f"/v1/jobs/{_quoted(id)}", Job)
+        return self._get(f"/v1/jobs/{quote(id, safe='')}", Job)
 
     def cancel(self, id: str) -> Job:
         """End a job."""
-        return self._post(f"/v1/jobs/{_quoted(id)}/cancel", Job)
+        return self._post(f"/v1/jobs/{quote(id, safe='')}/cancel", Job)
 
     def close(self) -> None:
         """Hang up. Repeatable."""
@@ -204,7 +205,3 @@ RAISED = frozenset(
         errors.UsageError,
     }
 )
-
-
-def _quoted(id: str) -> str:
-    return httpx.URL("http://localhost").copy_with(path=f"/{id}").raw_path.decode()[1:]

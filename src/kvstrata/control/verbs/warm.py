@@ -60,7 +60,8 @@ def _endpoint(text: str) -> httpx.URL:
         url = httpx.URL(text.rstrip("/"))
     except (httpx.InvalidURL, ValueError) as error:
         raise Invalid("url", f"is no URL: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host or url.path not in ("", "/"):
+    named = url.host and "%" not in url.host
+    if url.scheme not in ("http", "https") or not named or url.path not in ("", "/"):
         raise Invalid("url", "is no engine's; expected one such as http://127.0.0.1:8000")
     return url.copy_with(path="/v1/completions", query=None, fragment=None)
 

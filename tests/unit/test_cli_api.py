@@ -1,0 +1,160 @@
+"""The commands that speak to the API, with one and without."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.apis import CHUNK, MODEL, Rig, prompt
+from tests.unit.test_api_jobs import StandIn
+from tests.unit.test_tokenizing import model
+
+from kvstrata import cli
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with tempfile.TemporaryDirectory(prefix="kv-") as name:
+        rig = Rig(Path(name))
+        yield rig
+        rig.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("KVSTRATA_")]:
+        monkeypatch.delenv(name)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["kvstrata", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    told = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, told.out, told.err
+
+
+def ways(rig: Rig) -> list[list[str]]:
+    """Over HTTP by a URL, over HTTP by the configuration, and straight to the node."""
+    return [
+        ["--api", rig.url],
+        ["--set", f"api.listen=127.0.0.1:{rig.port}"],
+        ["--node", str(rig.config.node)],
+    ]
+
+
+def test_lookup_in_every_way(
+    rig: Rig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with rig.engine() as engine:
+        engine.tell()
+        engine.store(prompt(2))
+    ids = tmp_path / "ids"
+    ids.write_text(" ".join(map(str, prompt(3))))
+    for way in ways(rig):
+        arguments = ["lookup", "--tokens", f"@{ids}", "--model", MODEL, *way]
+        assert run(monkeypatch, capsys, *arguments) == (
+            0,
+            f"{2 * CHUNK} of {3 * CHUNK} tokens would hit: 2 of 3 chunks of {CHUNK}\n"
+            "  chunks 0 to 1: host\n  chunks 2 to 2: nowhere\n",
+            "",
+        )
+        status, out, _ = run(monkeypatch, capsys, *arguments, "--json")
+        assert json.loads(out)["leading_chunks"] == 2
+        status, out, err = run(monkeypatch, capsys, *arguments, "--model", "other")
+        assert (status, out) == (1, "")
+        assert err.startswith("kvstrata: no engine told this node of a model other")
+
+
+def test_lookup_of_text_and_messages(
+    rig: Rig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = model(tmp_path / "m")
+    with rig.engine() as engine:
+        engine.tell(name=str(folder))
+        engine.store([0, 4, 5] + [4] * 13)  # <s> hello world hello ...
+        engine.store([0] + [2, 4, 3] * 5)
+    text = "hello world" + " hello" * 13
+    (tmp_path / "text").write_text(text)
+    chat = [
+        {"role": "user", "content": "hello assistant " + "user hello assistant " * 3 + "user hello"}
+    ]
+    (tmp_path / "chat").write_text(json.dumps(chat))
+    node = ["--node", str(rig.config.node), "--model", str(folder)]
+    for how in ([text], ["--file", f"{tmp_path}/text"], ["--messages", f"{tmp_path}/chat"]):
+        status, out, err = run(monkeypatch, capsys, "lookup", *how, *node)
+        assert (status, err) == (0, "")
+        assert out.startswith(f"{CHUNK} of {CHUNK} tokens"), how
+
+
+def test_what_is_no_prompt(
+    rig: Rig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments, words in [
+        ([], "in one way"),
+        (["a", "--tokens", "1"], "in one way"),
+        (["--tokens", "1,x"], "whole numbers"),
+        (["--file", f"{tmp_path}/none"], "cannot be read"),
+    ]:
+        status, _, err = run(monkeypatch, capsys, "lookup", *arguments)
+        assert status == 2
+        assert words in err
+        assert err.count("\n") == 1
+
+
+def test_without_an_api_or_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for way in (["--api", "http://127.0.0.1:1"], ["--node", "unix:/tmp/kv-none.sock"]):
+        status, out, err = run(monkeypatch, capsys, "lookup", "--tokens", "1", *way)
+        assert (status, out) == (1, "")
+        assert "answers" in err
+    status, _, err = run(monkeypatch, capsys, "api")
+    assert status == 2
+    assert err.startswith("kvstrata: api.listen: missing")
+
+
+def test_warm_shows_what_became_of_it(
+    rig: Rig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = StandIn()
+    file = tmp_path / "prompts"
+    file.write_text('"a text"\n\n[1, 2]\n{"prompt": "more"}\n')
+    try:
+        for way in ways(rig):
+            command = ["warm", str(file), "--engine", engine.url, "--model", "m", *way]
+            assert run(monkeypatch, capsys, *command) == (
+                0,
+                "done: 3 of 3 prompts, 12 tokens\n",
+                "",
+            )
+        engine.answer = lambda body: (400, b"")
+        status, out, err = run(monkeypatch, capsys, *command)
+        assert (status, out) == (1, "failed: 3 of 3 prompts, 0 tokens\n")
+        assert "prompt 0: the engine answered 400" in err
+    finally:
+        engine.close()
+    for text, words in [("x", "line 1 is no JSON"), ("5", "is no prompt"), ("", "no prompt in it")]:
+        file.write_text(text)
+        status, _, err = run(monkeypatch, capsys, *command)
+        assert status == 2
+        assert words in err
