@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from tests.support.apis import CHUNK, MODEL, SPACE, Rig, prompt
 
 import kvstrata
 from kvstrata.errors import TierUnavailable
+from kvstrata.observe.rendering import CONTENT_TYPE
 from kvstrata.wire import protocol as p
 
 
@@ -53,6 +56,14 @@ def test_the_status_is_all_that_the_node_tells(rig: Rig) -> None:
     assert set(told) == set(state)
     assert told["host"]["capacity_bytes"] == 16 << 20
     assert told["tiers"][0]["capacity_bytes"] == 64 << 20, "fields beyond the model are not lost"
+
+
+def test_the_metrics_are_what_prometheus_reads(rig: Rig) -> None:
+    with urllib.request.urlopen(f"{rig.url}/metrics", timeout=60) as answer:
+        assert answer.headers["content-type"] == CONTENT_TYPE
+        families = {one.name: one for one in text_string_to_metric_families(answer.read().decode())}
+    (sample,) = families["kvstrata_host_capacity_bytes"].samples
+    assert sample.value == 16 << 20
 
 
 def test_a_lookup_says_how_much_would_hit_and_where(rig: Rig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -54,6 +55,6 @@ def rig() -> Iterator[Rig]:
 
 @schema.parametrize()
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_is_asked_is_answered(case: schemathesis.Case, rig: Rig) -> None:
+def test_whatever_is_asked_is_answered(case: schemathesis.Case[Any], rig: Rig) -> None:
     answer = case.call(base_url=rig.url, timeout=ANSWER_S)
     case.validate_response(answer, checks=CHECKS)

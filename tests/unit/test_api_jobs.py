@@ -1,4 +1,4 @@
-"""Jobs of the API, and `warm`: an engine is asked for each prompt, and tells nothing but numbers."""
+"""Jobs of the API, and `warm`: an engine is asked for every prompt, and tells only numbers."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ import pytest
 from tests.support.apis import Rig
 
 from kvstrata.control import guard, http, link
-from kvstrata.control.verbs import about
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
 
@@ -199,7 +198,7 @@ def test_more_requests_than_are_served_are_told_to_come_back(
         assert go_on.wait(60)
         raise AssertionError("and it fails")
 
-    monkeypatch.setattr(about.NodeClient, "status", slow)
+    monkeypatch.setattr(NodeClient, "status", slow)
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(rig.ask, "GET", "/v1/status") for _ in range(2)]
         for _ in waiting:

@@ -29,14 +29,12 @@ from tests.support.nodes import (
     store,
 )
 
-from kvstrata.control.metrics import MetricsApp
-from kvstrata.errors import NodeUnavailable
 from kvstrata.node.node import Node
 from kvstrata.node.operating.requests import MOST
 from kvstrata.node.slots.clients import Client
 from kvstrata.observe.catalogue import ENGINE, GROUPS, NODE, NODE_PREFIX, Kind, by_name
 from kvstrata.observe.counters import Counters
-from kvstrata.observe.rendering import CONTENT_TYPE, render
+from kvstrata.observe.rendering import render
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
@@ -293,42 +291,6 @@ def test_every_gauge_that_is_declared_is_measured() -> None:
             assert value.labels.keys() == set(NODE[value.name].labels), value
 
     on_node(test, tier=MemoryTier())
-
-
-# over HTTP
-
-
-async def asked(app: MetricsApp, method: str = "GET") -> tuple[int, dict[bytes, bytes], bytes]:
-    sent: list[dict[str, Any]] = []
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request"}
-
-    await app({"type": "http", "method": method}, receive, send)
-    return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
-
-
-def test_the_application_answers_with_text_that_prometheus_reads() -> None:
-    async def test(node: Node) -> None:
-        app = MetricsApp(lambda: node.measures.answer(ME, p.Metrics(1)))
-        status, headers, body = await asked(app)
-        assert status == 200
-        assert headers[b"content-type"].decode() == CONTENT_TYPE
-        assert scraped(body)["host_capacity_bytes"] == 10 * SLOT
-        assert (await asked(app, "POST"))[0] == 405
-
-    on_node(test)
-
-
-def test_without_a_node_it_says_so() -> None:
-    def ask() -> p.Measured:
-        raise NodeUnavailable("the node hung up")
-
-    status, _, body = asyncio.run(asked(MetricsApp(ask)))
-    assert (status, body) == (503, b"the node hung up")
 
 
 def test_groups_are_what_is_declared() -> None:

@@ -17,9 +17,20 @@ from kvstrata.control.access import load_tokens
 from kvstrata.control.base import State
 from kvstrata.control.guard import Guard
 from kvstrata.control.link import NodeLink
-from kvstrata.control.verbs import about, clear, jobs, lookup, namespaces, records, warm
+from kvstrata.control.verbs import (
+    about,
+    clear,
+    jobs,
+    lookup,
+    metrics,
+    namespaces,
+    records,
+    warm,
+)
 
-ROUTERS = tuple(verb.router for verb in (about, lookup, namespaces, records, clear, warm, jobs))
+ROUTERS = tuple(
+    verb.router for verb in (about, metrics, lookup, namespaces, records, clear, warm, jobs)
+)
 """A new verb is a file in `verbs` and a name here."""
 READS = (*lookup.READS,)
 """What is posted and yet changes nothing."""

@@ -97,6 +97,10 @@ class Client:
         """Memory, tiers, leases, counters and the last requests of the node."""
         return self._get("/v1/status", Status)
 
+    def metrics(self) -> str:
+        """The node's metrics in Prometheus' text format."""
+        return self._answer("GET", "/metrics").text
+
     def namespaces(self) -> Namespaces:
         """The namespaces that engines told the node of."""
         return self._get("/v1/namespaces", Namespaces)
@@ -175,24 +179,35 @@ class Client:
         return self._ask("POST", path, told, **({"json": given} if body else {}))
 
     def _ask(self, method: str, path: str, told: type[M], **what: Any) -> M:
+        answer = self._answer(method, path, **what)
+        try:
+            return told.model_validate_json(answer.content)
+        except ValidationError as error:
+            raise self._no_api(answer) from error
+
+    def _answer(self, method: str, path: str, **what: Any) -> httpx.Response:
+        """A success, or what the problem stands for is raised."""
         try:
             answer = self._http.request(method, path, **what)
         except httpx.TimeoutException as error:
             raise DeadlineExceeded(f"the API on {self.url} does not answer in time") from error
         except (httpx.HTTPError, OSError) as error:
             raise NodeUnavailable(f"no API answers on {self.url}: {error}") from error
+        if answer.is_success:
+            return answer
         try:
-            if answer.is_success:
-                return told.model_validate_json(answer.content)
             problem = problems.Problem.model_validate_json(answer.content)
         except ValidationError as error:
-            raise Incompatible(
-                f"what answers on {self.url} ({answer.status_code}) is no API of this release"
-            ) from error
+            raise self._no_api(answer) from error
         kind = getattr(errors, problem.kind, None)
         if isinstance(kind, type) and issubclass(kind, KVStrataError) and kind in RAISED:
             raise kind(problem.detail)
         raise ApiProblem(problem)
+
+    def _no_api(self, answer: httpx.Response) -> Incompatible:
+        return Incompatible(
+            f"what answers on {self.url} ({answer.status_code}) is no API of this release"
+        )
 
 
 RAISED = frozenset(
