@@ -129,6 +129,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "copies": ours("copies"),
     "fleet": ours("fleet"),
     "peers": ours("peers"),
+    "routing": ours("routing"),
     "disk": disk,
     "encryption": ours("encryption"),
     "node": node,

@@ -20,6 +20,7 @@ STOREYS = (
     "memory",
     "codecs",
     "policies",
+    "routing",
     "transfer",
     "tiers",
     "quality",

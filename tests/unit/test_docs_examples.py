@@ -26,6 +26,7 @@ PAGES = (
     "docs/mooncake.md",
     "docs/peers.md",
     "docs/disaggregation.md",
+    "docs/routing.md",
 )
 
 RUNNABLE = re.compile(r"^<!-- runnable -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -64,7 +65,8 @@ def test_the_pages_have_examples() -> None:
 @pytest.mark.parametrize("source", found(RUNNABLE))
 def test_runnable_blocks_run(source: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(source, "example", "exec"), {"__name__": "example"})
-    assert capsys.readouterr().out == "2 of 2 chunks came back\n"
+    said = capsys.readouterr().out.strip()
+    assert said == "2 of 2 chunks came back" or f"# {said}\n" in source
 
 
 @pytest.mark.parametrize("text", found(TOML))
