@@ -147,7 +147,7 @@ class KeyChain:
         """
         size = self.chunk_tokens
         key = self._parent_key(start, parent)
-        ids = _token_ids(tokens)
+        ids = token_ids(tokens)
         count = len(ids) // size
         if not count:
             return []
@@ -155,7 +155,7 @@ class KeyChain:
         rows = np.zeros((count, size + 2), "<u4")
         rows[:, 0] = size
         rows[:, 1:-1] = ids[: count * size].reshape(count, size)
-        items = _media_by_chunk(media, start, size, count) if media else {}
+        items = media_by_chunk(media, start, size, count) if media else {}
         for chunk, (number, _) in items.items():
             rows[chunk, -1] = number
         messages = rows.data.cast("B")
@@ -186,11 +186,11 @@ class KeyChain:
         Raises:
             UsageError: as `keys` does, or it is no such end.
         """
-        ids = _token_ids(tokens)
+        ids = token_ids(tokens)
         if not 0 < len(ids) < self.chunk_tokens:
             raise UsageError(f"a tail of {len(ids)} tokens; expected 1 to {self.chunk_tokens - 1}")
         key = self._parent_key(start, parent)
-        items = _media_by_chunk(media, start, self.chunk_tokens, 1) if media else {}
+        items = media_by_chunk(media, start, self.chunk_tokens, 1) if media else {}
         number, encoded = items.get(0, (0, b""))
         row = np.array([len(ids), *ids, number], "<u4").tobytes()
         hasher = self._hasher.copy()
@@ -241,7 +241,7 @@ def _utf8(text: str) -> bytes:
         raise UsageError(f"{text!r} cannot be encoded in UTF-8: {error.reason}") from error
 
 
-def _token_ids(tokens: Tokens) -> npt.NDArray[np.integer[Any]]:
+def token_ids(tokens: Tokens) -> npt.NDArray[np.integer[Any]]:
     """One flat array of checked ids."""
     if isinstance(tokens, np.ndarray):
         ids = tokens
@@ -269,7 +269,7 @@ def _first_bad(tokens: Sequence[object]) -> str:
     return "token ids must be a flat sequence of whole numbers"
 
 
-def _media_by_chunk(
+def media_by_chunk(
     media: Sequence[MediaItem], start: int, size: int, count: int
 ) -> dict[int, tuple[int, bytes]]:
     """For each chunk that items overlap: how many, and their encoding."""

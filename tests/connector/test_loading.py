@@ -48,6 +48,17 @@ def test_when_idle_a_load_is_synchronous_and_leaves_one_token(make_rig: Make, le
     rig.check()
 
 
+END = ("not a whole chunk", 200 - 6 * CHUNK, "", "")
+
+
+def reasons(rig: Rig) -> list[tuple[str, int, str, str]]:
+    """Of the last request: cause, tokens, tier, detail."""
+    return [
+        (one["why"], one["tokens"], one.get("tier", ""), one.get("detail", ""))
+        for one in rig.state()["requests"][-1]["reasons"]
+    ]
+
+
 def test_beside_others_a_load_is_asynchronous_and_may_be_the_whole_prompt(make_rig: Make) -> None:
     rig = make_rig()
     tokens = prompt(256)
@@ -194,6 +205,9 @@ def test_a_match_past_its_deadline_is_a_miss_and_its_late_lease_goes_back(make_r
     gate = rig.gate(p.Match)
     assert rig.ask(tokens) == 0
     assert rig.state()["requests"][-1]["miss"] == "the match missed its deadline"
+    assert reasons(rig) == [
+        ("deadline", 6 * CHUNK, "", "the match missed its deadline"), END
+    ]  # fmt: skip
     gate.open()
     rig.reset()
     assert rig.ask(tokens) > 0, rig.state()["requests"][-1]
@@ -218,6 +232,7 @@ def test_a_failed_load_is_remembered_and_recomputed(make_rig: Make) -> None:
     rig.run()
     assert rig.cut == rig.loaded == [name]
     assert rig.state()["requests"][-1]["miss"] == "the load ended before chunk 0"
+    assert reasons(rig) == [("deadline", 6 * CHUNK, tier.name, "load"), END]
     tier.opened.set()
     rig.check()
 
@@ -246,6 +261,7 @@ def test_what_came_before_a_chunk_that_is_lost_is_used(
     record = rig.state()["requests"][-1]
     assert record["loaded_tokens"] == lost * CHUNK
     assert record["miss"] == f"the load ended before chunk {lost}"
+    assert reasons(rig) == [("lost", (6 - lost) * CHUNK, tier.name, ""), END]
     rig.settle()
     rig.reset()
     assert rig.ask(tokens, 2) == 6 * CHUNK, "what was computed instead was stored"

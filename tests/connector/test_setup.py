@@ -98,6 +98,8 @@ def test_workers_that_cannot_take_part_turn_it_off(
     record = rig.state()["requests"][-1]
     assert why in record["miss"]
     assert record["stored_chunks"] == 0
+    bypassed, *_ = record["reasons"]
+    assert (bypassed["why"], why in bypassed["detail"]) == ("bypassed", True)
     rig.check()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.engine import CHUNK, request, whole_chunks
+from tests.engine.engine import CHUNK, NEW_TOKENS, request, whole_chunks
 from tests.engine.place import Place, eventually
 from tests.engine.plain import Plain, Texts
 from tests.engine.shared import Engines, Shared
@@ -122,6 +122,11 @@ def test_prompt_embeddings_are_left_alone(shared: Shared, plain: Plain, texts: T
         assert {answer.cached for answer in embedded} == {0}
         assert [answer.tokens for answer in embedded] == plain.cold(prompts)
         assert place.count("matches_total") == matches
+        record = place.last_record(len(prompts[-1]) + NEW_TOKENS)
+        assert [(one["why"], one["tokens"]) for one in record["reasons"]] == [
+            ("bypassed", whole_chunks(len(prompts[-1]))),
+            ("not a whole chunk", len(prompts[-1]) % CHUNK),
+        ]
         engine.forget()
         both = [request(prompt, embeds=embeds) for prompt in prompts for embeds in (True, False)]
         answers = engine.answers(both)

@@ -46,7 +46,7 @@ from tests.support.nodes import (
 from kvstrata.config import Config, HostConfig, LeaseConfig
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.memory.pool import Pool
-from kvstrata.node import matching
+from kvstrata.node import answering, matching
 from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.common import slices
 from kvstrata.node.node import Node
@@ -164,6 +164,7 @@ class Histories(RuleBasedStateMachine):
         self.patches = pytest.MonkeyPatch()
         self.patches.setattr(matching, "SLICE_OBJECTS", 3)
         self.patches.setattr(matching, "SLICE", 2)
+        self.patches.setattr(answering, "SLICE", 2)
         self.patches.setattr(slices, "HOLD_S", 0.0)
         self.patches.setattr(calls, "GRACE_S", 0.01)
         self.loop = asyncio.new_event_loop()

@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstrata.errors import Incompatible, UsageError
+from kvstrata.observe.reasons import Reason, Why
 from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
 TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096, 256)
+
+REASON = Reason(Why.EVICTED, 3, "disk", "x", 0.5)
 
 GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     (
@@ -32,15 +35,16 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
             "a:1",
             1.5,
             [7],
+            b"h",
         ),
-        "520000009da56d6174636801c4016b9200ce0001000191a3612f6292cd100005c4100001020304050607"
+        "550000009ea56d6174636801c4016b9200ce0001000191a3612f6292cd100005c4100001020304050607"
         "08090a0b0c0d0e0fc4016ecb3fe0000000000000cb3fd0000000000000a3613a31cb3ff8000000000000"
-        "9107",
+        "9107c40168",
     ),
     (
-        p.Matched(1, 2, b"\x00\x01", b"o", 3, 0.5, 0.25, 2.0, "no"),
-        "310000009aa76d6174636865640102c4020001c4016f03cb3fe0000000000000cb3fd0000000000000cb"
-        "4000000000000000a26e6f",
+        p.Matched(1, 2, b"\x00\x01", b"o", 3, 0.5, 0.25, 2.0, "no", [REASON]),
+        "4c0000009ba76d6174636865640102c4020001c4016f03cb3fe0000000000000cb3fd0000000000000cb"
+        "4000000000000000a26e6f9195a76576696374656403a46469736ba178cb3fe0000000000000",
     ),
     (p.Await(1, 2, 3), "0a00000094a56177616974010203"),
     (p.Arrived(1, 2, True, b"o"), "0f00000095a7617272697665640102c3c4016f"),
@@ -155,6 +159,15 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
     (
         o.Reloaded(1, ["log"], ["tenant"]),
         "1800000094a872656c6f616465640191a36c6f6791a674656e616e74",
+    ),
+    (
+        p.Explain(1, "r", b"k", b"n", bytes(range(16)), b"h", True),
+        "2800000098a76578706c61696e01a172c4016bc4016ec410000102030405060708090a0b0c0d0e0fc40168c3",
+    ),
+    (
+        p.Explained(1, {"a": 1}, b"\x00", [REASON]),
+        "2e00000095a96578706c61696e65640181a16101c401009195a76576696374656403a46469736ba178cb"
+        "3fe0000000000000",
     ),
     (p.Bye(), "0500000091a3627965"),
     (p.Failed(1, "UsageError", "no"), "1700000094a66661696c656401aa55736167654572726f72a26e6f"),
@@ -273,7 +286,7 @@ def test_only_messages_with_columns_are_long(message: p.Request | p.Reply) -> No
                                       "Matched", "Arrived", "Reserved", "Found", "State",
                                       "Measured", "RecordPage", "Watched", "JobPage", "Listed",
                                       "Prefetch", "Copy", "Move", "Send",
-                                      "Transcode")  # fmt: skip
+                                      "Transcode", "Explain", "Explained")  # fmt: skip
     assert p.max_bytes(p.encode(message)[4:]) == (4 << 20 if long else 64 << 10)
 
 

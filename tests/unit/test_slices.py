@@ -28,7 +28,7 @@ from tests.support.nodes import (
 )
 
 from kvstrata.errors import UsageError
-from kvstrata.node import clearing, matching, searching
+from kvstrata.node import answering, clearing, matching, searching
 from kvstrata.node.common import slices
 from kvstrata.node.common.index import Index
 from kvstrata.node.common.slices import in_slices
@@ -50,6 +50,7 @@ def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few chunks are many."""
     monkeypatch.setattr(slices, "HOLD_S", 0.0)
     monkeypatch.setattr(matching, "SLICE", 4)
+    monkeypatch.setattr(answering, "SLICE", 4)
     monkeypatch.setattr(matching, "SLICE_OBJECTS", 3)
     monkeypatch.setattr(matching, "SLICE_LOOKUPS", 4)
     monkeypatch.setattr(searching, "SLICE_KEYS", 8)
@@ -265,7 +266,7 @@ def test_a_long_prefix_costs_its_writer_slices_only(monkeypatch: pytest.MonkeyPa
         request = p.Reserve(1, nodes.NAMESPACE, b"".join(KEYS), 38, 0, nodes.template())
         monkeypatch.setattr(p, "split", noting_split)
         monkeypatch.setattr(Index, "touch", noting_touch)
-        monkeypatch.setattr(matching, "offsets_of_rows", noting_rows)
+        monkeypatch.setattr(answering, "offsets_of_rows", noting_rows)
         reserved = await later(node.reserve(me, request))
         assert max(sizes["split"]) == 8
         assert sum(sizes["split"]) == 40

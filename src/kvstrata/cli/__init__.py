@@ -19,10 +19,12 @@ from kvstrata.cli import (
     config,
     demo,
     doctor,
+    explain,
     lookup,
     metrics,
     proxy,
     quality,
+    records,
     secret,
     serve,
     status,
@@ -44,6 +46,8 @@ def build_app() -> typer.Typer:
     app.command("serve")(serve.run)
     app.command("status")(status.run)
     app.command("metrics")(metrics.run)
+    app.command("explain")(explain.run)
+    app.command("records")(records.run)
     app.command("clear")(clear.run)
     app.add_typer(cluster.app, name="cluster")
     app.command("lookup")(lookup.run)

@@ -10,10 +10,10 @@ ends, so nothing that was found can go, and no cap is passed, while others are s
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from kvstrata.node.answering import Answers
 from kvstrata.node.common.planner import plan
 from kvstrata.node.common.slices import Work, in_slices
 from kvstrata.node.locating import Located, with_slots
@@ -28,7 +28,7 @@ from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import Lease, LeaseTable
 from kvstrata.node.slots.reservations import ReservationTable
 from kvstrata.node.slots.sampling import Sampler
-from kvstrata.node.slots.slot import Row, Slot, offsets_of_rows
+from kvstrata.node.slots.slot import Row, Slot
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE
 from kvstrata.transfer.tcp import Address
@@ -54,6 +54,7 @@ class Matcher:
         expecting: follows what peers are about to have.
         backings: the slower tiers, fastest first.
         counters: the node's.
+        answers: words what is answered in the end.
         planning: whether what is computed sooner than loaded is left to the engine.
     """
 
@@ -67,6 +68,7 @@ class Matcher:
         expecting: Expecting,
         backings: Sequence[Backing],
         counters: Counters,
+        answers: Answers,
         *,
         planning: bool = True,
     ) -> None:
@@ -78,6 +80,7 @@ class Matcher:
         self._expecting = expecting
         self._backings = backings
         self._counters = counters
+        self._answers = answers
         self.planning = planning
         self.used: Callable[[bytes], None] = lambda key: None  # the last that a match found
         self._peers = next((one for one in backings if isinstance(one, PeerBacking)), None)
@@ -107,11 +110,12 @@ class Matcher:
                 self._note_use(search.keys[max(0, stop - SLICE) : stop])
                 if stop > SLICE:
                     yield None
-            offsets = yield from self._offsets(search)
+            if search.tiers:
+                self.used(search.keys[len(search.tiers) - 1])
+            return (yield from self._answers.of(search))
         except BaseException:
             self.release(search.lease)
             raise
-        return self._answer(search, offsets)
 
     def _ask(self, search: Search) -> Work[None]:
         """Ask the shared tiers for what no tier of this node has, and go on with what they have."""
@@ -120,8 +124,10 @@ class Matcher:
         asked = [backing for backing in self._backings if backing.must_be_asked]
         answers = [asyncio.ensure_future(backing.resolve(question)) for backing in asked]
         # All were asked at once; the fastest is heard first, and it may have everything.
-        for answer in answers:
+        for backing, answer in zip(asked, answers, strict=True):
             yield answer
+            if not answer.result():
+                search.late.append(backing.name)
             search.ended = search.absent = False
             while not self._step(search):
                 yield None
@@ -357,43 +363,9 @@ class Matcher:
 
     def _cut(self, search: Search, why: str) -> None:
         self._counters.add("matches_cut_total", why=why)
-        search.ended = True
+        search.cut, search.ended = why, True
 
     def _note_use(self, keys: list[bytes]) -> None:
         self._host.index.touch(keys)
         for backing in self._backings:
             backing.use(keys)
-
-    def _offsets(self, search: Search) -> Work[bytes]:
-        """Of all that was leased; none if its client has ended meanwhile."""
-        offsets = bytearray()
-        rows = search.lease.rows if search.lease is not None else []
-        for start in range(0, len(search.tiers), SLICE):
-            if start:
-                yield None
-            offsets += offsets_of_rows(rows[start : start + SLICE])
-        return bytes(offsets)
-
-    def _answer(self, search: Search, offsets: bytes) -> p.Matched:
-        self._counters.add("matches_total")
-        self._counters.observe("match_seconds", time.perf_counter() - search.begun)
-        if search.tiers:
-            self.used(search.keys[len(search.tiers) - 1])
-        for number in range(1 + len(self._backings)):
-            name = self._backings[number - 1].name if number else "host"
-            if hits := search.tiers.count(number):
-                self._counters.add("hit_chunks_total", hits, tier=name)
-        if missed := len(search.keys) - len(search.tiers):
-            self._counters.add("missed_chunks_total", missed)
-        here = next((i for i, nbytes in enumerate(search.coming) if nbytes), len(search.coming))
-        reckoned = (
-            search.num_found,
-            search.load_s,
-            search.prefill.seconds(len(search.tiers), search.num_found),
-            search.prefill.seconds(here, search.num_found),
-            search.peer_refused,
-        )
-        if search.lease is None or search.client.ended:
-            return p.Matched(search.id, 0, b"", b"", *reckoned)
-        search.lease.whole = True
-        return p.Matched(search.id, search.lease.id, bytes(search.tiers), offsets, *reckoned)

@@ -29,6 +29,10 @@ class Namespaces:
         if len(self._known) > MOST:
             self._known.popitem(last=False)
 
+    def described(self, digest: bytes) -> Described | None:
+        """What one of them is made of; None: nobody has said."""
+        return self._known.get(digest)
+
     def shown(self) -> list[dict[str, Any]]:
         """For a status, the latest last."""
         return [one.shown() for one in self._known.values()]

@@ -18,19 +18,23 @@ from kvstrata.config import Config, host_capacity_bytes
 from kvstrata.errors import UsageError
 from kvstrata.memory.machine import available_bytes
 from kvstrata.memory.pool import Pool
+from kvstrata.node.answering import Answers, nothing_of
 from kvstrata.node.arriving import arrival
 from kvstrata.node.clearing import Clearer
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.changes import Changes
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.lending import Lender
+from kvstrata.node.locating import presence
 from kvstrata.node.matching import Matcher
 from kvstrata.node.opening import open_backings
 from kvstrata.node.operating.canary import Canary
+from kvstrata.node.operating.explaining import Explainer
 from kvstrata.node.operating.flow import Flow
 from kvstrata.node.operating.holdings import holdings
 from kvstrata.node.operating.measuring import Measures
 from kvstrata.node.operating.operations import Operations
+from kvstrata.node.operating.reasons import Reasons
 from kvstrata.node.operating.watching import Watching
 from kvstrata.node.records import Records
 from kvstrata.node.service.backing import Backing
@@ -45,7 +49,6 @@ from kvstrata.node.slots.leases import LeaseTable
 from kvstrata.node.slots.reservations import Reservation, ReservationTable
 from kvstrata.node.slots.sampling import Sampler
 from kvstrata.observe.counters import Counters
-from kvstrata.parts import PORTABLE
 from kvstrata.policies import create_policy
 from kvstrata.transfer.borrowing import Nixl
 from kvstrata.wire import protocol as p
@@ -104,9 +107,13 @@ class Node:
         self.records = Records(counters, ["host", *(backing.name for backing in backings)])
         self._expecting = Expecting(self.movement, counters, clock)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
+        reasons = Reasons(self.host, self.changes, backings, self.reservations,
+                          self.records.described, clock)  # fmt: skip
         self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
                                 self._sampler, self._expecting, backings, counters,
+                                Answers(backings, counters, reasons),
                                 planning=config.planner == "on")  # fmt: skip
+        self._explainer = Explainer(self.records.find, self._matcher.lookup, reasons)
         self.lender = Lender(self.host, per_client, counters, clock)
         self.nixl = nixl
         self.operations = Operations(
@@ -141,6 +148,7 @@ class Node:
             p.Records: self.past_records,
             p.Watch: self.watching.watch,
             **self.operations.handlers,
+            p.Explain: self._explainer.explain,
         }
 
     @classmethod
@@ -206,7 +214,7 @@ class Node:
     def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
         if self.operations.drainer.closing:
-            return p.Matched(message.id, 0, b"", b"")
+            return nothing_of(message)
         return self._matcher.match(client, message)
 
     def await_arrival(self, client: Client, message: p.Await) -> Answer:
@@ -313,6 +321,7 @@ class Node:
 
     def record(self, client: Client, message: p.Record) -> None:
         """Keep one request's record, or what a namespace is made of, for the operator."""
+        self._explainer.complete(message.record)
         self.records.note(message.record)
 
     def past_records(self, client: Client, message: p.Records) -> p.RecordPage:
@@ -358,17 +367,7 @@ class Node:
     # how
 
     def _presence(self, key: bytes, part: int, order: str) -> int:
-        """`PRESENT` if an object need not be written, else 0.
-
-        One in another engine's order is of no use to this writer's kind, and may be replaced.
-        Every engine reads the portable order. What a lossy codec keeps is in it, so that no KV
-        that was loaded from such a tier is ever encoded a second time.
-        """
-        orders = (order, PORTABLE)
-        slot = self.host.get(key, part)
-        if slot is not None:
-            return p.PRESENT if slot.order in orders else 0
-        return p.PRESENT if any(one.has(key, part, orders) for one in self.backings) else 0
+        return presence(self.host, self.backings, key, part, order)
 
     def _plan(self, planning: bool) -> None:
         self._matcher.planning = planning

@@ -14,6 +14,7 @@ from kvstrata.node.namespaces import Namespaces
 from kvstrata.node.operating.requests import RequestCounts
 from kvstrata.observe.counters import Counters
 from kvstrata.wire import protocol as p
+from kvstrata.wire.namespaces import Described
 
 NUM_RECORDS = 1024
 MAX_RECORD_BYTES = 8192
@@ -82,6 +83,16 @@ class Records:
         numbers = range(end - 1, max(oldest, end - limit) - 1, -1)
         records = [{**self._requests[number - oldest], "number": number} for number in numbers]
         return records, numbers[-1] if numbers and numbers[-1] > oldest else 0
+
+    def described(self, digest: bytes) -> Described | None:
+        """What a namespace is made of; None: nobody has said."""
+        return self._namespaces.described(digest)
+
+    def find(self, request: str) -> dict[str, Any] | None:
+        """The last record of a request, by its id or else by a part of that."""
+        named = [(str(one.get("request", "")), one) for one in reversed(self._requests)]
+        exactly = [one for name, one in named if name == request]
+        return next(iter(exactly), next((one for name, one in named if request in name), None))
 
     def shown(self) -> dict[str, Any]:
         """For a status, the latest last."""

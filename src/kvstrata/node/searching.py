@@ -6,6 +6,7 @@ import math
 import time
 
 from kvstrata.errors import UsageError
+from kvstrata.heads import HEAD_BYTES, MAX_HEADS
 from kvstrata.keys import KEY_BYTES, OWNER_BYTES
 from kvstrata.node.common.planner import Prefill
 from kvstrata.node.service.promotions import Load
@@ -44,6 +45,8 @@ class Search:
             raise UsageError(f"{message.expected_s} s is no time to wait for a peer")
         if len(message.owner) != OWNER_BYTES:
             raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
+        self.owner = message.owner
+        self.heads = checked_heads(message.heads)
         self.keys: list[bytes] = []
         self.distinct: set[bytes] = set()
         self.prefill = Prefill(message.chunk_s, message.pair_s)
@@ -60,6 +63,8 @@ class Search:
         self.expected_s = message.expected_s
         self.foreseeing = False  # what the peer is about to have counts, too
         self.ended = self.absent = False  # at its end, and because nobody has the next chunk
+        self.cut = ""  # by which cap
+        self.late: list[str] = []  # tiers that did not answer in time
         self._packed = message.keys
         self._num_keys = p.count(message.keys, 32)
 
@@ -91,6 +96,13 @@ def checked_namespace(namespace: bytes) -> bytes:
     if len(namespace) not in (0, KEY_BYTES):
         raise UsageError(f"a namespace of {len(namespace)} bytes, not {KEY_BYTES}")
     return namespace
+
+
+def checked_heads(heads: bytes) -> bytes:
+    """Raises `UsageError` for what cannot be the heads of a prompt."""
+    if len(heads) % HEAD_BYTES or len(heads) > MAX_HEADS * HEAD_BYTES:
+        raise UsageError(f"{len(heads)} bytes are no heads; {HEAD_BYTES} each, {MAX_HEADS} at most")
+    return heads
 
 
 def _sizes(lengths: list[int], parts: list[int]) -> dict[int, int]:

@@ -155,6 +155,7 @@ class NodeClient:
         peer: str = "",
         expected_s: float = 0.0,
         tail: Sequence[int] = (),
+        heads: bytes = b"",
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -172,11 +173,12 @@ class NodeClient:
             expected_s: how long to wait for each chunk more that the peer is about to have, in
                 seconds; 0: what it does not have is not waited for.
             tail: of a last key that is a tail's, payload bytes of each part.
+            heads: `kvstrata.heads.heads` of the prompt, so that a miss can be explained better.
         """
         some = keys[: _most_keys(parts)]
         packed, tail = b"".join(some), tail if len(some) == len(keys) else ()
         fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s,
-                  peer, expected_s, list(tail))  # fmt: skip
+                  peer, expected_s, list(tail), heads)  # fmt: skip
         return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:

@@ -5,6 +5,7 @@ Keys hold a digest of the parts, and two digests only say that something differs
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import msgspec
@@ -42,6 +43,20 @@ class Described(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def shown(self) -> dict[str, Any]:
         """As a node's status shows it."""
         return {"digest": self.parts.digest().hex(), **msgspec.to_builtins(self)}
+
+
+def differing(one: Described, other: Described) -> list[str]:
+    """The parts in which two namespaces differ; of the models, what in them does."""
+    theirs = asdict(other.parts)
+    parts = [part for part, value in asdict(one.parts).items() if value != theirs[part]]
+    details = [
+        detail
+        for detail in {**one.model, **other.model}
+        if detail != "name" and one.model.get(detail) != other.model.get(detail)
+    ]
+    if "model" not in parts or not details:
+        return parts
+    return [*details, *(part for part in parts if part != "model")]
 
 
 class Shown(Described, frozen=True, forbid_unknown_fields=True, kw_only=True):

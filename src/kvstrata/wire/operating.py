@@ -10,7 +10,12 @@ from typing import Annotated, Any
 import msgspec
 
 from kvstrata.objects import NOBODY
+from kvstrata.observe.reasons import Reason
 from kvstrata.wire.message import Message, Numbers, Strings
+
+MAX_REASONS = 32
+"""That one answer names: those of longer prompts are told of their beginning."""
+Reasons = Annotated[list[Reason], msgspec.Meta(max_length=MAX_REASONS)]
 
 
 class Lookup(Message, tag="lookup", frozen=True):
@@ -260,13 +265,30 @@ class Reloaded(Message, tag="reloaded", frozen=True):
     engines: list[str]
 
 
+class Explain(Message, tag="explain", frozen=True):
+    id: int
+    request: str = ""
+    keys: bytes = b""
+    namespace: bytes = b""
+    owner: bytes = NOBODY
+    heads: bytes = b""
+    across: bool = False
+
+
+class Explained(Message, tag="explained", frozen=True):
+    id: int
+    record: dict[str, Any]
+    tiers: bytes
+    reasons: Reasons
+
+
 Working = Prefetch | Copy | Move | Send | Transcode | Scrub | Drain
 """What is answered with the job that does it."""
 Request = (
     Lookup | Clear | Flush | Status | Metrics | Record | Records | Watch
-    | Jobs | Cancel | Working | Inspect | List | Undrain | Reload
+    | Jobs | Cancel | Working | Inspect | List | Undrain | Reload | Explain
 )  # fmt: skip
 Reply = (
     Found | State | Measured | RecordPage | Watched
-    | JobPage | Started | Inspected | Listed | Reloaded
+    | JobPage | Started | Inspected | Listed | Reloaded | Explained
 )  # fmt: skip

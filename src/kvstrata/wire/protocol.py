@@ -18,13 +18,17 @@ from kvstrata.objects import NOBODY
 from kvstrata.secret import MAX_SECRETS
 from kvstrata.wire import operating
 from kvstrata.wire.message import Message, Numbers, Strings
+from kvstrata.wire.operating import MAX_REASONS as MAX_REASONS
 from kvstrata.wire.operating import Change as Change
 from kvstrata.wire.operating import Clear as Clear
+from kvstrata.wire.operating import Explain as Explain
+from kvstrata.wire.operating import Explained as Explained
 from kvstrata.wire.operating import Flush as Flush
 from kvstrata.wire.operating import Found as Found
 from kvstrata.wire.operating import Lookup as Lookup
 from kvstrata.wire.operating import Measured as Measured
 from kvstrata.wire.operating import Metrics as Metrics
+from kvstrata.wire.operating import Reasons
 from kvstrata.wire.operating import Record as Record
 from kvstrata.wire.operating import RecordPage as RecordPage
 from kvstrata.wire.operating import Records as Records
@@ -84,6 +88,7 @@ class Match(Message, tag="match", frozen=True):
     peer: str = ""
     expected_s: float = 0.0
     tail: Numbers = msgspec.field(default_factory=list)
+    heads: bytes = b""
 
 
 class Matched(Message, tag="matched", frozen=True):
@@ -96,6 +101,7 @@ class Matched(Message, tag="matched", frozen=True):
     rest_s: float = 0.0
     compute_s: float = 0.0
     peer_refused: str = ""
+    why: Reasons = msgspec.field(default_factory=list)
 
 
 class Await(Message, tag="await", frozen=True):
@@ -187,7 +193,8 @@ _LONG = tuple(
     for tag in (b"match", b"lookup", b"clear", b"reserve", b"commit",
                 b"prefetch", b"copy", b"move", b"send", b"transcode",
                 b"matched", b"arrived", b"reserved", b"found", b"state", b"measured",
-                b"record_page", b"watched", b"listed", b"job_page")
+                b"record_page", b"watched", b"listed", b"job_page",
+                b"explain", b"explained")
 )  # fmt: skip
 
 
@@ -212,6 +219,8 @@ def check_limits(request: Request) -> None:
     match request:
         case Match() | Lookup():
             keys, num_parts = request.keys, len(request.parts)
+        case Explain():
+            keys = request.keys
         case Clear() | operating.Transcode():
             keys = request.keys or b""
         case operating.Prefetch() | operating.Copy() | operating.Send():

@@ -22,6 +22,7 @@ from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError, NodeUnavailable
 from kvstrata.keys import KeyChain, Namespace, owner_digest
+from kvstrata.observe.reasons import Why
 from kvstrata.parts import PORTABLE
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.choice import trouble
@@ -125,9 +126,10 @@ class Lookups:
     def ask(self, state: RequestState) -> bool:
         """Begin a request's match; False while its adapter is still being identified."""
         client = self.attached()
-        state.miss = ""
+        state.miss, state.trouble = "", None
         if client is None:
-            state.matched, state.miss = True, "no node"
+            state.matched = True
+            state.missed(Why.NO_NODE, "no node")
             return True
         if state.chain is None and not self._identify(state, client):
             return state.matched
@@ -155,9 +157,12 @@ class Lookups:
                     return False
                 else:
                     self.abandon(state)
+                    if state.reckoned is None:
+                        state.trouble = Why.DEADLINE
                     state.miss = "the match missed its deadline"
             except KVStrataError as error:
-                state.call, state.miss = None, f"the match failed: {error}"
+                state.call = None
+                state.missed(Why.FAILED, f"the match failed: {error}")
         state.matched = True
         if not state.lease:
             self.looking.discard(state.request.request_id)
@@ -212,11 +217,13 @@ class Lookups:
                 state.chunk_s, state.pair_s, state.roles.peer,
                 self._expected_s(state) if by_other == state.other_first else 0.0,
                 self._tail_lengths(state) if len(state.question) > len(state.keys) else (),
+                b"" if by_other else state.heads_by(client.hello.secret),
             )  # fmt: skip
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
         except NodeUnavailable:
-            state.matched, state.miss = True, "no node"
+            state.matched = True
+            state.missed(Why.NO_NODE, "no node")
         state.asked_at = time.monotonic()
 
     def _hear(self, state: RequestState, call: Call) -> None:
@@ -238,7 +245,8 @@ class Lookups:
             state.offsets = offsets_of(reply.offsets)
             state.reckoned = reply
             state.peer_refused = reply.peer_refused
-            state.miss = ""
+            state.why = reply.why
+            state.miss, state.trouble = "", None
             if len(reply.tiers) < reply.found:
                 state.miss = "computing is faster"
             elif len(reply.tiers) < len(state.question):

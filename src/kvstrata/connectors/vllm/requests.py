@@ -5,11 +5,17 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from kvstrata.connectors.naming import roles
+from kvstrata.connectors.vllm.reasons import Account
+from kvstrata.heads import heads
 from kvstrata.keys import KeyChain, MediaItem
 from kvstrata.objects import NOBODY
+from kvstrata.observe.reasons import Reason, Why
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import Call
 
@@ -37,6 +43,7 @@ class RequestState:
         self.tail = b""  # key of the prompt's end, where two engines share it
         self.tail_stored = False
         self._hashed: tuple[int, int] = (0, 0)
+        self._heads = b""
         # the match under way, and since when
         self.call: Call | None = None
         self.question: list[bytes] = []  # its keys
@@ -51,6 +58,8 @@ class RequestState:
         self.offsets: array[int] = array("q")
         self.matched = False
         self.reckoned: p.Matched | None = None  # with what the node thought it would take
+        self.why: Sequence[Reason] = ()  # what the node said of the chunks behind those
+        self.trouble: Why | None = None  # why it said nothing
         # the load that was decided
         self.local_tokens = 0
         self.sync = False
@@ -68,6 +77,8 @@ class RequestState:
         self.other_tokens = 0  # of those loaded, found by the other secret
         self.stored_chunks = 0
         self.miss = ""
+        self.own_tokens = 0  # that vLLM had when it asked last
+        self.account: Account | None = None
         self.peer_refused = ""
         self.load_began = self.load_took = 0.0
         self.chunk_s = self.pair_s = 0.0  # what computing takes, as the node was told
@@ -116,9 +127,46 @@ class RequestState:
         before = self.keys
         self.keys = before[:known] + self.chain.keys(tokens, self._media(), known * size, parent)
         self._hashed = version
+        if rewritten:
+            self._heads = b""
         if (self.roles.peer or self.roles.lends) and (rewritten or not known):
             self.tail = self._end_of(self.chain, self.keys)
         return self.keys != before
+
+    def heads_by(self, secret: bytes) -> bytes:
+        """How the prompt begins, whatever the namespace; see `kvstrata.heads`."""
+        if not self._heads:
+            assert self.chain is not None
+            size = self.chain.chunk_tokens
+            self._heads = heads(secret, self.request.all_token_ids, size, self._media())
+        return self._heads
+
+    def missed(self, why: Why, miss: str) -> None:
+        """No answer of the node counts."""
+        self.trouble, self.miss = why, miss
+
+    def granted(self, num_external: int) -> None:
+        """vLLM gives the request its blocks; only what it is given first is accounted for."""
+        if self.account is not None:
+            return
+        trouble, detail = self.trouble, self.miss if self.trouble is not None else ""
+        if self.bypass or self.request.skip_reading_prefix_cache:
+            trouble, detail = Why.BYPASSED, self.bypass or "the request reads no cache"
+        granted = self.own_tokens + num_external
+        found = len(self.tiers)
+        self.account = Account(self.own_tokens, granted, found, self.why, trouble, detail)
+
+    def ended_early(self, came: int, chunk_tokens: int) -> None:
+        """The load brought nothing from chunk number ``came`` on; what was found is still known."""
+        if self.account is not None:
+            lost = max(came, self.local_tokens // chunk_tokens)
+            key = self.found[lost].hex() if lost < len(self.found) else ""
+            self.account.end_at(came * chunk_tokens, key)
+        # What it was thought to have is not there: store what is recomputed.
+        came_tokens = came * chunk_tokens - self.local_tokens
+        self.loaded_tokens = max(0, min(self.loaded_tokens, came_tokens))
+        self.num_stored = min(self.num_stored, came)
+        self.num_given = came
 
     def _media(self) -> list[MediaItem]:
         return [
@@ -166,6 +214,8 @@ class RequestState:
             "load_instead_s": round(self._instead_s(chunk_tokens), 4),
             "stored_chunks": self.stored_chunks,
             "miss": self.bypass or self.miss,
+            "reasons": self._reasons(chunk_tokens),
+            "first_key": self.keys[0].hex() if self.keys else "",
             "peer": self.peer_refused or self.roles.peer,
             **self._plan(),
             "seconds": round(time.monotonic() - self.arrived_at, 4),
@@ -184,6 +234,13 @@ class RequestState:
         start = self.local_tokens / chunk_tokens
         stop = start + self.loaded_tokens / chunk_tokens
         return self.chunk_s * (stop - start) + self.pair_s * (stop**2 - start**2) / 2
+
+    def _reasons(self, chunk_tokens: int) -> list[dict[str, Any]]:
+        """Why what was computed of the prompt was not loaded; nothing if it never got so far."""
+        if self.account is None:
+            return []
+        unloaded = self.account.unloaded(self.request.num_prompt_tokens, chunk_tokens)
+        return [msgspec.to_builtins(one) for one in unloaded]
 
     def _plan(self) -> dict[str, Any]:
         """What the node reckoned, and what came true."""

@@ -103,7 +103,10 @@ class SchedulerSide:
     ) -> tuple[int | None, bool]:
         """Tokens beyond the local ones that can be loaded, and whether in the background."""
         state = self._states.get(request.request_id)
-        if state is None or state.bypass:
+        if state is None:
+            return 0, False
+        state.own_tokens = num_computed_tokens
+        if state.bypass:
             return 0, False
         state.num_given = num_computed_tokens // self._chunk
         if state.failed or request.skip_reading_prefix_cache:
@@ -145,7 +148,10 @@ class SchedulerSide:
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """A request got its blocks: hand its load to the workers."""
         state = self._states.get(request.request_id)
-        if state is None or state.bypass:
+        if state is None:
+            return
+        state.granted(num_external_tokens)
+        if state.bypass:
             return
         if request.request_id not in self._active:
             self._admitted.add(request.request_id)
@@ -379,17 +385,13 @@ class SchedulerSide:
         state = self._states.get(request_id)
         if state is not None:
             state.load_took = time.monotonic() - state.load_began
-            sync = state.sync
+            sync, came = state.sync, 0 if failed else state.came
+            if came is not None:
+                state.ended_early(came, self._chunk)
             state.forget_match()
             state.sync = sync
-            came = 0 if failed else state.came
             if came is not None:
                 # It would find the same again, and wait for it again.
                 state.failed = True
                 state.miss = "the load failed" if failed else f"the load ended before chunk {came}"
-                # What it was thought to have is not there: store what is recomputed.
-                came_tokens = came * self._chunk - state.local_tokens
-                state.loaded_tokens = max(0, min(state.loaded_tokens, came_tokens))
-                state.num_stored = min(state.num_stored, came)
-                state.num_given = came
                 self._retire(request_id)

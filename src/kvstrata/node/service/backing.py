@@ -124,9 +124,9 @@ class Backing(ABC):
         """Whether an object is there for sure, so that nobody need store it."""
         return self.find(key, part, orders) is not None
 
-    async def resolve(self, question: Question) -> None:
-        """Ask for chunks, so that `find` knows of them; in time, whatever is known by then."""
-        return
+    async def resolve(self, question: Question) -> bool:
+        """Ask for chunks, so that `find` knows of them; False if no answer came in time."""
+        return True
 
     async def spared(self, keys: Sequence[bytes], origin: Origin) -> set[bytes]:
         """Which chunks of a commit need not be written, since others have done so."""

@@ -105,17 +105,18 @@ class SharedBacking(Singly):
         """Nothing is there for sure: what an engine has computed is worth having nearer."""
         return False
 
-    async def resolve(self, question: Question) -> None:
+    async def resolve(self, question: Question) -> bool:
         """See `Backing.resolve`. What comes too late for this match is there for the next."""
         epoch = self.epoch
         question = question._replace(orders=question.orders[:MAX_ORDERS])
         if epoch is None or not question.keys or not question.orders:
-            return
+            return True
         self._seen_so_far.note(question.namespace, question.orders, question.parts)
         asking = self._tasks.spawn("a question", self._hear(question, epoch))
         await asyncio.wait({asking}, timeout=self.patience_s)
         if not asking.done():
             self._counters.add("late_lookups_total", tier=self.name)
+        return asking.done()
 
     async def ask(self, question: Question) -> None:
         """Hear all that the store says to a question, however long that takes."""

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from array import array
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Literal, cast
 
 from kvstrata.errors import UsageError
@@ -290,6 +290,10 @@ class ReservationTable:
         for (key, _), reservation in self._writing.items():
             if keys is None or key in keys:
                 reservation.unwanted.add(key)
+
+    def is_being_written(self, key: bytes, parts: Sequence[int]) -> bool:
+        """Whether somebody writes one of a chunk's objects now."""
+        return bool(self._writing) and any((key, part) in self._writing for part in parts)
 
     def filling(self) -> Iterable[Slot]:
         """The slots that clients are filling."""

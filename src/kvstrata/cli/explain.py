@@ -1,0 +1,143 @@
+"""``kvstrata explain``: why tokens of a request, or of a prompt, are not loaded, in sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvstrata.cli.config import ConfigFile, Settings
+from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
+from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
+
+if TYPE_CHECKING:
+    from kvstrata.observe.reasons import Unloaded
+    from kvstrata.wire.client import NodeClient
+    from kvstrata.wire.namespaces import Shown
+
+TIMEOUT_S = 10.0
+
+
+def run(
+    request: Annotated[
+        str | None, typer.Argument(help="Id of a request that has ended, or a part of it.")
+    ] = None,
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    node: NodeOption = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="IDS", help="Token ids of a prompt instead, as in 1,2,3; or @FILE."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The prompt's model, as its engine names it, or a namespace."),
+    ] = None,
+    salt: Annotated[str, typer.Option(help="The prompt's cache_salt.")] = "",
+    across_tenants: Annotated[
+        bool,
+        typer.Option(help="Say, too, whether another tenant or salt has the same tokens."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Say why a request had to compute what it computed, and what to do about it.
+
+    With --tokens it says what a prompt would find now; nothing is loaded or counted for
+    that. A node remembers its last 1,024 requests. Exit status 1 if no node answers.
+    """
+    if (request is None) == (tokens is None):
+        raise UsageError("name a request, or a prompt by --tokens")
+    client = join_or_exit(configured(config_file, settings, node))
+    try:
+        if request is not None:
+            told = _request(client, request, across=across_tenants)
+        else:
+            ids = _token_ids(tokens or "")
+            told = _prompt(client, ids, _chosen(client, model), salt, across=across_tenants)
+    except (NodeUnavailable, DeadlineExceeded) as error:
+        fail(error)
+    finally:
+        client.close()
+    typer.echo(json.dumps(told, indent=2) if as_json else render(told))
+
+
+def render(told: dict[str, Any]) -> str:
+    """What `run` found out, for people."""
+    from kvstrata.observe.sentences import sentences
+
+    lines = [told["about"]]
+    for text, advice in sentences(told["reasons"]):
+        lines += [f"  {text}", f"    → {advice}."]
+    return "\n".join(lines)
+
+
+def _request(client: NodeClient, request: str, *, across: bool) -> dict[str, Any]:
+    from kvstrata.wire.explaining import explain_request
+
+    explained = explain_request(client, request, TIMEOUT_S, across=across)
+    record = explained.record
+    own, loaded = record.get("local_tokens", 0), record.get("loaded_tokens", 0)
+    prompt = record.get("prompt_tokens", 0)
+    about = (
+        f"request {record.get('request')}: {prompt:,} prompt tokens, of them {own:,} from the "
+        f"engine's own cache, {loaded:,} loaded"
+    )
+    if other := [reason for reason in explained.reasons if reason.detail]:
+        about += f"; somebody else has the same beginning now ({other[0].detail})"
+    return {"about": about, "reasons": record.get("reasons", []), "record": record}
+
+
+def _prompt(
+    client: NodeClient, ids: Sequence[int], namespace: Shown, salt: str, *, across: bool
+) -> dict[str, Any]:
+    import msgspec
+
+    from kvstrata.wire.explaining import explain_prompt, unloaded
+
+    explained = explain_prompt(client, namespace, ids, TIMEOUT_S, salt=salt, across=across)
+    names = ["host", *client.hello.tiers]
+    found = [names[tier] for tier in explained.tiers]
+    size = namespace.parts.chunk_tokens
+    tiers = {name: found.count(name) * size for name in names if name in found}
+    where = ", ".join(f"{count:,} in {name}" for name, count in tiers.items())
+    reasons: list[Unloaded] = unloaded(explained, len(ids), namespace)
+    about = f"{len(ids):,} tokens, of them {len(found) * size:,} there" + (
+        f": {where}" if where else ""
+    )
+    return {"about": about, "tiers": tiers, "reasons": msgspec.to_builtins(reasons)}
+
+
+def _chosen(client: NodeClient, model: str | None) -> Shown:
+    """The namespace of a model, or the only one; of several those without an adapter.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    import msgspec
+
+    from kvstrata.wire.namespaces import Shown
+
+    known = msgspec.convert(client.status()["namespaces"], list[Shown])
+    fits = [one for one in known if model in (None, one.model.get("name"), one.digest)]
+    for few in (fits, [one for one in fits if not one.parts.adapter]):
+        if len(few) == 1:
+            return few[0]
+    names = ", ".join(f"{one.model.get('name', '?')} ({one.digest})" for one in fits or known)
+    if not known:
+        raise UsageError("no engine has asked this node yet, so it knows of no model")
+    raise UsageError(f"name one --model, by its name or its namespace: {names}")
+
+
+def _token_ids(text: str) -> list[int]:
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{text[1:]} cannot be read: {error}") from error
+    try:
+        return [int(word) for word in text.strip("[] \n").replace(",", " ").split()]
+    except ValueError as error:
+        raise UsageError(f"token ids are whole numbers: {error}") from error

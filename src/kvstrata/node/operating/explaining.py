@@ -1,0 +1,116 @@
+"""Answers an operator who asks why: of a request that has ended, or of a prompt as it is now."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from kvstrata.errors import UsageError
+from kvstrata.node.common.slices import in_slices
+from kvstrata.node.operating.kin import Asked
+from kvstrata.node.operating.reasons import Missing, Reasons
+from kvstrata.node.service.owned import OwnedBacking
+from kvstrata.node.slots.clients import Client
+from kvstrata.observe.reasons import Reason, Unloaded, Why
+from kvstrata.wire import protocol as p
+
+_List = list[Unloaded]
+
+
+class Explainer:
+    """Explains requests and prompts.
+
+    Args:
+        find: the last record of a request, by its id or a part of it; None: there is none.
+        lookup: says where each chunk is.
+        reasons: of what is missing.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[str], dict[str, Any] | None],
+        lookup: Callable[[p.Lookup], p.Found | Awaitable[p.Found]],
+        reasons: Reasons,
+    ) -> None:
+        self._find = find
+        self._lookup = lookup
+        self._reasons = reasons
+
+    def explain(self, client: Client, message: p.Explain) -> p.Explained | Awaitable[p.Explained]:
+        """Say what became of a request, or what would become of a prompt.
+
+        Raises:
+            UsageError: no such request is remembered, or it is no prompt.
+        """
+        if not message.request:
+            return self._of_prompt(message)
+        record = self._find(message.request)
+        if record is None:
+            raise UsageError(f"no record of a request {message.request!r} is kept")
+        elsewhere: list[Reason] = []
+        if message.across:
+            first = bytes.fromhex(str(record.get("first_key", "")))
+            asked = self._reasons.kin.known(first)
+            found = asked and self._reasons.elsewhere(asked, across=True)
+            elsewhere = [found] if found else []
+        return p.Explained(message.id, record, b"", elsewhere)
+
+    async def _of_prompt(self, message: p.Explain) -> p.Explained:
+        told = self._reasons.describe(message.namespace)
+        parts, orders = (told.objects, told.orders) if told else ([], [])
+        keys = p.split(message.keys, 32)
+        if not keys:
+            raise UsageError("a prompt of no whole chunk has nothing to explain")
+        asked = Asked(keys[0], message.namespace, message.owner, message.heads)
+        answer = self._lookup(
+            p.Lookup(message.id, message.keys, parts or [0], orders, message.namespace)
+        )
+        found = await answer if isinstance(answer, Awaitable) else answer
+        place = found.tiers.find(p.ABSENT)
+        if place < 0:
+            return p.Explained(message.id, {}, found.tiers, [])
+        missing = Missing(asked, keys[place:], not place, tuple(parts or [0]), shared=bool(orders))
+        work = in_slices(self._reasons.of(missing, across=message.across))
+        reasons = await work if isinstance(work, Awaitable) else work
+        return p.Explained(message.id, {}, found.tiers[:place], reasons)
+
+    def complete(self, record: dict[str, Any]) -> None:
+        """Say in a request's record why a chunk did not come that was on its way.
+
+        Raises:
+            UsageError: its reasons are none.
+        """
+        if "reasons" not in record:
+            return
+        try:
+            reasons = msgspec.convert(record["reasons"], _List)
+            begin = self._reasons.clock() - float(record.get("seconds", 0.0))
+        except (msgspec.ValidationError, TypeError, ValueError) as error:
+            raise UsageError(f"a record with reasons that are none: {error}") from error
+        if any(one.key for one in reasons):
+            record["reasons"] = msgspec.to_builtins(
+                [self._completed(one, begin) if one.key else one for one in reasons]
+            )
+
+    def _completed(self, one: Unloaded, begin: float) -> Unloaded:
+        try:
+            key = bytes.fromhex(one.key)
+        except ValueError as error:
+            raise UsageError(f"{one.key!r} is no key") from error
+        left = self._reasons.departures.since(key, begin)
+        if left is not None:
+            why, tier, ago_s = Why(left.cause.value), left.tier, self._reasons.clock() - left.at
+            return msgspec.structs.replace(one, why=why, tier=tier, ago_s=round(ago_s, 3))
+        for backing in self._reasons.backings:
+            if isinstance(backing, OwnedBacking) and key in backing.index:
+                if not backing.readable:
+                    detail = backing.state
+                    return msgspec.structs.replace(
+                        one, why=Why.TIER_OFF, tier=backing.name, detail=detail
+                    )
+                return msgspec.structs.replace(
+                    one, why=Why.DEADLINE, tier=backing.name, detail="load"
+                )
+        return one
