@@ -95,7 +95,8 @@ class Reasons:
         first = self._first(missing, across=across)
         runs = [(first, 1)]
         for start in range(1, len(missing.keys), SLICE):
-            yield None
+            if start > 1:
+                yield None
             self._go_on(runs, missing, missing.keys[start : start + SLICE])
         return [replace(reason, chunks=count) for reason, count in runs]
 
