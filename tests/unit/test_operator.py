@@ -125,6 +125,19 @@ class TestSend:
         with pytest.raises(UsageError, match="no host and port"):
             operator.send(keys, "nowhere")
 
+    def test_a_copy_out_of_a_peers_memory_and_no_move(self, fleet: Callable[..., Member]) -> None:
+        theirs, keys = fleet(), chunk_keys(4)
+        ours = fleet(**{"peer.nodes": str(theirs.address)}).ready()
+        theirs.store(keys)
+        operator, made = Operator(ours.client), ([0], [ORDER], NAMESPACE)
+        with pytest.raises(UsageError, match="peer is not this node's to remove"):
+            operator.copy(keys, "peer", "host", *made, move=True)
+        with pytest.raises(UsageError, match="nothing is ever written to peer"):
+            operator.copy(keys, "host", "peer", *made)
+        job = operator.wait(operator.copy(keys, "peer", "host", *made), 20.0)
+        assert (job.failed, job.nbytes) == (0, 4 * SLOT)
+        assert ours.get(keys) == [0] * 4
+
     def test_nobody_is_there(self, fleet: Callable[..., Member]) -> None:
         ours, theirs, keys = fleet(), fleet(), chunk_keys(2)
         ours.store(keys)

@@ -67,7 +67,7 @@ class Copier:
         self._filling: list[Slot] = []
         self._gate = asyncio.Semaphore(AT_ONCE)
 
-    def check(self, source: str, target: str, made: Made) -> None:
+    def check(self, source: str, target: str, made: Made, *, moves: bool) -> None:
         """Raise `UsageError` where nothing can go from one to the other."""
         one, other = self._places.named(source), self._places.named(target)
         if source == target:
@@ -77,6 +77,8 @@ class Copier:
                 made.check_for(backing)
         if other is not None and not other.takes_writes:
             raise UsageError(f"nothing is ever written to {target}")
+        if moves and one is not None and not one.takes_writes:
+            raise UsageError(f"what is in {source} is not this node's to remove: copy it")
 
     async def run(
         self, job: Job, keys: list[bytes], source: str, target: str, made: Made, *, moves: bool

@@ -6,7 +6,7 @@ a chunk that stays is told once, neither twice nor not at all.
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
 from kvstrata.node.common.changes import Cause
@@ -20,26 +20,25 @@ class _Keys:
     """The keys of one tier."""
 
     def __init__(self) -> None:
-        self._buckets: list[list[bytes]] = [[] for _ in range(1 << BUCKET_BITS)]
+        self.buckets: dict[int, list[bytes]] = {}
 
     def add(self, key: bytes) -> None:
-        bucket = self._buckets[_bucket(key)]
+        bucket = self.buckets.setdefault(_bucket(key), [])
         place = bisect_right(bucket, key)
         if not place or bucket[place - 1] != key:
-            insort(bucket, key)
+            bucket.insert(place, key)
 
     def discard(self, key: bytes) -> None:
-        bucket = self._buckets[_bucket(key)]
+        bucket = self.buckets.get(_bucket(key), [])
         place = bisect_right(bucket, key)
         if place and bucket[place - 1] == key:
             del bucket[place - 1]
 
     def after(self, key: bytes) -> Iterator[bytes]:
         first = _bucket(key) if key else 0
-        for number in range(first, len(self._buckets)):
-            bucket = self._buckets[number]
-            place = bisect_right(bucket, key) if number == first else 0
-            yield from bucket[place:]
+        for number in range(first, 1 << BUCKET_BITS):
+            if bucket := self.buckets.get(number):
+                yield from bucket[bisect_right(bucket, key) if number == first else 0 :]
 
 
 class Directory:
@@ -52,10 +51,12 @@ class Directory:
     def __init__(self, holds: dict[str, Callable[[bytes], bool]]) -> None:
         self._holds = holds
         self._tiers = {name: _Keys() for name in holds}
+        self._leaving: list[_Keys] = []  # what was emptied, let go of bucket by bucket
 
     def entered(self, tier: str, key: bytes, part: int) -> None:
         """See `Watcher`."""
         self._tiers[tier].add(key)
+        self._let_go()
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         """See `Watcher`."""
@@ -63,11 +64,13 @@ class Directory:
             self._tiers[tier].discard(key)
 
     def emptied(self, tier: str) -> None:
-        """See `Watcher`."""
+        """See `Watcher`. In no time, however many there were."""
+        self._leaving.append(self._tiers[tier])
         self._tiers[tier] = _Keys()
 
     def after(self, tiers: list[str], key: bytes, most: int) -> list[bytes]:
         """The next keys behind one (empty: from the first on) in any of these tiers, in order."""
+        self._let_go()
         found: set[bytes] = set()
         for name in tiers:
             for number, one in enumerate(self._tiers[name].after(key)):
@@ -75,6 +78,12 @@ class Directory:
                     break
                 found.add(one)
         return sorted(found)[:most]
+
+    def _let_go(self) -> None:
+        if self._leaving and self._leaving[-1].buckets:
+            self._leaving[-1].buckets.popitem()
+        elif self._leaving:
+            self._leaving.pop()
 
 
 def _bucket(key: bytes) -> int:

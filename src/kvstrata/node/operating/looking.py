@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -11,6 +11,7 @@ import msgspec
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
 from kvstrata.node.common.background import Threads
 from kvstrata.node.common.changes import Cause
+from kvstrata.node.common.slices import Work, in_slices
 from kvstrata.node.operating.directory import Directory
 from kvstrata.node.operating.jobs import Job
 from kvstrata.node.operating.lineage import Lineage
@@ -23,6 +24,7 @@ from kvstrata.parts import identity
 from kvstrata.wire import operating as o
 
 MAX_PAGE = 1000
+SLICE = 32
 AT_ONCE = 4
 """Objects that one scrub reads at once, so that whoever waits for the tier is not behind many."""
 
@@ -67,14 +69,22 @@ class Looker:
         header = {} if seen.header is None else fields(seen.header)
         return o.Inspected(message.id, seen.nbytes, seen.problem, header)
 
-    def list(self, message: o.List) -> o.Listed:
+    def list(self, message: o.List) -> o.Listed | Awaitable[o.Listed]:
         """The chunks with the next higher keys."""
+        return in_slices(self._list(message))
+
+    def _list(self, message: o.List) -> Work[o.Listed]:
         if message.tier:
             self._places.owned_named(message.tier)
         tiers = [message.tier] if message.tier else self._places.owned
         most = max(1, min(message.limit, MAX_PAGE))
         keys = self._directory.after(tiers, message.after, most)
-        chunks = [self._chunk(key) for key in keys]
+        chunks: list[o.Chunk] = []
+        for start in range(0, len(keys), SLICE):
+            if start:
+                yield None
+            some = [self._chunk(key) for key in keys[start : start + SLICE]]
+            chunks += [one for one in some if one.tiers]  # it may have gone since the last slice
         return o.Listed(message.id, chunks, keys[-1] if len(keys) == most else b"")
 
     async def scrub(self, job: Job, tier: str) -> None:
@@ -132,16 +142,10 @@ class Looker:
 
     def _chunk(self, key: bytes) -> o.Chunk:
         kinship, used = self._lineage.of(key)
-        sizes: dict[str, Callable[[], int]] = {
-            HOST: lambda: sum(slot.nbytes for _, slot in self._places.host.index.objects(key))
-        }
+        tiers = {HOST: sum(slot.nbytes for _, slot in self._places.host.index.objects(key))}
         for one in self._places.backings:
             if isinstance(one, OwnedBacking):
-                index = one.index
-                sizes[one.name] = lambda index=index: sum(  # type: ignore[misc]
-                    size_of(entry) for _, entry in index.objects(key)
-                )
-        tiers = {name: size() for name, size in sizes.items()}
+                tiers[one.name] = sum(size_of(entry) for _, entry in one.index.objects(key))
         return o.Chunk(
             key,
             {name: nbytes for name, nbytes in tiers.items() if nbytes},

@@ -177,8 +177,8 @@ class Operations:
 
     def _copy(self, client: Client, message: o.Copy) -> o.Started:
         made = _made(message)
-        self._copier.check(message.source, message.target, made)
         kind = "move" if isinstance(message, o.Move) else "copy"
+        self._copier.check(message.source, message.target, made, moves=kind == "move")
         about = f"{_count(message.keys)} chunks from {message.source} to {message.target}"
 
         async def work(job: Job) -> None:

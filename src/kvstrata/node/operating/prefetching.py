@@ -27,6 +27,7 @@ from kvstrata.wire import protocol as p
 
 SEND_CHUNKS = 1024
 """Of what goes to another node so many are held still at once, as far as there is room."""
+SLICE = 4096
 WATCH_S = 0.1
 """How often another node is asked how far it is."""
 SILENT_S = 60.0
@@ -98,22 +99,21 @@ class Prefetcher:
         )  # fmt: skip
         answer = self._match(client, message)
         matched = await answer if isinstance(answer, Awaitable) else answer
-        if matched.peer_refused:
-            raise UsageError(matched.peer_refused)
         lease = self._leases.get(matched.lease)
         if lease is None:
+            if matched.peer_refused:
+                raise UsageError(matched.peer_refused)
             yield 0
             return
-        coming = [
-            row.nbytes if tier else 0 for row, tier in zip(lease.rows, matched.tiers, strict=True)
-        ]
         before = job.done
         try:
+            if matched.peer_refused:
+                raise UsageError(matched.peer_refused)
             while not lease.settled(lease.num_chunks - 1):
                 await self._next(job, lease)
                 job.done = before + lease.ready
             job.done = before + lease.ready
-            job.nbytes += sum(coming[: lease.ready])
+            job.nbytes += await _brought(lease, matched.tiers)
             if lease.failed:
                 job.trouble(f"chunk {keys[lease.ready].hex()} could not be brought")
             yield lease.ready
@@ -247,6 +247,16 @@ class Sender:
         job.nbytes += state.nbytes
         if state.done < len(keys):
             raise _refused(peer, state)
+
+
+async def _brought(lease: Lease, tiers: bytes) -> int:
+    """Bytes of what has come into host memory for a lease."""
+    nbytes = 0
+    for start in range(0, lease.ready, SLICE):
+        rows = lease.rows[start : min(start + SLICE, lease.ready)]
+        nbytes += sum(row.nbytes for row, tier in zip(rows, tiers[start:], strict=False) if tier)
+        await asyncio.sleep(0)
+    return nbytes
 
 
 def _refused(peer: Address, state: peers_protocol.Fetching) -> KVStrataError:
