@@ -56,9 +56,9 @@ def attach(config: Config, tmp_path: Path) -> Iterator[Callable[..., Attached]]:
 def test_a_node_that_is_killed_in_a_move_has_lost_nothing(
     attach: Callable[..., Attached], redis: RedisServer
 ) -> None:
-    node, keys = attach(redis.url), chunk_keys(400)
+    node, keys = attach(redis.url), chunk_keys(200)
     operator = Operator(node.client)
-    for first in range(0, 400, 100):
+    for first in range(0, 200, 100):
         node.store(keys[first : first + 100])
         node.client.flush()
     for tier in ("host", "redis"):
@@ -72,14 +72,14 @@ def test_a_node_that_is_killed_in_a_move_has_lost_nothing(
     again = attach(redis.url)
     assert again.client.hello.pid != node.client.hello.pid
     tiers = again.get(keys)
-    assert len(tiers) == 400, "one of them is in neither"
+    assert len(tiers) == 200, "one of them is in neither"
     assert 2 in tiers, "it had not begun"
     rest = Operator(again.client)
     job = rest.wait(rest.copy(keys, "disk", "redis", [0], [ORDER], NAMESPACE, move=True), 60.0)
     assert (job.state, job.failed) == ("done", 0)
     assert next(rest.chunks("disk"), None) is None, "asked again, it ends what was begun"
     again.client.clear(tiers=["host"])
-    assert again.get(keys) == [2] * 400
+    assert again.get(keys) == [2] * 200
 
 
 def test_a_node_that_is_told_to_end_has_written_all(attach: Callable[..., Attached]) -> None:
