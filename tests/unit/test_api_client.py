@@ -17,7 +17,7 @@ from kvstrata import control, errors
 from kvstrata.config import load_config
 from kvstrata.control import Client, inprocess, problems
 from kvstrata.control.app import build
-from kvstrata.control.client import ApiProblem
+from kvstrata.control.client import ApiProblem, Prompting
 from kvstrata.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -62,18 +62,23 @@ def test_a_method_takes_what_is_asked_and_returns_what_is_told(name: str) -> Non
     method = getattr(Client, name)
     parameters = dict(inspect.signature(method).parameters)
     parameters.pop("self")
+    prompting = parameters.pop("prompt", None)
     body = schema_of(operation)
     fields = dict(body.get("properties", {}))
     needed = set(body.get("required", []))
     for one in operation.get("parameters", []):
         fields[one["name"]] = one["schema"]
         needed |= {one["name"]} if one.get("required") else set()
+    if prompting is not None:
+        assert fields.keys() >= Prompting.__annotations__.keys()
+        fields = {one: kind for one, kind in fields.items() if one not in Prompting.__annotations__}
     assert set(parameters) == set(fields)
     empty = inspect.Parameter.empty
     assert {field for field, one in parameters.items() if one.default is empty} == needed
     for field, one in parameters.items():
         if one.default is not empty:
-            assert one.default == fields[field].get("default", None), field
+            default = list(one.default) if isinstance(one.default, tuple) else one.default
+            assert default == fields[field].get("default", None), field
     (told,) = [one for code, one in operation["responses"].items() if code.startswith("2")]
     (kind,) = told["content"].values()
     shape = kind["schema"].get("$ref", "/str").rpartition("/")[2]
@@ -91,6 +96,8 @@ def test_a_method_asks_for_its_operation(name: str) -> None:
 
     given: dict[str, Any] = {
         "url": "http://e", "model": "m", "prompts": ["p"], "id": "a/../b?c", "keys": ["ab"],
+        "tier": "disk", "key": "k", "source": "disk", "target": "host", "peer": "b:1",
+        "config": {},
     }  # fmt: skip
     method = getattr(Client, name)
     taken = {one: given[one] for one in inspect.signature(method).parameters if one in given}
@@ -157,7 +164,8 @@ def test_its_errors_are_those_of_the_rest() -> None:
         ("ReadOnly", 409, errors.ReadOnly),
         ("DeadlineExceeded", 504, DeadlineExceeded),
         ("UsageError", 422, UsageError),
-        ("Busy", 503, ApiProblem),
+        ("Busy", 503, errors.Busy),
+        ("NoSuch", 404, ApiProblem),
         ("ConfigError", 500, ApiProblem),
         ("did_you_mean", 500, ApiProblem),
         ("", 404, ApiProblem),

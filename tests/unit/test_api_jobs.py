@@ -18,8 +18,9 @@ from tests.support.apis import Rig
 from kvstrata.control import jobs
 from kvstrata.control.client import ApiProblem
 from kvstrata.control.jobs import Jobs, Work
-from kvstrata.control.problems import Busy, NoSuch
+from kvstrata.control.problems import NoSuch
 from kvstrata.control.verbs.jobs import Job
+from kvstrata.errors import Busy
 
 
 @pytest.fixture(scope="module")

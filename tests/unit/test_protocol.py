@@ -363,3 +363,9 @@ def test_columns() -> None:
     assert p.split(bytes(32) + b"\1" * 32, 32) == [bytes(32), b"\1" * 32]
     with pytest.raises(Incompatible, match="33 bytes is no multiple of 32"):
         p.split(bytes(33), 32)
+
+
+@pytest.mark.parametrize("value", [1 << 64, -(1 << 63) - 1, "\ud800"])
+def test_what_cannot_be_encoded_is_refused(value: object) -> None:
+    with pytest.raises(UsageError, match="a record that cannot be encoded"):
+        p.encode(p.Record({"a": value}))

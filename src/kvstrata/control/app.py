@@ -20,19 +20,35 @@ from kvstrata.control.link import NodeLink
 from kvstrata.control.verbs import (
     about,
     clear,
+    holdings,
     jobs,
     lookup,
     metrics,
+    moving,
     namespaces,
     records,
+    upkeep,
     warm,
 )
 
 ROUTERS = tuple(
-    verb.router for verb in (about, metrics, lookup, namespaces, records, clear, warm, jobs)
+    verb.router
+    for verb in (
+        about,
+        metrics,
+        lookup,
+        namespaces,
+        records,
+        holdings,
+        clear,
+        warm,
+        moving,
+        upkeep,
+        jobs,
+    )
 )
 """A new verb is a file in `verbs` and a name here."""
-READS = (*lookup.READS,)
+READS = (*lookup.READS, *holdings.READS)
 """What is posted and yet changes nothing."""
 
 ABOUT = """\

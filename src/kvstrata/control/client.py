@@ -6,26 +6,41 @@ import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
+from typing_extensions import Unpack
 
 from kvstrata import errors
 from kvstrata.control import problems
 from kvstrata.control.verbs.about import Health, Ready, Status, Version
 from kvstrata.control.verbs.clear import Cleared, Flushed
+from kvstrata.control.verbs.holdings import Chunks, Inspected
 from kvstrata.control.verbs.jobs import Job, Jobs
 from kvstrata.control.verbs.lookup import Found
 from kvstrata.control.verbs.namespaces import Namespaces
 from kvstrata.control.verbs.records import Records
+from kvstrata.control.verbs.upkeep import Reloaded, Undrained
 from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeUnavailable
 
 M = TypeVar("M", bound=BaseModel)
 
 TIMEOUT_S = 130.0
 """More than any verb takes."""
+
+
+class Prompting(TypedDict, total=False):
+    """A prompt, as `Client.lookup` takes it: one of the first four, and whose it is."""
+
+    tokens: Sequence[int]
+    text: str
+    messages: Sequence[Mapping[str, Any]]
+    keys: Sequence[str]
+    model: str
+    namespace: str
+    salt: str
 
 
 class ApiProblem(KVStrataError):
@@ -127,7 +142,7 @@ class Client:
 
     def flush(self) -> Flushed:
         """Wait until what was stored so far is written to the slower tiers."""
-        return self._post("/v1/flush", Flushed)
+        return self._ask("POST", "/v1/flush", Flushed)
 
     def clear(
         self,
@@ -144,6 +159,60 @@ class Client:
         """Begin to have an engine compute prompts."""
         return self._post("/v1/warm", Job, url=url, model=model, prompts=prompts, at_once=at_once)
 
+    def chunks(self, tier: str = "", after: str = "", limit: int = 100) -> Chunks:
+        """A page of what is held; ``after``: `Chunks.next`."""
+        return self._get("/v1/chunks", Chunks, tier=tier, after=after, limit=limit)
+
+    def inspect(
+        self,
+        tier: str,
+        key: str,
+        part: int = 0,
+        namespace: str | None = None,
+        orders: Sequence[str] = (),
+    ) -> Inspected:
+        """One object's header, verified."""
+        return self._post(
+            "/v1/inspect", Inspected, tier=tier, key=key, part=part, namespace=namespace,
+            orders=list(orders),
+        )  # fmt: skip
+
+    def prefetch(self, **prompt: Unpack[Prompting]) -> Job:
+        """Begin to bring a prompt's chunks into host memory."""
+        return self._post("/v1/prefetch", Job, **prompt)
+
+    def copy(self, source: str, target: str, **prompt: Unpack[Prompting]) -> Job:
+        """Begin to copy a prompt's chunks from one tier to another."""
+        return self._post("/v1/copy", Job, source=source, target=target, **prompt)
+
+    def move(self, source: str, target: str, **prompt: Unpack[Prompting]) -> Job:
+        """Begin to move them."""
+        return self._post("/v1/move", Job, source=source, target=target, **prompt)
+
+    def send(self, peer: str, **prompt: Unpack[Prompting]) -> Job:
+        """Begin to have another node fetch them."""
+        return self._post("/v1/send", Job, peer=peer, **prompt)
+
+    def transcode(self, tier: str, codec: str = "") -> Job:
+        """Begin to store all that a tier holds again, with another codec."""
+        return self._post("/v1/transcode", Job, tier=tier, codec=codec)
+
+    def scrub(self, tier: str) -> Job:
+        """Begin to verify all that a tier holds."""
+        return self._post("/v1/scrub", Job, tier=tier)
+
+    def drain(self, end: bool = False) -> Job:
+        """Have the node take no new stores, and perhaps end."""
+        return self._post("/v1/drain", Job, end=end)
+
+    def undrain(self) -> Undrained:
+        """Let the node take stores again."""
+        return self._ask("POST", "/v1/undrain", Undrained)
+
+    def reload(self, config: Mapping[str, Any]) -> Reloaded:
+        """Hold the node to another configuration, all of it."""
+        return self._post("/v1/reload", Reloaded, config=config)
+
     def jobs(self, after: str = "", limit: int = 100) -> Jobs:
         """A page of the jobs, the latest first; ``after``: `Jobs.next`."""
         return self._get("/v1/jobs", Jobs, after=after, limit=limit)
@@ -154,7 +223,7 @@ class Client:
 
     def cancel(self, id: str) -> Job:
         """End a job."""
-        return self._post(f"/v1/jobs/{quote(id, safe='')}/cancel", Job)
+        return self._ask("POST", f"/v1/jobs/{quote(id, safe='')}/cancel", Job)
 
     def close(self) -> None:
         """Hang up. Repeatable."""
@@ -176,7 +245,7 @@ class Client:
 
     def _post(self, path: str, told: type[M], /, **body: Any) -> M:
         given = {name: value for name, value in body.items() if value is not None}
-        return self._ask("POST", path, told, **({"json": given} if body else {}))
+        return self._ask("POST", path, told, json=given)
 
     def _ask(self, method: str, path: str, told: type[M], **what: Any) -> M:
         answer = self._answer(method, path, **what)
@@ -215,6 +284,7 @@ RAISED = frozenset(
         DeadlineExceeded,
         Incompatible,
         NodeUnavailable,
+        errors.Busy,
         errors.ReadOnly,
         errors.TierUnavailable,
         errors.UsageError,

@@ -11,11 +11,12 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstrata.control.problems import Busy, NoSuch
-from kvstrata.errors import KVStrataError
+from kvstrata.control.problems import NoSuch
+from kvstrata.errors import Busy, KVStrataError
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "api-"
 MAX_RUNNING = 8
 MAX_REMEMBERED = 128
 MAX_TROUBLES = 16
@@ -31,13 +32,15 @@ class Work:
         id: ``api-`` and a number.
         kind: the verb.
         total: how many steps it has.
-        about: what was asked for, so that a repetition is noticed.
+        asked: what was asked for, so that a repetition is noticed.
+        about: the same in words.
     """
 
     id: str
     kind: str
     total: int
-    about: object
+    asked: object
+    about: str = ""
     began_at: float = field(default_factory=time.time)
     ended_at: float | None = None
     state: str = RUNNING
@@ -65,8 +68,9 @@ class Jobs:
         self,
         kind: str,
         total: int,
-        about: object,
+        asked: object,
         work: Callable[[Work], Coroutine[Any, Any, None]],
+        about: str = "",
     ) -> Work:
         """Start one; the one that already runs where exactly this is being done.
 
@@ -75,11 +79,11 @@ class Jobs:
         """
         running = [job for job in self._jobs.values() if job.state == RUNNING]
         for job in running:
-            if (job.kind, job.about) == (kind, about):
+            if (job.kind, job.asked) == (kind, asked):
                 return job
         if len(running) >= MAX_RUNNING:
             raise Busy(f"{MAX_RUNNING} jobs run; wait for one, or cancel one")
-        job = Work(f"api-{next(self._numbers)}", kind, total, about)
+        job = Work(f"{PREFIX}{next(self._numbers)}", kind, total, asked, about)
         self._jobs[job.id] = job
         for old in [one.id for one in self._jobs.values() if one.state != RUNNING]:
             if len(self._jobs) <= MAX_REMEMBERED:

@@ -15,8 +15,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from kvstrata.config import Config
-from kvstrata.control.problems import Busy
-from kvstrata.errors import KVStrataError, NodeUnavailable
+from kvstrata.errors import Busy, KVStrataError, NodeUnavailable
 from kvstrata.wire.client import NodeClient
 from kvstrata.wire.launch import connect
 from kvstrata.wire.sockets import socket_path

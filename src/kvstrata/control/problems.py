@@ -46,10 +46,6 @@ class NoSuch(KVStrataError):
     """What was named is not there."""
 
 
-class Busy(KVStrataError):
-    """Too much is asked for at once; ask again."""
-
-
 class Invalid(KVStrataError):
     """A field that is well formed and yet wrong.
 
@@ -65,7 +61,7 @@ class Invalid(KVStrataError):
 
 STATUS: Mapping[type[KVStrataError], int] = {
     NoSuch: 404,
-    Busy: 503,
+    errors.Busy: 503,
     Invalid: 422,
     errors.UsageError: 422,
     errors.ReadOnly: 409,

@@ -10,7 +10,8 @@ from pydantic import Field, JsonValue
 
 from kvstrata.control.base import Asked, Hex32, State, Text, TokenId
 from kvstrata.control.problems import Invalid
-from kvstrata.keys import KeyChain
+from kvstrata.keys import KeyChain, owner_digest
+from kvstrata.objects import NOBODY
 from kvstrata.wire.client import NodeClient
 from kvstrata.wire.namespaces import Shown
 from kvstrata.wire.protocol import MAX_KEYS
@@ -72,11 +73,18 @@ class Chunks:
         namespace: that they are in.
         tokens: how many the prompt has; of keys alone, that they cover.
         keys: by each of the deployment's secrets, in their order; of keys alone, those.
+        owner: whose they are, as far as that is known.
     """
 
     namespace: Shown
     tokens: int
     keys: list[list[bytes]]
+    owner: bytes = NOBODY
+
+    @property
+    def digest(self) -> bytes:
+        """The namespace's."""
+        return bytes.fromhex(self.namespace.digest)
 
     @property
     def parts(self) -> list[int]:
@@ -120,7 +128,8 @@ async def chunks_of(here: State, prompt: Prompt) -> Chunks:
         chains = [KeyChain(secret, digest, chunk_tokens, prompt.salt) for secret in secrets]
         return [chain.keys(tokens) for chain in chains]
 
-    return Chunks(namespace, len(tokens), await here.tokenizing.run(make))
+    owner = owner_digest(secrets[0], namespace.parts.tenant, prompt.salt)
+    return Chunks(namespace, len(tokens), await here.tokenizing.run(make), owner)
 
 
 async def _tokens(here: State, prompt: Prompt, namespace: Shown) -> list[int]:

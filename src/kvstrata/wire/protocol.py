@@ -206,7 +206,11 @@ def max_bytes(body: bytes) -> int:
 
 def encode(message: Request | Reply) -> bytes:
     """One frame. Raises `UsageError` for what no frame may hold."""
-    body = _encoder.encode(message)
+    try:
+        body = _encoder.encode(message)
+    except (OverflowError, UnicodeEncodeError, RecursionError) as error:
+        what = type(message).__name__.lower()
+        raise UsageError(f"a {what} that cannot be encoded: {error}") from error
     if len(body) > max_bytes(body):
         what = type(message).__name__.lower()
         raise UsageError(f"a {what} of {len(body)} bytes; {max_bytes(body)} at most")

@@ -14,7 +14,7 @@ from pydantic import Field
 from kvstrata.control.base import PROBLEMS, Asked, Here, Text, TokenId
 from kvstrata.control.jobs import Work
 from kvstrata.control.problems import Invalid
-from kvstrata.control.verbs.jobs import Job, shown
+from kvstrata.control.verbs.jobs import Job, of_api
 
 router = APIRouter(responses=PROBLEMS, tags=["act"])
 
@@ -47,12 +47,13 @@ async def warm(asked: Warm, here: Here) -> Job:
     answers the job that runs. A prompt that the engine refuses is counted and passed over.
     """
     url = _endpoint(asked.url)
-    about = blake3(asked.model_dump_json().encode()).digest()
+    digest = blake3(asked.model_dump_json().encode()).digest()
 
     async def work(job: Work) -> None:
         await _compute(job, url, asked)
 
-    return shown(here.jobs.begin("warm", len(asked.prompts), about, work))
+    words = f"{len(asked.prompts)} prompts through {url.copy_with(path='/')}"
+    return of_api(here.jobs.begin("warm", len(asked.prompts), digest, work, words))
 
 
 def _endpoint(text: str) -> httpx.URL:
