@@ -133,6 +133,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "disk": disk,
     "encryption": ours("encryption"),
     "node": node,
+    "api": ours("api"),
 }
 """Every benchmark that needs no input from outside, by its folder."""
 
