@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from tests.engine.engine import NEW_TOKENS, Prompt
 from tests.engine.place import eventually
 from tests.engine.plain import Plain, Texts
@@ -23,6 +24,7 @@ from tests.engine.servers import HOST, Program, Site, events, free_port
 from tests.engine.shared import Engines
 
 from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER
+from kvstrata.observe.catalogue import ENGINE_PREFIX
 from kvstrata.testing.engine import engine_environment
 
 pytestmark = pytest.mark.engine
@@ -137,6 +139,39 @@ def test_the_same_tokens_as_one_engine_alone(sides: Sides, right: Right) -> None
             assert sides.loaded() == len(prompt)
     assert outcome(sides, "split") == 2 * len(prompts)
     sides.check()
+
+
+def test_vllms_own_metrics_have_the_connectors(sides: Sides) -> None:
+    before, prompt = scraped(sides.decode.server), [7, 3] * 300
+    assert sides.handed_on(prompt)
+    length = sides.loaded()
+    after = scraped(sides.decode.server)
+    assert after["asked_tokens_total"] - before["asked_tokens_total"] == length
+    loaded = sum(after[name] - before.get(name, 0) for name in after if "hit_tokens" in name)
+    assert loaded == length
+    assert any(name.startswith("load_seconds_count load=async") for name in after)
+    assert scraped(sides.prefill.server)["asked_tokens_total"] > 0
+    # A store is heard of in the step after it, which there may not be before the next request.
+    sides.prefill.server.tokens([5] * 40, 2)
+    sides.prefill.server.tokens([6] * 40, 2)
+    assert scraped(sides.prefill.server)["stored_bytes_total"] > 0
+
+
+def scraped(server: Program) -> dict[str, float]:
+    """The connector's metrics in an engine's own, without vLLM's labels."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    return {
+        sample.name.removeprefix(ENGINE_PREFIX)
+        + "".join(
+            f" {label}={value}"
+            for label, value in sorted(sample.labels.items())
+            if label not in ("engine", "model_name")
+        ): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.startswith(ENGINE_PREFIX)
+    }
 
 
 def test_a_stream(sides: Sides, right: Right) -> None:

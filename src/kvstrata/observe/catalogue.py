@@ -264,7 +264,9 @@ ENGINE: tuple[Metric, ...] = (
         "Requests that loaded nothing or less than they might.",
         "why",
     ),
-    _counter("loads_total", "Loads, by how they went and what became of them.", "load", "outcome"),
+    _counter(
+        "loads_total", "Loads of requests that were not aborted meanwhile.", "load", "outcome"
+    ),
     _histogram("load_seconds", LOAD_S, "A load, from its blocks to its end.", "load"),
     _counter("stored_bytes_total", "Bytes that the workers copied out and committed."),
     _counter("stores_dropped_total", "Stores that came to nothing.", "why"),

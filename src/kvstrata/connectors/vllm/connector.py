@@ -23,6 +23,7 @@ from kvstrata.config import Config, load_config
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
+from kvstrata.connectors.vllm.stats import ConnectorPromMetrics, ConnectorStats
 from kvstrata.connectors.vllm.worker import WorkerSide
 from kvstrata.errors import ConfigError, KVStrataError
 
@@ -187,6 +188,26 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return self._worker.report() if self._worker is not None else None
+
+    # metrics, on either side and where vLLM serves
+
+    def get_kv_connector_stats(self) -> ConnectorStats | None:
+        side = self._scheduler or self._worker
+        return side.tally.take() if side is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats:
+        return ConnectorStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> ConnectorPromMetrics:
+        return ConnectorPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         if self._worker is not None:

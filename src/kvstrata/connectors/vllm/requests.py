@@ -12,6 +12,7 @@ import msgspec
 
 from kvstrata.connectors.naming import roles
 from kvstrata.connectors.vllm.reasons import Account
+from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.heads import heads
 from kvstrata.keys import KeyChain, MediaItem
 from kvstrata.objects import NOBODY
@@ -220,6 +221,22 @@ class RequestState:
             **self._plan(),
             "seconds": round(time.monotonic() - self.arrived_at, 4),
         }
+
+    def load_ended(self, tally: Tally, *, failed: bool) -> None:
+        """Its load has ended, one way or the other."""
+        self.load_took = time.monotonic() - self.load_began
+        outcome = "failed" if failed else "ok" if self.came is None else "early"
+        tally.add("loads_total", 1, self.loaded_how, outcome)
+        tally.observe("load_seconds", self.load_took, self.loaded_how)
+
+    def ended(self, tally: Tally, chunk_tokens: int) -> None:
+        """It has ended itself."""
+        tally.add("asked_tokens_total", self.request.num_prompt_tokens)
+        for tier, count in self.tier_tokens(chunk_tokens).items():
+            if count:
+                tally.add("hit_tokens_total", count, tier)
+        if why := self.bypass or self.miss:
+            tally.missed(why)
 
     def tier_tokens(self, chunk_tokens: int) -> dict[str, int]:
         """Tokens that were loaded, by the tier that they came from."""

@@ -22,6 +22,7 @@ from kvstrata.connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.requests import RequestState
+from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.connectors.vllm.storing import Stores
 from kvstrata.wire import protocol as p
 
@@ -46,6 +47,7 @@ class SchedulerSide:
     def __init__(
         self, vllm_config: Any, config: Config, chunk_tokens: int, block_tokens: int
     ) -> None:
+        self.tally = Tally()  # for vLLM's own metrics
         self._chunk = chunk_tokens
         self._block = block_tokens
         self._off = "the workers have not introduced themselves"
@@ -259,6 +261,9 @@ class SchedulerSide:
         state = self._states.pop(request.request_id, None)
         if state is None:
             return None
+        if state.sync and request.request_id in self._loads:  # it is heard of after this
+            state.load_ended(self.tally, failed=False)
+        state.ended(self.tally, self._chunk)
         answer = self._stores.elsewhere(state)
         if request.request_id in self._loads:
             self._lookups.abandon(state)
@@ -384,7 +389,7 @@ class SchedulerSide:
             self._lookups.client.release(lease)
         state = self._states.get(request_id)
         if state is not None:
-            state.load_took = time.monotonic() - state.load_began
+            state.load_ended(self.tally, failed=failed)
             sync, came = state.sync, 0 if failed else state.came
             if came is not None:
                 state.ended_early(came, self._chunk)

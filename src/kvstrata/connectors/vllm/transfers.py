@@ -21,6 +21,7 @@ from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pace import Rate
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.payloads import Payloads
+from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.cores import given_cores
 from kvstrata.errors import DeadlineExceeded, KVStrataError, NodeUnavailable
 from kvstrata.wire import protocol as p
@@ -95,6 +96,7 @@ class Transfers:
         template: what the headers of this worker's objects share.
         rank: this worker's, among ``world``.
         deadlines: for a load as a whole, and for each answer of the node to a store.
+        tally: counts what is stored.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Transfers:
         rank: int,
         world: int,
         deadlines: DeadlineConfig,
+        tally: Tally,
     ) -> None:
         self._pages = pages
         self._copier = copier
@@ -112,6 +115,8 @@ class Transfers:
         self._rank = rank
         self._world = world
         self._deadlines = deadlines
+        self._tally = tally
+        self._raw_bytes = template.raw_length
         self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", _use_given_cores)
         # What waits for a slower tier must not hold up what is there.
         self._awaiting = ThreadPoolExecutor(NUM_AWAITING_THREADS, "kvstrata-wait", _use_given_cores)
@@ -181,6 +186,8 @@ class Transfers:
             job = StoreJob(store, self._copier.mark(), cost)
             self._jobs.append(job)
             self._storing.submit(self._store, job, client)
+        else:
+            self._tally.add("stores_dropped_total", 1, "too many wait")
 
     def fence(self, blocks: set[int] | None = None) -> None:
         """Return when no store reads these blocks any more (None: no block at all)."""
@@ -190,6 +197,7 @@ class Transfers:
                 continue
             if not job.settle(max(0.0, deadline - time.monotonic())):
                 logger.warning("KVStrata: a store was dropped, its blocks are needed")
+                self._tally.add("stores_dropped_total", 1, "its blocks are needed")
 
     def settle(self) -> None:
         """Return when no copy is under way; loads end at their deadline at the latest."""
@@ -312,8 +320,10 @@ class Transfers:
             self._store_chunks(job, client)
         except KVStrataError as error:
             logger.warning("KVStrata: a store was dropped: %s", error)
+            self._tally.add("stores_dropped_total", 1, "the node failed it")
         except Exception:
             logger.exception("KVStrata: a store died of a bug")
+            self._tally.add("stores_dropped_total", 1, "a bug")
         finally:
             job.ended.set()
 
@@ -348,7 +358,8 @@ class Transfers:
                     checksums[i] = checksum
         finally:
             if given:
-                client.commit(reserved.reservation, checksums).wait(patience)
+                done: p.Done = client.commit(reserved.reservation, checksums).wait(patience)
+                self._tally.add("stored_bytes_total", done.count * self._raw_bytes)
 
     def _checksums(self, plan: Plan, count: int, *, before: bool) -> list[bytes]:
         """Of what is meant to be stored, so before the copy; where only a GPU reads the blocks, of

@@ -20,6 +20,7 @@ from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello, WorkerR
 from kvstrata.connectors.vllm.pace import WAIT_SHARE
 from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe
 from kvstrata.connectors.vllm.proof import self_test
+from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.connectors.vllm.transfers import Transfers
 from kvstrata.errors import Incompatible, KVStrataError
 from kvstrata.wire import protocol as p
@@ -68,6 +69,8 @@ class WorkerSide:
         self._pages: Pages = pages
         self._copier: Copier = make_copier(pages.device)
         self._template = _template(pages, chunk_tokens)
+        #: what is counted for vLLM's own metrics
+        self.tally = Tally()
         self._transfers = Transfers(
             pages,
             self._copier,
@@ -75,6 +78,7 @@ class WorkerSide:
             parallel.rank,
             parallel.world_size,
             config.deadlines,
+            self.tally,
         )
         self._layer_numbers = {name: i for i, name in enumerate(pages.layer_names)}
         self._chunk = chunk_tokens
