@@ -26,7 +26,7 @@ from kvstrata.connectors.vllm.stats import MAX_SECONDS, METRICS, WHYS, Connector
 from kvstrata.observe.catalogue import ENGINE_PREFIX
 
 Make = Callable[..., Rig]
-LABELS = {0: ["tiny", "0"], 1: ["tiny", "1"]}
+LABELS: dict[int, list[object]] = {0: ["tiny", "0"], 1: ["tiny", "1"]}
 
 
 class Heard:

@@ -130,6 +130,8 @@ SAMPLES: Mapping[str, Any] = {
     "deadlines.attach": "1min",
     "leases.per_client": "10%",
     "leases.total": "90%",
+    "tracing.endpoint": "https://collector:4318/v1/traces",
+    "tracing.sample": "2%",
 }
 
 

@@ -154,7 +154,11 @@ def produced(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
             store(node, ME, chunk_keys(2, prompt))
             await flush(node, ME)
         await clear(node, ME, None, ["host"])
-        faults = (FlipBit(8 * 5000), FlipBit(8 * 8), Raise(RuntimeError("a bug")))
+        faults: tuple[FlipBit | Raise, ...] = (
+            FlipBit(8 * 5000),
+            FlipBit(8 * 8),
+            Raise(RuntimeError("a bug")),
+        )
         for prompt, fault in enumerate(faults):
             tier.inject("read", fault, times=1)
             await load(node, ME, chunk_keys(2, prompt))
@@ -224,7 +228,7 @@ def test_alerts_are_told_apart_and_say_what_to_do() -> None:
 def test_the_dashboard_has_no_panel_twice_nor_over_another() -> None:
     ids = [panel["id"] for panel in panels()]
     assert len(set(ids)) == len(ids)
-    taken = set()
+    taken: set[tuple[int, int]] = set()
     for panel in panels():
         place = panel["gridPos"]
         cells = {

@@ -26,6 +26,7 @@ from kvstrata.config.owned import file_system_bytes
 from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig, about, option
 from kvstrata.config.tierparts import Room, TierPart, check_fits
 from kvstrata.config.tiers import TIERS
+from kvstrata.config.tracing import TracingConfig
 from kvstrata.errors import ConfigError, did_you_mean
 from kvstrata.memory.machine import total_bytes
 
@@ -112,6 +113,7 @@ class Config:
     """Below the pool, fastest first."""
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
     leases: LeaseConfig = field(default_factory=LeaseConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each value that is no default came from: file, environment or override."""
 
@@ -155,7 +157,7 @@ class Option(NamedTuple):
         return "KVSTRATA_" + self.path.upper().replace(".", "_")
 
 
-PARTS: Mapping[str, type] = {
+PARTS: Mapping[str, type] = {  # the dataclass of each part, by its path
     "": Config,
     "host": HostConfig,
     **{part.name: part for part in TIERS},
@@ -164,11 +166,10 @@ PARTS: Mapping[str, type] = {
     "api": ApiConfig,
     "deadlines": DeadlineConfig,
     "leases": LeaseConfig,
+    "tracing": TracingConfig,
 }
-"""The dataclass of each part, by its path."""
 
-MAY_BE_MISSING = tuple(part.name for part in TIERS)
-"""Parts that are only there if something of them is given."""
+MAY_BE_MISSING = tuple(part.name for part in TIERS)  # only if something of them is given
 
 OPTIONS: Mapping[str, Option] = {
     path: Option(path, **item.metadata)

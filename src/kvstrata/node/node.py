@@ -11,10 +11,12 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import kvstrata
 from kvstrata.config import Config, host_capacity_bytes
+from kvstrata.config.tracing import open_tracer
 from kvstrata.errors import UsageError
 from kvstrata.memory.machine import available_bytes
 from kvstrata.memory.pool import Pool
@@ -49,6 +51,7 @@ from kvstrata.node.slots.leases import LeaseTable
 from kvstrata.node.slots.reservations import Reservation, ReservationTable
 from kvstrata.node.slots.sampling import Sampler
 from kvstrata.observe.counters import Counters
+from kvstrata.observe.tracing import Tracer, around
 from kvstrata.policies import create_policy
 from kvstrata.transfer.borrowing import Nixl
 from kvstrata.wire import protocol as p
@@ -73,6 +76,7 @@ class Node:
         left_out: tiers that were configured and could not be opened, and why.
         clock: monotonic seconds.
         nixl: of the pool; likewise owned.
+        tracer: of requests that are traced; likewise owned.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Node:
         left_out: dict[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
         nixl: Nixl | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.config = config
         self.left_out = left_out or {}
@@ -103,7 +108,8 @@ class Node:
         self.fleet_state: Callable[[], dict[str, Any]] | None = None
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
         self.reservations = ReservationTable(self.host, per_client)
-        self.movement = Movement(self.host, self.leases, backings, counters, clock)
+        self._tracer = tracer
+        self.movement = Movement(self.host, self.leases, backings, counters, clock, tracer)
         self.records = Records(counters, ["host", *(backing.name for backing in backings)])
         self._expecting = Expecting(self.movement, counters, clock)
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
@@ -162,7 +168,8 @@ class Node:
         except BaseException:
             pool.close()
             raise
-        return cls(config, pool, backings, counters, left_out, clock, nixl)
+        tracer = open_tracer(config.tracing, "kvstrata-node")
+        return cls(config, pool, backings, counters, left_out, clock, nixl, tracer)
 
     async def start(self) -> None:
         """Begin the background work: fault the pool in, scan the tiers, scrub them."""
@@ -192,6 +199,8 @@ class Node:
             backing.close()
         if self.nixl is not None:
             self.nixl.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         self.host.close()
 
     def handle(self, client: Client, message: p.Request) -> Answer:
@@ -215,7 +224,8 @@ class Node:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
         if self.operations.drainer.closing:
             return nothing_of(message)
-        return self._matcher.match(client, message)
+        match = partial(self._matcher.match, client, message)
+        return around(self._tracer, "kvstrata.node.match", message.traceparent, match)
 
     def await_arrival(self, client: Client, message: p.Await) -> Answer:
         """Answer when more chunks of a lease are in host memory, or one will not come.
@@ -263,7 +273,8 @@ class Node:
         checksums = p.split(message.checksums, 16)
         if len(checksums) != len(reservation.slots):
             raise UsageError(f"{len(reservation.slots)} checksums expected, not {len(checksums)}")
-        return in_slices(self._commit(reservation, checksums, message.id))
+        commit = partial(in_slices, self._commit(reservation, checksums, message.id))
+        return around(self._tracer, "kvstrata.node.commit", reservation.trace, commit)
 
     def _commit(
         self, reservation: Reservation, checksums: list[bytes], id: int
@@ -278,6 +289,7 @@ class Node:
                 reservation.cost,
                 reservation.weights,
                 reservation.namespace,
+                reservation.trace,
             )
             if not reservation.is_tail:  # behind its last token lies anything
                 self.movement.write_behind(origin, written)

@@ -14,6 +14,7 @@ from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.leases import Lease
 from kvstrata.node.slots.slot import Slot
 from kvstrata.objects import stored_bytes
+from kvstrata.observe.tracing import checked
 from kvstrata.parts import MAX_PART
 from kvstrata.transfer.tcp import Address
 from kvstrata.wire import protocol as p
@@ -47,6 +48,7 @@ class Search:
             raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
         self.owner = message.owner
         self.heads = checked_heads(message.heads)
+        self.trace = checked(message.traceparent)
         self.keys: list[bytes] = []
         self.distinct: set[bytes] = set()
         self.prefill = Prefill(message.chunk_s, message.pair_s)

@@ -156,6 +156,7 @@ class NodeClient:
         expected_s: float = 0.0,
         tail: Sequence[int] = (),
         heads: bytes = b"",
+        traceparent: str = "",
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -174,11 +175,13 @@ class NodeClient:
                 seconds; 0: what it does not have is not waited for.
             tail: of a last key that is a tail's, payload bytes of each part.
             heads: `kvstrata.heads.heads` of the prompt, so that a miss can be explained better.
+            traceparent: of the span that waits for it, where the request is traced.
         """
         some = keys[: _most_keys(parts)]
         packed, tail = b"".join(some), tail if len(some) == len(keys) else ()
         fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s,
-                  peer, expected_s, list(tail), heads)  # fmt: skip
+                  peer, expected_s, list(tail), heads,
+                  traceparent)  # fmt: skip
         return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:
@@ -202,6 +205,7 @@ class NodeClient:
         weights: str = "",
         owner: bytes = NOBODY,
         lend: bool = False,
+        traceparent: str = "",
     ) -> Call:
         """Begin to reserve slots for ``prefix[first:]``; answers `Reserved`.
 
@@ -215,9 +219,10 @@ class NodeClient:
             weights: `kvstrata.identity.weights_identity` of what computed it; "": unknown.
             owner: `kvstrata.keys.owner_digest` of who it was computed for.
             lend: whether it is kept for another node until that has it.
+            traceparent: as of `match`.
         """
         keys = b"".join(prefix)
-        fields = (namespace, keys, first, part, template, cost, weights, owner, lend)
+        fields = (namespace, keys, first, part, template, cost, weights, owner, lend, traceparent)
         return self.begin(p.Reserve, p.Reserved, *fields)
 
     def commit(self, reservation: int, checksums: Sequence[bytes]) -> Call:

@@ -89,6 +89,7 @@ class Match(Message, tag="match", frozen=True):
     expected_s: float = 0.0
     tail: Numbers = msgspec.field(default_factory=list)
     heads: bytes = b""
+    traceparent: str = ""
 
 
 class Matched(Message, tag="matched", frozen=True):
@@ -145,6 +146,7 @@ class Reserve(Message, tag="reserve", frozen=True):
     weights: str = ""
     owner: bytes = NOBODY
     lend: bool = False
+    traceparent: str = ""
 
 
 class Reserved(Message, tag="reserved", frozen=True):

@@ -15,6 +15,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from kvstrata.config import Config
+from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.vllm.fingerprint import Namespaces
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import WorkerHello
@@ -72,6 +73,7 @@ class Lookups:
         self._link = Link(config, "scheduler")
         self._link.start()
         self.pace = pace
+        self.tracer = open_tracer(config.tracing, "kvstrata-engine")
         #: the node, if there was one when it was needed last
         self.client: NodeClient | None = None
         self.namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
@@ -193,10 +195,13 @@ class Lookups:
         if state.call is not None:
             state.call.abandon()
             state.call = None
+            state.looked_up("given up")
 
     def close(self) -> None:
         """Let go of the node. Repeatable."""
         self.namespaces.close()
+        if self.tracer is not None:
+            self.tracer.close()
         self._link.close()
         if self.client is not None:
             self.client.close()
@@ -218,6 +223,7 @@ class Lookups:
                 self._expected_s(state) if by_other == state.other_first else 0.0,
                 self._tail_lengths(state) if len(state.question) > len(state.keys) else (),
                 b"" if by_other else state.heads_by(client.hello.secret),
+                state.look_up(),
             )  # fmt: skip
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
@@ -253,6 +259,7 @@ class Lookups:
                 state.miss = "not stored" if not reply.tiers else "partly stored"
         if self.client is not None:
             self.client.release(left_out)
+        state.looked_up()
 
     def _go_on(self, state: RequestState) -> None:
         """Ask for the keys of the other secret, too, where those of the one are not all there."""

@@ -75,6 +75,7 @@ class Store:
         tail_tokens: of the one object to store, where that is a prompt's end; 0: it is not.
         lend: whether another engine's node will come for it.
         given: leading chunks of the prompt that were not computed for this request.
+        trace: traceparent of the request; empty: it is not traced.
     """
 
     namespace: bytes
@@ -86,6 +87,7 @@ class Store:
     tail_tokens: int = 0
     lend: bool = False
     given: int = 0
+    trace: str = ""
 
     def computed(self) -> Store:
         """The same without what was not computed; perhaps nothing."""

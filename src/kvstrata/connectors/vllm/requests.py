@@ -17,6 +17,7 @@ from kvstrata.heads import heads
 from kvstrata.keys import KeyChain, MediaItem
 from kvstrata.objects import NOBODY
 from kvstrata.observe.reasons import Reason, Why
+from kvstrata.observe.tracing import Span, Tracer
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import Call
 
@@ -27,9 +28,10 @@ class RequestState:
     Args:
         request: vLLM's request; its tokens grow while it runs.
         bypass: why nothing of it is cached; empty if it is.
+        tracer: of those requests that are traced.
     """
 
-    def __init__(self, request: Any, bypass: str) -> None:
+    def __init__(self, request: Any, bypass: str, tracer: Tracer | None = None) -> None:
         self.request = request
         self.bypass = bypass
         self.roles = roles(request.kv_transfer_params)
@@ -82,6 +84,12 @@ class RequestState:
         self.account: Account | None = None
         self.peer_refused = ""
         self.load_began = self.load_took = 0.0
+        # spans, where the request is traced
+        self._tracer = tracer
+        self.span: Span | None = None
+        self.lookup_span: Span | None = None
+        if tracer is not None and (parent := tracer.begins(request.trace_headers)) is not None:
+            self.span = tracer.start("kvstrata.request", parent)
         self.chunk_s = self.pair_s = 0.0  # what computing takes, as the node was told
         self.computed_at = 0.0  # when the prompt was there, whichever way
 
@@ -228,6 +236,34 @@ class RequestState:
         outcome = "failed" if failed else "ok" if self.came is None else "early"
         tally.add("loads_total", 1, self.loaded_how, outcome)
         tally.observe("load_seconds", self.load_took, self.loaded_how)
+        if self.span is not None and self._tracer is not None:
+            span = self._tracer.start("kvstrata.load", self.span.traceparent, ago_s=self.load_took)
+            span.end(
+                failed="" if outcome == "ok" else outcome,
+                tokens=self.loaded_tokens,
+                tiers=",".join(self.hit_chunks),
+                how=self.loaded_how,
+            )
+
+    @property
+    def trace(self) -> str:
+        """What its stores belong to; empty: it is not traced."""
+        return self.span.traceparent if self.span is not None else ""
+
+    def look_up(self) -> str:
+        """Its lookup begins: the traceparent that the node is told; empty: it is not traced."""
+        if self.span is None or self._tracer is None:
+            return ""
+        self.looked_up("given up")
+        self.lookup_span = self._tracer.start("kvstrata.lookup", self.span.traceparent)
+        return self.lookup_span.traceparent
+
+    def looked_up(self, failed: str = "") -> None:
+        """Its lookup has ended."""
+        if self.lookup_span is not None:
+            chunks = len(self.tiers)
+            self.lookup_span.end(failed=failed, chunks_asked=len(self.question), chunks=chunks)
+            self.lookup_span = None
 
     def ended(self, tally: Tally, chunk_tokens: int) -> None:
         """It has ended itself."""
@@ -237,6 +273,15 @@ class RequestState:
                 tally.add("hit_tokens_total", count, tier)
         if why := self.bypass or self.miss:
             tally.missed(why)
+        self.looked_up("given up")
+        if self.span is not None:
+            self.span.end(
+                request_id=self.request.request_id,
+                prompt_tokens=self.request.num_prompt_tokens,
+                loaded_tokens=self.loaded_tokens,
+                stored_chunks=self.stored_chunks,
+                miss=why,
+            )
 
     def tier_tokens(self, chunk_tokens: int) -> dict[str, int]:
         """Tokens that were loaded, by the tier that they came from."""

@@ -28,8 +28,7 @@ from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
 
-_HERE = ("host", "memory")
-"""Tiers that are in host memory, the one of encoded objects too."""
+_HERE = ("host", "memory")  # tiers in host memory, the one of encoded objects too
 _SOURCES = {"disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
 _ELSEWHERE = CacheHitSource.EXTERNAL_UNSPECIFIED
 
@@ -95,7 +94,8 @@ class SchedulerSide:
 
     def on_new_request(self, request: Any) -> None:
         """Begin to look a request up."""
-        state = self._states[request.request_id] = RequestState(request, self._bypass(request))
+        bypass, tracer = self._bypass(request), self._lookups.tracer
+        state = self._states[request.request_id] = RequestState(request, bypass, tracer)
         # Those that wait already come first, whether they have asked or not.
         if not state.bypass and len(self._states) - len(self._active) <= LOOK_AHEAD:
             self._lookups.ask(state)

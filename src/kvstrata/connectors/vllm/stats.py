@@ -34,7 +34,7 @@ WHYS = (
 """How reasons of misses begin, of which each is a label."""
 
 
-class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
+class ConnectorStats(KVConnectorStats):
     """Sums and lists of values since the last collection.
 
     ``data`` is what vLLM sends: ``{"sums": {key: number}, "values": {key: [number, ...]}}``, where
@@ -46,7 +46,7 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all of it."""
-        self.data = {"sums": {}, "values": {}}
+        self.data: dict[str, Any] = {"sums": {}, "values": {}}
 
     def is_empty(self) -> bool:
         """Whether nothing was counted."""
@@ -108,7 +108,7 @@ class Tally:
         return stats
 
 
-class ConnectorPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+class ConnectorPromMetrics(KVConnectorPromMetrics):
     """The connector's metrics in the process that serves; arguments as vLLM gives them."""
 
     def __init__(

@@ -63,6 +63,7 @@ class Stores:
             owner=state.owner,
             lend=state.roles.lends,
             given=state.num_given,
+            trace=state.trace,
         )
 
     def _end_is_next(self, state: RequestState, known: int) -> bool:
@@ -90,6 +91,7 @@ class Stores:
             owner=state.owner,
             tail_tokens=num_tokens % self._chunk,
             lend=True,
+            trace=state.trace,
         )
 
     def elsewhere(self, state: RequestState) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from kvstrata.connectors.vllm.payloads import Payloads
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.cores import given_cores
 from kvstrata.errors import DeadlineExceeded, KVStrataError, NodeUnavailable
+from kvstrata.observe.tracing import Tracer, spanning
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 
@@ -97,6 +98,7 @@ class Transfers:
         rank: this worker's, among ``world``.
         deadlines: for a load as a whole, and for each answer of the node to a store.
         tally: counts what is stored.
+        tracer: of those stores that are traced.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Transfers:
         world: int,
         deadlines: DeadlineConfig,
         tally: Tally,
+        tracer: Tracer | None,
     ) -> None:
         self._pages = pages
         self._copier = copier
@@ -115,7 +118,7 @@ class Transfers:
         self._rank = rank
         self._world = world
         self._deadlines = deadlines
-        self._tally = tally
+        self._tally, self._tracer = tally, tracer
         self._raw_bytes = template.raw_length
         self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", _use_given_cores)
         # What waits for a slower tier must not hold up what is there.
@@ -317,7 +320,8 @@ class Transfers:
     def _store(self, job: StoreJob, client: NodeClient) -> None:
         """One store, from reservation to commit; never raises."""
         try:
-            self._store_chunks(job, client)
+            with spanning(self._tracer, "kvstrata.store", job.store.trace) as trace:
+                self._store_chunks(job, client, trace)
         except KVStrataError as error:
             logger.warning("KVStrata: a store was dropped: %s", error)
             self._tally.add("stores_dropped_total", 1, "the node failed it")
@@ -327,7 +331,7 @@ class Transfers:
         finally:
             job.ended.set()
 
-    def _store_chunks(self, job: StoreJob, client: NodeClient) -> None:
+    def _store_chunks(self, job: StoreJob, client: NodeClient, trace: str) -> None:
         store, patience = job.store, self._deadlines.request
         reserved: p.Reserved = client.reserve(
             store.namespace,
@@ -339,6 +343,7 @@ class Transfers:
             store.weights,
             store.owner,
             store.lend,
+            trace,
         ).wait(patience)
         offsets = offsets_of(reserved.offsets)
         given = [i for i, offset in enumerate(offsets) if offset >= 0]

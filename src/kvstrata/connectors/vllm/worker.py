@@ -14,6 +14,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvstrata.config import Config
+from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.vllm.copies import Copier, copy_runs, make_copier
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello, WorkerReport
@@ -71,6 +72,7 @@ class WorkerSide:
         self._template = _template(pages, chunk_tokens)
         #: what is counted for vLLM's own metrics
         self.tally = Tally()
+        self._tracer = open_tracer(config.tracing, "kvstrata-worker")
         self._transfers = Transfers(
             pages,
             self._copier,
@@ -79,6 +81,7 @@ class WorkerSide:
             parallel.world_size,
             config.deadlines,
             self.tally,
+            self._tracer,
         )
         self._layer_numbers = {name: i for i, name in enumerate(pages.layer_names)}
         self._chunk = chunk_tokens
@@ -232,6 +235,8 @@ class WorkerSide:
     def close(self) -> None:
         """End what is under way and let go of the node. Repeatable."""
         self._transfers.close()
+        if self._tracer is not None:
+            self._tracer.close()
         self._link.close()
         self._detach()
 

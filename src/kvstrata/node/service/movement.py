@@ -25,6 +25,7 @@ from kvstrata.node.slots.leases import LeaseTable, is_wanted
 from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
+from kvstrata.observe.tracing import Tracer
 from kvstrata.parts import at_level, order_name
 
 CALL_OFF_SLICE = 64
@@ -43,6 +44,7 @@ class Movement:
         backings: the slower tiers, fastest first.
         counters: the node's.
         clock: monotonic seconds.
+        tracer: of those loads and stores that are traced.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Movement:
         backings: Sequence[Backing],
         counters: Counters,
         clock: Callable[[], float],
+        tracer: Tracer | None = None,
     ) -> None:
         self.arriving: dict[tuple[bytes, int], Slot] = {}
         self._promotions: dict[Slot, Promotion] = {}
@@ -62,11 +65,12 @@ class Movement:
         self._leases = leases
         self._counters = counters
         self._clock = clock
+        self._tracer = tracer
         self._order = {backing.name: number for number, backing in enumerate(backings)}
         self._lanes = {backing.name: Lane(backing) for backing in backings}
         self._tasks = Tasks(counters)
         self.behind = [
-            WriteBehind(host, backing, counters, self._tasks)
+            WriteBehind(host, backing, counters, self._tasks, tracer)
             for backing in backings
             if backing.takes_writes
         ]
@@ -113,6 +117,7 @@ class Movement:
             one = promotion.wanted
             lane = self._lanes[one.backing.name]
             promotion.queued = True
+            load.read(promotion, self._tracer)
             lane.queued_bytes += one.size
             if not one.backing.load_target_s:
                 lane.waiting.append(promotion)
@@ -378,6 +383,8 @@ class Movement:
             self._host.forget_rows(key)
             self._host.discard(slot)
         self._counters.add("promotions_total", outcome=outcome)
+        if promotion.reading is not None:
+            promotion.reading.settled(promotion.wanted.size, came=outcome == "done")
         for row in slot.rows or ():
             row.filled(slot)
 

@@ -15,6 +15,7 @@ class Origin(NamedTuple):
         cost: what computing a chunk took, in seconds; 0: unknown.
         weights: what computed it, see `kvstrata.wire.client.NodeClient.reserve`.
         namespace: what it belongs to, 32 bytes; empty: unknown.
+        trace: traceparent of the store, where it is traced.
     """
 
     prefix: list[bytes]
@@ -23,3 +24,4 @@ class Origin(NamedTuple):
     cost: float = 0.0
     weights: str = ""
     namespace: bytes = b""
+    trace: str = ""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.streaming import Stream
 from kvstrata.node.slots.slot import Slot
+from kvstrata.observe.tracing import Span, Tracer
 
 
 class Wanted(NamedTuple):
@@ -33,6 +34,24 @@ class Wanted(NamedTuple):
         return self.stored or self.nbytes
 
 
+class Reading:
+    """What one load has from one tier, for as long as something is on its way, as a span."""
+
+    def __init__(self, span: Span) -> None:
+        self.num_left = 0
+        self._span = span
+        self._num_objects = self._num_failed = self._nbytes = 0
+
+    def settled(self, nbytes: int, *, came: bool) -> None:
+        """One of its objects has come, or will not."""
+        self.num_left -= 1
+        self._num_objects += came
+        self._num_failed += not came
+        self._nbytes += nbytes * came
+        if not self.num_left:
+            self._span.end(objects=self._num_objects, bytes=self._nbytes, not_come=self._num_failed)
+
+
 class Promotion:
     """An object on its way into a slot.
 
@@ -40,8 +59,8 @@ class Promotion:
     ``settled``, and held until nothing writes there any more.
     """
 
-    __slots__ = ("begun", "cost", "level", "number", "queued", "settled", "slot", "stream",
-                 "wanted")  # fmt: skip
+    __slots__ = ("begun", "cost", "level", "number", "queued", "reading", "settled", "slot",
+                 "stream", "wanted")  # fmt: skip
 
     def __init__(self, wanted: Wanted, slot: Slot, cost: float) -> None:
         self.wanted = wanted
@@ -49,6 +68,7 @@ class Promotion:
         self.cost = cost
         self.level = 0
         self.stream: Stream | None = None
+        self.reading: Reading | None = None
         self.number = 0  # in the stream
         self.queued = self.begun = self.settled = False
 
@@ -59,12 +79,26 @@ class Load:
     Args:
         chunk_s: what computing the KV of one chunk takes; `inf`: unknown.
         portable: whether the reader reads the portable order, which coarser copies are in.
+        trace: traceparent of who waits for it; empty: it is not traced.
     """
 
-    def __init__(self, chunk_s: float, portable: bool) -> None:
+    def __init__(self, chunk_s: float, portable: bool, trace: str = "") -> None:
         self.chunk_s = chunk_s
         self.portable = portable
+        self.trace = trace
         self.streams: dict[str, Stream] = {}
+        self._readings: dict[str, Reading] = {}
+
+    def read(self, promotion: Promotion, tracer: Tracer | None) -> None:
+        """One of its objects is about to be read."""
+        if self.trace and tracer is not None:
+            tier = promotion.wanted.backing.name
+            reading = self._readings.get(tier)
+            if reading is None or not reading.num_left:
+                span = tracer.start(f"kvstrata.{tier}.read", self.trace)
+                reading = self._readings[tier] = Reading(span)
+            reading.num_left += 1
+            promotion.reading = reading
 
 
 class Lane:

@@ -19,6 +19,7 @@ from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.observe.counters import Counters
+from kvstrata.observe.tracing import Span, Tracer
 from kvstrata.parts import identity
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,15 @@ TOUCH_SLICE = 1024
 class _Commit:
     """The objects of one commit on their way into the tier."""
 
-    __slots__ = ("keys", "num_left", "origin", "spared")
+    __slots__ = ("keys", "nbytes", "num_left", "origin", "span", "spared")
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.keys: list[bytes] = []
         self.num_left = 0
         self.spared: asyncio.Task[set[bytes]] | None = None  # which of them need no writing
+        self.span: Span | None = None
+        self.nbytes = 0  # that were written
 
 
 class _Job:
@@ -60,16 +63,23 @@ class WriteBehind:
         backing: the tier.
         counters: the node's.
         tasks: which the writers are among.
+        tracer: of those stores that are traced.
     """
 
     def __init__(
-        self, host: HostMemory, backing: Backing, counters: Counters, tasks: Tasks
+        self,
+        host: HostMemory,
+        backing: Backing,
+        counters: Counters,
+        tasks: Tasks,
+        tracer: Tracer | None = None,
     ) -> None:
         self.backing = backing
         self.queued_bytes = 0  # what waits to be written, or is being written
         self._host = host
         self._counters = counters
         self._tasks = tasks
+        self._tracer = tracer
         self._queue: deque[_Job] = deque()
         self._struck: deque[_Job] = deque()  # forgotten, and still to be let go
         self._striking = False
@@ -98,6 +108,8 @@ class WriteBehind:
         self.queued_bytes = backing.queue_bytes - room
         self._skipped(len(objects) - len(jobs), "queue")
         commit.num_left, commit.keys = len(jobs), [job.key for job in jobs]
+        if origin.trace and self._tracer is not None and jobs:
+            commit.span = self._tracer.start(f"kvstrata.{backing.name}.write", origin.trace)
         self._jobs.update(jobs)
         self._queue.extend(reversed(jobs))
         for _ in range(min(len(self._queue), backing.num_threads - self._num_writers)):
@@ -175,7 +187,8 @@ class WriteBehind:
         if not spared and not job.forgotten:
             view = self._host.pool.view(slot.offset, slot.nbytes)
             try:
-                await self.backing.write(job.key, view, commit.origin, give_up)
+                if await self.backing.write(job.key, view, commit.origin, give_up):
+                    commit.nbytes += slot.nbytes
             except CorruptObject as error:
                 self._reject(job, error)
         if commit.num_left == 1:
@@ -211,7 +224,10 @@ class WriteBehind:
         if job not in self._jobs:
             return
         self._jobs.discard(job)
-        job.commit.num_left -= 1
+        commit = job.commit
+        commit.num_left -= 1
+        if commit.span is not None and not commit.num_left:
+            commit.span.end(objects=len(commit.keys), bytes=commit.nbytes)
         for jobs, done in self._flushes:
             jobs.discard(job)
             if not jobs and not done.done():

@@ -18,6 +18,7 @@ from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Slot
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes
+from kvstrata.observe.tracing import checked
 from kvstrata.parts import MAX_PART, order_name
 from kvstrata.wire import protocol as p
 
@@ -42,7 +43,8 @@ class Reservation:
 
     __slots__ = (
         "chunk_tokens", "client", "cost", "distinct", "first", "id", "lend", "namespace",
-        "order", "owner", "part", "prefix", "slots", "template", "unwanted", "weights",
+        "order", "owner", "part", "prefix", "slots", "template", "trace",
+        "unwanted", "weights",
     )  # fmt: skip
 
     def __init__(self, id: int, client: Client, message: p.Reserve, prefix: list[bytes]) -> None:
@@ -58,6 +60,7 @@ class Reservation:
         self.weights = message.weights
         self.owner = message.owner
         self.lend = message.lend
+        self.trace = checked(message.traceparent)
         self.slots: list[Slot | None] = []
         self.unwanted: set[bytes] = set()
         if not 0 <= self.first < len(self.prefix):
