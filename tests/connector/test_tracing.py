@@ -43,6 +43,7 @@ def test_a_trace_goes_from_vllms_context_to_the_tier(make_rig: Make, traced: Tra
     rig = traced_rig(make_rig, "0.0001%")
     tokens = prompt(3 * CHUNK)
     ask(rig, tokens, HEADERS)
+    rig.until(lambda: "store" in traced.names())
     assert {name: traced.parent(traced.one(name)) for name in traced.names()} == {
         "request": "outside",
         "lookup": "request",
@@ -62,6 +63,7 @@ def test_a_hit_has_its_load_and_the_tiers_read(make_rig: Make, traced: Traced) -
     rig = traced_rig(make_rig, "0.0001%", **{"memory.capacity": "4MiB", "memory.codec": "raw"})
     tokens = prompt(200)
     ask(rig, tokens, HEADERS)
+    rig.until(lambda: "store" in traced.names())
     written = traced.one("memory.write")
     assert traced.parent(written) == "store"
     assert written.attributes["kvstrata.objects"] == 200 // CHUNK

@@ -10,11 +10,11 @@ from kvstrata.config.options import (
     default_secret_file,
     differing,
     effective,
-    host_capacity_bytes,
     load_config,
 )
 from kvstrata.config.owned import DiskConfig, MemoryConfig
 from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig
+from kvstrata.config.pool import host_capacity_bytes
 from kvstrata.config.redis import RedisConfig
 from kvstrata.config.tierparts import TierPart
 from kvstrata.config.tiers import TIERS

@@ -93,8 +93,7 @@ class Node:
         self.config = config
         self.left_out = left_out or {}
         self.address = ""  # where other nodes find this one; empty: nowhere
-        self.counters = counters
-        self.backings = backings
+        self.counters, self.backings = counters, backings
         capacity = pool.capacity_bytes
         per_client = int(config.leases.per_client * capacity)
         self.host = HostMemory(pool, create_policy(config.host.policy, capacity, clock))
@@ -108,7 +107,6 @@ class Node:
         self.fleet_state: Callable[[], dict[str, Any]] | None = None
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
         self.reservations = ReservationTable(self.host, per_client)
-        self._tracer = tracer
         self.movement = Movement(self.host, self.leases, backings, counters, clock, tracer)
         self.records = Records(counters, ["host", *(backing.name for backing in backings)])
         self._expecting = Expecting(self.movement, counters, clock)
@@ -121,7 +119,7 @@ class Node:
                                 planning=config.planner == "on")  # fmt: skip
         self._explainer = Explainer(self.records.find, self._matcher.lookup, reasons)
         self.lender = Lender(self.host, per_client, counters, clock)
-        self.nixl = nixl
+        self.nixl, self._tracer = nixl, tracer
         self.operations = Operations(
             config, self.host, self.leases, self.reservations, self.movement, backings, counters,
             match=self._matcher.match, release=self._matcher.release, plan=self._plan,
@@ -131,8 +129,7 @@ class Node:
         self._clearer = Clearer(
             self.host, self.reservations, self.movement, self.operations, backings
         )
-        self._clock = clock
-        self._started = clock()
+        self._clock, self._started = clock, clock()
         self.canary = Canary(self.host, backings, counters)
         self.measures = Measures(
             counters, self.host, self.leases, self.reservations, self.movement, backings,
@@ -175,8 +172,7 @@ class Node:
         """Begin the background work: fault the pool in, scan the tiers, scrub them."""
         self.host.pool.populate()
         self._tasks.spawn("the upkeep of what is lent", self.lender.run())
-        if self.config.canary:
-            self.canary.start(self.config.canary, self._tasks)
+        self.canary.start(self.config.canary, self._tasks)
         for backing in self.backings:
             self._tasks.spawn(f"the tier {backing.name}", self._run(backing))
             self._tasks.spawn(f"the upkeep of {backing.name}", self._maintain(backing))

@@ -58,8 +58,8 @@ class Canary:
         self._scratch = Scratch(2 * len(self._backings))
 
     def start(self, every_s: float, tasks: Tasks) -> None:
-        """Send one to each tier from now on; a tier that hangs holds up no other's."""
-        for tier in ("host", *self._backings):
+        """Send one to each tier from now on (0: none); a tier that hangs holds up no other's."""
+        for tier in ("host", *self._backings) if every_s else ():
             tasks.spawn(f"the canary of {tier}", self._run(tier, every_s))
 
     async def send(self, tier: str) -> str:
