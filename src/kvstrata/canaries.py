@@ -40,8 +40,14 @@ class Canaries:
         chain = KeyChain(secret, self.namespace, CHUNK_TOKENS)
         self.keys = chain.keys(random.integers(0, 1 << 16, num_chunks * CHUNK_TOKENS))
 
-    def write(self, number: int, into: memoryview) -> None:
-        """Make a chunk's object, header and all, in as many bytes as it takes."""
+    def write(self, number: int, into: memoryview, created_ns: int = 0) -> None:
+        """Make a chunk's object, header and all, in as many bytes as it takes.
+
+        Args:
+            number: of the chunk.
+            into: so many bytes.
+            created_ns: when, nanoseconds since 1970; 0: now.
+        """
         payload = self.payloads[number].data
         made = checksum(payload)
         header = ObjectHeader(
@@ -59,7 +65,7 @@ class Canaries:
             codec="raw",
             codec_parameters=b"",
             epoch=0,
-            created_ns=time.time_ns(),
+            created_ns=created_ns or time.time_ns(),
             raw_length=self.payload_bytes,
             stored_length=self.payload_bytes,
             raw_checksum=made,

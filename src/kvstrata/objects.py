@@ -47,6 +47,10 @@ _SINCE_2 = struct.Struct("<16s IB3x Q16s16s I300x 3072s")
 _CHECKSUM = slice(16, 32)
 NAMESPACE_FIELD = slice(32, 64)
 """Of a header page: what the object belongs to."""
+CREATED_FIELD = slice(200, 208)
+"""When it was created, nanoseconds since 1970, little endian."""
+OWNER_FIELD = slice(_PAGE.size, _PAGE.size + 16)
+"""Whose it is; zeros on a page of version 1."""
 
 
 class Kinship(NamedTuple):

@@ -17,7 +17,8 @@ from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.shared import SharedBacking
 from kvstrata.observe.counters import Counters
 from kvstrata.tiers.base import Epoch, Limits, Outcome, OwnedTier, Put, SharedTier, Stat
-from kvstrata.tiers.epochs import epoch_prefix, new_epoch
+from kvstrata.tiers.epochs import epoch_prefix, marked, new_epoch
+from kvstrata.tiers.marks import Mark
 from kvstrata.tiers.memory import MemoryTier
 
 
@@ -87,6 +88,12 @@ class FleetTier(SharedTier):
         self._pass("epoch")
         with self.fleet.lock:
             self.fleet.current = new_epoch(self.fleet.current.lasts_s)
+            return self.fleet.current
+
+    def add_mark(self, mark: Mark) -> Epoch:
+        self._pass("epoch")
+        with self.fleet.lock:
+            self.fleet.current = marked(self.fleet.current, mark)
             return self.fleet.current
 
     def forget(self, epoch: int) -> int:

@@ -14,6 +14,7 @@ from kvstrata.errors import TierUnavailable
 from kvstrata.testing.shared import name
 from kvstrata.testing.stores import HIT, MISS, PAGE, filled, has, put, read_one, write
 from kvstrata.tiers.base import SharedTier
+from kvstrata.tiers.marks import Mark
 from kvstrata.tiers.redis.address import parse_address
 from kvstrata.tiers.redis.tier import RedisTier
 
@@ -32,6 +33,7 @@ def every_verb(tier: SharedTier) -> None:
         assert read_one(tier, name(1), 8 * PAGE) == (HIT, bytes(one))
         tier.touch([name(1)])
     assert has(tier, [name(1)]) == [HIT]
+    tier.add_mark(Mark(bytes(16), b"", 1))
     tier.begin_epoch()
     assert tier.delete([name(1)]) == [HIT]
     write(tier, [(name(1), large)])

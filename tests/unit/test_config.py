@@ -132,6 +132,8 @@ SAMPLES: Mapping[str, Any] = {
     "leases.total": "90%",
     "tracing.endpoint": "https://collector:4318/v1/traces",
     "tracing.sample": "2%",
+    "pins.per_tenant": "5%",
+    "pins.total": "50%",
 }
 
 
@@ -274,6 +276,7 @@ def test_parts_of_the_disk_may_come_from_different_sources() -> None:
         ({"linger": "5"}, "linger", "no unit"),
         ({"deadlines.load": "0s"}, "deadlines.load", "leaves no time"),
         ({"leases.total": "40%"}, "leases.per_client", "50% is more than leases.total, 40%"),
+        ({"pins.total": "5%"}, "pins.per_tenant", "10% is more than pins.total, 5%"),
         ({"node": "tcp:1"}, "node", '"auto", or "unix:"'),
         ({"node": "unix:x.sock"}, "node", "not absolute"),
         ({"node": "unix:/" + "x" * 107}, "node", "longer than a socket's 107 bytes"),

@@ -64,11 +64,12 @@ def of(node: Node) -> dict[str, float]:
 
 def test_names_tell_their_unit_and_kind() -> None:
     units = ("_bytes", "_seconds", "_ratio", "_info", "_ok", "_state", "_calls", "_chunks")
+    counts = ("leases", "reservations", "pins", "quotas", "owners", "marks")
     for metric in [*NODE.values(), *ENGINE]:
         name = metric.name
         assert name.endswith("_total") == (metric.kind is Kind.COUNTER), name
         if metric.kind is Kind.GAUGE:
-            assert name.endswith(units) or name in ("leases", "reservations"), name
+            assert name.endswith(units) or name in counts, name
         assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM), name
         assert list(metric.buckets) == sorted(set(metric.buckets)), name
         assert metric.about.endswith("."), name

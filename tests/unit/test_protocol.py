@@ -64,7 +64,22 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
         "1600000096a66c6f6f6b757001c4016b910091a3612f62c4016e",
     ),
     (p.Found(1, b"\xff"), "0b00000093a5666f756e6401c401ff"),
-    (p.Clear(1, None, ["host"]), "0f00000094a5636c65617201c091a4686f7374"),
+    (
+        p.Clear(1, None, ["host"], b"o", b"n", 5),
+        "1600000097a5636c65617201c091a4686f7374c4016fc4016e05",
+    ),
+    (p.Pin(1, b"k", b"o", "a", 0.5), "1700000096a370696e01c4016bc4016fa161cb3fe0000000000000"),
+    (
+        p.Pinned(1, 3, 2, {"host": 2}, {"redis": "no"}),
+        "1c00000096a670696e6e656401030281a4686f73740281a57265646973a26e6f",
+    ),
+    (p.Unpin(1, b"o", "a"), "0d00000094a5756e70696e01c4016fa161"),
+    (p.Pins(1, b"o", 2), "0b00000094a470696e7301c4016f02"),
+    (
+        p.PinPage(1, [p.PinState(b"o", "a", 3, 2, 0.5)], b"p"),
+        "2000000094a870696e5f70616765019195c4016fa1610302cb3fe0000000000000c40170",
+    ),
+    (p.Quota(1, b"o", "host", None), "1100000095a571756f746101c4016fa4686f7374c0"),
     (p.Flush(1), "0800000092a5666c75736801"),
     (p.Status(1), "0900000092a673746174757301"),
     (p.State(1, {"a": 1}), "0c00000093a573746174650181a16101"),
@@ -283,10 +298,10 @@ def test_a_frame_may_have_so_many_bytes_and_no_more() -> None:
 
 @pytest.mark.parametrize("message", MESSAGES, ids=name)
 def test_only_messages_with_columns_are_long(message: p.Request | p.Reply) -> None:
-    long = type(message).__name__ in ("Match", "Lookup", "Clear", "Reserve", "Commit",
+    long = type(message).__name__ in ("Match", "Lookup", "Clear", "Pin", "Reserve", "Commit",
                                       "Matched", "Arrived", "Reserved", "Found", "State",
                                       "Measured", "RecordPage", "Watched", "JobPage", "Listed",
-                                      "Prefetch", "Copy", "Move", "Send",
+                                      "Prefetch", "Copy", "Move", "Send", "PinPage",
                                       "Transcode", "Explain", "Explained")  # fmt: skip
     assert p.max_bytes(p.encode(message)[4:]) == (4 << 20 if long else 64 << 10)
 
@@ -322,6 +337,11 @@ TEMPLATE = p.Template("native", "a/b", "uint8", [1], 16, 16)
             p.Clear(1, KEYS),
             p.Clear(1, KEYS + bytes(32)),
             "a clear of 32769 keys; 32768 at most: send",
+        ),
+        (
+            p.Pin(1, KEYS, b"", "a", 1.0),
+            p.Pin(1, KEYS + bytes(32), b"", "a", 1.0),
+            "a pin of 32769 keys; 32768 at most: send",
         ),
         (
             p.Match(1, KEYS, WIDE, []),

@@ -165,9 +165,7 @@ def on_node(
     }
 
     async def main() -> None:
-        node = Node.create(
-            load_config(environ={}, overrides=overrides), *([clock] if clock else [])
-        )
+        node = Node.create(load_config(environ={}, overrides=overrides), clock or time.monotonic)
         try:
             await node.start()
             await asyncio.wait_for(test(node), 60)

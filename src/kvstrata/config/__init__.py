@@ -13,7 +13,7 @@ from kvstrata.config.options import (
     load_config,
 )
 from kvstrata.config.owned import DiskConfig, MemoryConfig
-from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig
+from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig, PinConfig
 from kvstrata.config.pool import host_capacity_bytes
 from kvstrata.config.redis import RedisConfig
 from kvstrata.config.tierparts import TierPart
@@ -32,6 +32,7 @@ __all__ = [
     "LeaseConfig",
     "MemoryConfig",
     "Option",
+    "PinConfig",
     "RedisConfig",
     "TierPart",
     "default_secret_file",

@@ -23,7 +23,14 @@ from kvstrata.config.files import read_file
 from kvstrata.config.fleet import FleetConfig
 from kvstrata.config.network import FLEET, NetworkConfig, PeerConfig
 from kvstrata.config.owned import file_system_bytes
-from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig, about, option
+from kvstrata.config.parts import (
+    DeadlineConfig,
+    HostConfig,
+    LeaseConfig,
+    PinConfig,
+    about,
+    option,
+)
 from kvstrata.config.tierparts import Room, TierPart, check_fits
 from kvstrata.config.tiers import TIERS
 from kvstrata.config.tracing import TracingConfig
@@ -113,6 +120,7 @@ class Config:
     """Below the pool, fastest first."""
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
     leases: LeaseConfig = field(default_factory=LeaseConfig)
+    pins: PinConfig = field(default_factory=PinConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each value that is no default came from: file, environment or override."""
@@ -166,6 +174,7 @@ PARTS: Mapping[str, type] = {  # the dataclass of each part, by its path
     "api": ApiConfig,
     "deadlines": DeadlineConfig,
     "leases": LeaseConfig,
+    "pins": PinConfig,
     "tracing": TracingConfig,
 }
 
@@ -270,6 +279,10 @@ def _check_sums(
         total = units.format_fraction(leases.total)
         share = units.format_fraction(leases.per_client)
         raise ConfigError("leases.per_client", f"{share} is more than leases.total, {total}")
+    if config.pins.per_tenant > config.pins.total:
+        total = units.format_fraction(config.pins.total)
+        share = units.format_fraction(config.pins.per_tenant)
+        raise ConfigError("pins.per_tenant", f"{share} is more than pins.total, {total}")
     pool = config.host.capacity if isinstance(config.host.capacity, int) else 0
 
     def in_all() -> int:

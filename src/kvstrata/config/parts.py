@@ -64,3 +64,15 @@ class LeaseConfig:
     total: Fraction = option(  # noqa: RUF009 - it calls field()
         kinds.SHARE, "80%", "By all clients together.", shared=True
     )
+
+
+@dataclass(frozen=True)
+class PinConfig:
+    """How much of each tier of the node's own pins may keep from being evicted."""
+
+    per_tenant: Fraction = option(  # noqa: RUF009 - it calls field()
+        kinds.SHARE, "10%", "For one tenant.", shared=True
+    )
+    total: Fraction = option(  # noqa: RUF009 - it calls field()
+        kinds.SHARE, "25%", "For all tenants together.", shared=True
+    )

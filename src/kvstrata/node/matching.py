@@ -283,7 +283,8 @@ class Matcher:
         if lacking:
             if search.load is None:
                 chunk_s = self._reservations.compute_s(lacking[0][0].nbytes)
-                search.load = Load(chunk_s, PORTABLE in search.orders, search.trace)
+                portable = PORTABLE in search.orders
+                search.load = Load(chunk_s, portable, search.owner, search.trace)
             with self._host.sparing(search.distinct):
                 given = iter(self._movement.promote(search.load, lacking))
         rows: list[Row] = []

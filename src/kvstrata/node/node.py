@@ -22,7 +22,6 @@ from kvstrata.memory.machine import available_bytes
 from kvstrata.memory.pool import Pool
 from kvstrata.node.answering import Answers, nothing_of
 from kvstrata.node.arriving import arrival
-from kvstrata.node.clearing import Clearer
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.changes import Changes
 from kvstrata.node.common.slices import in_slices
@@ -37,6 +36,7 @@ from kvstrata.node.operating.holdings import holdings
 from kvstrata.node.operating.measuring import Measures
 from kvstrata.node.operating.operations import Operations
 from kvstrata.node.operating.reasons import Reasons
+from kvstrata.node.operating.tenants import Tenants
 from kvstrata.node.operating.watching import Watching
 from kvstrata.node.records import Records
 from kvstrata.node.service.backing import Backing
@@ -53,6 +53,8 @@ from kvstrata.node.slots.sampling import Sampler
 from kvstrata.observe.counters import Counters
 from kvstrata.observe.tracing import Tracer, around
 from kvstrata.policies import create_policy
+from kvstrata.tiers.journal import Journal
+from kvstrata.tiers.marks import Whose
 from kvstrata.transfer.borrowing import Nixl
 from kvstrata.wire import protocol as p
 
@@ -77,6 +79,7 @@ class Node:
         clock: monotonic seconds.
         nixl: of the pool; likewise owned.
         tracer: of requests that are traced; likewise owned.
+        journal: where what an operator says of host memory outlives the process.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Node:
         clock: Callable[[], float] = time.monotonic,
         nixl: Nixl | None = None,
         tracer: Tracer | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.config = config
         self.left_out = left_out or {}
@@ -96,7 +100,7 @@ class Node:
         self.counters, self.backings = counters, backings
         capacity = pool.capacity_bytes
         per_client = int(config.leases.per_client * capacity)
-        self.host = HostMemory(pool, create_policy(config.host.policy, capacity, clock))
+        self.host = HostMemory(pool, create_policy(config.host.policy, capacity, clock), counters)
         self.changes = Changes()
         self.changes.watch(Flow(counters))
         self.host.index.tell("host", self.changes)
@@ -106,7 +110,7 @@ class Node:
         self.watching = Watching(self.changes, ["host", *(one.name for one in backings)])
         self.fleet_state: Callable[[], dict[str, Any]] | None = None
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
-        self.reservations = ReservationTable(self.host, per_client)
+        self.reservations = ReservationTable(self.host, per_client, self._date)
         self.movement = Movement(self.host, self.leases, backings, counters, clock, tracer)
         self.records = Records(counters, ["host", *(backing.name for backing in backings)])
         self._expecting = Expecting(self.movement, counters, clock)
@@ -126,14 +130,15 @@ class Node:
             sampler=self._sampler, changes=self.changes, address=lambda: self.address,
         )  # fmt: skip
         self._matcher.used = self.operations.lineage.used
-        self._clearer = Clearer(
-            self.host, self.reservations, self.movement, self.operations, backings
-        )
+        self.tenants = Tenants(self.host, self.reservations, self.movement, self.operations,
+                               backings, config.pins, journal or Journal(), counters)  # fmt: skip
+        self.changes.watch(self.tenants.pinning)
         self._clock, self._started = clock, clock()
         self.canary = Canary(self.host, backings, counters)
         self.measures = Measures(
             counters, self.host, self.leases, self.reservations, self.movement, backings,
             self.canary, lambda: self.lender.kept_bytes, lambda: clock() - self._started,
+            lambda: len(self.tenants.pinning),
         )  # fmt: skip
         self._tasks = Tasks(counters)
         self._handlers: dict[type, Callable[[Client, Any], Answer]] = {
@@ -144,6 +149,7 @@ class Node:
             p.Commit: self.commit,
             p.Lookup: self.lookup,
             p.Clear: self.clear,
+            **self.tenants.handlers,
             p.Flush: self.flush,
             p.Status: self.status,
             p.Metrics: self.measures.answer,
@@ -155,7 +161,12 @@ class Node:
         }
 
     @classmethod
-    def create(cls, config: Config, clock: Callable[[], float] = time.monotonic) -> Node:
+    def create(
+        cls,
+        config: Config,
+        clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
+    ) -> Node:
         """A node as configured; one without the tiers that cannot be opened, which the log says."""
         counters = Counters()
         pool = Pool.create(host_capacity_bytes(config, available_bytes()))
@@ -166,13 +177,14 @@ class Node:
             pool.close()
             raise
         tracer = open_tracer(config.tracing, "kvstrata-node")
-        return cls(config, pool, backings, counters, left_out, clock, nixl, tracer)
+        return cls(config, pool, backings, counters, left_out, clock, nixl, tracer, journal)
 
     async def start(self) -> None:
         """Begin the background work: fault the pool in, scan the tiers, scrub them."""
         self.host.pool.populate()
         self._tasks.spawn("the upkeep of what is lent", self.lender.run())
         self.canary.start(self.config.canary, self._tasks)
+        self._tasks.spawn("the end of pins", self.tenants.pinning.run())
         for backing in self.backings:
             self._tasks.spawn(f"the tier {backing.name}", self._run(backing))
             self._tasks.spawn(f"the upkeep of {backing.name}", self._maintain(backing))
@@ -300,19 +312,7 @@ class Node:
 
     def clear(self, client: Client, message: p.Clear) -> Awaitable[p.Reply]:
         """Forget some chunks, or all, in some tiers, or all."""
-        names = {"host", *(backing.name for backing in self.backings)}
-        if unknown := set(message.tiers) - names:
-            raise UsageError(f"no tier {unknown.pop()!r} here; there are {sorted(names)}")
-        tiers = set(message.tiers) or names
-        if message.keys is None:
-            cleared = self._clearer.clear(tiers)
-        else:
-            cleared = self._clearer.drop(message.keys, tiers)
-
-        async def finish() -> p.Reply:
-            return p.Done(message.id, await cleared)
-
-        return finish()
+        return self.tenants.clearing.clear(message)
 
     def flush(self, client: Client, message: p.Flush) -> Awaitable[p.Reply]:
         """Answer once what was committed so far has been written behind, or given up."""
@@ -347,6 +347,7 @@ class Node:
                 "pid": os.getpid(),
                 "uptime_s": round(self._clock() - self._started, 1),
                 **held,
+                "num_pins": len(self.tenants.pinning),
                 "tiers_left_out": self.left_out,
                 **({"fleet": self.fleet_state()} if self.fleet_state is not None else {}),
                 **self.operations.state(),
@@ -367,6 +368,7 @@ class Node:
         self.leases.check_integrity(self.movement.under_way())
         self.movement.check_integrity()
         self.reservations.check_integrity()
+        self.tenants.pinning.check_integrity()
         for backing in self.backings:
             backing.check_integrity()
             if contents and isinstance(backing, OwnedBacking):
@@ -383,6 +385,11 @@ class Node:
     def _none_taken(self, key: bytes, part: int, order: str) -> int:
         """The same of a node that is being drained."""
         return self._presence(key, part, order) or p.DRAINING
+
+    def _date(self, whose: Whose) -> int:
+        """When what is stored now was created: behind everything that was cleared."""
+        now = time.time_ns()
+        return max([one.marks.date(whose, now) for one in self.backings], default=now)
 
     async def _run(self, backing: Backing) -> None:
         await backing.run()

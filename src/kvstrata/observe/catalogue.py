@@ -193,8 +193,25 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
         _counter("evicted_chunks_total", "Chunks that a slower tier evicted.", "tier"),
         _counter("corrupt_objects_total", "Objects that failed their checksum.", "tier"),
         _counter(
+            "cleared_objects_total",
+            "Objects that were read, and had been cleared by what they are.",
+            "tier",
+        ),
+        _counter(
             "incompatible_objects_total",
             "Objects of another release, codec or key that were left alone.",
+            "tier",
+        ),
+    ),
+    "Tenants": (
+        _gauge("pins", "Pins that hold."),
+        _gauge("pinned_bytes", "Bytes of a tier that pins keep from being evicted.", "tier"),
+        _gauge("quotas", "Owners that have a quota in a tier.", "tier"),
+        _gauge("owners", "Owners with something in a tier.", "tier"),
+        _gauge("marks", "Clears that a tier holds what is read against.", "tier"),
+        _counter(
+            "over_quota_objects_total",
+            "Objects that were not stored, since their owner had too much.",
             "tier",
         ),
     ),

@@ -117,6 +117,10 @@ class Policy(ABC):
         self._evicted(key, nbytes)
         return key
 
+    def emptied(self) -> Policy:
+        """A policy of the same kind that holds nothing."""
+        return type(self)(self.capacity_bytes, self.clock)
+
     def take(self, key: bytes) -> None:
         """Evict a key out of its turn, one that `evict` has passed over."""
         nbytes = self.parking.discard(key)

@@ -46,6 +46,7 @@ from kvstrata.testing.stores import (
 )
 from kvstrata.tiers.base import MAX_NAME_BYTES, SharedTier, Store
 from kvstrata.tiers.epochs import epoch_prefix
+from kvstrata.tiers.marks import Mark
 
 MARGIN_S = 3.0
 """What a call may take beyond its tier's own limit on a machine that is busy."""
@@ -205,6 +206,34 @@ class SharedStoreContract(StoreContract):
             seen.append(begun)
         assert len({epoch.number for epoch in seen}) == len(seen)
 
+    def test_marks_are_for_all_and_end_with_the_epoch(
+        self, tier: SharedTier, other: SharedTier
+    ) -> None:
+        for number, one in enumerate((tier, other, tier), 1):
+            before, mark = tier.epoch(), Mark(bytes([number]) * 16, b"", number)
+            after = one.add_mark(mark)
+            assert after.lasts_s == before.lasts_s
+            if after.number == before.number:  # or else everything was cleared
+                assert set(after.marks) == {*before.marks, mark}
+            assert tier.epoch() == other.epoch() == after
+        assert tier.begin_epoch().marks == other.epoch().marks == ()
+
+    def test_no_mark_is_lost_where_several_make_some_at_once(
+        self, tier: SharedTier, other: SharedTier
+    ) -> None:
+        before = tier.epoch()
+        marks = [Mark(bytes([number]) * 16, b"", number) for number in range(1, 9)]
+        with ThreadPoolExecutor(len(marks)) as threads:
+            answers = [
+                threads.submit(one.add_mark, mark)
+                for one, mark in zip(itertools.cycle((tier, other)), marks, strict=False)
+            ]
+            for mark, answer in zip(marks, answers, strict=True):
+                after = answer.result()
+                assert after.number != before.number or mark in after.marks
+        after = other.epoch()
+        assert after.number != before.number or set(after.marks) == set(marks)
+
     def test_the_epoch_is_no_object(self, tier: SharedTier, other: SharedTier) -> None:
         epoch = tier.epoch()
         for number in (epoch.number, 0, (1 << 64) - 1):
@@ -230,7 +259,13 @@ class SharedStoreContract(StoreContract):
 
     def test_closed_for_all_that_is_shared_too(self, tier: SharedTier) -> None:
         tier.close()
-        for verb in (tier.epoch, tier.begin_epoch, lambda: tier.forget(1)):
+        mark = Mark(b"", b"", 1)
+        for verb in (
+            tier.epoch,
+            tier.begin_epoch,
+            lambda: tier.forget(1),
+            lambda: tier.add_mark(mark),
+        ):
             with pytest.raises(TierUnavailable):
                 verb()
 

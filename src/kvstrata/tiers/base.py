@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from kvstrata.tiers.journal import Journal
+from kvstrata.tiers.marks import Mark
+
 
 class Outcome(Enum):
     """What became of one object of a batch.
@@ -166,6 +169,15 @@ class OwnedTier(Store):
     def touch(self, ids: Sequence[bytes]) -> None:
         """Note that these were used, for the order of a later scan. Best effort."""
 
+    @property
+    def journal(self) -> Journal:
+        """Lines that are kept as long as the objects are; the same one at each call."""
+        if self._journal is None:
+            self._journal = Journal()
+        return self._journal
+
+    _journal: Journal | None = None
+
 
 ID_BYTES = 36
 """Of an object's id, as an owned tier is given it."""
@@ -181,10 +193,12 @@ class Epoch(NamedTuple):
     Args:
         number: 64 bits, like no other epoch's of that store.
         lasts_s: for how long, after somebody began to ask for it, he may take it for the present.
+        marks: what was cleared of it while it lasted.
     """
 
     number: int
     lasts_s: float
+    marks: tuple[Mark, ...] = ()
 
 
 class SharedTier(Store):
@@ -206,6 +220,13 @@ class SharedTier(Store):
     @abstractmethod
     def begin_epoch(self) -> Epoch:
         """Begin a new epoch, and say which. It lasts as the one before."""
+
+    def add_mark(self, mark: Mark) -> Epoch:
+        """Note with the present epoch what counts as cleared; the epoch with it.
+
+        A store that cannot change its epoch on a condition begins a new one, which clears more.
+        """
+        return self.begin_epoch()
 
     @abstractmethod
     def forget(self, epoch: int) -> int:

@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from kvstrata.errors import UsageError
 from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
+from kvstrata.tiers.journal import Journal
 
 A = TypeVar("A")
 
@@ -147,6 +148,10 @@ class FaultyTier(OwnedTier):
     @property
     def epoch(self) -> int:
         return self.inner.epoch
+
+    @property
+    def journal(self) -> Journal:
+        return self.inner.journal
 
     @property
     def read_only_reason(self) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
+from kvstrata.tiers.journal import Journal
 
 
 class ThrottledTier(OwnedTier):
@@ -43,6 +44,10 @@ class ThrottledTier(OwnedTier):
     @property
     def epoch(self) -> int:
         return self.inner.epoch
+
+    @property
+    def journal(self) -> Journal:
+        return self.inner.journal
 
     @property
     def read_only_reason(self) -> str:

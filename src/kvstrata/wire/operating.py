@@ -35,6 +35,60 @@ class Clear(Message, tag="clear", frozen=True):
     id: int
     keys: bytes | None = None
     tiers: Strings = msgspec.field(default_factory=list)
+    owner: bytes = b""
+    namespace: bytes = b""
+    before_ns: int = 0
+
+
+class Pin(Message, tag="pin", frozen=True):
+    id: int
+    keys: bytes
+    owner: bytes
+    name: str
+    ttl_s: float
+
+
+class Pinned(Message, tag="pinned", frozen=True):
+    id: int
+    num_chunks: int
+    num_kept: int
+    tiers: dict[str, int]
+    notes: dict[str, str]
+
+
+class Unpin(Message, tag="unpin", frozen=True):
+    id: int
+    owner: bytes
+    name: str
+
+
+class Pins(Message, tag="pins", frozen=True):
+    id: int
+    after: bytes = b""
+    limit: int = 256
+
+
+class PinState(Message, frozen=True):
+    """One pin: whose, its name, its chunks, how many of them are kept, until when (Unix s)."""
+
+    owner: bytes
+    name: str
+    num_chunks: int
+    num_kept: int
+    until_s: float
+
+
+class PinPage(Message, tag="pin_page", frozen=True):
+    id: int
+    pins: list[PinState]
+    after: bytes
+
+
+class Quota(Message, tag="quota", frozen=True):
+    id: int
+    owner: bytes
+    tier: str
+    nbytes: int | None
 
 
 class Flush(Message, tag="flush", frozen=True):
@@ -285,10 +339,11 @@ class Explained(Message, tag="explained", frozen=True):
 Working = Prefetch | Copy | Move | Send | Transcode | Scrub | Drain
 """What is answered with the job that does it."""
 Request = (
-    Lookup | Clear | Flush | Status | Metrics | Record | Records | Watch
+    Lookup | Clear | Pin | Unpin | Pins | Quota | Flush | Status | Metrics | Record | Records
+    | Watch
     | Jobs | Cancel | Working | Inspect | List | Undrain | Reload | Explain
 )  # fmt: skip
 Reply = (
-    Found | State | Measured | RecordPage | Watched
+    Found | Pinned | PinPage | State | Measured | RecordPage | Watched
     | JobPage | Started | Inspected | Listed | Reloaded | Explained
 )  # fmt: skip

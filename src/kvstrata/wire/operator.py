@@ -13,7 +13,7 @@ from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
 
 WATCH_S = 0.05
-PAGE = 500
+PAGE, PAGE_PINS = 500, 256
 TIMEOUT_S = 30.0
 """For what a node may have to ask a store for, or to check."""
 
@@ -196,6 +196,71 @@ class Operator:
                 raise DeadlineExceeded(f"job {number} has not ended within {timeout_s:g} s")
             time.sleep(WATCH_S)
         return state
+
+    def pin(self, keys: Sequence[bytes], owner: bytes, name: str, ttl_s: float) -> p.Pinned:
+        """Keep chunks in the node's own tiers, now and where they come later.
+
+        Repeating it renews it; a pin of the same owner and name takes the place of the earlier.
+
+        Args:
+            keys: of the chunks, head first: where the quota ends, the tail is not kept.
+            owner: on whose quota, 16 bytes; see `kvstrata.keys.owner_digest`.
+            name: what to unpin it by, 1 to 128 characters.
+            ttl_s: for how long, in seconds.
+        Returns:
+            How many of the chunks are kept, in which tiers, and which tiers do not keep any.
+        """
+        pinned: p.Pinned = self._ask(p.Pin, p.Pinned, b"".join(keys), owner, name, ttl_s)
+        return pinned
+
+    def unpin(self, owner: bytes, name: str) -> int:
+        """End a pin; how many chunks it had, 0 where there is none."""
+        done: p.Done = self._ask(p.Unpin, p.Done, owner, name)
+        return done.count
+
+    def pins(self) -> Iterator[p.PinState]:
+        """All pins, page by page, by owner and name."""
+        after = b""
+        while True:
+            page: p.PinPage = self._ask(p.Pins, p.PinPage, after, PAGE_PINS)
+            yield from page.pins
+            after = page.after
+            if not after:
+                return
+
+    def quota(self, owner: bytes, tier: str, nbytes: int | None) -> int:
+        """Let an owner have so many bytes in one of the node's own tiers; None: no bound.
+
+        What is too much goes at once, as far as nobody holds it.
+
+        Returns:
+            What the owner has there now, in bytes.
+        """
+        done: p.Done = self._ask(p.Quota, p.Done, owner, tier, nbytes)
+        return done.count
+
+    def clear(
+        self,
+        *,
+        keys: Sequence[bytes] | None = None,
+        tiers: Sequence[str] = (),
+        owner: bytes = b"",
+        namespace: bytes = b"",
+        before_ns: int = 0,
+    ) -> int:
+        """Forget all that fits every one of these; how many objects have gone that were known.
+
+        Args:
+            keys: of chunks, as many as a request may have; None: of any.
+            tiers: where; empty: everywhere.
+            owner: whose, 16 bytes; empty: anybody's.
+            namespace: of which, 32 bytes; empty: of any.
+            before_ns: stored before that time, nanoseconds since 1970; 0: until now.
+        """
+        packed = None if keys is None else b"".join(keys)
+        fields = (packed, list(tiers), owner, namespace, before_ns)
+        done: p.Done = self._ask(p.Clear, p.Done, *fields)
+        return done.count
 
     def _job(self, message: type, *fields: Any) -> int:
         started: o.Started = self._ask(message, o.Started, *fields)

@@ -28,12 +28,19 @@ from kvstrata.wire.operating import Found as Found
 from kvstrata.wire.operating import Lookup as Lookup
 from kvstrata.wire.operating import Measured as Measured
 from kvstrata.wire.operating import Metrics as Metrics
+from kvstrata.wire.operating import Pin as Pin
+from kvstrata.wire.operating import Pinned as Pinned
+from kvstrata.wire.operating import PinPage as PinPage
+from kvstrata.wire.operating import Pins as Pins
+from kvstrata.wire.operating import PinState as PinState
+from kvstrata.wire.operating import Quota as Quota
 from kvstrata.wire.operating import Reasons
 from kvstrata.wire.operating import Record as Record
 from kvstrata.wire.operating import RecordPage as RecordPage
 from kvstrata.wire.operating import Records as Records
 from kvstrata.wire.operating import State as State
 from kvstrata.wire.operating import Status as Status
+from kvstrata.wire.operating import Unpin as Unpin
 from kvstrata.wire.operating import Watch as Watch
 from kvstrata.wire.operating import Watched as Watched
 
@@ -192,10 +199,10 @@ _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 # Messages with columns, by how their bytes begin: an array of fewer than 16, then its tag.
 _LONG = tuple(
     bytes([0xA0 + len(tag)]) + tag
-    for tag in (b"match", b"lookup", b"clear", b"reserve", b"commit",
+    for tag in (b"match", b"lookup", b"clear", b"pin", b"reserve", b"commit",
                 b"prefetch", b"copy", b"move", b"send", b"transcode",
                 b"matched", b"arrived", b"reserved", b"found", b"state", b"measured",
-                b"record_page", b"watched", b"listed", b"job_page",
+                b"record_page", b"watched", b"listed", b"job_page", b"pin_page",
                 b"explain", b"explained")
 )  # fmt: skip
 
@@ -227,7 +234,7 @@ def check_limits(request: Request) -> None:
             keys, num_parts = request.keys, len(request.parts)
         case Explain():
             keys = request.keys
-        case Clear() | operating.Transcode():
+        case Clear() | Pin() | operating.Transcode():
             keys = request.keys or b""
         case operating.Prefetch() | operating.Copy() | operating.Send():
             keys, num_parts = request.keys, len(request.parts)

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from kvstrata.node.common.changes import Cause, Changes
+from kvstrata.node.common.owners import Account, Owners, Tag
+from kvstrata.node.common.pinned import Pinned
 from kvstrata.policies.base import Policy
+from kvstrata.tiers.marks import UNKNOWN, Whose
 
 E = TypeVar("E")
 
@@ -34,9 +37,11 @@ class Index(Generic[E]):
         self.used_bytes = 0
         self.claimed_bytes = 0
         self.num_objects = 0
+        self.owners = Owners()
+        self.pinned = Pinned()
         self._policy = policy
         self._nbytes_of = nbytes_of
-        # A flat tuple (part, entry, part, entry, ...) costs a third of a dict per chunk.
+        # A flat tuple (tag, part, entry, part, entry, ...) costs a third of a dict per chunk.
         self._chunks: dict[bytes, tuple[object, ...]] = {}
         self._tier, self._changes = "", Changes()
 
@@ -54,7 +59,7 @@ class Index(Generic[E]):
         """The entry of one object, or None."""
         flat = self._chunks.get(key)
         if flat is not None:
-            for i in range(0, len(flat), 2):
+            for i in range(1, len(flat), 2):
                 if flat[i] == part:
                     return flat[i + 1]  # type: ignore[return-value]
         return None
@@ -62,12 +67,21 @@ class Index(Generic[E]):
     def objects(self, key: bytes) -> Iterator[tuple[int, E]]:
         """Parts and entries of one chunk."""
         flat = self._chunks.get(key, ())
-        for i in range(0, len(flat), 2):
+        for i in range(1, len(flat), 2):
             yield flat[i], flat[i + 1]  # type: ignore[misc]
 
     def parts(self) -> dict[bytes, tuple[object, ...]]:
-        """Key to (part, entry, part, entry, ...) of all that is here now: some ms a million."""
+        """Key to (tag, part, entry, part, entry, ...) of all that is here: some ms a million."""
         return self._chunks.copy()
+
+    def nbytes(self, key: bytes) -> int:
+        """What a chunk's objects weigh together."""
+        return sum(self._nbytes_of(entry) for _, entry in self.objects(key))
+
+    def whose(self, key: bytes) -> Whose:
+        """Whose a chunk is, as far as that is known."""
+        flat = self._chunks.get(key)
+        return UNKNOWN if flat is None else _tag(flat).whose
 
     def keys(self) -> Iterable[bytes]:
         """All chunk keys; not to be kept across a change."""
@@ -91,7 +105,9 @@ class Index(Generic[E]):
         self.used_bytes -= nbytes
         self.claimed_bytes -= nbytes
 
-    def put(self, key: bytes, part: int, entry: E, cost: float = 0.0) -> E | None:
+    def put(
+        self, key: bytes, part: int, entry: E, cost: float = 0.0, whose: Whose = UNKNOWN
+    ) -> E | None:
         """Enter an object whose bytes were claimed; returns the entry it replaces, if any.
 
         Args:
@@ -99,28 +115,50 @@ class Index(Generic[E]):
             part: which object of the chunk.
             entry: what is to be known of it.
             cost: what computing the chunk takes, in seconds; 0: unknown.
+            whose: it is.
         """
         nbytes = self._nbytes_of(entry)
         assert nbytes <= self.claimed_bytes
         self.claimed_bytes -= nbytes
         flat = self._chunks.get(key)
         if flat is None:
-            self._chunks[key] = (part, entry)
-            self.num_objects += 1
-            self._policy.insert(key, nbytes, cost)
-            self._changes.entered(self._tier, key, part)
-            return None
-        flat, replaced = _without(flat, part)
+            tag = self.owners.tag(whose)
+            self.owners.enter(tag)
+            self._chunks[key] = (tag, part, entry)
+            replaced, weight = None, nbytes
+        else:
+            self.learn(key, whose)
+            flat, replaced = _without(self._chunks[key], part)
+            tag = _tag(flat)
+            self._chunks[key] = (*flat, part, entry)
+            weight = self.nbytes(key)  # the policy weighs whole chunks
+        tag.account.nbytes += nbytes
         if replaced is None:
             self.num_objects += 1
         else:
-            self.used_bytes -= self._nbytes_of(replaced)  # type: ignore[arg-type]
-        self._chunks[key] = (*flat, part, entry)
-        # The policy weighs whole chunks.
-        weight = sum(self._nbytes_of(item) for _, item in self.objects(key))
-        self._policy.insert(key, weight, cost)
+            before = self._nbytes_of(replaced)  # type: ignore[arg-type]
+            self.used_bytes -= before
+            tag.account.nbytes -= before
+        for policy in self._policies(tag):
+            policy.insert(key, weight, cost)
         self._changes.entered(self._tier, key, part)
         return replaced  # type: ignore[return-value]
+
+    def learn(self, key: bytes, whose: Whose) -> None:
+        """Note whose a chunk is, if it is here and that was not known."""
+        flat = self._chunks.get(key)
+        if flat is None or whose == UNKNOWN or _tag(flat).whose != UNKNOWN:
+            return
+        before, tag, nbytes = _tag(flat), self.owners.tag(whose), self.nbytes(key)
+        self.owners.enter(tag)
+        tag.account.nbytes += nbytes
+        before.account.nbytes -= nbytes
+        self.owners.leave(before)
+        self._chunks[key] = (tag, *flat[1:])
+        if tag.account.policy is not None:
+            tag.account.policy.insert(key, nbytes, self.cost_of(key))
+            # It was here before anybody knew that it counts.
+            tag.account.ceiling_bytes = max(tag.account.ceiling_bytes, tag.account.used_bytes)
 
     def amend(self, key: bytes, part: int, entry: E) -> None:
         """Note something new about an object that is here and keeps its size."""
@@ -133,13 +171,11 @@ class Index(Generic[E]):
         rest, entry = _without(self._chunks.get(key, ()), part)
         if entry is None:
             return None
-        if rest:
+        if len(rest) > 1:
             self._chunks[key] = rest
         else:
             del self._chunks[key]
-            self._policy.remove(key)
-        self.used_bytes -= self._nbytes_of(entry)  # type: ignore[arg-type]
-        self.num_objects -= 1
+        self._left(key, _tag(rest), self._nbytes_of(entry), 1, gone=len(rest) == 1)  # type: ignore[arg-type]
         self._changes.left(self._tier, key, part, cause)
         return entry  # type: ignore[return-value]
 
@@ -147,10 +183,9 @@ class Index(Generic[E]):
         """Take a whole chunk out."""
         objects = list(self.objects(key))
         if objects:
-            del self._chunks[key]
-            self._policy.remove(key)
-            self.used_bytes -= sum(self._nbytes_of(entry) for _, entry in objects)
-            self.num_objects -= len(objects)
+            tag = _tag(self._chunks.pop(key))
+            nbytes = sum(self._nbytes_of(entry) for _, entry in objects)
+            self._left(key, tag, nbytes, len(objects), gone=True)
         for part, _ in objects:
             self._changes.left(self._tier, key, part, cause)
         return objects
@@ -159,10 +194,12 @@ class Index(Generic[E]):
         """Forget all chunks, in no time however many there are; their bytes stay claimed.
 
         Returns:
-            What was here: key to (part, entry, part, entry, ...).
+            What was here: key to (tag, part, entry, part, entry, ...).
         """
         chunks, self._chunks = self._chunks, {}
-        self._policy = type(self._policy)(self._policy.capacity_bytes, self._policy.clock)
+        self._policy = self._policy.emptied()
+        self.owners.clear()
+        self.pinned.clear()
         self.claimed_bytes = self.used_bytes
         self.num_objects = 0
         self._changes.emptied(self._tier)
@@ -178,10 +215,24 @@ class Index(Generic[E]):
         The policy hears of its tail first, so that under recency a tail is evicted before its head.
         """
         self._policy.touch_all(reversed(keys))
+        if self.owners.num_quotas:
+            # A prefix is one owner's.
+            first = next((key for key in keys if key in self._chunks), None)
+            own = None if first is None else _tag(self._chunks[first]).account.policy
+            if own is not None:
+                own.touch_all(reversed(keys))
 
     def victim(self, evictable: Callable[[bytes], bool]) -> bytes | None:
         """The chunk to evict next among those that may go; it leaves the policy, not the index."""
+        pinned = self.pinned
+        if len(pinned):
+            return self._policy.evict(lambda key: key not in pinned and evictable(key))
         return self._policy.evict(evictable)
+
+    def victim_of(self, account: Account, evictable: Callable[[bytes], bool]) -> bytes | None:
+        """The same among the chunks of an owner who has a quota."""
+        assert account.policy is not None
+        return account.policy.evict(lambda key: key not in self.pinned and evictable(key))
 
     def take(self, key: bytes) -> None:
         """Let a chunk that `victim` passed over leave the policy, as if it had been the victim."""
@@ -190,6 +241,60 @@ class Index(Generic[E]):
     def unpark(self, key: bytes) -> None:
         """Note that a chunk which might not go, when `victim` asked, may go now."""
         self._policy.unpark(key)
+        if self.owners.num_quotas and (flat := self._chunks.get(key)) is not None:
+            own = _tag(flat).account.policy
+            if own is not None:
+                own.unpark(key)
+
+    def set_quota(self, owner: bytes, nbytes: int | None) -> Account:
+        """Let an owner have so many bytes, or as many as there is room for (None).
+
+        What is too much now goes when it may; `order_for_quota` has to have been through before.
+        """
+        account = self.owners.account(owner)
+        self.owners.num_quotas += (nbytes is not None) - (account.quota_bytes is not None)
+        account.quota_bytes = nbytes
+        if nbytes is None:
+            account.policy = None
+            self.owners.settle(account)
+        else:
+            account.ceiling_bytes = max(nbytes, account.used_bytes)
+            account.policy = account.policy or self._policy.emptied()
+        return account
+
+    def order(self) -> list[bytes]:
+        """All chunks, those to be evicted first first, as far as the policy knows already."""
+        return list(self._policy.keys())
+
+    def order_for_quota(self, account: Account, keys: Iterable[bytes]) -> None:
+        """Let the owner's policy know of those of these chunks that are the owner's.
+
+        Args:
+            account: of an owner with a quota.
+            keys: of chunks, those to be evicted first first.
+        """
+        own = account.policy
+        for key in keys if own is not None else ():
+            flat = self._chunks.get(key)
+            if own is None or flat is None or _tag(flat).account is not account or key in own:
+                continue
+            own.insert(key, self.nbytes(key), self.cost_of(key))
+
+    def _left(self, key: bytes, tag: Tag, nbytes: int, count: int, *, gone: bool) -> None:
+        """Objects of a chunk have left; with the last of them it has gone."""
+        self.used_bytes -= nbytes
+        self.num_objects -= count
+        tag.account.nbytes -= nbytes
+        tag.account.lowered()
+        if gone:
+            for policy in self._policies(tag):
+                policy.remove(key)
+            self.pinned.let_go(key)
+            self.owners.leave(tag)
+
+    def _policies(self, tag: Tag) -> Iterable[Policy]:
+        own = tag.account.policy
+        return (self._policy,) if own is None else (self._policy, own)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the conservation laws hold."""
@@ -197,6 +302,22 @@ class Index(Generic[E]):
             self._nbytes_of(entry) for key in self._chunks for _, entry in self.objects(key)
         )
         count = sum(len(flat) // 2 for flat in self._chunks.values())
+        held: dict[bytes, int] = {}
+        chunks: dict[bytes, int] = {}
+        for key, flat in self._chunks.items():
+            owner = _tag(flat).account.owner
+            assert self.owners.account(owner) is _tag(flat).account
+            held[owner] = held.get(owner, 0) + self.nbytes(key)
+            chunks[owner] = chunks.get(owner, 0) + 1
+        for account in self.owners:
+            assert account.nbytes == held.get(account.owner, 0), "bytes of an owner do not sum up"
+            assert account.num_chunks == chunks.get(account.owner, 0)
+            if account.quota_bytes is not None:
+                assert account.used_bytes <= account.ceiling_bytes, "a quota is not kept"
+            assert (account.policy is None) == (account.quota_bytes is None)
+            if account.policy is not None:
+                account.policy.check_integrity()
+        self.pinned.check_integrity({key: self.nbytes(key) for key in self.pinned})
         assert total + self.claimed_bytes == self.used_bytes, (
             f"{total} bytes held + {self.claimed_bytes} claimed != {self.used_bytes} used"
         )
@@ -210,9 +331,15 @@ class Index(Generic[E]):
         self._policy.check_integrity()
 
 
+def _tag(flat: tuple[object, ...]) -> Tag:
+    tag = flat[0]
+    assert isinstance(tag, Tag)
+    return tag
+
+
 def _without(flat: tuple[object, ...], part: int) -> tuple[tuple[object, ...], object | None]:
     """A chunk's entries without one part's, and that one's entry."""
-    for i in range(0, len(flat), 2):
+    for i in range(1, len(flat), 2):
         if flat[i] == part:
             return flat[:i] + flat[i + 2 :], flat[i + 1]
     return flat, None

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+import msgspec
 from blake3 import blake3
 
 from kvstrata.errors import (
@@ -125,7 +126,7 @@ class Obeying:
             tiers = [name for name in tiers if self._is_own(name) or name in stores]
         if not tiers:
             return p.Done(0, 0), []
-        done = await self._answer(p.Clear(0, request.keys, tiers))
+        done = await self._answer(msgspec.structs.replace(request, id=0, tiers=tiers))
         return done, list(stores.values())
 
     def _is_own(self, name: str) -> bool:

@@ -136,7 +136,7 @@ class Telling:
 
         def refill() -> None:
             for tier, chunks in here.items():
-                ids = [id_of(key, part) for key, flat in chunks.items() for part in flat[::2]]  # type: ignore[arg-type]
+                ids = [id_of(key, part) for key, flat in chunks.items() for part in flat[1::2]]  # type: ignore[arg-type]
                 events.refill(self._registry, self._name, self.boot, tier, ids)
 
         await self._in_thread(refill)

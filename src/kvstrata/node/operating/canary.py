@@ -22,8 +22,9 @@ from kvstrata.node.common.changes import Cause
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.host import HostMemory
-from kvstrata.objects import stored_bytes
+from kvstrata.objects import NOBODY, stored_bytes
 from kvstrata.observe.counters import Counters
+from kvstrata.tiers.marks import Whose
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,9 @@ class Canary:
         buffers = [self._scratch.take(self._nbytes) for _ in range(2)]
         given, back = (memoryview(buffer)[: self._nbytes] for buffer in buffers)
         try:
-            self._chunks.write(0, given)
+            # Behind every clear that its tier keeps in mind.
+            date = backing.marks.date(Whose(NOBODY, self._chunks.namespace), time.time_ns())
+            self._chunks.write(0, given, date)
             back[:] = bytes(self._nbytes)
             with self._taking(tier, "store"):
                 if not await backing.write(key, given, origin):

@@ -22,6 +22,7 @@ from kvstrata.node.service.single import Singly, unreachable
 from kvstrata.node.slots.slot import Slot
 from kvstrata.objects import ObjectHeader, verify_object
 from kvstrata.parts import PORTABLE, identity, order_name
+from kvstrata.tiers.marks import Whose
 from kvstrata.wire.protocol import split
 
 R = TypeVar("R")
@@ -240,7 +241,8 @@ class Copier:
 
     async def _fill(self, way: OnWay, part: int, lent: Lent, order: str) -> str:
         host, key = self._places.host, way.key
-        slot = host.allocate(len(lent.data))
+        whose = Whose(lent.header.owner, lent.header.namespace)
+        slot = host.allocate(len(lent.data), whose.owner)
         if slot is None:
             return "there is no room in host memory"
         self._filling.append(slot)
@@ -254,12 +256,15 @@ class Copier:
         except asyncio.CancelledError:
             raise  # the slot stays withheld, a thread may be at it still
         self._filling.remove(slot)
-        if way.wanted and host.get(key, part) is None:
-            host.publish(key, part, slot, order, lent.cost)
+        cleared = not way.wanted or any(
+            one.marks.covers(whose, lent.header.created_ns) for one in self._places.backings
+        )
+        if not cleared and host.get(key, part) is None:
+            host.publish(key, part, slot, order, lent.cost, whose)
         else:
             host.discard(slot)
         host.unhold(slot)
-        return "" if way.wanted else "it was cleared meanwhile"
+        return "it was cleared meanwhile" if cleared else ""
 
     async def _remove(
         self, job: Job, way: OnWay, seen: dict[int, object], source: str, target: str, made: Made

@@ -31,6 +31,8 @@ def holdings(
             "num_objects": host.index.num_objects,
             "num_evicted": host.num_evicted,
             "policy": policy,
+            "owners": host.index.owners.shown(),
+            "pinned_bytes": host.index.pinned.nbytes,
         },
         "leases": {
             "count": len(leases),

@@ -6,11 +6,14 @@ Only numbers are gathered here, on the node's loop; whoever asked makes text of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import kvstrata
+from kvstrata.node.common.index import Index
 from kvstrata.node.operating.canary import Canary
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.movement import Movement
+from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import LeaseTable
@@ -35,6 +38,7 @@ class Measures:
         canary: the node's.
         kept_bytes: what is kept for other nodes now.
         uptime_s: since the node started.
+        num_pins: that hold now.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Measures:
         canary: Canary,
         kept_bytes: Callable[[], int],
         uptime_s: Callable[[], float],
+        num_pins: Callable[[], int],
     ) -> None:
         self._counters = counters
         self._host = host
@@ -57,6 +62,7 @@ class Measures:
         self._backings = backings
         self._kept_bytes = kept_bytes
         self._uptime_s = uptime_s
+        self._num_pins = num_pins
         self._canary = canary
         self.of_fleet: Callable[[], Iterable[Value]] = tuple
         """Of the node's fleet, if it is in one."""
@@ -85,6 +91,8 @@ class Measures:
         yield Value("leased_bytes", {}, self._leases.leased_bytes)
         yield Value("reservations", {}, len(self._reservations))
         yield Value("kept_bytes", {}, self._kept_bytes())
+        yield Value("pins", {}, self._num_pins())
+        yield from _of_owners("host", host.index)
         for tier, came_back in self._canary.came_back.items():
             yield Value("canary_ok", {"tier": tier}, int(came_back))
         queued = {behind.backing.name: behind.queued_bytes for behind in self._movement.behind}
@@ -110,3 +118,13 @@ class Measures:
         for lane, count in backing.calls_under_way().items():
             yield Value("tier_calls", {**tier, "lane": lane}, count)
         yield Value("tier_scratch_bytes", tier, backing.scratch_bytes)
+        yield Value("marks", tier, len(backing.marks))
+        if isinstance(backing, OwnedBacking):
+            yield from _of_owners(backing.name, backing.index)
+
+
+def _of_owners(name: str, index: Index[Any]) -> Iterator[Value]:
+    tier = {"tier": name}
+    yield Value("pinned_bytes", tier, index.pinned.nbytes)
+    yield Value("quotas", tier, index.owners.num_quotas)
+    yield Value("owners", tier, len(index.owners))

@@ -30,6 +30,7 @@ from kvstrata.node.process.companion import Companion
 from kvstrata.node.process.listening import PeerServer
 from kvstrata.node.process.server import Server
 from kvstrata.secret import Secrets, load_secrets
+from kvstrata.tiers.journal import FileJournal
 from kvstrata.wire.sockets import beside, prepare_folder, remove_dead, socket_path
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ async def _serve(
     door = _Door(path, config.linger if on_demand else None)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, door.close)
-    node = Node.create(config)
+    node = Node.create(config, journal=FileJournal(str(beside(path, ".journal"))))
     node.operations.drainer.end = door.close
     server = Server(node, known, door.on_alone)
     peers = None

@@ -26,6 +26,7 @@ from kvstrata.observe.counters import Counters
 from kvstrata.parts import at_level
 from kvstrata.quality.choice import Place
 from kvstrata.tiers.base import Store
+from kvstrata.tiers.marks import Mark, Marks
 from kvstrata.transfer.tcp import Address
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Backing(ABC):
     """
 
     capacity_bytes: int
+    marks: Marks
     takes_writes = True
     """Whether anything is ever written to it."""
     must_be_asked = False
@@ -209,6 +211,20 @@ class Backing(ABC):
 
         Awaiting it raises:
             TierUnavailable: they are not served any more, but a later process may find them.
+        """
+
+    @abstractmethod
+    def mark(self, mark: Mark, *, aged: bool) -> Awaitable[int]:
+        """Forget all that a mark covers, also what nobody knows of yet; from now on.
+
+        The answer, once the mark outlives the process and all nodes keep to it: how many objects
+        were known and have gone.
+
+        Args:
+            mark: what is to be forgotten.
+            aged: whether something that is there may be younger than what the mark covers.
+        Awaiting it raises:
+            TierUnavailable: nothing of it is served here any more, but that is all.
         """
 
     @abstractmethod

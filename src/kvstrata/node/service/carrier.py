@@ -8,7 +8,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
 from kvstrata.node.coding.choosing import Choice
@@ -23,11 +23,13 @@ from kvstrata.node.coding.recoding import (
 from kvstrata.node.common.background import report_bug
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.calls import nothing
+from kvstrata.node.service.moves import Read, Writing
 from kvstrata.node.service.origin import Origin
-from kvstrata.node.service.turns import Name, Turn
+from kvstrata.node.service.turns import Turn
 from kvstrata.objects import HEADER_BYTES, ObjectHeader
 from kvstrata.parts import at_level, identity, order_name
 from kvstrata.tiers.base import Outcome, Put, Store
+from kvstrata.tiers.marks import Marks, Whose
 
 if TYPE_CHECKING:
     from kvstrata.node.coding.sealing import KeyRing
@@ -40,41 +42,13 @@ UNKNOWN_S = 1.0
 """What computing a chunk is taken to cost, for the choice of a codec, where nobody has said."""
 
 
-class Writing:
-    """A write under way, and the bytes set aside for it; not wanted once its chunk is cleared.
-
-    Args:
-        key: of the chunk.
-        replaces: whether it takes the place of what a shared store has by its name.
-    """
-
-    __slots__ = ("claimed", "key", "name", "replaces", "wanted")
-
-    def __init__(self, key: bytes, *, replaces: bool = False) -> None:
-        self.key = key
-        self.replaces = replaces
-        self.name: Name | None = None  # of the object whose turn it waits for, or has
-        self.claimed = 0
-        self.wanted = True
-
-
-class Read(NamedTuple):
-    """What became of a read: with HIT the object's header as it is raw, and its size as stored.
-
-    ``restoring_s`` is what it took to verify, decrypt and decode it, where that was done.
-    """
-
-    outcome: Outcome
-    header: ObjectHeader | None = None
-    nbytes: int = 0
-    restoring_s: float = 0.0
-
-
 class Carrier(Backing):
     """What moves a tier's objects; the arguments are those of `Backing`."""
 
     def __init__(self, store: Store, **others: Any) -> None:
         super().__init__(store, **others)
+        self.marks = Marks()
+        """What counts as cleared here, whoever finds it."""
         self._writes: set[Writing] = set()
 
     # what a subclass knows of an object
@@ -90,6 +64,10 @@ class Carrier(Backing):
     @abstractmethod
     def _reject(self, key: bytes, part: int, seen: object) -> None:
         """Take an object out of service that was read and found corrupt, if it is still there."""
+
+    @abstractmethod
+    def _strike(self, key: bytes, part: int, seen: object) -> None:
+        """Take an object away that was read and had been cleared, if it is still there."""
 
     @abstractmethod
     def _leave(self, key: bytes, part: int, seen: object) -> None:
@@ -167,7 +145,7 @@ class Carrier(Backing):
             self.trip(error)
 
     async def verify(self, key: bytes, part: int, nbytes: int) -> bool:
-        """Read one object as it is stored, to see whether it is still good; nobody waits for it."""
+        """Read one object as it is stored; whether it is good. Nobody waits for it."""
         name, stored_as = identity(key, part), self._name(key, part)
 
         def work() -> Read:
@@ -223,6 +201,10 @@ class Carrier(Backing):
                 raw = header.raw_length
                 self._counters.add("restored_bytes_total", raw, tier=self.name)
                 self._counters.add("restored_seconds_total", restoring_s, tier=self.name)
+            if self.marks.covers(Whose(header.owner, header.namespace), header.created_ns):
+                self._counters.add("cleared_objects_total", tier=self.name)
+                self._strike(key, part, seen)
+                return None
             self._learn(key, part, header)
         return header
 
@@ -280,7 +262,7 @@ class Carrier(Backing):
 
             try:
                 await turn.come()
-                if not (writing.wanted and self.writable):
+                if not (writing.wanted and self.writable) or self.marks.covers_page(data):
                     return False
                 encoded = await self._encoded(choice, data, origin, level, hang)
             except TierUnavailable:  # which has been said already

@@ -98,7 +98,7 @@ class Clears:
 
     def _doom(self, chunks: dict[bytes, tuple[object, ...]]) -> None:
         for key, flat in chunks.items():
-            for part, entry in zip(flat[::2], flat[1::2], strict=True):
+            for part, entry in zip(flat[1::2], flat[2::2], strict=True):
                 assert isinstance(part, int)
                 assert isinstance(entry, int)
                 self._removals.add(key, part, size_of(entry))

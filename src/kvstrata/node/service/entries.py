@@ -30,6 +30,11 @@ def order_of(entry: int) -> int:
     return entry & ORDER_MASK
 
 
+def generation_of(entry: int) -> int:
+    """Its number among all objects that came, in the order in which they did."""
+    return entry >> GENERATION_SHIFT
+
+
 def same_object(entry: int | None, other: int | None) -> bool:
     """Whether two entries are of one and the same object, whatever was learnt of it meanwhile."""
     return (

@@ -27,6 +27,7 @@ from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
 from kvstrata.observe.tracing import Tracer
 from kvstrata.parts import at_level, order_name
+from kvstrata.tiers.marks import UNKNOWN, Whose
 
 CALL_OFF_SLICE = 64
 LOOK_AGAIN_S = 10.0
@@ -85,7 +86,9 @@ class Movement:
             The slots that the leading chunks will fill, as many chunks as there is room for.
         """
         sizes = Counter(one.nbytes for chunk in chunks for one in chunk)
-        free = {size: self._host.allocate_many(size, count) for size, count in sizes.items()}
+        free = {
+            size: self._host.allocate_many(size, count, load.owner) for size, count in sizes.items()
+        }
         for slots in free.values():
             slots.reverse()
         given: list[list[Slot]] = []
@@ -375,9 +378,10 @@ class Movement:
         wanted = self._is_arriving(promotion)
         if wanted:
             del self.arriving[key, part]
-        if header is not None and wanted:
+        whose = UNKNOWN if header is None else Whose(header.owner, header.namespace)
+        if header is not None and wanted and self._host.quotas.may_publish(slot, whose):
             order = order_name(header.kind, header.order)
-            self._host.publish(key, part, slot, order, promotion.cost)
+            self._host.publish(key, part, slot, order, promotion.cost, whose)
             outcome = "done"
         else:
             self._host.forget_rows(key)

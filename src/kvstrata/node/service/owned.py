@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -19,8 +20,9 @@ from typing import Any
 from kvstrata.errors import TierUnavailable
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
-from kvstrata.node.service.carrier import HIT, Writing
+from kvstrata.node.service.carrier import HIT
 from kvstrata.node.service.clears import Clears
+from kvstrata.node.service.contents import check_contents
 from kvstrata.node.service.entries import (
     UNKNOWN_TO_US,
     Orders,
@@ -29,16 +31,21 @@ from kvstrata.node.service.entries import (
     same_object,
     size_of,
 )
+from kvstrata.node.service.ledger import Keeping, Ledger, Marked
+from kvstrata.node.service.moves import Writing
+from kvstrata.node.service.owners_room import OwnersRoom
 from kvstrata.node.service.probe import Probe
 from kvstrata.node.service.removals import Removals, Verb
 from kvstrata.node.service.scan import Scan
 from kvstrata.node.service.single import Singly
+from kvstrata.node.service.striking import Striking
 from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
 from kvstrata.objects import ObjectHeader
-from kvstrata.parts import at_level, identity, named, order_name
+from kvstrata.parts import at_level, identity, order_name
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.base import Outcome, OwnedTier
+from kvstrata.tiers.marks import UNKNOWN, Mark, Whose, whose_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +78,15 @@ class OwnedBacking(Singly):
         self.capacity_bytes = capacity_bytes
         self.scrub_bytes_per_s = scrub_bytes_per_s
         self.index: Index[int] = Index(capacity_bytes, policy, size_of)
+        self.ledger = Ledger(tier.journal)
+        self.marks = self.ledger.marks
+        self._keeping = Keeping(self.ledger, self.name)
         self._removals = Removals(
             self.index, lambda ids: self.tier.delete(ids), tier.limits.batch_objects,
             calls=self._calls, turns=self._turns, health=self._health, tasks=self._tasks,
         )  # fmt: skip
+        self.quotas = OwnersRoom(self.index, self._removals, self.name, self._counters)
+        self._striking = Striking(self.index, self._removals)
         self._clears = Clears(
             self.name, self.index, self._removals,
             calls=self._calls, turns=self._turns, health=self._health, tasks=self._tasks,
@@ -98,6 +110,11 @@ class OwnedBacking(Singly):
         if entry is None:
             return None
         return size_of(entry) if self._orders.readable(order_of(entry), orders) else None
+
+    def has(self, key: bytes, part: int, orders: Iterable[str]) -> bool:
+        """See `Backing.has`: what nobody has read may have been cleared."""
+        known = not len(self.marks) or self.index.whose(key) != UNKNOWN
+        return known and self.find(key, part, orders) is not None
 
     def cost_of(self, key: bytes) -> float:
         return self.index.cost_of(key)
@@ -126,6 +143,11 @@ class OwnedBacking(Singly):
 
     async def run(self) -> None:
         """Enter what an earlier process left; a tier that fails meanwhile is scanned again."""
+        if self.ledger.damaged:
+            logger.error("%s: its journal is damaged, so nobody knows what was cleared: all of it "
+                         "counts as that", self.name)  # fmt: skip
+            with contextlib.suppress(TierUnavailable):
+                await self.clear()
         while True:
             try:
                 await self._scan.run(self.tier.scan())
@@ -147,6 +169,9 @@ class OwnedBacking(Singly):
     async def upkeep(self) -> None:
         """Tell the tier what was used, and try again to delete what could not be deleted."""
         await super().upkeep()
+        if not self.ledger.saved and self.readable:
+            with contextlib.suppress(TierUnavailable):
+                await self.save()
         used = deque(await self._uses.take())
         try:
             while used and self.readable:
@@ -164,7 +189,18 @@ class OwnedBacking(Singly):
             "used_bytes": self.index.used_bytes,
             "num_chunks": len(self.index),
             "num_objects": self.index.num_objects,
+            "owners": self.index.owners.shown(),
+            "pinned_bytes": self.index.pinned.nbytes,
+            "num_marks": len(self.marks),
         }
+
+    async def save(self) -> None:
+        """Write down what an operator has said of this tier.
+
+        Raises:
+            TierUnavailable: it holds, and does not outlive the process.
+        """
+        await self._keeping.save(lambda work: self._calls.call("note", work))
 
     # forgetting
 
@@ -172,7 +208,30 @@ class OwnedBacking(Singly):
         self._scan.forget(None)
         for writing in self._writes:
             writing.wanted = False
-        return self._clears.begin(lambda: self.tier.clear())
+        return self._cleared(self._clears.begin(lambda: self.tier.clear()), list(self.marks))
+
+    async def _cleared(self, clear: Awaitable[int], marks: list[Mark]) -> int:
+        count = await clear
+        self.ledger.forget_marks(marks)  # of before the epoch there is nothing any more
+        return count
+
+    def mark(self, mark: Mark, *, aged: bool) -> Awaitable[int]:
+        """See `Backing.mark`; of what nobody has read yet the reads will tell."""
+        self.ledger.note(Marked(*mark))
+        return self._marked(asyncio.ensure_future(self.save()), self._striking.begin(mark, aged))
+
+    async def _marked(self, saving: asyncio.Future[None], striking: Awaitable[int] | int) -> int:
+        count = striking if isinstance(striking, int) else await striking
+        await saving
+        return count
+
+    def passed(self, marks: list[Mark]) -> None:
+        """All that is here has been read since these marks were made, so they have done their part.
+
+        Unless something waits for its deletion, which a later process would find.
+        """
+        if not self._removals.nbytes and marks:
+            self.ledger.forget_marks(marks)
 
     def drop(self, keys: Iterable[bytes]) -> Awaitable[int]:
         gone = set(keys)
@@ -217,9 +276,23 @@ class OwnedBacking(Singly):
         hang: Callable[[], None],
     ) -> bool:
         """See `Backing._store`; then it is in the index. Evicts what it must."""
+        whose = whose_of(data)
+        with self.quotas.taking(whose.owner, len(data)) as may:
+            if not (may and await self._make_room(len(data))):
+                return False
+            return await self._store_in_room(writing, turn, data, order, cost, whose, hang)
+
+    async def _store_in_room(
+        self,
+        writing: Writing,
+        turn: Turn,
+        data: memoryview,
+        order: str,
+        cost: float,
+        whose: Whose,
+        hang: Callable[[], None],
+    ) -> bool:
         (name,), nbytes, outcome = turn.names, len(data), Outcome.MISS
-        if not await self._make_room(nbytes):
-            return False
         writing.claimed = nbytes
         try:
             if writing.wanted and self.writable:
@@ -239,14 +312,14 @@ class OwnedBacking(Singly):
             return False
         self._health.wrote()
         self._removals.gone(*name)
-        if not writing.wanted:
+        if not writing.wanted or self.marks.covers_page(data):
             self._removals.add(*name, nbytes)
             await self._removals.run_in(turn, give_up=hang)
             return False
         self._counters.add("tier_writes_total", tier=self.name, outcome="hit")
         self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
         entry = self._entry(nbytes, self._orders.number(order))
-        self.index.put(*name, entry, cost)
+        self.index.put(*name, entry, cost, whose)
         return True
 
     async def _make_room(self, nbytes: int) -> bool:
@@ -276,6 +349,9 @@ class OwnedBacking(Singly):
     def _reject(self, key: bytes, part: int, seen: Any) -> None:
         self._take_out(key, part, seen, Cause.CORRUPT, lambda ids: self.tier.reject(ids))
 
+    def _strike(self, key: bytes, part: int, seen: Any) -> None:
+        self._take_out(key, part, seen, Cause.CLEARED, lambda ids: self.tier.delete(ids))
+
     def _leave(self, key: bytes, part: int, seen: Any) -> None:
         entry = self.index.get(key, part)
         if entry is not None and same_object(entry, seen):
@@ -287,6 +363,7 @@ class OwnedBacking(Singly):
 
     def _learn(self, key: bytes, part: int, header: ObjectHeader) -> None:
         # Only of what a scan found the order is not known; what takes its place has one.
+        self.index.learn(key, Whose(header.owner, header.namespace))
         entry = self.index.get(key, part)
         if entry is not None and not order_of(entry):
             order = self._orders.number(order_name(header.kind, header.order))
@@ -322,7 +399,9 @@ class OwnedBacking(Singly):
             self.tier.touch(ids[start : start + self.tier.limits.batch_objects])
 
     def _entry(self, nbytes: int, order: int = 0) -> int:
-        return entry_of(nbytes, order, next(self._generations))
+        generation = next(self._generations)
+        self._striking.ages.note(generation, time.time_ns())
+        return entry_of(nbytes, order, generation)
 
     def _when_off(self) -> None:
         self._scan.let_go()
@@ -344,14 +423,5 @@ class OwnedBacking(Singly):
 
         Blocks for a scan of the tier.
         """
-        if not self._scan.done or self._writes or len(self._turns):
-            return
-        held = 0
-        for batch in self.tier.scan():
-            for found in batch:
-                name = named(found.object_id)
-                entry, doomed = self.index.get(*name), name in self._removals
-                assert doomed or entry is not None, f"{found} is in the tier and nowhere else"
-                assert doomed or size_of(entry or 0) == found.nbytes, f"{found} has another size"
-                held += found.nbytes
-        assert held <= self.index.used_bytes, f"{held} bytes held, {self.index.used_bytes} counted"
+        if self._scan.done and not (self._writes or len(self._turns)):
+            check_contents(self.tier, self.index, self._removals)

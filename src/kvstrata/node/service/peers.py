@@ -10,6 +10,7 @@ from kvstrata.node.service.backing import Question
 from kvstrata.node.service.names import Where
 from kvstrata.node.service.shared import SharedBacking
 from kvstrata.tiers.base import Outcome, Stat
+from kvstrata.tiers.marks import Mark
 from kvstrata.tiers.peer import PeerTier
 from kvstrata.transfer import peers as p
 from kvstrata.transfer.tcp import Address
@@ -72,6 +73,14 @@ class PeerBacking(SharedBacking):
         for key in keys:
             self._hints.forget_chunk(key)
         return _nothing()
+
+    def mark(self, mark: Mark, *, aged: bool) -> Awaitable[int]:
+        """Take nothing of it from any peer."""
+        self.marks.add(mark)
+        return _nothing()
+
+    def _renewed(self) -> None:
+        self._hints.clear()
 
     @property
     def writable(self) -> bool:

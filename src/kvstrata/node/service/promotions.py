@@ -8,6 +8,7 @@ from typing import NamedTuple
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.streaming import Stream
 from kvstrata.node.slots.slot import Slot
+from kvstrata.objects import NOBODY
 from kvstrata.observe.tracing import Span, Tracer
 
 
@@ -79,12 +80,16 @@ class Load:
     Args:
         chunk_s: what computing the KV of one chunk takes; `inf`: unknown.
         portable: whether the reader reads the portable order, which coarser copies are in.
+        owner: whose it is taken to be until it is here, 16 bytes.
         trace: traceparent of who waits for it; empty: it is not traced.
     """
 
-    def __init__(self, chunk_s: float, portable: bool, trace: str = "") -> None:
+    def __init__(
+        self, chunk_s: float, portable: bool, owner: bytes = NOBODY, trace: str = ""
+    ) -> None:
         self.chunk_s = chunk_s
         self.portable = portable
+        self.owner = owner
         self.trace = trace
         self.streams: dict[str, Stream] = {}
         self._readings: dict[str, Reading] = {}

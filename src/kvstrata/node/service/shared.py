@@ -13,24 +13,27 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from kvstrata.errors import CorruptObject, Incompatible, ReadOnly, TierUnavailable
+from kvstrata.errors import ReadOnly, TierUnavailable
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.standing import alone
 from kvstrata.node.service.asking import Asking
 from kvstrata.node.service.backing import Question
 from kvstrata.node.service.calls import nothing
-from kvstrata.node.service.carrier import HIT, Writing
+from kvstrata.node.service.carrier import HIT
 from kvstrata.node.service.hints import Hints
 from kvstrata.node.service.link_test import LinkTest
+from kvstrata.node.service.moves import Writing
 from kvstrata.node.service.names import Seen, Where
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.presence import Presence
 from kvstrata.node.service.single import Singly
 from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
+from kvstrata.node.service.weeding import Weeding
 from kvstrata.objects import HEADER_BYTES, NAMESPACE_FIELD, ObjectHeader
-from kvstrata.parts import PORTABLE, at_level, identity
+from kvstrata.parts import PORTABLE, at_level
 from kvstrata.tiers.base import Outcome, SharedTier, Stat
+from kvstrata.tiers.marks import Mark
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +63,15 @@ class SharedBacking(Singly):
         self.lookup_timeout_s = lookup_timeout_s
         self._hints = Hints(others["clock"])
         self._presence = Presence(
-            tier, self._calls, self._health, others["clock"], self._hints.clear
+            tier, self._calls, self._health, others["clock"], self._renewed, self._heard_marks
         )
         self._asking = Asking(
             tier, self._stat, 1 + len(self.coarser),
             calls=self._calls, hints=self._hints, counters=self._counters,
+        )  # fmt: skip
+        self._weeding = Weeding(
+            tier, self._checked, self.marks,
+            calls=self._calls, turns=self._turns, scratch=self._scratch, trip=self.trip,
         )  # fmt: skip
         self._seen_so_far = Seen()
         self._uses = Uses()
@@ -239,6 +246,32 @@ class SharedBacking(Singly):
             self._tasks.spawn(f"the end of an epoch of {self.name}", self._forget(before.number))
         return 0
 
+    def mark(self, mark: Mark, *, aged: bool) -> Awaitable[int]:
+        """See `Backing.mark`; the answer once every node of the fleet has heard of it."""
+        self.marks.add(mark)
+        return self._marked(asyncio.ensure_future(self._presence.mark(mark)))
+
+    async def _marked(self, telling: asyncio.Future[None]) -> int:
+        try:
+            await telling
+        except TierUnavailable as error:
+            kind = ReadOnly if isinstance(error, ReadOnly) else TierUnavailable
+            raise kind(
+                f"{self.name}: this node serves nothing of it any more, but others may until the "
+                f"store can be told: {error}"
+            ) from error
+        await asyncio.sleep(self._presence.lasts_s)
+        return 0
+
+    def _renewed(self) -> None:
+        """A new epoch has begun, and there is nothing yet that could have been cleared in it."""
+        self._hints.clear()
+        self.marks.clear()
+
+    def _heard_marks(self, marks: Sequence[Mark]) -> None:
+        for mark in marks:
+            self.marks.add(mark)
+
     async def _forget(self, epoch: int) -> None:
         try:
             count = await self._calls.call("removal", partial(self.tier.forget, epoch))
@@ -315,22 +348,15 @@ class SharedBacking(Singly):
         if outcome is Outcome.FAILED:
             return False
         self._health.wrote()
-        if not writing.wanted:
+        if not writing.wanted or (outcome is HIT and self.marks.covers_page(data)):
             # A clear of some chunks; after one of all of them nobody asks for this epoch.
-            await self._take_away(turn, where.name(*name), "")
+            await self._weeding.take_away(turn, where.name(*name), "")
             return False
         if outcome is HIT:
             self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
         if self.epoch == epoch:
             self._hints.note(*name, where, nbytes)
         return True
-
-    async def _take_away(self, turn: Turn, name: bytes, version: str) -> None:
-        try:
-            verb = partial(self.tier.delete, [name], [version])
-            await self._calls.call("removal", verb, turn.hang)
-        except TierUnavailable as error:
-            self.trip(error)
 
     # reading
 
@@ -367,38 +393,10 @@ class SharedBacking(Singly):
             return self._hints.refuse(key, part, seen)  # it stays where it is
         self._hints.forget(key, part)
         if isinstance(seen, Where):
-            self._tasks.spawn("a removal", self._take_out(key, part, seen.name(key, part)))
+            self._tasks.spawn("a removal", self._weeding.take_out(key, part, seen.name(key, part)))
 
-    async def _take_out(self, key: bytes, part: int, name: bytes) -> None:
-        """Remove what is corrupt, or it would stand in the way of a fresh copy for ever.
-
-        If it is: bytes may have been damaged on their way, and others need not lose it for that.
-        """
-
-        def corrupt() -> str | None:
-            (stat,) = self.tier.stat([name])
-            if not isinstance(stat, Stat):
-                return None
-            with self._scratch.buffer(stat.nbytes) as data:
-                (length,) = self.tier.read([name], [data])
-                try:
-                    if not isinstance(length, Outcome):
-                        self._checked(data[:length], identity(key, part))
-                except CorruptObject:
-                    return stat.version
-                except Incompatible:
-                    pass
-            return None
-
-        with self._turns.take([(key, part)]) as turn:
-            try:
-                await turn.come()
-                version = await self._calls.call("check", corrupt, turn.hang)
-            except TierUnavailable as error:
-                self.trip(error)
-                return
-            if version is not None:
-                await self._take_away(turn, name, version)
+    def _strike(self, key: bytes, part: int, seen: object) -> None:
+        self._reject(key, part, seen)
 
     def _leave(self, key: bytes, part: int, seen: object) -> None:
         if isinstance(seen, Where):

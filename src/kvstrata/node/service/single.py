@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
 from kvstrata.node.coding.choosing import Choice
 from kvstrata.node.common.changes import Cause
-from kvstrata.node.service.carrier import Carrier, Read, Writing
+from kvstrata.node.service.carrier import Carrier
+from kvstrata.node.service.moves import Read, Writing
 from kvstrata.node.service.origin import Origin
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes, verify_object
 from kvstrata.objects import decode as decode_header

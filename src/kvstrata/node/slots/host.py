@@ -20,9 +20,14 @@ from kvstrata.memory.allocator import SlotAllocator
 from kvstrata.memory.pool import Pool
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
+from kvstrata.node.common.owners import Account
+from kvstrata.node.slots.quotas import HostQuotas
 from kvstrata.node.slots.room import chunks_to_drop
 from kvstrata.node.slots.slot import Row, Slot, SlotState
+from kvstrata.objects import CREATED_FIELD, NOBODY
+from kvstrata.observe.counters import Counters
 from kvstrata.policies.base import Policy
+from kvstrata.tiers.marks import UNKNOWN, Whose
 
 Rows = dict[tuple[int, ...], dict[bytes, Row]]
 """By parts, and then by chunk."""
@@ -41,12 +46,14 @@ class HostMemory:
     Args:
         pool: where the bytes are.
         policy: orders chunks for eviction.
+        counters: the node's.
     """
 
-    def __init__(self, pool: Pool, policy: Policy) -> None:
+    def __init__(self, pool: Pool, policy: Policy, counters: Counters | None = None) -> None:
         self.pool = pool
         self.index: Index[Slot] = Index(pool.capacity_bytes, policy, lambda slot: slot.nbytes)
         self.num_evicted = 0
+        self.quotas = HostQuotas(self.index.owners, self._evict_one_of, counters or Counters())
         self._allocator = SlotAllocator(pool.capacity_bytes)
         # Allocated but not in the index: being filled, or gone and still held.
         self._loose: set[Slot] = set()
@@ -142,27 +149,32 @@ class HostMemory:
                 self.index.unpark(key)
             self._spared, self._spared_once = set(), []
 
-    def allocate(self, nbytes: int) -> Slot | None:
+    def allocate(self, nbytes: int, owner: bytes = NOBODY) -> Slot | None:
         """A slot to fill, see `allocate_many`; None if there is no room."""
-        slots = self.allocate_many(nbytes, 1)
+        slots = self.allocate_many(nbytes, 1, owner)
         return slots[0] if slots else None
 
-    def allocate_many(self, nbytes: int, count: int) -> list[Slot]:
+    def allocate_many(self, nbytes: int, count: int, owner: bytes = NOBODY) -> list[Slot]:
         """Slots to fill, each held once by the caller, as many as there is room for.
 
-        Evicts what it must; nothing for a slot that will not fit even so.
+        Evicts what it must, first of the owner's own where a quota says so; nothing for a slot
+        that will not fit even so.
 
         Args:
             nbytes: of each whole object.
             count: how many at most.
+            owner: whose the objects will be, 16 bytes.
         """
         slots: list[Slot] = []
+        account = self.index.owners.account(owner)
+        count = self.quotas.within(account, nbytes, count)
         searched = nbytes >= self._no_room_for
         while len(slots) < count:
             offset = self._allocator.allocate(nbytes)
             if offset is not None:
                 slot = Slot(offset, nbytes)
                 slot.holds = 1
+                slot.account = account
                 slots.append(slot)
             elif self._leaving:
                 self.give_back(count)
@@ -172,10 +184,34 @@ class HostMemory:
                 searched = True
                 self._make_room(nbytes, count - len(slots))
         self._loose.update(slots)
+        self.index.owners.fill(account, nbytes * len(slots))
+        self.index.owners.settle(account)
         return slots
 
-    def publish(self, key: bytes, part: int, slot: Slot, order: str, cost: float = 0.0) -> None:
-        """Make a filled slot readable; the caller's hold stays. `Index.put` tells of the cost."""
+    def _evict_one_of(self, account: Account) -> bool:
+        """Evict the next chunk of an owner who has a quota; False if none may go."""
+        victim = self.index.victim_of(account, self._evictable)
+        if victim is None:
+            return False
+        self.num_evicted += 1
+        self.drop(victim, Cause.EVICTED)
+        return True
+
+    def created_ns(self, slot: Slot) -> int:
+        """When the object in a ready slot was created, nanoseconds since 1970."""
+        view = self.pool.view(slot.offset, CREATED_FIELD.stop)
+        return int.from_bytes(view[CREATED_FIELD], "little")
+
+    def publish(
+        self,
+        key: bytes,
+        part: int,
+        slot: Slot,
+        order: str,
+        cost: float = 0.0,
+        whose: Whose = UNKNOWN,
+    ) -> None:
+        """Make a filled slot readable; the caller's hold stays. `Index.put` tells of the rest."""
         assert slot.state is SlotState.FILLING
         slot.order = order
         slot.state = SlotState.READY
@@ -184,7 +220,8 @@ class HostMemory:
         fits = self.index.claim(slot.nbytes)
         assert fits, "the allocator gave more than the pool has"
         self.forget_rows(key, but_of=slot)
-        replaced = self.index.put(key, part, slot, cost)
+        self._filled(slot)
+        replaced = self.index.put(key, part, slot, cost, whose)
         if replaced is not None:
             self._retire(replaced)
 
@@ -192,6 +229,13 @@ class HostMemory:
         """Give up a slot that was never published; the caller's hold stays."""
         assert slot.state is SlotState.FILLING
         slot.state = SlotState.GONE
+        self._filled(slot)
+
+    def _filled(self, slot: Slot) -> None:
+        """Nobody fills it any more."""
+        if slot.account is not None:
+            self.index.owners.fill(slot.account, -slot.nbytes)
+            slot.account = None
 
     def hold(self, slot: Slot) -> None:
         """Keep the slot's bytes where they are."""
@@ -240,7 +284,7 @@ class HostMemory:
                 for rows in shapes.values():
                     if (row := rows.get(key)) is not None:
                         self._forget_row(row)
-                for slot in flat[1::2]:
+                for slot in flat[2::2]:
                     assert isinstance(slot, Slot)
                     self.index.unclaim(slot.nbytes)
                     self._retire(slot)
@@ -276,6 +320,9 @@ class HostMemory:
                             "a row of slots that are not there"
                         )
         filling = {slot for slot in self._loose if slot.state is SlotState.FILLING}
+        for account in self.index.owners:
+            mine = [slot.nbytes for slot in filling if slot.account is account]
+            assert account.filling_bytes == sum(mine), "what an owner fills is not counted"
         assert filling == set(fillers), "a slot is being filled by nobody, or twice"
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from kvstrata.node.slots.slot import Slot
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes
 from kvstrata.observe.tracing import checked
 from kvstrata.parts import MAX_PART, order_name
+from kvstrata.tiers.marks import Mark, Whose
 from kvstrata.wire import protocol as p
 
 NO_PARENT = bytes(32)
@@ -44,7 +45,7 @@ class Reservation:
     __slots__ = (
         "chunk_tokens", "client", "cost", "distinct", "first", "id", "lend", "namespace",
         "order", "owner", "part", "prefix", "slots", "template", "trace",
-        "unwanted", "weights",
+        "unwanted", "weights", "whose",
     )  # fmt: skip
 
     def __init__(self, id: int, client: Client, message: p.Reserve, prefix: list[bytes]) -> None:
@@ -59,6 +60,7 @@ class Reservation:
         self.cost = message.cost
         self.weights = message.weights
         self.owner = message.owner
+        self.whose = Whose(message.owner, message.namespace)
         self.lend = message.lend
         self.trace = checked(message.traceparent)
         self.slots: list[Slot | None] = []
@@ -124,11 +126,18 @@ class ReservationTable:
     Args:
         host: whose slots they fill.
         per_client_bytes: what the reservations of one process may hold.
+        date: says when something was created that is stored now, in nanoseconds since 1970.
     """
 
-    def __init__(self, host: HostMemory, per_client_bytes: int) -> None:
+    def __init__(
+        self,
+        host: HostMemory,
+        per_client_bytes: int,
+        date: Callable[[Whose], int] = lambda whose: time.time_ns(),
+    ) -> None:
         self._host = host
         self.per_client_bytes = per_client_bytes
+        self._date = date
         # What computing a chunk took, as its last writer said, by the size of its objects: models
         # differ in that.
         self._costs: dict[int, float] = {}
@@ -195,7 +204,8 @@ class ReservationTable:
         ]
         allowed = 0 if refusal else (self.per_client_bytes - client.reserved_bytes) // nbytes
         with self._host.sparing(reservation.distinct):
-            slots = self._host.allocate_many(nbytes, min(allowed, here.count(0)))
+            wanted = min(allowed, here.count(0))
+            slots = self._host.allocate_many(nbytes, wanted, reservation.owner)
         if len(slots) < here.count(0):
             refusal = refusal or (p.REFUSED if len(slots) == allowed else p.FULL)
         client.holder.reserved_bytes += len(slots) * nbytes
@@ -243,7 +253,7 @@ class ReservationTable:
             What was published, head first; the caller ends the hold on each slot.
         """
         written: list[tuple[bytes, Slot]] = []
-        now_ns = time.time_ns()
+        now_ns = self._date(reservation.whose)
         reservation.client.reservations.discard(reservation.id)
         del self._reservations[reservation.id]
         self.finishing.add(reservation)
@@ -282,7 +292,9 @@ class ReservationTable:
         view[:HEADER_BYTES] = header.encode()
         padding = slot.nbytes - HEADER_BYTES - header.stored_length
         view[HEADER_BYTES + header.stored_length :] = bytes(padding)
-        self._host.publish(key, reservation.part, slot, reservation.order, reservation.cost)
+        self._host.publish(
+            key, reservation.part, slot, reservation.order, reservation.cost, reservation.whose
+        )
 
     def abort(self, reservation: Reservation) -> Generator[None, None, None]:
         """End a reservation unwritten; in slices, as `finish`."""
@@ -297,6 +309,12 @@ class ReservationTable:
     def is_being_written(self, key: bytes, parts: Sequence[int]) -> bool:
         """Whether somebody writes one of a chunk's objects now."""
         return bool(self._writing) and any((key, part) in self._writing for part in parts)
+
+    def forget_marked(self, mark: Mark) -> None:
+        """The same of all that is whose a mark says."""
+        for (key, _), reservation in self._writing.items():
+            if mark.fits(reservation.whose):
+                reservation.unwanted.add(key)
 
     def filling(self) -> Iterable[Slot]:
         """The slots that clients are filling."""

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
+from kvstrata.node.common.owners import Account
 from kvstrata.node.slots.clients import Holder
 from kvstrata.wire import protocol as p
 
@@ -28,10 +29,10 @@ class Slot:
     ``holds`` counts those who need its bytes to stay: the one who fills it, rows that are pinned,
     writes to slower tiers. ``passed_over`` is the chunk that could not be evicted because this slot
     of it was held. ``rows`` are those it is promoted for, until that has ended; None where no
-    promotion is under way.
+    promotion is under way. ``account`` is whose it is while it is being filled.
     """
 
-    __slots__ = ("holds", "nbytes", "offset", "order", "passed_over", "rows", "state")
+    __slots__ = ("account", "holds", "nbytes", "offset", "order", "passed_over", "rows", "state")
 
     def __init__(self, offset: int, nbytes: int) -> None:
         self.offset = offset
@@ -41,6 +42,7 @@ class Slot:
         self.holds = 0
         self.passed_over: bytes | None = None
         self.rows: list[Row] | None = None
+        self.account: Account | None = None
 
 
 class Row:

@@ -25,6 +25,7 @@ from kvstrata.tiers.disk.folder import DiskFolder, run_walk, unavailable
 from kvstrata.tiers.disk.quarantine import Quarantine
 from kvstrata.tiers.disk.scan import HEADER, RECORD, file_name, parse_name
 from kvstrata.tiers.disk.transfer import transfer
+from kvstrata.tiers.journal import FileJournal
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,12 @@ class DiskTier(OwnedTier):
         self._sizes: dict[bytes, int] = {}
         self._sizes_complete = False
         self._quarantine = Quarantine(self._folder.quarantine)
+        try:
+            where = os.path.join(self._folder.path, "journal")
+            self._journal = FileJournal(where, self._folder.reason)
+        except TierUnavailable:
+            self._folder.close()
+            raise
         try:
             if not self.read_only:
                 self._sizes_complete = not os.listdir(self._folder.objects)

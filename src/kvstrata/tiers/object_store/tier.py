@@ -18,7 +18,8 @@ from obstore.exceptions import PreconditionError
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.base import Epoch, Limits, Outcome, Put, SharedTier, Stat
-from kvstrata.tiers.epochs import decode_epoch, encode_epoch, new_epoch
+from kvstrata.tiers.epochs import decode_epoch, encode_epoch, marked, new_epoch
+from kvstrata.tiers.marks import Mark
 from kvstrata.tiers.object_store.client import REMOVE_BATCH, Got, ObjectClient, Turn, Version
 from kvstrata.tiers.object_store.lease import LEASE_S, Lease
 from kvstrata.tiers.object_store.paths import EPOCH, folder_of, path_of
@@ -147,6 +148,17 @@ class ObjectStoreTier(SharedTier):
             return begun
         # Since we asked, another has begun one, or we have and the answer was lost.
         return self._epoch(turn)
+
+    def add_mark(self, mark: Mark) -> Epoch:
+        turn = self._begin()
+        while turn.left:
+            self._epoch(turn)
+            found = self._client.small(EPOCH, turn)
+            if found is not None:
+                after = marked(decode_epoch(found[0], self._place(EPOCH)), mark)
+                if self._client.replace(EPOCH, encode_epoch(after), found[1].condition, turn):
+                    return after
+        raise TierUnavailable(f"{self._place(EPOCH)} is changed by others all the time")
 
     def forget(self, epoch: int) -> int:
         """See `SharedTier.forget`; what takes longer than a call may, `upkeep` goes on with."""

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.base import Epoch, Limits, Outcome, Put, SharedTier, Stat
-from kvstrata.tiers.epochs import decode_epoch, encode_epoch, epoch_prefix, new_epoch
+from kvstrata.tiers.epochs import decode_epoch, encode_epoch, epoch_prefix, marked, new_epoch
+from kvstrata.tiers.marks import Mark
 from kvstrata.tiers.redis.address import Address
 from kvstrata.tiers.redis.client import Client
 from kvstrata.tiers.redis.connections import Buffers
@@ -45,6 +46,14 @@ local head = redis.call('GETRANGE', KEYS[1], 0, {HEAD_BYTES - 1})
 if head == '' or string.sub(head, 1, #ARGV[1]) ~= ARGV[1] then return false end
 redis.call('UNLINK', KEYS[1])
 return head
+"""
+
+
+# Puts ARGV[2] in the place of ARGV[1].
+_EXCHANGE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
 """
 
 
@@ -222,6 +231,18 @@ class RedisTier(SharedTier):
             with self._client.changing():
                 self._client.run("SET", self._epoch_key, content)
             return decode_epoch(content, self._where)
+
+    def add_mark(self, mark: Mark) -> Epoch:
+        with self._client.call() as time:
+            while time.left_s > 0:
+                before = self._epoch()
+                after = marked(before, mark)
+                old, new = encode_epoch(before), encode_epoch(after)
+                with self._client.changing():
+                    done = self._client.run("EVAL", _EXCHANGE, 1, self._epoch_key, old, new)
+                if done == 1:
+                    return after
+            raise TierUnavailable(f"{self._where} is changed by others all the time")
 
     def _epoch(self) -> Epoch:
         content = self._client.run("GET", self._epoch_key)
