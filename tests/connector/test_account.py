@@ -49,13 +49,14 @@ def test_trouble() -> None:
 
 def test_a_load_that_ended_early() -> None:
     account = Account(0, 64, 4, [NEVER])
-    account.end_at(32, "ab")
+    account.end_at(32, "ab", "disk")
     (failed, never) = account.unloaded(7 * CHUNK, CHUNK)
     assert (failed.why, failed.tokens, failed.key) == (Why.FAILED, 32, "ab")
+    assert failed.tier == "disk"
     assert (never.why, never.tokens) == (Why.NEVER, 48)
     # vLLM's own tokens are not among those that did not come.
     account = Account(16, 64, 4, [])
-    account.end_at(0, "ab")
+    account.end_at(0, "ab", "disk")
     assert told(account, 64) == [(Why.FAILED, 48)]
 
 
@@ -88,7 +89,7 @@ def test_every_token_is_accounted_for(
     granted = min(own + external, prompt)
     account = Account(own, granted, found, why, trouble)
     if came is not None:
-        account.end_at(came, "")
+        account.end_at(came, "", "")
     have = granted if account.came is None else account.came
     reasons = account.unloaded(prompt, CHUNK)
     assert own <= have <= granted

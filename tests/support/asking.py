@@ -76,6 +76,11 @@ class Asker:
             record = Described(one.namespace, one.model).record()
             self.node.record(self.client, p.Record(record))
 
+    async def handle(self, message: p.Request) -> p.Reply | None:
+        """What the node answers to any request."""
+        answer = self.node.handle(self.client, message)
+        return await answer if isinstance(answer, Awaitable) else answer
+
     async def match(self, one: Prompt, **more: Any) -> p.Matched:
         message = p.Match(
             1, b"".join(one.keys), [0], [ORDER], [RAW], one.owner, one.namespace.digest(),

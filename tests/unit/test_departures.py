@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.operating.departures import REMEMBERED, Departures, name_of
+from kvstrata.observe.reasons import Why
 from kvstrata.parts import at_level
 from kvstrata.testing.clock import ManualClock
 
@@ -54,6 +55,10 @@ def test_the_last_departure_of_what_is_nowhere(history: list[tuple[object, ...]]
         if not any(key in there for there in held.values()):
             found = departures.of(name_of(key))
             assert (None if found is None else tuple(found)) == last.get(key)
+
+
+def test_every_cause_has_a_reason() -> None:
+    assert {cause.value for cause in CAUSES} <= {why.value for why in Why}
 
 
 def test_coarser_copies_and_spent_ones_are_none_of_a_chunks() -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from tests.support.asking import Asker, Prompt, a_node, prompt
 from tests.support.fleets import Fleet, FleetTier, make_member
-from tests.support.nodes import OTHER, SLOT, clear, flush, owned, reserve, store, until
+from tests.support.nodes import ORDER, OTHER, SLOT, clear, flush, owned, reserve, store, until
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.objects import HEADER_BYTES
@@ -26,6 +26,7 @@ from kvstrata.tiers.base import OwnedTier
 from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.faulty import FaultyTier, FlipBit
 from kvstrata.tiers.memory import MemoryTier
+from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
 SEEDS = range(2)
@@ -241,6 +242,31 @@ async def store_off(h: History) -> tuple[Found, Found]:
         return await asker.why(h.prompt), h.expect(Why.TIER_OFF, "fleet", "off: no route")
 
 
+async def moved(h: History) -> tuple[Found, Found]:
+    """Into a store that lost it since."""
+    fleet = Fleet()
+    async with of_fleet(fleet) as asker:
+        await asker.keep(h.prompt)
+        keys, namespace = b"".join(h.prompt.keys[h.at :]), h.prompt.namespace.digest()
+        await asker.handle(o.Move(1, keys, "host", "fleet", [0], [ORDER], namespace))
+        await until(lambda: h.prompt.keys[-1] not in asker.node.host.index)
+        fleet.objects.delete(fleet.names)
+        while not await asker.why(h.prompt):
+            pass  # what was heard of the store is thought to be there until a load fails
+        return await asker.why(h.prompt), h.expect(Why.MOVED, "host")
+
+
+async def drained(h: History) -> tuple[Found, Found]:
+    async with a_node() as asker:
+        await asker.keep(h.prompt)
+        drainer = asker.node.operations.drainer
+        drainer.end = lambda: None  # it goes on to be asked until it ends
+        await asker.handle(o.Drain(1, True))
+        await until(lambda: drainer.closing)
+        h.at = 0
+        return await asker.why(h.prompt), h.expect(Why.NO_NODE, detail="it is being drained")
+
+
 async def store_late(h: History) -> tuple[Found, Found]:
     fleet = Fleet()
     async with of_fleet(fleet, lookup_timeout_s=0.01) as asker:
@@ -280,12 +306,10 @@ def of_another(part: str, **change: Any) -> Callable[[History], Awaitable[tuple[
             assert await asker.why(h.prompt) == h.expect(Why.NEVER)
             told = []
             for across in (False, True):
-                answer = asker.node.handle(asker.client, p.Explain(
+                explained = await asker.handle(p.Explain(
                     1, "", b"".join(h.prompt.keys), h.prompt.namespace.digest(), h.prompt.owner,
                     h.prompt.heads, across,
                 ))  # fmt: skip
-                assert isinstance(answer, Awaitable)
-                explained = await answer
                 assert isinstance(explained, p.Explained)
                 told.append([(r.why.value, r.chunks, r.tier, r.detail) for r in explained.reasons])
             assert told[0] == h.expect(Why.NEVER)
@@ -319,6 +343,8 @@ CASES = [
     *(Case(f"another order in {t}", another_order(t), (Why.ORDER,)) for t in ("host", "disk")),
     *(Case(f"{t} off", tier_off(t), (Why.TIER_OFF,)) for t in ("memory", "disk")),
     Case("store off", store_off, (Why.TIER_OFF,)),
+    Case("moved", moved, (Why.MOVED,)),
+    Case("drained", drained, (Why.NO_NODE,)),
     Case("store late", store_late, (Why.DEADLINE,)),
     *(Case(f"capped by {cap}", capped(cap), (Why.CAPPED,)) for cap in ("leases", "room")),
     Case("left to the engine", planned, (Why.PLANNED,)),
@@ -391,6 +417,6 @@ def test_every_cause_is_explained(case: Case, seed: int, tmp_path: Path) -> None
 
 def test_no_two_causes_could_be_exchanged() -> None:
     """Each cause that a node gives is expected of some history above, by its own name."""
-    of_engines = {Why.PARTIAL, Why.LAST, Why.BYPASSED, Why.FAILED, Why.NO_NODE, Why.ENGINE}
+    of_engines = {Why.PARTIAL, Why.LAST, Why.BYPASSED, Why.FAILED, Why.ENGINE}
     assert {why for case in CASES for why in case.causes} == set(Why) - of_engines
     assert len(CASES) >= 40

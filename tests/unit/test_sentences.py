@@ -19,6 +19,7 @@ SAID = {
     Why.CLEARED: (Unloaded(Why.CLEARED, 2, "host", "", 7200.0), "cleared from host memory 2 hours"),
     Why.CORRUPT: (Unloaded(Why.CORRUPT, 2, "disk"), "not those that had been stored"),
     Why.LOST: (Unloaded(Why.LOST, 2, "disk"), "disk did not have it any more"),
+    Why.MOVED: (Unloaded(Why.MOVED, 2, "host"), "moved from host memory to another tier"),
     Why.NEVER: (Unloaded(Why.NEVER, 2), "nobody has stored it"),
     Why.ARRIVING: (Unloaded(Why.ARRIVING, 2), "being stored at that moment"),
     Why.NAMESPACE: (Unloaded(Why.NAMESPACE, 2, "", "adapter"), "stored under another adapter"),
@@ -33,7 +34,10 @@ SAID = {
     Why.PARTIAL: (Unloaded(Why.PARTIAL, 2), "fills no chunk"),
     Why.LAST: (Unloaded(Why.LAST, 1), "computes at least one token"),
     Why.BYPASSED: (Unloaded(Why.BYPASSED, 2, "", "embeddings"), "went past the cache: embeddings"),
-    Why.FAILED: (Unloaded(Why.FAILED, 2), "could not be loaded"),
+    Why.FAILED: (
+        Unloaded(Why.FAILED, 2, "redis"),
+        "found in redis, and then it could not be loaded",
+    ),
     Why.NO_NODE: (Unloaded(Why.NO_NODE, 2), "had no node"),
     Why.ENGINE: (Unloaded(Why.ENGINE, 2), "engine did not take it"),
 }

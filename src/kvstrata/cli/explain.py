@@ -28,9 +28,13 @@ def run(
     config_file: ConfigFile = None,
     settings: Settings = None,
     node: NodeOption = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A prompt's text instead, as for /v1/completions."),
+    ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(metavar="IDS", help="Token ids of a prompt instead, as in 1,2,3; or @FILE."),
+        typer.Option(metavar="IDS", help="The same by token ids, as in 1,2,3; or @FILE."),
     ] = None,
     model: Annotated[
         str | None,
@@ -45,18 +49,19 @@ def run(
 ) -> None:
     """Say why a request had to compute what it computed, and what to do about it.
 
-    With --tokens it says what a prompt would find now; nothing is loaded or counted for
-    that. A node remembers its last 1,024 requests. Exit status 1 if no node answers.
+    With --prompt-file or --tokens it says what a prompt would find now; nothing is loaded or
+    counted for that. A node remembers its last 1,024 requests. Exit status 1 if no node answers.
     """
-    if (request is None) == (tokens is None):
-        raise UsageError("name a request, or a prompt by --tokens")
+    if sum(given is not None for given in (request, prompt_file, tokens)) != 1:
+        raise UsageError("name a request, or a prompt by --prompt-file or --tokens")
     client = join_or_exit(configured(config_file, settings, node))
     try:
         if request is not None:
             told = _request(client, request, across=across_tenants)
         else:
-            ids = _token_ids(tokens or "")
-            told = _prompt(client, ids, _chosen(client, model), salt, across=across_tenants)
+            chosen = _chosen(client, model)
+            ids = _of_text(prompt_file, chosen) if prompt_file else _token_ids(tokens or "")
+            told = _prompt(client, ids, chosen, salt, across=across_tenants)
     except (NodeUnavailable, DeadlineExceeded) as error:
         fail(error)
     finally:
@@ -131,12 +136,26 @@ def _chosen(client: NodeClient, model: str | None) -> Shown:
     raise UsageError(f"name one --model, by its name or its namespace: {names}")
 
 
+def _of_text(file: Path, namespace: Shown) -> list[int]:
+    """A text's tokens, by the files of the namespace's model."""
+    try:
+        from kvstrata.control.tokenizing import Tokenizers
+    except ImportError as error:
+        raise UsageError(f"--prompt-file needs pip install 'kvstrata[control]': {error}") from error
+    name, weights = namespace.model.get("name", ""), namespace.model.get("weights", "")
+    return Tokenizers().of(name, weights).text(_read(file))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+
+
 def _token_ids(text: str) -> list[int]:
     if text.startswith("@"):
-        try:
-            text = Path(text[1:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{text[1:]} cannot be read: {error}") from error
+        text = _read(Path(text[1:]))
     try:
         return [int(word) for word in text.strip("[] \n").replace(",", " ").split()]
     except ValueError as error:

@@ -13,7 +13,7 @@ import msgspec
 class Why(str, Enum):
     """Why KV was not loaded. ``docs/reasons.md`` says of each what to do.
 
-    The first six say what became of it in the node's own tiers, as `kvstrata.node.common.changes`
+    The first five say what became of it in the node's own tiers, as `kvstrata.node.common.changes`
     tells of it.
     """
 
@@ -21,6 +21,7 @@ class Why(str, Enum):
     CLEARED = "cleared"
     CORRUPT = "corrupt"
     LOST = "lost"
+    MOVED = "moved"
     NEVER = "never stored"
     ARRIVING = "arriving"
     NAMESPACE = "another namespace"

@@ -57,6 +57,10 @@ _WORDS: Mapping[Why, tuple[str, str]] = {
         "{tier} did not have it any more, or failed at it{ago}",
         "see the log, and whether anybody deletes files there",
     ),
+    Why.MOVED: (
+        "it was moved from {tier} to another tier, which did not have it either{ago}",
+        "see what evicts there; `kvstrata lookup` says what is where",
+    ),
     Why.ARRIVING: (
         "it was being stored at that moment",
         "nothing: the next request finds it",
@@ -80,7 +84,7 @@ _WORDS: Mapping[Why, tuple[str, str]] = {
     Why.LAST: ("an engine computes at least one token", "nothing"),
     Why.BYPASSED: ("the request went past the cache: {detail}", "see Limits on the page vLLM"),
     Why.FAILED: (
-        "it was found, and then it could not be loaded{because}",
+        "it was found in {tier}, and then it could not be loaded{because}",
         "see the logs of engine and node at that time",
     ),
     Why.NO_NODE: (

@@ -31,10 +31,12 @@ class Account:
     """Leading tokens there were when the load ended early; None: it did not."""
     key: str = ""
     """Of the chunk that did not come, in hex."""
+    tier: str = ""
+    """That it was to come from."""
 
-    def end_at(self, came: int, key: str) -> None:
+    def end_at(self, came: int, key: str, tier: str) -> None:
         """The load ended early: so many leading tokens there are, and this chunk did not come."""
-        self.came, self.key = max(self.own, min(came, self.granted)), key
+        self.came, self.key, self.tier = max(self.own, min(came, self.granted)), key, tier
 
     def unloaded(self, prompt_tokens: int, chunk_tokens: int) -> list[Unloaded]:
         """Why each token of the prompt was computed that was; in their order, at least one each."""
@@ -52,7 +54,7 @@ class Account:
 
         whole = prompt_tokens // chunk_tokens * chunk_tokens
         if self.came is not None:
-            until(self.granted, Why.FAILED, key=self.key)
+            until(self.granted, Why.FAILED, Reason(Why.FAILED, 1, self.tier), self.key)
         if self.trouble is not None:
             until(whole, self.trouble, Reason(self.trouble, 1, detail=self.detail))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -80,6 +80,7 @@ class RequestState:
         self.other_tokens = 0  # of those loaded, found by the other secret
         self.stored_chunks = 0
         self.miss = ""
+        self.tier_names: Mapping[int, str] = {}  # by their numbers in ``tiers``
         self.own_tokens = 0  # that vLLM had when it asked last
         self.account: Account | None = None
         self.peer_refused = ""
@@ -169,8 +170,10 @@ class RequestState:
         """The load brought nothing from chunk number ``came`` on; what was found is still known."""
         if self.account is not None:
             lost = max(came, self.local_tokens // chunk_tokens)
-            key = self.found[lost].hex() if lost < len(self.found) else ""
-            self.account.end_at(came * chunk_tokens, key)
+            key, tier = "", ""
+            if lost < len(self.tiers):
+                key, tier = self.found[lost].hex(), self.tier_names.get(self.tiers[lost], "")
+            self.account.end_at(came * chunk_tokens, key, tier)
         # What it was thought to have is not there: store what is recomputed.
         came_tokens = came * chunk_tokens - self.local_tokens
         self.loaded_tokens = max(0, min(self.loaded_tokens, came_tokens))

@@ -195,7 +195,7 @@ class SchedulerSide:
             followed=state.roles.running,
         )
         slower = self._lookups.client.hello.tiers if self._lookups.client is not None else []
-        names = dict(enumerate(["host", *slower]))
+        names = state.tier_names = dict(enumerate(["host", *slower]))
         state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
         state.num_given = max(state.num_given, min(last, len(state.keys)))

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from kvstrata.errors import UsageError
 from kvstrata.node.common.slices import in_slices
@@ -102,15 +103,11 @@ class Explainer:
         left = self._reasons.departures.since(key, begin)
         if left is not None:
             why, tier, ago_s = Why(left.cause.value), left.tier, self._reasons.clock() - left.at
-            return msgspec.structs.replace(one, why=why, tier=tier, ago_s=round(ago_s, 3))
+            return replace(one, why=why, tier=tier, ago_s=round(ago_s, 3))
         for backing in self._reasons.backings:
-            if isinstance(backing, OwnedBacking) and key in backing.index:
-                if not backing.readable:
-                    detail = backing.state
-                    return msgspec.structs.replace(
-                        one, why=Why.TIER_OFF, tier=backing.name, detail=detail
-                    )
-                return msgspec.structs.replace(
-                    one, why=Why.DEADLINE, tier=backing.name, detail="load"
-                )
+            has = isinstance(backing, OwnedBacking) and key in backing.index
+            if (has or backing.name == one.tier) and not backing.readable:
+                return replace(one, why=Why.TIER_OFF, tier=backing.name, detail=backing.state)
+            if has:
+                return replace(one, why=Why.DEADLINE, tier=backing.name, detail="load")
         return one
