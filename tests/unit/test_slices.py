@@ -28,11 +28,12 @@ from tests.support.nodes import (
 )
 
 from kvstrata.errors import UsageError
-from kvstrata.node import answering, clearing, matching, searching
+from kvstrata.node import answering, matching, searching
 from kvstrata.node.common import slices
 from kvstrata.node.common.index import Index
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.node import Node
+from kvstrata.node.operating import clearing
 from kvstrata.node.service import movement, write_behind
 from kvstrata.node.slots import reservations
 from kvstrata.node.slots.clients import Client
