@@ -26,7 +26,7 @@ class Drainer:
         reservations: what engines are still writing.
         leases: what they are still reading.
         movement: what is still to be written behind.
-        undo: jobs of the node's that store; they are asked to end first.
+        end_jobs: asks all jobs but one to end, and says whether there are others.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Drainer:
                 self.end()
 
     def _left(self, job: Job) -> int:
-        """Bytes that are still to be stored, and 1 for whatever else is under way."""
+        """Bytes still to be stored; 1 where there are none, but a commit or a job goes on."""
         held = sum(slot.nbytes for slot in self._reservations.filling())
-        other = self._end_jobs(job) or bool(len(self._reservations) or self._reservations.finishing)
+        other = self._end_jobs(job) or bool(self._reservations.finishing)
         return held + self._movement.queued_bytes or int(other)
