@@ -158,3 +158,76 @@ def test_warm_shows_what_became_of_it(
         status, _, err = run(monkeypatch, capsys, *command)
         assert status == 2
         assert words in err
+
+
+def test_chunks_are_brought_listed_and_looked_at(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    way = ["--api", rig.url]
+    which = ["--tokens", ",".join(map(str, prompt(3))), "--model", MODEL]
+
+    def told(*arguments: str) -> tuple[int, str, str]:
+        return run(monkeypatch, capsys, *arguments, *way)
+
+    with rig.engine() as engine:
+        engine.client.clear()
+        engine.tell()
+        keys = engine.store(prompt(3))
+        tiers = engine.client.lookup
+        engine.client.clear(keys, ["host"])
+        status, out, err = told("prefetch", *which)
+        assert (status, err) == (0, "")
+        assert out.startswith("done: 3 of 3 chunks")
+        assert list(tiers(keys, [0])) == [0, 0, 0]
+        status, out, _ = told("move", "--from", "disk", "--to", "host", *which)
+        assert (status, out[:11]) == (0, "done: 3 of ")
+        engine.client.clear(keys[:1])
+        assert list(tiers(keys, [0])) == [255, 0, 0]
+        status, out, _ = told("copy", "--from", "host", "--to", "disk", *which)
+        assert status == 0
+        engine.client.clear(keys, ["host"])
+        assert list(tiers(keys, [0])) == [255, 1, 1]
+        status, out, _ = told("ls", "--tier", "disk")
+        assert [line.split()[0] for line in out.splitlines()] == sorted(k.hex() for k in keys[1:])
+        status, out, err = told("ls", "--most", "1", "--json")
+        assert json.loads(out)["tiers"].keys() == {"disk"}
+        assert "there are more" in err
+        status, out, _ = told("inspect", keys[1].hex(), "--tier", "disk")
+        assert status == 0
+        assert "whole" in out
+        assert keys[0].hex() in out, "its parent"
+        assert told("inspect", keys[0].hex(), "--tier", "disk")[0] == 1
+        status, _, err = told("inspect", "zz")
+        assert status == 1
+        assert "body.key" in err
+
+
+def test_a_node_is_kept_up(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: str) -> tuple[int, str, str]:
+        return run(monkeypatch, capsys, *arguments, "--api", rig.url)
+
+    for command in (["scrub", "disk"], ["scrub", "host"], ["transcode", "disk"]):
+        assert told(*command)[0] == 0
+    assert told("scrub", "tape")[0] == 1
+    assert told("drain")[1].startswith("done: ")
+    assert told("drain", "--undo")[1] == "it takes stores again\n"
+    assert told("drain", "--undo")[1] == "it was not drained\n"
+    assert told("drain", "--undo", "--end")[0] == 2
+    options = [f"--set={name}={value}" for name, value in rig.options.items()]
+    assert told("reload", *options, "--set=planner=off")[1] == "changed: planner\n"
+    status, _, err = told("reload", *options, "--set=host.policy=cost")
+    assert status == 1
+    assert "host.policy" in err
+    assert told("reload", *options)[1] == "changed: planner\n"
+    status, out, _ = told("jobs")
+    assert status == 0
+    assert "drain" in out
+    id = out.split()[0]
+    assert told("jobs", "--cancel", id)[1].startswith(id)
+    assert told("jobs", "--cancel", "node-0")[0] == 1
+    found = [json.loads(line) for line in told("jobs", "--json")[1].splitlines()]
+    assert {"scrub", "drain", "transcode"} <= {job["kind"] for job in found}
+    status, _, err = told("send", "--to", "127.0.0.1:1", "--tokens", "1", "--model", MODEL)
+    assert status == 1

@@ -17,17 +17,28 @@ from kvstrata.cli import (
     clear,
     cluster,
     config,
+    copying,
     demo,
     doctor,
+    drain,
     explain,
+    inspect,
+    jobs,
     lookup,
+    ls,
     metrics,
+    move,
+    prefetch,
     proxy,
     quality,
     records,
+    reload,
+    scrub,
     secret,
+    send,
     serve,
     status,
+    transcode,
     warm,
 )
 from kvstrata.errors import KVStrataError
@@ -52,6 +63,17 @@ def build_app() -> typer.Typer:
     app.add_typer(cluster.app, name="cluster")
     app.command("lookup")(lookup.run)
     app.command("warm")(warm.run)
+    app.command("prefetch")(prefetch.run)
+    app.command("copy")(copying.run)
+    app.command("move")(move.run)
+    app.command("send")(send.run)
+    app.command("transcode")(transcode.run)
+    app.command("ls")(ls.run)
+    app.command("inspect")(inspect.run)
+    app.command("scrub")(scrub.run)
+    app.command("drain")(drain.run)
+    app.command("reload")(reload.run)
+    app.command("jobs")(jobs.run)
     app.command("api")(api.run)
     app.command("config")(config.run)
     app.command("doctor")(doctor.run)

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
-from kvstrata.errors import UsageError
+from kvstrata.cli.prompting import (
+    FileOption,
+    MessagesOption,
+    ModelOption,
+    NamespaceOption,
+    SaltOption,
+    TextArgument,
+    TokensOption,
+    prompt_of,
+)
 
 
 def run(
-    text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="A prompt, as for /v1/completions.")
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", metavar="FILE", help="The prompt from a file; - is stdin."),
-    ] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--tokens", metavar="IDS", help="Token ids, such as 1,15,2; @FILE: of a file."
-        ),
-    ] = None,
-    messages: Annotated[
-        Path | None,
-        typer.Option("--messages", metavar="FILE", help="Messages of a chat, JSON; - is stdin."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Whose; needed where engines told the node of several."),
-    ] = None,
-    namespace: Annotated[
-        str | None, typer.Option("--namespace", metavar="HEX", help="The same by digest.")
-    ] = None,
-    salt: Annotated[str, typer.Option("--salt", help="The request's cache_salt.")] = "",
+    text: TextArgument = None,
+    file: FileOption = None,
+    tokens: TokensOption = None,
+    messages: MessagesOption = None,
+    model: ModelOption = None,
+    namespace: NamespaceOption = None,
+    salt: SaltOption = "",
     config_file: ConfigFile = None,
     settings: Settings = None,
     node: NodeOption = None,
@@ -53,9 +42,9 @@ def run(
 
     Exit status 1 if no node answers.
     """
-    prompt = _prompt(text, file, tokens, messages)
+    prompt = prompt_of(text, file, tokens, messages, model, namespace, salt)
     with asking(config_file, settings, node, api) as client:
-        found = client.lookup(**prompt, model=model, namespace=namespace, salt=salt)
+        found = client.lookup(**prompt)
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return
@@ -66,36 +55,3 @@ def run(
     for run in found.runs:
         last = run.first + run.count - 1
         typer.echo(f"  chunks {run.first} to {last}: {run.tier or 'nowhere'}")
-
-
-def _prompt(
-    text: str | None, file: Path | None, tokens: str | None, messages: Path | None
-) -> dict[str, Any]:
-    given = [one for one in (text, file, tokens, messages) if one is not None]
-    if len(given) != 1:
-        raise UsageError("give the prompt in one way: TEXT, --file, --tokens or --messages")
-    if text is not None:
-        return {"text": text}
-    if file is not None:
-        return {"text": read(file)}
-    if tokens is not None:
-        words = read(Path(tokens[1:])) if tokens.startswith("@") else tokens
-        try:
-            return {"tokens": [int(word) for word in words.replace(",", " ").split()]}
-        except ValueError as error:
-            raise UsageError(f"--tokens: expected whole numbers: {error}") from error
-    assert messages is not None
-    try:
-        return {"messages": json.loads(read(messages))}
-    except ValueError as error:
-        raise UsageError(f"{messages} is no JSON: {error}") from error
-
-
-def read(file: Path) -> str:
-    """A file's text, or standard input's for ``-``. Raises `UsageError`."""
-    try:
-        if str(file) == "-":
-            return typer.get_text_stream("stdin").read()
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error

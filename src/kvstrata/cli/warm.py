@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +10,10 @@ import typer
 
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
+from kvstrata.cli.following import follow
 from kvstrata.cli.join import NodeOption
-from kvstrata.cli.lookup import read
+from kvstrata.cli.prompting import read
 from kvstrata.errors import UsageError
-
-LOOK_EVERY_S = 0.2
 
 
 def run(
@@ -47,17 +45,7 @@ def run(
     listed = _listed(read(prompts))
     with asking(config_file, settings, node, api) as client:
         job = client.warm(url, model, listed, at_once)
-        try:
-            while job.state == "running":
-                time.sleep(LOOK_EVERY_S)
-                job = client.job(job.id)
-        except KeyboardInterrupt:
-            job = client.cancel(job.id)
-    typer.echo(f"{job.state}: {job.done} of {job.total} prompts, {job.tokens} tokens")
-    for trouble in job.troubles:
-        typer.echo(f"kvstrata: {trouble}", err=True)
-    if job.state != "done":
-        raise typer.Exit(1)
+        follow(client, job, "prompts")
 
 
 def _listed(text: str) -> list[str | list[int]]:
