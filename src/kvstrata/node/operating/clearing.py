@@ -11,6 +11,7 @@ bytes are given back in slices.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Sequence
 
@@ -20,12 +21,15 @@ from kvstrata.node.common.slices import Work, in_slices
 from kvstrata.node.operating.operations import Operations
 from kvstrata.node.operating.pinning import Pinning
 from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.ledger import Keeping, Marked
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.reservations import ReservationTable
 from kvstrata.tiers.marks import MARGIN_NS, UNKNOWN, Mark
 from kvstrata.wire import protocol as p
+
+logger = logging.getLogger(__name__)
 
 SLICE = 8
 STRIKE_SLICE = 16
@@ -177,12 +181,31 @@ class Clearing:
         clearer: does it.
         pinning: whose pins end with it.
         backings: the slower tiers.
+        keeping: where the marks of tiers are that are not the node's own, and may not be told.
     """
 
-    def __init__(self, clearer: Clearer, pinning: Pinning, backings: Sequence[Backing]) -> None:
+    def __init__(
+        self,
+        clearer: Clearer,
+        pinning: Pinning,
+        backings: Sequence[Backing],
+        keeping: Keeping,
+    ) -> None:
         self._clearer = clearer
         self._pinning = pinning
         self._backings = backings
+        self._keeping = keeping
+        self._others = [one for one in backings if not isinstance(one, OwnedBacking)]
+        marks = list(keeping.ledger.marks)
+        if keeping.ledger.damaged:
+            logger.error(
+                "the node's journal is damaged, so nobody knows what was cleared: what was stored "
+                "so far in tiers that others write to counts as that"
+            )
+            marks.append(Mark(b"", b"", time.time_ns()))
+        for backing in self._others:
+            for mark in marks:
+                backing.marks.add(mark)
         self._names = {"host", *(one.name for one in backings)}
         self._own = {"host", *(one.name for one in backings if isinstance(one, OwnedBacking))}
 
@@ -203,9 +226,13 @@ class Clearing:
                 await self._pinning.cleared(None, message.owner)
             elif message.keys is not None and not message.before_ns:
                 await self._pinning.cleared(p.split(message.keys, 32), message.owner)
+        saving = asyncio.ensure_future(self._keeping.save(asyncio.to_thread))
         try:
-            return p.Done(message.id, await cleared)
+            count = await cleared
+            await saving
+            return p.Done(message.id, count)
         finally:
+            await asyncio.wait([saving])
             await self._pinning.cleared(self._pinning.take_gone())
 
     def _begin(self, message: p.Clear) -> Awaitable[int]:
@@ -216,8 +243,13 @@ class Clearing:
         mark = self._mark_of(message)
         if message.keys is not None:
             return self._clearer.drop(message.keys, tiers, mark)
+        ledger = self._keeping.ledger
         if mark is not None:
+            if any(one.name in tiers for one in self._others):
+                ledger.note(Marked(*mark))
             return self._clearer.mark(mark, tiers, aged=bool(message.before_ns))
+        if tiers == self._names:
+            ledger.forget_marks(list(ledger.marks))
         return self._clearer.clear(tiers)
 
     def _mark_of(self, message: p.Clear) -> Mark | None:

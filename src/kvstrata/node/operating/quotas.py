@@ -14,11 +14,10 @@ from kvstrata.errors import UsageError
 from kvstrata.node.common.index import Index
 from kvstrata.node.common.owners import Account
 from kvstrata.node.operating.pinning import checked_owner
-from kvstrata.node.service.ledger import MAX_QUOTAS, Keeping, Ledger, Quota
+from kvstrata.node.service.ledger import MAX_QUOTAS, Keeping, Quota
 from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.objects import NOBODY
-from kvstrata.tiers.journal import Journal
 from kvstrata.wire import protocol as p
 
 SLICE = 64
@@ -30,14 +29,14 @@ class Quotas:
 
     Args:
         host: host memory.
-        journal: where host memory's outlive the process.
+        keeping: where host memory's are.
         backings: the slower tiers that are the node's own.
     """
 
-    def __init__(self, host: HostMemory, journal: Journal, backings: list[OwnedBacking]) -> None:
+    def __init__(self, host: HostMemory, keeping: Keeping, backings: list[OwnedBacking]) -> None:
         self._host = host
-        self._ledger = Ledger(journal)
-        self._keeping = Keeping(self._ledger, "host")
+        self._ledger = keeping.ledger
+        self._keeping = keeping
         self._backings = {backing.name: backing for backing in backings}
         for owner, nbytes in self._ledger.quotas.items():
             host.index.set_quota(owner, nbytes)

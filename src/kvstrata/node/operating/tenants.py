@@ -11,6 +11,7 @@ from kvstrata.node.operating.operations import Operations
 from kvstrata.node.operating.pinning import Pinning
 from kvstrata.node.operating.quotas import Quotas
 from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.ledger import Keeping, Ledger
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.slots.clients import Client
@@ -33,7 +34,8 @@ class Tenants:
         operations: what jobs have on its way.
         backings: the slower tiers.
         bounds: on what may be pinned.
-        journal: where what is said of host memory outlives the process.
+        journal: where outlives the process what is said of host memory, and of tiers that are not
+            the node's own.
         counters: the node's.
     """
 
@@ -51,8 +53,9 @@ class Tenants:
         own = [one for one in backings if isinstance(one, OwnedBacking)]
         self.pinning = Pinning(host, backings, bounds.per_tenant, bounds.total, counters)
         clearer = Clearer(host, reservations, movement, operations, backings)
-        self.clearing = Clearing(clearer, self.pinning, backings)
-        self.quotas = Quotas(host, journal, own)
+        keeping = Keeping(Ledger(journal), "host")
+        self.clearing = Clearing(clearer, self.pinning, backings, keeping)
+        self.quotas = Quotas(host, keeping, own)
 
     @property
     def handlers(self) -> dict[type, Callable[[Client, Any], Answer]]:

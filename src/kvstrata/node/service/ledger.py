@@ -156,7 +156,7 @@ class Keeping:
     """
 
     def __init__(self, ledger: Ledger, tier: str) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
         self._tier = tier
         self._busy = asyncio.Lock()
 
@@ -169,15 +169,15 @@ class Keeping:
             TierUnavailable: it holds, and does not outlive the process.
         """
         async with self._busy:
-            if self._ledger.saved:
+            if self.ledger.saved:
                 return
             try:
-                await call(self._ledger.saving())
+                await call(self.ledger.saving())
             except TierUnavailable as error:
                 raise TierUnavailable(
                     f"{self._tier}: it holds now, but not after a restart: {error}"
                 ) from error
-            self._ledger.was_saved()
+            self.ledger.was_saved()
 
 
 async def together(saves: Iterable[Awaitable[None]]) -> None:

@@ -163,9 +163,8 @@ class Presence:
 
     def _take(self, epoch: Epoch, begun: float, *, ended: bool = False) -> None:
         self._to_end = self._to_end and not ended
-        if self._epoch is None or epoch.number != self._epoch.number:
-            if self._epoch is not None:
-                logger.info("%s was cleared: epoch %016x", self._tier.name, epoch.number)
+        if self._epoch is not None and epoch.number != self._epoch.number:
+            logger.info("%s was cleared: epoch %016x", self._tier.name, epoch.number)
             self._when_new()
         self._epoch, self._until = epoch, begun + epoch.lasts_s
         self._when_marked(epoch.marks)
