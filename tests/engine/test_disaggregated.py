@@ -1,4 +1,4 @@
-"""Prefill in one engine, decode in another: two real ones, with a node each, and proxies."""
+"""Two real engines with a node each behind proxies: prefill and decode apart, or whole requests."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.engine.plain import Plain, Texts
 from tests.engine.servers import HOST, Program, Site, events, free_port
 from tests.engine.shared import Engines
 
+from kvstrata.cli.counting import total
 from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER
 from kvstrata.observe.catalogue import ENGINE_PREFIX
 from kvstrata.testing.engine import engine_environment
@@ -73,6 +74,15 @@ class Sides(NamedTuple):
         return self.decode.server.tokens(prompt, NEW, kv_transfer_params=params, **more)
 
 
+def start_proxy(ends: ExitStack, log: Path, *options: str) -> Program:
+    """A proxy with these options."""
+    port = free_port()
+    command = ["-m", "kvstrata.cli", "proxy", f"--port={port}", *options]
+    proxy = Program(command, port, log, engine_environment({}))
+    ends.callback(proxy.kill)
+    return proxy
+
+
 @pytest.fixture(scope="module")
 def sides(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
     folder = tmp_path_factory.mktemp("deployment")
@@ -83,11 +93,8 @@ def sides(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         decode = ends.enter_context(
             Site(tiny_llama, {**common, "peer.named": listen, "peer.lookup_timeout": "1s"})
         )  # fmt: skip
-        port = free_port()
-        command = ["-c", "from kvstrata.cli import main; main()", "proxy", f"--port={port}",
-                   f"--prefill={prefill.server.url}", f"--decode={decode.server.url}"]  # fmt: skip
-        proxy = Program(command, port, folder / "proxy.log", engine_environment({}))
-        ends.callback(proxy.kill)
+        options = [f"--prefill={prefill.server.url}", f"--decode={decode.server.url}"]
+        proxy = start_proxy(ends, folder / "proxy.log", *options)
         for program in (prefill.server, decode.server, proxy):
             program.wait()
         sides = Sides(prefill, decode, proxy)
@@ -193,6 +200,40 @@ def test_many_at_once(sides: Sides, right: Right) -> None:
         tokens[0] in {answer[0] for answer in allowed}
         for tokens, (_, allowed) in zip(first, prompts, strict=True)
     )
+    sides.check()
+
+
+def test_routed_each_answers_whole_and_what_was_asked_before_goes_where_it_was(
+    sides: Sides, right: Right, tmp_path: Path
+) -> None:
+    """The same tokens as one engine alone; both have work, and the longest has hits."""
+
+    def counts() -> list[float]:
+        sites = (sides.prefill, sides.decode)
+        return [total(site.node.status()["counters"], "requests_total") for site in sites]
+
+    def asked(prompts: Sequence[Prompt]) -> list[float]:
+        """How many more each engine's node heard of."""
+        before = counts()
+        for prompt in prompts:
+            assert tuple(routed.tokens(prompt, NEW)) in allowed[tuple(prompt)]
+        eventually(lambda: sum(counts()) == sum(before) + len(prompts), "all are recorded")
+        return [after - first for after, first in zip(counts(), before, strict=True)]
+
+    allowed = {tuple(prompt): answers for prompt, answers in right.of(*LENGTHS)}
+    prompts = [list(prompt) for prompt in allowed]
+    sides.forget()
+    with ExitStack() as ends:
+        options = [f"--engine={site.server.url}" for site in (sides.prefill, sides.decode)]
+        routed = start_proxy(ends, tmp_path / "routed.log", *options)
+        routed.wait()
+        assert min(asked(prompts)) >= 1
+        assert sorted(asked(prompts[-1:] * 3)) == [0, 3]
+        pieces, done = events(routed, prompts[-1], NEW)
+    assert done
+    choices = [choice for piece in pieces for choice in piece["choices"]]
+    tokens = tuple(token for choice in choices for token in choice["token_ids"])
+    assert tokens in allowed[tuple(prompts[-1])]
     sides.check()
 
 

@@ -7,96 +7,22 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
+from tests.support.stand_ins import CHECK, PEER, StandIn, until
 
 from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER, decode_elsewhere, prefill_elsewhere
 from kvstrata.errors import ConfigError
 from kvstrata.proxy import engines
+from kvstrata.proxy.apart import Apart
 from kvstrata.proxy.engines import Engine, Engines
 from kvstrata.proxy.server import Proxy, serve
 
-PEER = "127.0.0.1:7788"
-CHECK = "3a125131a5f428cc"
 PROMPT = {"model": "m", "prompt": "hello", "max_tokens": 3, "min_tokens": 2, "n": 1}
-
-
-class StandIn:
-    """An engine's HTTP side. What it does is set from outside.
-
-    ``fails``: how it treats a request, empty: it answers. ``open``: requests wait for it.
-    """
-
-    def __init__(self) -> None:
-        self.fails = ""
-        self.health = 200
-        self.open = asyncio.Event()
-        self.open.set()
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[Any] = []
-        self.gone = 0  # clients that left before their answer
-        self.url = ""
-
-    async def complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.asked.append(body)
-        self.headers.append(request.headers)
-        try:
-            await self.open.wait()
-        except asyncio.CancelledError:
-            self.gone += 1
-            raise
-        if self.fails == "dies":
-            assert request.transport is not None
-            request.transport.abort()
-            return web.Response()
-        if self.fails in ("400", "500"):
-            return web.json_response({"error": self.fails}, status=int(self.fails))
-        if self.fails == "nonsense":
-            return web.Response(body=b"\xff\xff")
-        if body.get("stream"):
-            return await self._stream(request)
-        answer: dict[str, Any] = {"text": "whole"}
-        if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
-            answer["kv_transfer_params"] = decode_elsewhere(PEER, b"n", "r", 5, 1, CHECK)
-        return web.json_response(answer)
-
-    async def _stream(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        for number in range(3):
-            await response.write(f"data: {number}\n\n".encode())
-            if self.fails == "dies in the middle":
-                await asyncio.sleep(0.05)
-                assert request.transport is not None
-                request.transport.abort()
-                return response
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-    async def answer_health(self, request: web.Request) -> web.Response:
-        return web.Response(status=self.health)
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[StandIn]:
-        app = web.Application()
-        app.router.add_post("/v1/completions", self.complete)
-        app.router.add_post("/v1/chat/completions", self.complete)
-        app.router.add_get("/health", self.answer_health)
-        app.router.add_get("/v1/models", self.answer_health)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
-            yield self
-        finally:
-            await runner.cleanup()
 
 
 class Place:
@@ -111,7 +37,9 @@ class Place:
         self.prefill, self.decode = self.prefill[:num_prefill], self.decode[:num_decode]
         for engine in (*self.prefill, *self.decode):
             await self._ends.enter_async_context(engine.running())
-        self.proxy = Proxy([one.url for one in self.prefill], [one.url for one in self.decode])
+        self.proxy = Proxy(
+            Apart([one.url for one in self.prefill], [one.url for one in self.decode])
+        )
         runner = await serve(self.proxy, "127.0.0.1", 0)
         self._ends.push_async_callback(runner.cleanup)
         self.session = await self._ends.enter_async_context(
@@ -137,14 +65,6 @@ def behind_a_proxy(test: Callable[[Place], Coroutine[Any, Any, None]], **counts:
             await asyncio.wait_for(test(place), 30)
 
     asyncio.run(main())
-
-
-async def until(true: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if true():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came true")
 
 
 def test_the_first_request_tells_where_the_node_is() -> None:
@@ -334,16 +254,16 @@ def test_health_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
         assert await health() == (200, [True, True])
         place.decode[0].health = 503
-        await until(lambda: not place.proxy.engines[1].up)
+        await until(lambda: not place.proxy.way.engines[1].up)
         assert await health() == (200, [True, False])
         assert (await place.ask())[0] == 200
         assert not place.decode[0].asked
         place.prefill[0].health = 500
-        await until(lambda: not place.proxy.engines[0].up)
+        await until(lambda: not place.proxy.way.engines[0].up)
         assert (await health())[0] == 503
         assert (await place.ask())[0] == 503
         place.prefill[0].health = place.decode[0].health = 200
-        await until(lambda: all(engine.up for engine in place.proxy.engines))
+        await until(lambda: all(engine.up for engine in place.proxy.way.engines))
         async with place.session.get("/metrics") as response:
             text = await response.text()
         assert 'kvstrata_proxy_requests_total{outcome="whole"} 1\n' in text

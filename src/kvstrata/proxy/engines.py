@@ -40,6 +40,9 @@ class Engine:
         self.secret = ""
         """Which secret it stores by, likewise."""
         self.num_failed = 0
+        self.silent = asyncio.Event()
+        """Set while it does not answer in time, though it lets one connect: what it was asked is
+        not answered either."""
 
     def failed(self, why: str) -> None:
         """It cannot be used for now; its restarted self may have another node."""
@@ -53,6 +56,7 @@ class Engine:
         if not self.up:
             logger.info("%s is up", self.url)
         self.up = True
+        self.silent.clear()
 
 
 class Engines:
@@ -81,9 +85,13 @@ class Engines:
 
 
 async def watch(engines: Sequence[Engine], session: aiohttp.ClientSession) -> None:
-    """Ask every engine for its health, again and again."""
+    """Ask every engine for its health, again and again; one that hangs holds up no other."""
+    await asyncio.gather(*[_watch(engine, session) for engine in engines])
+
+
+async def _watch(engine: Engine, session: aiohttp.ClientSession) -> None:
     while True:
-        await asyncio.gather(*[_check(engine, session) for engine in engines])
+        await _check(engine, session)
         await asyncio.sleep(CHECK_EVERY_S)
 
 
@@ -93,6 +101,8 @@ async def _check(engine: Engine, session: aiohttp.ClientSession) -> None:
         async with session.get(engine.url / "health", timeout=timeout) as response:
             status = response.status
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        if isinstance(error, asyncio.TimeoutError):
+            engine.silent.set()
         if engine.up:
             engine.failed(str(error) or type(error).__name__)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -51,6 +51,11 @@ class Answer:
         self.content_type = response.headers.get("Content-Type", "application/json")
         self._response = response
         self._first = first
+        self._at_close: Callable[[], None] | None = None
+
+    def at_close(self, call: Callable[[], None]) -> None:
+        """Call this once nobody wants more of it."""
+        self._at_close = call
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """All of it.
@@ -68,6 +73,9 @@ class Answer:
     def close(self) -> None:
         """Want no more of it: an engine aborts what it still computes. Repeatable."""
         self._response.close()
+        if self._at_close is not None:
+            call, self._at_close = self._at_close, None
+            call()
 
 
 class Exchange:
@@ -91,6 +99,11 @@ class Exchange:
         self._path = path
         self._body = dict(body)
         self._headers = dict(headers)
+
+    @property
+    def body(self) -> Mapping[str, Any]:
+        """What the client sent."""
+        return self._body
 
     @property
     def streams(self) -> bool:

@@ -7,14 +7,15 @@ import json
 import logging
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
-from kvstrata.proxy.engines import Engine, Engines, watch
-from kvstrata.proxy.exchange import Answer, EngineFailed, Exchange, Refused
+from kvstrata.proxy.engines import CHECK_TIMEOUT_S, watch
+from kvstrata.proxy.exchange import Answer, EngineFailed, Exchange
+from kvstrata.proxy.way import Way
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +29,11 @@ class Proxy:
     """Answers clients with the help of engines.
 
     Args:
-        prefill: URLs of the engines that compute prompts.
-        decode: URLs of those that go on with them.
-
-    Raises:
-        ConfigError: one of them is no URL of an engine.
+        way: how engines come to answer a request.
     """
 
-    def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
-        self.prefill = Engines([Engine(url) for url in prefill])
-        self.decode = Engines([Engine(url) for url in decode])
+    def __init__(self, way: Way) -> None:
+        self.way = way
         self.outcomes: Counter[str] = Counter()
         self._session: aiohttp.ClientSession
 
@@ -52,18 +48,17 @@ class Proxy:
         app.cleanup_ctx.append(self._life)
         return app
 
-    @property
-    def engines(self) -> list[Engine]:
-        """All of them."""
-        return [*self.prefill, *self.decode]
-
     async def _life(self, app: web.Application) -> AsyncIterator[None]:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as self._session:
-            watching = asyncio.ensure_future(watch(self.engines, self._session))
+            watching = {
+                asyncio.ensure_future(watch(self.way.engines, self._session)),
+                asyncio.ensure_future(self.way.look(self._session)),
+            }
             yield
-            watching.cancel()
-            await asyncio.wait({watching})
+            for task in watching:
+                task.cancel()
+            await asyncio.wait(watching)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -76,7 +71,7 @@ class Proxy:
         headers.setdefault("X-Request-Id", uuid.uuid4().hex)
         exchange = Exchange(self._session, request.path, body, headers)
         try:
-            answer, how = await self._answer(exchange)
+            answer, how = await self.way.answer(exchange)
         except EngineFailed as error:
             logger.error("a request fails: %s", error)
             return self._refuse(503, "no engine could answer; try again")
@@ -85,32 +80,6 @@ class Proxy:
             return await self._relay(request, exchange, answer)
         finally:
             answer.close()
-
-    async def _answer(self, exchange: Exchange) -> tuple[Answer, str]:
-        """The beginning of an answer, and how it came about.
-
-        Raises:
-            EngineFailed: nobody could.
-        """
-        prefill, decode = self.prefill.next(), self.decode.next()
-        failed: set[Engine] = set()
-        if prefill is not None and decode is not None:
-            try:
-                return await exchange.split(prefill, decode), "split"
-            except Refused as error:
-                return error.answer, "split"
-            except EngineFailed as error:
-                logger.warning("a request goes on whole: %s", error)
-                failed.add(error.engine)
-        engine = None if decode in failed else decode
-        while engine := engine or self.decode.next(failed) or self.prefill.next(failed):
-            try:
-                return await exchange.whole(engine), "whole"
-            except EngineFailed as error:
-                logger.warning("a request goes on elsewhere: %s", error)
-                failed.add(engine)
-                engine = None
-        raise EngineFailed(self.engines[0], "and no other engine is up")
 
     async def _relay(
         self, request: web.Request, exchange: Exchange, answer: Answer
@@ -132,20 +101,23 @@ class Proxy:
         return response
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        for engine in self.engines:
+        timeout = aiohttp.ClientTimeout(total=CHECK_TIMEOUT_S)
+        for engine in sorted(self.way.engines, key=lambda engine: not engine.up):
             try:
-                async with self._session.get(engine.url / "v1" / "models") as response:
+                async with self._session.get(
+                    engine.url / "v1" / "models", timeout=timeout
+                ) as response:
                     return web.Response(
                         body=await response.read(),
                         status=response.status,
                         content_type="application/json",
                     )
-            except (aiohttp.ClientError, OSError):
+            except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
                 continue
         return self._refuse(503, "no engine is up; try again")
 
     async def _health(self, request: web.Request) -> web.Response:
-        engines = {str(engine.url): engine.up for engine in self.engines}
+        engines = {str(engine.url): engine.up for engine in self.way.engines}
         return web.json_response({"engines": engines}, status=200 if any(engines.values()) else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
@@ -153,14 +125,14 @@ class Proxy:
         for outcome, count in sorted(self.outcomes.items()):
             lines.append(f'kvstrata_proxy_requests_total{{outcome="{outcome}"}} {count}')
         lines.append("# TYPE kvstrata_proxy_engine_up gauge")
-        for engine in self.engines:
+        for engine in self.way.engines:
             lines.append(f'kvstrata_proxy_engine_up{{engine="{engine.url}"}} {int(engine.up)}')
         lines.append("# TYPE kvstrata_proxy_engine_failures_total counter")
-        for engine in self.engines:
+        for engine in self.way.engines:
             lines.append(
                 f'kvstrata_proxy_engine_failures_total{{engine="{engine.url}"}} {engine.num_failed}'
             )
-        return web.Response(text="\n".join(lines) + "\n")
+        return web.Response(text="\n".join([*lines, *self.way.metrics()]) + "\n")
 
     def _refuse(self, status: int, why: str) -> web.Response:
         self.outcomes["failed" if status >= 500 else "refused"] += 1
