@@ -22,6 +22,7 @@ from tests.connector.fake_model import BLOCK, CHUNK, NAMES, Memory, digests, sam
 from tests.connector.gates import TIMEOUT_S, Gate
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
+from vllm.config.kv_events import KVEventsConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
@@ -97,6 +98,7 @@ class Rig:
         node: an existing node to share, on ``path``.
         with_node: whether there is a node at all.
         make_node: builds the node, `Node.create` if None.
+        events: how vLLM publishes its KV events.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Rig:
         path: Path | None = None,
         with_node: bool = True,
         make_node: Callable[[Config], Node] | None = None,
+        events: KVEventsConfig | None = None,
         **scheduling: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +138,7 @@ class Rig:
             self.start_node()
         scheduling.setdefault("async_scheduling", pipelined)
         self.vllm_config = vllm_config(self.extra, num_blocks, **scheduling)
+        self.vllm_config.kv_events_config = events
         self.ranks = ranks
         self.vllm_config.parallel_config.world_size = ranks
         caches = kv_cache_config(num_blocks)

@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvstrata.config import Config, load_config
+from kvstrata.connectors.vllm.events import Events, events_of
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
@@ -46,6 +47,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         config = load_config(overrides=transfer.kv_connector_extra_config)
         _log_as_vllm_does(config.log)
         self._scheduler: SchedulerSide | None = None
+        self._events: Events | None = None
         self._worker: WorkerSide | None = None
         self._make_worker: Callable[[dict[str, Any]], WorkerSide] | None = None
         self._problem = "vLLM registered no KV caches"
@@ -57,7 +59,10 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         chunk_tokens = _chunk_tokens(config, block_tokens)
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(vllm_config, config, chunk_tokens, block_tokens)
+            self._events = events_of(vllm_config, kv_cache_config, chunk_tokens, block_tokens)
+            self._scheduler = SchedulerSide(
+                vllm_config, config, chunk_tokens, block_tokens, self._events
+            )
         else:
             self._link = Link(config, f"worker of rank {vllm_config.parallel_config.rank}")
             self._link.start()
@@ -123,7 +128,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.hit_sources(request, num_external_tokens)
 
     def take_events(self) -> Iterable[Any]:
-        return ()
+        return self._events.take() if self._events is not None else ()
 
     def reset_cache(self) -> bool | None:
         return self._scheduler.reset_cache() if self._scheduler is not None else None

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
+from kvstrata.connectors.vllm.events import Events, NodeWatch
 from kvstrata.connectors.vllm.fingerprint import Namespaces
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import WorkerHello
@@ -52,6 +53,7 @@ class Lookups:
         pace: of the engine's steps, which says how long a match may be waited for.
         states: all requests.
         loading: those of them whose lease the workers use, so that it is not given up here.
+        events: that vLLM publishes, if it does.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Lookups:
         pace: Pace,
         states: Mapping[str, RequestState],
         loading: Container[str],
+        events: Events | None = None,
     ) -> None:
         self._config = config
         self._chunk = chunk_tokens
@@ -74,6 +77,8 @@ class Lookups:
         self._link.start()
         self.pace = pace
         self.tracer = open_tracer(config.tracing, "kvstrata-engine")
+        self.events = events
+        self._watch = None if events is None else NodeWatch(config, events)
         #: the node, if there was one when it was needed last
         self.client: NodeClient | None = None
         self.namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
@@ -98,7 +103,16 @@ class Lookups:
         self.namespaces.identify("; ".join(hello.layout for hello in ranked), IDENTITY_WAIT_S)
         self.namespaces.when_weighed(self._explain_auto)
         self._link.wait(self._config.deadlines.attach)
+        if self.events is not None and self._watch is not None:
+            self.events.learn(self.parts)
+            self._watch.start()
         return before == (self.orders, self.parts, self.lengths)
+
+    def renew(self) -> None:
+        """Begin a new namespace: nothing that was stored so far is found again."""
+        self.namespaces.renew()
+        if self.events is not None:
+            self.events.forget_all()
 
     def attached(self) -> NodeClient | None:
         """The node, if there is one now; begins to look for one if not."""
@@ -203,6 +217,8 @@ class Lookups:
         if self.tracer is not None:
             self.tracer.close()
         self._link.close()
+        if self._watch is not None:
+            self._watch.close()
         if self.client is not None:
             self.client.close()
             self.client = None
@@ -259,6 +275,9 @@ class Lookups:
                 state.miss = "not stored" if not reply.tiers else "partly stored"
         if self.client is not None:
             self.client.release(left_out)
+            if self.events is not None and not state.by_other:
+                names = ["host", *self.client.hello.tiers]
+                self.events.found(state, [names[tier] for tier in reply.tiers])
         state.looked_up()
 
     def _go_on(self, state: RequestState) -> None:

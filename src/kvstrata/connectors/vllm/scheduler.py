@@ -18,6 +18,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.config import Config
 from kvstrata.connectors.vllm.blocks import fresh_blocks, target_blocks
+from kvstrata.connectors.vllm.events import Events
 from kvstrata.connectors.vllm.lookups import LOOK_AHEAD, Lookups
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.pace import Pace
@@ -41,10 +42,16 @@ class SchedulerSide:
         config: KVStrata's.
         chunk_tokens: tokens of a chunk, a whole number of blocks.
         block_tokens: tokens of one of vLLM's blocks.
+        events: that vLLM publishes, if it does.
     """
 
     def __init__(
-        self, vllm_config: Any, config: Config, chunk_tokens: int, block_tokens: int
+        self,
+        vllm_config: Any,
+        config: Config,
+        chunk_tokens: int,
+        block_tokens: int,
+        events: Events | None = None,
     ) -> None:
         self.tally = Tally()  # for vLLM's own metrics
         self._chunk = chunk_tokens
@@ -54,18 +61,16 @@ class SchedulerSide:
         self._copy_rate = 0.0  # bytes per second of the slowest worker; 0: unknown
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._states: dict[str, RequestState] = {}
-        # requests that run or load, so that the engine is not idle
-        self._active: set[str] = set()
-        # those of them that no step has run yet, and that a wait does not hold up
-        self._admitted: set[str] = set()
-        # loads in the workers' hands: their lease, and the first chunk they bring
-        self._loads: dict[str, tuple[int, bytes]] = {}
+        self._active: set[str] = set()  # run or load, so that the engine is not idle
+        self._admitted: set[str] = set()  # of them, run by no step yet: a wait holds none up
+        self._loads: dict[str, tuple[int, bytes]] = {}  # in workers' hands: lease, first chunk
         self._loading_chunks: dict[bytes, str] = {}
         self._next = StepMetadata()
         self._pace = Pace(config.deadlines.match)
         self._lookups = Lookups(
-            vllm_config, config, chunk_tokens, block_tokens, self._pace, self._states, self._loads
-        )
+            vllm_config, config, chunk_tokens, block_tokens, self._pace, self._states, self._loads,
+            events,
+        )  # fmt: skip
         self._stores = Stores(self._lookups, chunk_tokens, block_tokens)
 
     def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
@@ -301,7 +306,7 @@ class SchedulerSide:
 
     def reset_cache(self) -> bool:
         """Begin a new namespace: nothing that was stored so far is found again by this engine."""
-        self._lookups.namespaces.renew()
+        self._lookups.renew()
         # What runs now has KV of before and after; none of it may be stored.
         self._forsake("the cache was reset")
         return True

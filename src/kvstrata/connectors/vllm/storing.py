@@ -52,6 +52,8 @@ class Stores:
         """Store the chunks from the first unstored one up to number ``done``."""
         state.rehash()
         first, per_chunk = state.num_stored, self._per_chunk
+        if self._lookups.events is not None:
+            self._lookups.events.note(state, first, done)
         state.num_stored = done
         state.stored_chunks += done - first
         return Store(
