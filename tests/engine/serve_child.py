@@ -25,8 +25,11 @@ class Child:
 
     def __init__(self, options: Reply) -> None:
         import vllm
+        from vllm.config import KVEventsConfig
 
         self._vllm = vllm
+        if events := options.pop("kv_events_config", None):
+            options["kv_events_config"] = KVEventsConfig(**events)
         self._llm = vllm.LLM(**options)
         self._engine = self._llm.llm_engine
         self._number = 0

@@ -15,6 +15,7 @@ from kvstrata.errors import TierUnavailable, UsageError
 from kvstrata.fleet import commands, holdings
 from kvstrata.fleet.members import Holding, Member
 from kvstrata.testing.servers.redis import installed
+from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
 pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
@@ -241,3 +242,42 @@ def test_one_after_the_other_stops_at_the_first_that_fails(fleet: Fleet) -> None
     answers = commands.one_by_one(fleet.registry, p.Status(0), 20.0)
     assert list(answers.failed) == ["a"]
     assert answers.silent == ["b", "c"]
+
+
+def test_a_fleet_is_drained_node_by_node_and_takes_stores_again(fleet: Fleet) -> None:
+    names = ("a", "b")
+    disks = {
+        name: {"disk.path": str(fleet.folder / name), "disk.capacity": "1MiB"} for name in names
+    }
+    nodes = [fleet.join(name, **disks[name]) for name in names]
+    for node in nodes:
+        node.store(KEYS[:2])
+    states: list[list[str]] = []
+
+    def tell(name: str, reply: p.Reply) -> None:
+        until(lambda: fleet.members()[name].state == "draining")
+        states.append([one.state for one in fleet.members().values()])
+
+    answers = commands.one_by_one(fleet.registry, o.Drain(0), 20.0, tell)
+    assert answers.done
+    assert states == [["draining", "member"], ["draining", "draining"]]
+    for node in nodes:
+        assert node.client.lookup(KEYS[:2], [0]) == b"\0\0"
+        node.store(KEYS)
+        assert node.has(KEYS) == 2
+    # In their disks it is, too: whatever was stored before is written.
+    for node in nodes:
+        node.client.clear(tiers=["host"])
+        assert node.client.lookup(KEYS[:2], [0]) == b"\1\1"
+    refused = commands.give(fleet.registry, o.Scrub(0, "disk"), 20.0)
+    assert {one.kind for one in refused.failed.values()} == {"Busy"}
+    assert commands.give(fleet.registry, o.Undrain(0), 20.0).done
+    for node in nodes:
+        node.store(KEYS)
+        assert node.has(KEYS) == len(KEYS)
+    answers = commands.give(fleet.registry, o.Scrub(0, "disk"), 20.0, ["b"])
+    (page,) = answers.answered.values()
+    assert isinstance(page, o.JobPage)
+    assert page.jobs[0].state == "done"
+    refused = commands.give(fleet.registry, o.Drain(0, True), 20.0, ["a"])
+    assert refused.failed["a"].kind == "UsageError"  # it is this program's to end

@@ -156,6 +156,53 @@ def flush(
     _give(config_file, settings, p.Flush(0), timeout_s, only)
 
 
+@app.command("drain")
+def drain(
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    only: Nodes = None,
+    end_: Annotated[
+        bool, typer.Option("--end", help="End each node once it is drained, as for an upgrade.")
+    ] = False,
+    timeout_s: Seconds = 600.0,
+) -> None:
+    """Have the nodes take no more stores and write what is left, one node after the other.
+
+    The next one begins when the one before has nothing left to write, and only if that went well.
+    `undrain` has them take stores again.
+    """
+    from kvstrata.wire import operating as o
+
+    _in_turn(config_file, settings, o.Drain(0, end_), timeout_s, only)
+
+
+@app.command("undrain")
+def undrain(
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    only: Nodes = None,
+    timeout_s: Seconds = 60.0,
+) -> None:
+    """Have nodes that are drained take stores again."""
+    from kvstrata.wire import operating as o
+
+    _give(config_file, settings, o.Undrain(0), timeout_s, only)
+
+
+@app.command("scrub")
+def scrub(
+    tier: Annotated[str, typer.Argument(help="A tier that each node owns, such as disk.")],
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+    only: Nodes = None,
+    timeout_s: Seconds = 3600.0,
+) -> None:
+    """Have every node verify all that one of its tiers holds, one node after the other."""
+    from kvstrata.wire import operating as o
+
+    _in_turn(config_file, settings, o.Scrub(0, tier), timeout_s, only)
+
+
 def table(found: Sequence[Member]) -> Any:
     """The members for people."""
     from rich.table import Table
@@ -213,8 +260,24 @@ def _give(
     end(answers)
 
 
+def _in_turn(
+    config_file: Path | None,
+    settings: list[str] | None,
+    request: p.Request,
+    timeout_s: float,
+    only: list[str] | None,
+) -> None:
+    """The same, one node after the other."""
+    from kvstrata.fleet import commands
+
+    with _registry(read_config(config_file, settings or [])) as registry:
+        answers = commands.one_by_one(registry, request, timeout_s, say, only or ())
+    end(answers)
+
+
 def say(name: str, reply: p.Reply) -> None:
     """Print one node's answer."""
+    from kvstrata.wire import operating as o
     from kvstrata.wire import protocol as p
 
     match reply:
@@ -222,6 +285,9 @@ def say(name: str, reply: p.Reply) -> None:
             typer.echo(f"{name}: {reply.kind}: {reply.message}")
         case p.Done(count=count):
             typer.echo(f"{name}: done, {count} objects")
+        case o.JobPage(jobs=[job, *_]):
+            failed = f", {job.failed} failed" if job.failed else ""
+            typer.echo(f"{name}: done, {job.done} of {job.total}{failed}")
         case _:
             typer.echo(f"{name}: done")
 

@@ -204,6 +204,7 @@ def one_by_one(
     request: p.Request,
     timeout_s: float,
     tell: Callable[[str, p.Reply], None] = lambda name, reply: None,
+    nodes: Sequence[str] = (),
 ) -> Answers:
     """Give a command to one node after the other, and to the next only if all went well so far.
 
@@ -212,12 +213,13 @@ def one_by_one(
         request: as of `post`.
         timeout_s: for each of them.
         tell: as of `wait`.
+        nodes: as of `post`.
     Raises:
         TierUnavailable: as of `wait`.
     """
     answered: dict[str, p.Reply] = {}
     gone: list[str] = []
-    left = [member.name for member in registry.members()]
+    left = list(nodes) or [member.name for member in registry.members()]
     for name in left:
         if name not in {member.name for member in registry.members()}:
             gone.append(name)

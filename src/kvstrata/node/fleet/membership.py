@@ -36,6 +36,7 @@ from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.service.peers import PeerBacking
 from kvstrata.node.service.shared import SharedBacking
 from kvstrata.observe.counters import Value
+from kvstrata.transfer.tcp import Address
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class Membership:
         self._node = node
         self._registry = registry
         self._socket = socket
+        api = node.config.api.listen
+        self._api = str(api) if isinstance(api, Address) else ""
         self._lasts_s = lasts_s
         self._threads = Threads(4, "kvstrata-fleet", NICE)
         self._tasks = Tasks(node.counters)
@@ -158,7 +161,7 @@ class Membership:
     def _state(self) -> str:
         if not self.standing.caught_up:
             return JOINING
-        return DRAINING if getattr(self._node, "is_draining", False) else MEMBER
+        return DRAINING if self._node.operations.drainer.draining else MEMBER
 
     async def _in_thread(self, call: Callable[[], R]) -> R:
         return await asyncio.wrap_future(self._threads.submit(call))
@@ -308,7 +311,7 @@ class Membership:
         shown = node.records.shown()["namespaces"]
         return Member(
             self.name, self._boot, kvstrata.__version__, p.PROTOCOL_VERSION, os.getpid(),
-            self._socket, node.address, "", self._state, self._seen or 0,
+            self._socket, node.address, self._api, self._state, self._seen or 0,
             round(self._obey.clock_offset_s, 4), tiers,
             [_model(one) for one in shown],
         )  # fmt: skip

@@ -25,12 +25,17 @@ from kvstrata.node.node import Node
 from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.service.peers import PeerBacking
 from kvstrata.node.slots.clients import Client
+from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
 
-TAKEN: tuple[type, ...] = (p.Clear, p.Flush)
+TAKEN: tuple[type, ...] = (
+    p.Clear, p.Flush, o.Drain, o.Undrain, o.Scrub, o.Prefetch, o.Copy, o.Move, o.Transcode,
+)  # fmt: skip
 """The requests that a fleet may be told to carry out."""
+LOOK_S = 0.05
+"""Between two looks at a job."""
 FORGETTING: tuple[type, ...] = (p.Clear,)
 """Those of them that are carried out however late."""
 
@@ -86,7 +91,7 @@ class Obeying:
             if not isinstance(request, FORGETTING):
                 if left_s <= 0:
                     raise DeadlineExceeded("the command came too late, and was left")
-                return await asyncio.wait_for(self._answer(request), left_s), []
+                return await asyncio.wait_for(self._work(request), left_s), []
             assert isinstance(request, p.Clear)
             late = absent_since is not None and command.posted > absent_since
             return await self._clear(number, request, late)
@@ -102,6 +107,19 @@ class Obeying:
             await self._answer(p.Clear(0, None, ["host", *own]))
         except TierUnavailable as error:
             logger.error("not all that was to be forgotten could be deleted: %s", error)
+
+    async def _work(self, request: p.Request) -> p.Reply | None:
+        """Do it; of a job the answer is how it ended."""
+        answer = await self._answer(request)
+        if not isinstance(answer, o.Started):
+            return answer
+        job = self._node.operations.jobs.get(answer.job)
+        while job is not None and job.running:
+            await asyncio.sleep(LOOK_S)
+        if job is None or job.state != "done":
+            state = "gone" if job is None else f"{job.state}: {'; '.join(job.told().troubles)}"
+            return p.Failed(0, "KVStrataError", f"the job {answer.job} is {state}")
+        return o.JobPage(0, [job.told()], 0)
 
     async def _answer(self, request: p.Request) -> p.Reply | None:
         answer = self._node.handle(self._client, request)
