@@ -130,6 +130,8 @@ BENCHMARKS: Mapping[str, Runner] = {
     "fleet": ours("fleet"),
     "peers": ours("peers"),
     "routing": ours("routing"),
+    "fleet_lookup": ours("fleet_lookup"),
+    "events": ours("events"),
     "disk": disk,
     "encryption": ours("encryption"),
     "node": node,

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tests.engine.engine import CHUNK, request
+from tests.engine.engine import CHUNK
 from tests.engine.place import Place
 from tests.engine.plain import Texts
 
@@ -25,12 +25,15 @@ def test_a_router_learns_what_the_node_has(tiny_llama: Path, texts: Texts, tmp_p
         def step() -> None:
             engine.answer(short, 1)
 
-        engine.answer(request(other, salt="alice"))
+        engine.answer(other, salt="alice")
         engine.answer(document)
         place.await_stored(engine, [document])
         whole = document[: 2 * CHUNK]
         until(
-            lambda: sorted(sum(router.known(MEDIUM_CPU).values(), [])) == sorted(whole),
+            lambda: (
+                sorted(t for block in router.known(MEDIUM_CPU).values() for t in block)
+                == sorted(whole)
+            ),
             step,
             60.0,
         )
