@@ -24,8 +24,9 @@ from kvstrata.testing.servers.redis import RedisServer
 from kvstrata.tiers.redis.address import parse_address
 from kvstrata.tiers.redis.client import Client
 
-LASTS_S = 1.0
-"""Of a registration, in tests."""
+LASTS_S, SHORT_S = 30.0, 2.0
+"""Of a registration, in tests; the short one where it is to run out."""
+TICK_S = 0.05
 
 
 class Node(Attached):
@@ -98,10 +99,11 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def fleet_in(folder: Path) -> Iterator[Fleet]:
-    """A fleet without nodes yet, whose registrations last `LASTS_S`."""
+def fleet_in(folder: Path, lasts_s: float = LASTS_S) -> Iterator[Fleet]:
+    """A fleet without nodes yet, whose registrations last so long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(membership, "LASTS_S", LASTS_S)
+        patch.setattr(membership, "LASTS_S", lasts_s)
+        patch.setattr(membership, "TICKS", lasts_s / TICK_S)
         fleet = Fleet(folder)
         try:
             yield fleet

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.nodes import chunk_keys
-from tests.support.registries import Fleet, fleet_in, until
+from tests.support.registries import SHORT_S, Fleet, fleet_in, until
 
 from kvstrata.errors import Incompatible, TierUnavailable
 from kvstrata.fleet import events, holdings
@@ -33,7 +33,7 @@ NUMBERS = itertools.count()
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with fleet_in(tmp_path_factory.mktemp("fleet")) as fleet:
+    with fleet_in(tmp_path_factory.mktemp("fleet"), SHORT_S) as fleet:
         yield fleet
 
 

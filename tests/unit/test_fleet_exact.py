@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.support.nodes import chunk_keys
-from tests.support.registries import Fleet, Line, Node, fleet_in, until
+from tests.support.registries import SHORT_S, Fleet, Line, Node, fleet_in, until
 
 from kvstrata.fleet import commands
 from kvstrata.testing.servers.redis import installed
@@ -29,8 +29,15 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 
 @pytest.fixture
-def line(fleet: Fleet) -> Iterator[Line]:
-    with contextlib.closing(Line(fleet.server.port)) as line:
+def fleeting(tmp_path: Path) -> Iterator[Fleet]:
+    """One whose registrations run out soon."""
+    with fleet_in(tmp_path, SHORT_S) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def line(fleeting: Fleet) -> Iterator[Line]:
+    with contextlib.closing(Line(fleeting.server.port)) as line:
         yield line
 
 
@@ -39,7 +46,7 @@ def store_of(fleet: Fleet) -> dict[str, Any]:
     return {
         "redis.url": fleet.server.url,
         "redis.lookup_timeout": "2s",
-        "redis.epoch_every": "400ms",
+        "redis.epoch_every": "2s",
     }
 
 
@@ -60,16 +67,16 @@ def clear(fleet: Fleet) -> commands.Answers:
 
 
 def test_a_node_that_is_cut_off_serves_nothing_of_before_and_spoils_nothing_of_after(
-    fleet: Fleet, line: Line
+    fleeting: Fleet, line: Line
 ) -> None:
-    a = fleet.join("a", **store_of(fleet))
-    b = fleet.join("b", **{**store_of(fleet), "fleet.registry": line.url})
+    a = fleeting.join("a", **store_of(fleeting))
+    b = fleeting.join("b", **{**store_of(fleeting), "fleet.registry": line.url})
     keep(a, OLD)
     until(lambda: len(b.get(OLD)) == len(OLD))
     b.client.clear(OLD, ["host"])
     line.cut()
-    until(lambda: "b" not in fleet.members())
-    answers = clear(fleet)
+    until(lambda: "b" not in fleeting.members())
+    answers = clear(fleeting)
     assert answers.done
     assert sorted(answers.answered) == ["a"]
     # From now on nothing of before may come out of the store, nor get into it.
@@ -148,7 +155,8 @@ def test_whoever_missed_more_than_the_registry_knows_forgets_all_that_is_his(
 ) -> None:
     monkeypatch.setattr(commands, "MAX_COMMANDS", 2)
     disk = {"disk.path": str(fleet.folder / "disk"), "disk.capacity": "1MiB"}
-    a, b = fleet.join("a"), fleet.join("b", **disk)
+    fleet.join("a")
+    b = fleet.join("b", **disk)
     b.store(OLD)
     b.client.flush()
     b.close()
@@ -163,4 +171,3 @@ def test_whoever_missed_more_than_the_registry_knows_forgets_all_that_is_his(
         commands.give(fleet.registry, p.Flush(0), 20.0)
     b = fleet.join("b", **disk)
     until(lambda: b.has(OLD) == len(OLD))
-    assert a.good
