@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.support.nodes import chunk_keys
+from tests.support.nodes import NAMESPACE, ORDER, chunk_keys
 from tests.support.registries import SHORT_S, Fleet, fleet_in, until
 
 from kvstrata.errors import TierUnavailable, UsageError
 from kvstrata.fleet import commands, holdings
 from kvstrata.fleet.members import Holding, Member
+from kvstrata.node.service.names import Where
 from kvstrata.testing.servers.redis import installed
 from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
@@ -203,11 +204,17 @@ def test_a_node_without_the_registry_uses_nothing_that_it_shares(fleeting: Fleet
     a.told()
     until(lambda: len(b.get(KEYS)) == len(KEYS))
     b.client.clear()
+    name = Where(0, NAMESPACE, ORDER).name(KEYS[0], 0)
+
+    def lent() -> list[int]:
+        return a.inprocess.node.lender.sizes([name])
+
+    assert a.inprocess.run(lent) != [0]
     fleeting.server.pause()
     until(lambda: not a.good and not b.good)
     assert b.get(KEYS) == []
     assert a.get(KEYS) == [0] * len(KEYS)  # what is its own it serves
-    assert a.inprocess.run(lambda: a.inprocess.node.lender.sizes([b""])) == [0]
+    assert a.inprocess.run(lent) == [0]
     fleeting.server.resume()
     until(lambda: a.good and b.good)
     until(lambda: len(b.get(KEYS)) == len(KEYS))
