@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 from tests.support.attached import SECRET
+from tests.support.nodes import NAMESPACE as STORED_IN
+from tests.support.nodes import RAW, payload, template
 from tests.support.registries import Fleet, fleet_in, until
 from typer.testing import CliRunner, Result
 
 from kvstrata.cli import build_app
 from kvstrata.errors import ConfigError, UsageError
 from kvstrata.fleet.members import Member
-from kvstrata.keys import KeyChain, Namespace
+from kvstrata.keys import KeyChain, Namespace, owner_digest
+from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.testing.servers.redis import free_port, installed
 from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 from kvstrata.wire.namespaces import Described
 
 pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
@@ -94,3 +98,33 @@ def test_a_registry_that_is_not_there_is_one_line(fleet: Fleet) -> None:
     assert found.exit_code == 1
     assert found.stderr.startswith("kvstrata: redis at 127.0.0.1")
     assert isinstance(CliRunner().invoke(build_app(), ["cluster"]).exception, ConfigError)
+
+
+def test_a_clear_may_be_of_a_tenant_a_namespace_or_an_age(fleet: Fleet) -> None:
+    a = fleet.join("a")
+    keys = KeyChain(SECRET, NAMESPACE.digest(), 64).keys(TOKENS)
+    mine, theirs = owner_digest(SECRET, "mine", "s"), owner_digest(SECRET, "theirs", "")
+    for some, owner in ((keys[:3], mine), (keys[3:], theirs)):
+        call = a.client.reserve(STORED_IN, some, 0, 0, template(), owner=owner)
+        reserved = call.wait(10.0)
+        sums = []
+        for key, offset in zip(some, offsets_of(reserved.offsets), strict=True):
+            a.client.pool.view(offset + HEADER_BYTES, RAW)[:] = payload(key)
+            sums.append(checksum(payload(key)))
+        a.client.commit(reserved.reservation, sums).wait(10.0)
+    assert a.has(keys) == 7
+    for nothing in (
+        ["--tenant", "mine"],  # without its salt it is another one
+        ["--namespace", "ff" * 32],
+        ["--older-than", "1h"],
+    ):
+        done = cluster(fleet, "clear", "--yes", *nothing)
+        assert done.exit_code == 0, done.output
+        assert a.has(keys) == 7
+    assert cluster(fleet, "clear", "--yes", "--tenant", "mine", "--salt", "s").exit_code == 0
+    assert a.client.lookup(keys, [0]) == b"\xff" * 3 + bytes(4)
+    done = cluster(fleet, "clear", "--yes", "--namespace", STORED_IN.hex())
+    assert done.exit_code == 0
+    assert a.has(keys) == 0
+    for wrong in (["--salt", "s"], ["--namespace", "xy"], ["--older-than", "soon"]):
+        assert isinstance(cluster(fleet, "clear", "--yes", *wrong).exception, UsageError)
