@@ -54,13 +54,11 @@ OWNER_FIELD = slice(_PAGE.size, _PAGE.size + 16)
 
 
 class Kinship(NamedTuple):
-    """Whose a chunk is and where it stands in its prompt; fields as in `ObjectHeader`."""
+    """Where a chunk stands in its prompt; fields as in `ObjectHeader`."""
 
-    namespace: bytes
     parent: bytes
     start: int
     num_tokens: int
-    owner: bytes
 
 
 class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -307,11 +305,8 @@ def decode(buffer: Buffer) -> ObjectHeader:
 
 
 def kinship(page: Buffer) -> Kinship:
-    """Out of a header page of version 2 that has been checked before; nothing is checked here."""
-    fields = _PAGE.unpack_from(page)
-    return Kinship(
-        fields[7], fields[9], fields[10], fields[11], _SINCE_2.unpack_from(page, _PAGE.size)[0]
-    )
+    """Out of a header page that has been checked before; nothing is checked here."""
+    return Kinship(*_PAGE.unpack_from(page)[9:12])
 
 
 def _fields_since_2(page: bytes) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from tests.support.nodes import (
     NAMESPACE,
     RAW,
+    SLOT,
     GatedTier,
     chunk_keys,
     clear,
@@ -45,6 +46,7 @@ from kvstrata.testing.servers.redis import RedisServer, installed
 from kvstrata.tiers.faulty import Answer, FaultyTier, FlipBit, Raise
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import operating as o
+from kvstrata.wire import protocol as p
 
 SHARED: dict[str, Any] = {"parts": [0], "orders": [VEC, "portable"], "namespace": NAMESPACE}
 
@@ -298,6 +300,28 @@ def test_what_does_not_stay_in_one_tier_stays_in_the_other(
             1, [f"chunk {keys[1].hex()} did not stay in memory, so it stays in host"],
         )  # fmt: skip
         assert set(node.host.index.keys()) == {keys[1]}
+
+    on_node(test, tier=MemoryTier())
+
+
+def test_what_is_pinned_does_not_leave_the_tiers_that_keep_pins() -> None:
+    keys, owner = chunk_keys(2), bytes(15) + b"a"
+
+    async def test(node: Node) -> None:
+        store_small(node, ME, keys)
+        await flush(node, ME)
+        await clear(node, ME, tiers=["host"])
+        pinned = await ask(node, p.Pin(1, keys[0], owner, "prompt", 60.0))
+        assert pinned.num_kept == 1
+        job = await ended(node, await begun(node, o.Move(1, packed(keys), "memory", "host")))
+        assert (job.failed, job.troubles) == (
+            1, [f"chunk {keys[0].hex()} is pinned, so it stays in memory too"],
+        )  # fmt: skip
+        assert set(owned(node).index.keys()) == {keys[0]}
+        assert set(node.host.index.keys()) == set(keys)
+        await done(node, o.Transcode(1, "memory", "lossless"))
+        assert owned(node).index.nbytes(keys[0]) < SLOT
+        assert keys[0] in owned(node).index.pinned
 
     on_node(test, tier=MemoryTier())
 

@@ -379,6 +379,7 @@ class TestList:
             known = {one.key for one in await listed(node) if one.num_tokens}
             assert len(known) == 3
             assert len(await listed(node)) == 6
+            assert {one.namespace for one in await listed(node)} == {NAMESPACE}
 
         on_node(test)
 

@@ -274,6 +274,9 @@ class Copier:
         if not all(self._is_there(way.key, part, target, made) for part in seen):
             job.trouble(f"chunk {way.key.hex()} did not stay in {target}, so it stays in {source}")
             return
+        if self._places.keeps(way.key, source) and not self._places.can_keep(target):
+            job.trouble(f"chunk {way.key.hex()} is pinned, so it stays in {source} too")
+            return
         for part, before in seen.items():
             if backing is not None and before is not None:
                 if not await backing.remove(way.key, part, before, Cause.MOVED):

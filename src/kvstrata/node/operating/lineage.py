@@ -1,8 +1,8 @@
 """What chunks descend from: read out of the headers that pass through host memory.
 
-An index knows keys and sizes alone. The parent, the position and the owner stand in the header,
-and every chunk that an engine stores or loads has its header in host memory for a while. What was
-read there is remembered for the last chunks, however long they stay in any tier.
+An index knows keys, sizes and owners. Parent and position stand in the header, and every chunk that
+an engine stores or loads has its header in host memory for a while. What was read there is
+remembered for the last chunks, however long they stay in any tier.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from kvstrata.node.slots.host import HostMemory
 from kvstrata.objects import HEADER_BYTES, Kinship, kinship
 
 MAX_KNOWN = 1 << 16
-"""Chunks of which it is remembered: about 30 MB at most."""
+"""Chunks of which it is remembered: about 20 MB at most."""
 
-NOTHING = Kinship(b"", b"", 0, 0, b"")
+NOTHING = Kinship(b"", 0, 0)
 
 
 class _Known(NamedTuple):
@@ -38,7 +38,6 @@ class Lineage:
         self._host = host
         self._now = now
         self._known: dict[bytes, _Known] = {}
-        self._shared: dict[bytes, bytes] = {}  # namespaces and owners are few: one copy of each
 
     def __len__(self) -> int:
         return len(self._known)
@@ -60,12 +59,7 @@ class Lineage:
         slot = self._host.get(key, part)
         assert slot is not None
         found = kinship(self._host.pool.view(slot.offset, HEADER_BYTES))
-        self._known[key] = _Known(
-            found._replace(
-                namespace=self._one_copy(found.namespace), owner=self._one_copy(found.owner)
-            ),
-            self._now(),
-        )
+        self._known[key] = _Known(found, self._now())
         if len(self._known) > MAX_KNOWN:
             del self._known[next(iter(self._known))]
 
@@ -74,8 +68,3 @@ class Lineage:
 
     def emptied(self, tier: str) -> None:
         """See `Watcher`."""
-
-    def _one_copy(self, word: bytes) -> bytes:
-        if len(self._shared) > MAX_KNOWN:
-            self._shared.clear()
-        return self._shared.setdefault(word, word)

@@ -21,6 +21,7 @@ from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.service.single import Seen, unreachable
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode, verify_object
 from kvstrata.parts import identity
+from kvstrata.tiers.marks import UNKNOWN
 from kvstrata.wire import operating as o
 
 MAX_PAGE = 1000
@@ -142,18 +143,21 @@ class Looker:
 
     def _chunk(self, key: bytes) -> o.Chunk:
         kinship, used = self._lineage.of(key)
-        tiers = {HOST: sum(slot.nbytes for _, slot in self._places.host.index.objects(key))}
+        host = self._places.host.index
+        tiers = {HOST: sum(slot.nbytes for _, slot in host.objects(key))}
+        whose = host.whose(key)
         for one in self._places.backings:
             if isinstance(one, OwnedBacking):
                 tiers[one.name] = sum(size_of(entry) for _, entry in one.index.objects(key))
+                whose = one.index.whose(key) if whose == UNKNOWN else whose
         return o.Chunk(
             key,
             {name: nbytes for name, nbytes in tiers.items() if nbytes},
             kinship.parent,
             kinship.start,
             kinship.num_tokens,
-            kinship.namespace,
-            kinship.owner,
+            whose.namespace,
+            whose.owner,
             used,
         )
 

@@ -94,6 +94,17 @@ class Places:
             return backing
         raise UsageError(f"what {name} holds is known only by asking: name the keys")
 
+    def keeps(self, key: bytes, name: str) -> bool:
+        """Whether a chunk is pinned in a tier."""
+        backing = self._named.get(name)
+        if backing is None:
+            return key in self.host.index.pinned
+        return isinstance(backing, OwnedBacking) and key in backing.index.pinned
+
+    def can_keep(self, name: str) -> bool:
+        """Whether what is pinned stays pinned in a tier: one of the slower ones, the node's own."""
+        return isinstance(self._named.get(name), OwnedBacking)
+
     def parts_of(self, key: bytes, name: str) -> list[int]:
         """The objects that a tier of the node's own has of a chunk, without coarser copies."""
         backing = self._named.get(name)
