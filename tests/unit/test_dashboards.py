@@ -140,7 +140,7 @@ def produced(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
         await node.canary.send("memory")
         record = {"outcome": "stopped", "prompt_tokens": 9, "local_tokens": 3, "load": "async",
                   "tier_tokens": {"host": 6}, "load_s": 1, "load_s_expected": 1,
-                  "load_instead_s": 2}  # fmt: skip
+                  "reasons": [{"why": "evicted", "tokens": 1}], "load_instead_s": 2}  # fmt: skip
         node.record(ME, p.Record(record))
         texts.append(render(node.measures.answer(ME, p.Metrics(1))))
 

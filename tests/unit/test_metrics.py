@@ -247,6 +247,7 @@ def test_a_record_is_counted_in_tokens_and_seconds() -> None:
             "request": "1", "outcome": "stopped", "prompt_tokens": 1000, "local_tokens": 100,
             "tier_tokens": {"host": 256, "memory": 512, "elsewhere": 9}, "load": "async",
             "load_s": 0.2, "load_s_expected": 0.1, "load_instead_s": 1.5,
+            "reasons": [{"why": "evicted", "tokens": 100}, {"why": "evicted", "tokens": 32}],
         }  # fmt: skip
         node.record(ME, p.Record(record))
         node.record(ME, p.Record({**record, "load_instead_s": 0.1, "tier_tokens": {"host": 1}}))
@@ -256,6 +257,8 @@ def test_a_record_is_counted_in_tokens_and_seconds() -> None:
         assert found["hit_tokens_total tier=host"] == 257
         assert found["hit_tokens_total tier=memory"] == 512
         assert "hit_tokens_total tier=elsewhere" not in found
+        assert found["computed_tokens_total why=evicted"] == 264
+        assert sum("computed_tokens" in name for name in found) == 1
         assert math.isclose(found["ttft_saved_seconds_total"], 1.3)
         assert math.isclose(found["ttft_lost_seconds_total"], 0.1)
         assert math.isclose(found["load_predicted_seconds_total"], 0.2)

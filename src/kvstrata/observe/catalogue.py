@@ -66,6 +66,9 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
         _counter("engine_tokens_total", "Of them in the engine's own prefix cache."),
         _counter("hit_tokens_total", "Of them loaded from this node.", "tier"),
         _counter(
+            "computed_tokens_total", "Of them computed, by the reason (docs/reasons.md).", "why"
+        ),
+        _counter(
             "ttft_saved_seconds_total",
             "Time to first token that loads saved: what computing the same tokens takes, by "
             "the engine's measured speed, less what the load took.",

@@ -6,7 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from kvstrata.observe.counters import Counters
+from kvstrata.observe.reasons import Why
 
+WHYS = frozenset(why.value for why in Why)
 MOST = 1e9
 """Tokens or seconds of one request; a record that says more says nothing."""
 
@@ -33,6 +35,11 @@ class RequestCounts:
             for tier in self._tiers:
                 if tokens := _number(by_tier, tier):
                     counters.add("hit_tokens_total", tokens, tier=tier)
+        reasons = record.get("reasons")
+        for reason in reasons if isinstance(reasons, list) else ():
+            why = reason.get("why") if isinstance(reason, dict) else None
+            if isinstance(why, str) and why in WHYS:
+                counters.add("computed_tokens_total", _number(reason, "tokens"), why=why)
         how, took = record.get("load"), _number(record, "load_s")
         if how in ("sync", "async") and took:
             counters.observe("load_seconds", took, load=how)
