@@ -124,6 +124,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "stores": ours("stores"),
     "codecs": ours("codecs"),
     "cold_overhead": ours("cold_overhead"),
+    "overhead": ours("overhead"),
     "concurrent": ours("concurrent"),
     "disaggregated": ours("disaggregated"),
     "copies": ours("copies"),

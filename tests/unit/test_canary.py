@@ -168,6 +168,24 @@ def test_other_bytes_in_host_memory_are_seen(monkeypatch: pytest.MonkeyPatch) ->
     on_node(test)
 
 
+def test_other_bytes_from_a_tier_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(node: Node) -> None:
+        backing = owned(node)
+        await until(lambda: backing.state == "ok")
+        read = backing.read
+
+        async def damaging(key: bytes, part: int, nbytes: int, into: memoryview) -> Any:
+            header = await read(key, part, nbytes, into)
+            into[5000] ^= 1
+            return header
+
+        monkeypatch.setattr(backing, "read", damaging)
+        assert await node.canary.send("memory") == "failed"
+        assert backing.index.used_bytes == 0
+
+    on_node(test, tier=MemoryTier())
+
+
 def test_a_pool_in_which_all_is_leased_fails_it() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(2)

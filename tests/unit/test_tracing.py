@@ -102,7 +102,9 @@ def test_what_does_not_come_is_told(traced: Traced, tmp_path: Path) -> None:
         await node.clear(ME, p.Clear(1, None, ["host"]))
         await load(node, keys, PARENT)
         await until(lambda: "disk.read" in traced.names())
-        assert traced.one("disk.read").attributes["kvstrata.not_come"] == 3
+        about = traced.one("disk.read").attributes
+        assert about["kvstrata.not_come"] == 3
+        assert about["kvstrata.objects"] == about["kvstrata.bytes"] == 0
 
     on_real_node(test, options(tmp_path))
 
