@@ -7,7 +7,7 @@ of no use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Generic, TypeVar
 
 from kvstrata.node.common.changes import Cause, Changes
@@ -54,6 +54,10 @@ class Index(Generic[E]):
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._chunks
+
+    def among(self, keys: Set[bytes]) -> set[bytes]:
+        """Which of these chunks are here."""
+        return self._chunks.keys() & keys
 
     def get(self, key: bytes, part: int) -> E | None:
         """The entry of one object, or None."""

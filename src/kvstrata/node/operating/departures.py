@@ -7,7 +7,7 @@ tier is remembered, too: a clear says only that a whole tier is empty.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from kvstrata.node.common.changes import Cause
@@ -74,6 +74,10 @@ class Departures:
         self._emptied.append((self._turn, self._number(tier), self._clock()))
 
     # asked
+
+    def among(self, names: Set[int]) -> set[int]:
+        """Which of these chunks may have left."""
+        return (self._gone.keys() & names) | (self._held.keys() & names)
 
     def of(self, name: int) -> Departure | None:
         """How a chunk that is in none of the tiers left the last of them; None: nobody knows."""

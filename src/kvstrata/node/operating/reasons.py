@@ -6,7 +6,7 @@ without it, so each has a reason of its own only where it has one: it left a tie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,13 +107,17 @@ class Reasons:
         first = runs[0][0]
         stranger = first if first.why in _OF_STRANGERS else Reason(Why.NEVER, 1)
         names = np.frombuffer(b"".join(keys), f"<u{NAME_BYTES}")[:: 32 // NAME_BYTES].tolist()
+        held = self._held_among(set(keys))
+        known = self.departures.among(set(names))
+        writing, parts = self._reservations.is_being_written, missing.parts
         one, count = runs.pop()
         for key, name in zip(keys, names, strict=True):
-            if self._is_held(key):
+            following = stranger
+            if key in held:
                 following = first  # it would be used if the first one were there
-            elif self._reservations.is_being_written(key, missing.parts):
+            elif writing(key, parts):
                 following = Reason(Why.ARRIVING, 1)
-            else:
+            elif name in known:
                 following = self._left(name) or stranger
             if following is one or one.goes_on(following) or len(runs) == MAX_REASONS - 1:
                 count += 1
@@ -177,7 +181,7 @@ class Reasons:
         """Under which other namespace the same tokens are stored now, if nothing hides whose."""
         found: list[tuple[int, str]] = []
         for other in self.kin.others(asked, of_all=across):
-            if not self._is_held(other.key):
+            if not self._held_among({other.key}):
                 continue
             parts = self._differences(asked, other)
             found.append((len(parts), ", ".join(parts)))
@@ -190,8 +194,9 @@ class Reasons:
         parts = differing(theirs, mine) if mine and theirs else ["unknown"]
         return parts if one.owner == other.owner or "tenant" in parts else [*parts, "salt"]
 
-    def _is_held(self, key: bytes) -> bool:
-        return key in self._host.index or any(key in one.index for one in self._owned)
+    def _held_among(self, keys: Set[bytes]) -> set[bytes]:
+        """Which of these chunks are in one of the node's own tiers."""
+        return self._host.index.among(keys).union(*(one.index.among(keys) for one in self._owned))
 
     def _left(self, name: int) -> Reason | None:
         left = self.departures.of(name)
