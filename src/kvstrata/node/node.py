@@ -154,7 +154,7 @@ class Node:
             p.Status: self.status,
             p.Metrics: self.measures.answer,
             p.Record: self.record,
-            p.Records: self.past_records,
+            p.Records: self.records.answer,
             p.Watch: self.watching.watch,
             **self.operations.handlers,
             p.Explain: self._explainer.explain,
@@ -331,10 +331,6 @@ class Node:
         """Keep one request's record, or what a namespace is made of, for the operator."""
         self._explainer.complete(message.record)
         self.records.note(message.record)
-
-    def past_records(self, client: Client, message: p.Records) -> p.RecordPage:
-        """A page of the requests' records, the latest first."""
-        return p.RecordPage(message.id, *self.records.page(message.before, message.limit))
 
     def status(self, client: Client, message: p.Status) -> p.State:
         """Everything an operator may ask of a node."""

@@ -12,6 +12,7 @@ import msgspec
 from kvstrata.errors import UsageError
 from kvstrata.node.namespaces import Namespaces
 from kvstrata.node.operating.requests import RequestCounts
+from kvstrata.node.slots.clients import Client
 from kvstrata.observe.counters import Counters
 from kvstrata.wire import protocol as p
 from kvstrata.wire.namespaces import Described
@@ -64,6 +65,10 @@ class Records:
         label = outcome if outcome in self._outcomes else "other"
         self._counters.add("requests_total", outcome=label)
         self._counts.note(record)
+
+    def answer(self, client: Client, message: p.Records) -> p.RecordPage:
+        """A page for an operator, the latest first."""
+        return p.RecordPage(message.id, *self.page(message.before, message.limit))
 
     def page(self, before: int, limit: int) -> tuple[list[dict[str, Any]], int]:
         """Those of before a number, the latest first, and before which to go on; 0: it was the end.

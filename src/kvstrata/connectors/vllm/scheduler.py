@@ -110,10 +110,9 @@ class SchedulerSide:
     ) -> tuple[int | None, bool]:
         """Tokens beyond the local ones that can be loaded, and whether in the background."""
         state = self._states.get(request.request_id)
-        if state is None:
-            return 0, False
-        state.own_tokens = num_computed_tokens
-        if state.bypass:
+        if state is not None:
+            state.own_tokens = num_computed_tokens
+        if state is None or state.bypass:
             return 0, False
         state.num_given = num_computed_tokens // self._chunk
         if state.failed or request.skip_reading_prefix_cache:
@@ -155,10 +154,9 @@ class SchedulerSide:
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """A request got its blocks: hand its load to the workers."""
         state = self._states.get(request.request_id)
-        if state is None:
-            return
-        state.granted(num_external_tokens)
-        if state.bypass:
+        if state is not None:
+            state.granted(num_external_tokens)
+        if state is None or state.bypass:
             return
         if request.request_id not in self._active:
             self._admitted.add(request.request_id)
