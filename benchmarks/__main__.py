@@ -133,6 +133,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "routing": ours("routing"),
     "fleet_lookup": ours("fleet_lookup"),
     "events": ours("events"),
+    "tenants": ours("tenants"),
     "disk": disk,
     "encryption": ours("encryption"),
     "node": node,

@@ -18,6 +18,7 @@ from kvstrata.node.service.shared import SharedBacking
 from kvstrata.observe.counters import Counters
 from kvstrata.tiers.base import Epoch, Limits, Outcome, OwnedTier, Put, SharedTier, Stat
 from kvstrata.tiers.epochs import epoch_prefix, marked, new_epoch
+from kvstrata.tiers.journal import Journal
 from kvstrata.tiers.marks import Mark
 from kvstrata.tiers.memory import MemoryTier
 
@@ -110,6 +111,7 @@ def make_member(
     owned: OwnedTier | None = None,
     lookup_timeout_s: float = 1.0,
     clock: Callable[[], float] = time.monotonic,
+    journal: Journal | None = None,
     **common: Any,
 ) -> Node:
     """A node of a fleet, with these shared tiers, and an owned one if it is given."""
@@ -125,7 +127,8 @@ def make_member(
             )
         )
     config = Config(host=HostConfig(capacity=slots * SLOT, verify_every=0))
-    return Node(config, Pool.create(slots * SLOT), backings, counters, clock=clock)
+    pool = Pool.create(slots * SLOT)
+    return Node(config, pool, backings, counters, clock=clock, journal=journal)
 
 
 __all__ = ["Fleet", "FleetTier", "GatedTier", "make_member"]

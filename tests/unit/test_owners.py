@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.tenants.run import storm
 from tests.support.nodes import (
     NAMESPACE,
     ORDER,
@@ -137,6 +139,14 @@ def run(node: Node, test: Any) -> None:
             await node.stop(drain_s=1.0)
 
     asyncio.run(main())
+
+
+def test_a_storm_of_tenants(tmp_path: Path) -> None:
+    """The benchmark's, in short; of a real node over its socket, with a disk."""
+    lost, beyond, counts = storm(tmp_path, 30, seed=1)
+    assert (lost, beyond) == (0, 0)
+    assert counts["evicted"] > 0
+    assert counts['evicted_chunks_total{tier="disk"}'] > 0
 
 
 class TestWhose:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
-from tests.support.fleets import Fleet
+from tests.support.fleets import Fleet, FleetTier, make_member
 from tests.support.nodes import NAMESPACE, GatedTier, chunk_keys, clear, flush, until
 from tests.unit.test_owners import ANNA, BERT, answer, client, keep
-from tests.unit.test_shared import SHARED, ask, counted, get, of_fleet
+from tests.unit.test_shared import SHARED, ask, begin, counted, get, of_fleet
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.node.node import Node
+from kvstrata.tiers.journal import Journal
 from kvstrata.tiers.marks import MARGIN_NS
 from kvstrata.wire import protocol as p
 
@@ -130,6 +133,40 @@ def test_pins_say_that_a_shared_store_keeps_none() -> None:
         assert a.host.index.whose(keys[0]).namespace == NAMESPACE
 
     of_fleet(test, members=1)
+
+
+def test_a_node_that_could_not_tell_remembers_over_a_restart() -> None:
+    fleet, journal, keys = Fleet(), Journal(), chunk_keys(3)
+
+    async def life(test: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
+        node = make_member(FleetTier(fleet), journal=journal)
+        try:
+            await begin(node)
+            await asyncio.wait_for(test(node), 30)
+        finally:
+            await node.stop(drain_s=1.0)
+
+    async def first(node: Node) -> None:
+        keep(node, keys, ANNA)
+        keep(node, chunk_keys(2, 1), BERT)
+        await flush(node, client())
+        fleet.dead = True
+        with pytest.raises(TierUnavailable):
+            await answer(node, BY_ANNA)
+
+    async def second(node: Node) -> None:
+        assert fleet.current.marks == (), "nobody else knows"
+        assert await get(node, keys) == []
+        assert await get(node, chunk_keys(2, 1)) == [SHARED] * 2
+        await answer(node, p.Clear(1))
+
+    async def third(node: Node) -> None:
+        assert not len(node.backings[0].marks), "of before that there is nothing"
+
+    asyncio.run(life(first))
+    fleet.dead = False
+    asyncio.run(life(second))
+    asyncio.run(life(third))
 
 
 def test_an_owned_tier_beside_it() -> None:
