@@ -423,7 +423,7 @@ class TestJournal:
 
         run(with_tier(DiskTier(tmp_path / "d")), first)
         file = tmp_path / "d" / "journal"
-        file.write_bytes(b"0" + file.read_bytes()[1:])
+        file.write_bytes(b"x" + file.read_bytes()[1:])
         run(with_tier(DiskTier(tmp_path / "d")), second)
 
     def test_it_is_made_anew_when_most_of_it_has_passed(self) -> None:
