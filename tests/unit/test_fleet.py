@@ -224,7 +224,8 @@ def test_a_registry_that_lost_its_memory_learns_all_of_it_again(fleet: Fleet) ->
     a = fleet.join("a")
     a.store(KEYS)
     a.told()
-    commands.give(fleet.registry, p.Flush(0), 20.0)
+    for _ in range(3):
+        commands.give(fleet.registry, p.Flush(0), 20.0)
     fleet.registry.renew(Member("mute", 1, "r", p.PROTOCOL_VERSION, 1), 60.0, None)
     posted = commands.post(fleet.registry, p.Flush(0), 20.0)
     with ThreadPoolExecutor(1) as threads:
@@ -291,3 +292,16 @@ def test_a_fleet_is_drained_node_by_node_and_takes_stores_again(fleet: Fleet) ->
     assert page.jobs[0].state == "done"
     refused = commands.give(fleet.registry, o.Drain(0, True), 20.0, ["a"])
     assert refused.failed["a"].kind == "UsageError"  # it is this program's to end
+
+
+def test_an_answer_to_what_another_registry_asked_is_not_written(fleet: Fleet) -> None:
+    """Or the numbers of this one would be passed over, which began again."""
+    one = Member("x", 1, "r", p.PROTOCOL_VERSION, 1)
+    generation = fleet.registry.renew(one, 60.0, None).generation
+    posted = commands.post(fleet.registry, p.Flush(0), 60.0)
+    commands.answer(fleet.registry, b"another", one, posted.number, p.Done(0, 0))
+    assert fleet.registry.renew(one, 60.0, None).seen == 0
+    assert commands.wait(fleet.registry, posted, 0.0).silent == ["x"]
+    commands.answer(fleet.registry, generation, one, posted.number, p.Done(0, 3))
+    assert fleet.registry.renew(one, 60.0, None).seen == posted.number == 1
+    assert commands.wait(fleet.registry, posted, 20.0).answered == {"x": p.Done(0, 3)}
