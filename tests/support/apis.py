@@ -17,12 +17,13 @@ from tests.support.nodes import ORDER, RAW, payload, template
 from kvstrata.config import Config, load_config
 from kvstrata.control import Client
 from kvstrata.control.run import serve
-from kvstrata.keys import KeyChain, Namespace
+from kvstrata.keys import KeyChain, Namespace, owner_digest
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
 from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.wire.client import NodeClient, offsets_of
 from kvstrata.wire.namespaces import Described
+from kvstrata.wire.operator import Operator
 from kvstrata.wire.sockets import socket_path
 
 MIB = 1 << 20
@@ -170,12 +171,18 @@ class Engine:
         chain = KeyChain(self.client.hello.secret, space.digest(), space.chunk_tokens, salt)
         return chain.keys(tokens)
 
+    def owner_of(self, key: bytes) -> str:
+        """Whose a stored chunk is, in hex, as its header says."""
+        owner: str = Operator(self.client).inspect("host", key).header["owner"]
+        return owner
+
     def store(
         self, tokens: list[int], space: Namespace = SPACE, salt: str = "", part: int = 0
     ) -> list[bytes]:
         """Store the whole chunks of a prompt; their keys."""
         keys = self.keys(tokens, space, salt)
-        call = self.client.reserve(space.digest(), keys, 0, part, template(ORDER, RAW))
+        owner = owner_digest(self.client.hello.secret, space.tenant, salt)
+        call = self.client.reserve(space.digest(), keys, 0, part, template(ORDER, RAW), owner=owner)
         reserved = call.wait(5.0)
         sums = []
         for key, offset in zip(keys, offsets_of(reserved.offsets), strict=True):

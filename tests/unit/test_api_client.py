@@ -97,7 +97,7 @@ def test_a_method_asks_for_its_operation(name: str) -> None:
     given: dict[str, Any] = {
         "url": "http://e", "model": "m", "prompts": ["p"], "id": "a/../b?c", "keys": ["ab"],
         "tier": "disk", "key": "k", "source": "disk", "target": "host", "peer": "b:1",
-        "config": {},
+        "config": {}, "name": "n", "ttl_s": 1.0, "nbytes": None,
     }  # fmt: skip
     method = getattr(Client, name)
     taken = {one: given[one] for one in inspect.signature(method).parameters if one in given}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from kvstrata.control import Client
 from kvstrata.control.client import ApiProblem
 from kvstrata.control.verbs.jobs import Job
 from kvstrata.errors import UsageError
+from kvstrata.keys import owner_digest
 from kvstrata.wire.client import offsets_of
 from kvstrata.wire.protocol import DRAINING
 
@@ -43,6 +45,10 @@ def rig(shared: Rig) -> Iterator[Rig]:
 def client(rig: Rig) -> Iterator[Client]:
     with rig.client() as client:
         yield client
+
+
+def secret_of(rig: Rig) -> bytes:
+    return Path(rig.options["secret_file"]).read_bytes()
 
 
 def ended(client: Client, job: Job) -> Job:
@@ -212,3 +218,71 @@ def test_jobs_of_node_and_api_are_one_list(rig: Rig, client: Client) -> None:
             with pytest.raises(ApiProblem) as caught:
                 ask(id)
             assert caught.value.problem.status == 404
+
+
+def test_a_pin_keeps_a_prompt_until_it_ends(rig: Rig, client: Client) -> None:
+    whose = owner_digest(secret_of(rig), "a", "").hex()
+    with rig.engine() as engine:
+        engine.store(prompt(3))
+    pinned = client.pin("system prompt", 3600, tokens=prompt(3))
+    assert (pinned.chunks, pinned.kept, pinned.owner) == (3, 3, whose)
+    assert pinned.tiers["disk"] == 3
+    (one,) = client.pins().pins
+    assert (one.name, one.owner, one.chunks, one.kept) == ("system prompt", whose, 3, 3)
+    assert time.time() + 3500 < one.until < time.time() + 3700
+    renewed = client.pin("system prompt", 7200, tokens=prompt(3))
+    assert renewed == pinned
+    (one,) = client.pins().pins
+    assert one.until > time.time() + 7000
+    salted = client.pin("system prompt", 60, tokens=prompt(1), salt="ada")
+    assert salted.owner == owner_digest(secret_of(rig), "a", "ada").hex() != whose
+    page = client.pins(limit=1)
+    assert len(page.pins) == 1
+    assert len(client.pins(page.next).pins) == 1
+    assert client.unpin("system prompt", tenant="a", salt="ada").chunks == 1
+    assert client.unpin("system prompt", owner=whose).chunks == 3
+    assert client.unpin("system prompt", tenant="a").chunks == 0, "it can be repeated"
+    assert client.pins().pins == []
+
+
+def test_a_tenant_has_no_more_than_its_quota(rig: Rig, client: Client) -> None:
+    with rig.engine() as engine:
+        keys = engine.store(prompt(4))
+        owner = engine.owner_of(keys[0])
+        held = client.quota("disk", None, owner=owner)
+        assert held.owner == owner
+        assert client.quota("disk", held.nbytes // 2, owner=owner).nbytes <= held.nbytes // 2
+        assert list(engine.client.lookup(keys, [0])) == [HOST] * 4
+        engine.client.clear(keys, ["host"])
+        assert list(engine.client.lookup(keys, [0])) == [DISK, DISK, ABSENT, ABSENT], "head first"
+        assert client.quota("disk", None, owner=owner).owner == owner
+    with pytest.raises(ApiProblem) as caught:
+        client.quota("disk", 1)
+    assert caught.value.problem.field == "body.tenant"
+    with pytest.raises(ApiProblem) as caught:
+        client.quota("disk", 1, owner=owner, tenant="a")
+    assert caught.value.problem.field == "body.owner"
+
+
+def test_a_clear_takes_what_fits_all_that_is_given(rig: Rig, client: Client) -> None:
+    other = replace(SPACE, adapter="lora")
+    with rig.engine() as engine:
+        ours = engine.store(prompt(2))
+        theirs = engine.store(prompt(2), other)
+        owner = engine.owner_of(ours[0])
+
+        def there() -> tuple[bool, bool]:
+            found = [engine.client.lookup(keys, [0]) for keys in (ours, theirs)]
+            return found[0] == bytes(2), found[1] == bytes(2)
+
+        client.clear(namespace=other.digest().hex(), before=1.0)
+        assert there() == (True, True), "nothing is that old"
+        client.clear(namespace=other.digest().hex(), tenant="nobody")
+        assert there() == (True, True)
+        client.clear(namespace=other.digest().hex())
+        assert there() == (True, False)
+        client.clear(owner=owner, before=time.time())
+        assert there() == (False, False)
+    with pytest.raises(ApiProblem) as caught:
+        client.clear(everything=True, tenant="a")
+    assert caught.value.problem.field == "body.everything"

@@ -231,3 +231,32 @@ def test_a_node_is_kept_up(
     assert {"scrub", "drain", "transcode"} <= {job["kind"] for job in found}
     status, _, err = told("send", "--to", "127.0.0.1:1", "--tokens", "1", "--model", MODEL)
     assert status == 1
+
+
+def test_pins_and_quotas(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    which = ["--tokens", ",".join(map(str, prompt(2))), "--model", MODEL]
+
+    def told(*arguments: str) -> tuple[int, str, str]:
+        return run(monkeypatch, capsys, *arguments, "--api", rig.url)
+
+    with rig.engine() as engine:
+        engine.client.clear()
+        engine.tell()
+        owner = engine.owner_of(engine.store(prompt(2))[0])
+    status, out, _ = told("pin", "--name", "the manual", "--ttl", "1h", *which)
+    assert (status, out[:26]) == (0, "2 of 2 chunks are kept: ho")
+    status, out, _ = told("pin")
+    assert out.startswith(f"the manual  owner {owner}  2 of 2 chunks  until ")
+    assert told("unpin", "the manual", "--tenant", "nobody")[0] == 1
+    assert told("unpin", "the manual", "--tenant", "a")[1] == "2 chunks are kept no more\n"
+    assert told("pin") == (0, "", "")
+    assert told("pin", "--name", "n", "--ttl", "soon", *which)[0] == 2
+    assert told("pin", *which)[0] == 2
+    status, out, _ = told("quota", "disk", "1GiB", "--owner", owner)
+    assert status == 0
+    assert out.startswith(f"owner {owner} has ")
+    assert told("quota", "disk", "1GiB")[0] == 1
+    assert told("quota", "disk", "much", "--tenant", "a")[0] == 2
+    assert told("quota", "disk", "none", "--tenant", "a")[0] == 0

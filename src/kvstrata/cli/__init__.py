@@ -28,9 +28,11 @@ from kvstrata.cli import (
     ls,
     metrics,
     move,
+    pin,
     prefetch,
     proxy,
     quality,
+    quota,
     records,
     reload,
     scrub,
@@ -39,6 +41,7 @@ from kvstrata.cli import (
     serve,
     status,
     transcode,
+    unpin,
     warm,
 )
 from kvstrata.errors import KVStrataError
@@ -74,6 +77,9 @@ def build_app() -> typer.Typer:
     app.command("drain")(drain.run)
     app.command("reload")(reload.run)
     app.command("jobs")(jobs.run)
+    app.command("pin")(pin.run)
+    app.command("unpin")(unpin.run)
+    app.command("quota")(quota.run)
     app.command("api")(api.run)
     app.command("config")(config.run)
     app.command("doctor")(doctor.run)

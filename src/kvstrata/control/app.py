@@ -27,6 +27,7 @@ from kvstrata.control.verbs import (
     moving,
     namespaces,
     records,
+    tenants,
     upkeep,
     warm,
 )
@@ -43,6 +44,7 @@ ROUTERS = tuple(
         clear,
         warm,
         moving,
+        tenants,
         upkeep,
         jobs,
     )

@@ -16,6 +16,8 @@ from kvstrata.control.tokenizing import Tokenizers
 
 Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=["ab" * 32])]
 """A key or a namespace: 32 bytes in hex."""
+Hex16 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+"""An owner: 16 bytes in hex."""
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Text = Annotated[str, Field(max_length=1024)]
 

@@ -22,6 +22,7 @@ from kvstrata.control.verbs.jobs import Job, Jobs
 from kvstrata.control.verbs.lookup import Found
 from kvstrata.control.verbs.namespaces import Namespaces
 from kvstrata.control.verbs.records import Records
+from kvstrata.control.verbs.tenants import Held, Pinned, Pins, Unpinned
 from kvstrata.control.verbs.upkeep import Reloaded, Undrained
 from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeUnavailable
 
@@ -148,10 +149,46 @@ class Client:
         self,
         everything: Literal[True] | None = None,
         keys: Sequence[str] | None = None,
+        namespace: str | None = None,
+        before: float | None = None,
         tiers: Sequence[str] | None = None,
+        owner: str | None = None,
+        tenant: str | None = None,
+        salt: str = "",
     ) -> Cleared:
-        """Forget everything, or the chunks of these keys, in these tiers or all."""
-        return self._post("/v1/clear", Cleared, everything=everything, keys=keys, tiers=tiers)
+        """Forget everything, or what fits all that is given, in these tiers or all."""
+        return self._post(
+            "/v1/clear", Cleared, everything=everything, keys=keys, namespace=namespace,
+            before=before, tiers=tiers, owner=owner, tenant=tenant, salt=salt,
+        )  # fmt: skip
+
+    def pin(self, name: str, ttl_s: float, **prompt: Unpack[Prompting]) -> Pinned:
+        """Keep a prompt's chunks in the node's own tiers for so many seconds, or renew that."""
+        return self._post("/v1/pin", Pinned, name=name, ttl_s=ttl_s, **prompt)
+
+    def unpin(
+        self, name: str, owner: str | None = None, tenant: str | None = None, salt: str = ""
+    ) -> Unpinned:
+        """End a pin."""
+        return self._post("/v1/unpin", Unpinned, name=name, owner=owner, tenant=tenant, salt=salt)
+
+    def pins(self, after: str = "", limit: int = 100) -> Pins:
+        """A page of the pins; ``after``: `Pins.next`."""
+        return self._get("/v1/pins", Pins, after=after, limit=limit)
+
+    def quota(
+        self,
+        tier: str,
+        nbytes: int | None,
+        owner: str | None = None,
+        tenant: str | None = None,
+        salt: str = "",
+    ) -> Held:
+        """Let a tenant have so many bytes in a tier; None: no bound."""
+        told = {"tier": tier, "nbytes": nbytes, "salt": salt}
+        told |= {} if owner is None else {"owner": owner}
+        told |= {} if tenant is None else {"tenant": tenant}
+        return self._ask("POST", "/v1/quota", Held, json=told)
 
     def warm(
         self, url: str, model: str, prompts: Sequence[str | Sequence[int]], at_once: int = 2

@@ -11,7 +11,6 @@ from pydantic import Field, JsonValue
 from kvstrata.control.base import Asked, Hex32, State, Text, TokenId
 from kvstrata.control.problems import Invalid
 from kvstrata.keys import KeyChain, owner_digest
-from kvstrata.objects import NOBODY
 from kvstrata.wire.client import NodeClient
 from kvstrata.wire.namespaces import Shown
 from kvstrata.wire.protocol import MAX_KEYS
@@ -73,13 +72,13 @@ class Chunks:
         namespace: that they are in.
         tokens: how many the prompt has; of keys alone, that they cover.
         keys: by each of the deployment's secrets, in their order; of keys alone, those.
-        owner: whose they are, as far as that is known.
+        owner: whose they are.
     """
 
     namespace: Shown
     tokens: int
     keys: list[list[bytes]]
-    owner: bytes = NOBODY
+    owner: bytes
 
     @property
     def digest(self) -> bytes:
@@ -116,9 +115,10 @@ async def chunks_of(here: State, prompt: Prompt) -> Chunks:
     found, secrets = await here.link.ask(ask)
     namespace = chosen(found, prompt.namespace, prompt.model)
     chunk_tokens = namespace.parts.chunk_tokens
+    owner = owner_digest(secrets[0], namespace.parts.tenant, prompt.salt)
     if prompt.keys is not None:
         keys = [bytes.fromhex(key) for key in prompt.keys]
-        return Chunks(namespace, len(keys) * chunk_tokens, [keys])
+        return Chunks(namespace, len(keys) * chunk_tokens, [keys], owner)
     tokens = await _tokens(here, prompt, namespace)
     if len(tokens) // chunk_tokens > MAX_KEYS:
         raise Invalid(given[0], f"{len(tokens)} tokens; {MAX_KEYS * chunk_tokens} at most")
@@ -128,7 +128,6 @@ async def chunks_of(here: State, prompt: Prompt) -> Chunks:
         chains = [KeyChain(secret, digest, chunk_tokens, prompt.salt) for secret in secrets]
         return [chain.keys(tokens) for chain in chains]
 
-    owner = owner_digest(secrets[0], namespace.parts.tenant, prompt.salt)
     return Chunks(namespace, len(tokens), await here.tokenizing.run(make), owner)
 
 

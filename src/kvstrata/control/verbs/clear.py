@@ -7,11 +7,13 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from kvstrata.control.base import PROBLEMS, Asked, Here, Told
+from kvstrata.control.base import PROBLEMS, Here, Hex32, Text, Told
 from kvstrata.control.link import LONG_S
+from kvstrata.control.owners import Whose, owner_of
 from kvstrata.control.problems import Invalid
 from kvstrata.control.prompts import Keys
 from kvstrata.wire.client import NodeClient
+from kvstrata.wire.operator import Operator
 
 router = APIRouter(responses=PROBLEMS, tags=["act"])
 
@@ -22,14 +24,22 @@ class Flushed(Told):
     status: str = Field(description="`ok`.")
 
 
-class Clear(Asked):
-    """What is to be forgotten: `everything`, or the chunks of `keys`."""
+class Clear(Whose):
+    """What is to be forgotten: `everything`, or what fits all of the others that are given."""
 
     everything: Literal[True] | None = Field(
         None, description="`true` for all of it: nothing is cleared by what is left out."
     )
     keys: Keys | None = Field(None, description="Of the chunks, in hex.")
-    tiers: list[str] | None = Field(
+    namespace: Hex32 | None = Field(None, description="What is in this one.")
+    before: float | None = Field(
+        None,
+        gt=0,
+        lt=1e10,
+        description="What was stored before, in seconds since 1970.",
+        strict=False,
+    )
+    tiers: list[Text] | None = Field(
         None, description="In these tiers only; left out: in all.", min_length=1, max_length=64
     )
 
@@ -54,8 +64,12 @@ async def clear(asked: Clear, here: Here) -> Cleared:
     A store that the node shares with others is cleared for all of them. What a request is being
     loaded from right now stays in memory until that load ends, and can no longer be found.
     """
-    if (asked.everything is None) == (asked.keys is None):
-        raise Invalid("everything", "expected exactly one of everything and keys")
+    by = (asked.keys, asked.namespace, asked.before, asked.owner, asked.tenant)
+    if (asked.everything is None) == all(one is None for one in by):
+        raise Invalid(
+            "everything",
+            "expected everything, or else some of keys, namespace, before, owner and tenant",
+        )
     keys = None if asked.keys is None else [bytes.fromhex(key) for key in asked.keys]
 
     def work(node: NodeClient) -> int:
@@ -63,6 +77,12 @@ async def clear(asked: Clear, here: Here) -> Cleared:
         for number, tier in enumerate(asked.tiers or ()):
             if tier not in names:
                 raise Invalid(f"tiers.{number}", f"no tier {tier!r}; there are {', '.join(names)}")
-        return node.clear(keys, asked.tiers or (), LONG_S)
+        return Operator(node, LONG_S).clear(
+            keys=keys,
+            tiers=asked.tiers or (),
+            owner=owner_of(node, asked, needed=False),
+            namespace=bytes.fromhex(asked.namespace or ""),
+            before_ns=int((asked.before or 0) * 1e9),
+        )
 
     return Cleared(objects=await here.link.ask(work, long=True))
