@@ -46,6 +46,8 @@ def missing(purpose: str) -> dict[str, str]:
             found[f"{version}-dev"] = "Python.h, which that compilation includes"
     if purpose == "test" and shutil.which("ip") is None:
         found["iproute2"] = "the command ip: tests make bad networks of their own with it"
+    if purpose == "test" and shutil.which("curl") is None:
+        found["curl"] = "curl, with which tests run the examples of the API's page"
     if purpose == "test" and shutil.which("redis-server") is None:
         found["redis-server"] = "redis-server, which the tests of its tier start"
     if purpose == "test":
