@@ -37,8 +37,8 @@ class Attached:
         self.client = client
         self.nbytes = nbytes
 
-    def store(self, keys: Sequence[bytes], order: str = ORDER) -> None:
-        call = self.client.reserve(NAMESPACE, keys, 0, 0, template(order, self.nbytes))
+    def store(self, keys: Sequence[bytes], order: str = ORDER, **more: Any) -> None:
+        call = self.client.reserve(NAMESPACE, keys, 0, 0, template(order, self.nbytes), **more)
         reserved = call.wait(5.0)
         sums = []
         for key, offset in zip(keys, offsets_of(reserved.offsets), strict=True):

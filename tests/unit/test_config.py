@@ -47,6 +47,7 @@ SAMPLES: Mapping[str, Any] = {
     "quality": "kl <= 0.01 and agreement >= 0.98",
     "planner": "off",
     "canary": "off",
+    "hints": "store, pin",
     "host.capacity": "3GiB",
     "host.policy": "s3fifo",
     "host.verify_every": 1,
@@ -493,7 +494,7 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
         "object_store.load_target": "1s",
     }
     identity = load(base).node_identity(uid=1)
-    clients = {"node", "chunk_tokens", "tenant", "log"}
+    clients = {"node", "chunk_tokens", "tenant", "log", "hints"}
     for path, value in SAMPLES.items():
         given = dict(base)
         if path == "network.transport":

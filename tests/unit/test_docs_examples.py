@@ -27,6 +27,7 @@ PAGES = (
     "docs/peers.md",
     "docs/disaggregation.md",
     "docs/routing.md",
+    "docs/hints.md",
 )
 
 RUNNABLE = re.compile(r"^<!-- runnable -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

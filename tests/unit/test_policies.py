@@ -12,7 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvstrata.errors import ConfigError, UsageError
 from kvstrata.policies import LRU, POLICIES, S3FIFO, CostAware, Policy, create_policy
+from kvstrata.policies.base import PRIORITIES
 from kvstrata.policies.cost import LOOKS_PER_POP
+from kvstrata.policies.lru import ROUNDS_PER_POP
 from kvstrata.policies.s3fifo import TURNS_PER_POP
 from kvstrata.testing.clock import ManualClock
 from kvstrata.testing.policies import NBYTES, PolicyContract, anything, key
@@ -60,6 +62,7 @@ class PolicyMachine(RuleBasedStateMachine):
     """A random history against a dictionary in order of last use."""
 
     name = ""
+    prioritised = True
     small_keys = st.integers(0, 20).map(key)
 
     def __init__(self) -> None:
@@ -67,10 +70,14 @@ class PolicyMachine(RuleBasedStateMachine):
         self.policy = create_policy(self.name, 8 * NBYTES, ManualClock())
         self.model: dict[bytes, int] = {}
         self.leased: set[bytes] = set()
+        self.priorities: dict[bytes, int] = {}
 
-    @rule(one=small_keys, nbytes=st.integers(1, 2 * NBYTES), cost=st.floats(0, 10))
-    def insert(self, one: bytes, nbytes: int, cost: float) -> None:
-        self.policy.insert(one, nbytes, cost)
+    @rule(one=small_keys, nbytes=st.integers(1, 2 * NBYTES), cost=st.floats(0, 10),
+          priority=st.sampled_from(PRIORITIES))  # fmt: skip
+    def insert(self, one: bytes, nbytes: int, cost: float, priority: int) -> None:
+        priority *= self.prioritised
+        self.policy.insert(one, nbytes, cost, priority)
+        self.priorities[one] = priority or self.priorities.get(one, 0)
         self.model.pop(one, None)
         self.model[one] = nbytes
 
@@ -85,6 +92,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def remove(self, one: bytes) -> None:
         self.policy.remove(one)
         self.model.pop(one, None)
+        self.priorities.pop(one, None)
 
     @rule(one=small_keys)
     def lease_or_release(self, one: bytes) -> None:
@@ -101,7 +109,7 @@ class PolicyMachine(RuleBasedStateMachine):
             return
         assert victim in candidates
         self.check_victim(victim, candidates)
-        del self.model[victim]
+        del self.model[victim], self.priorities[victim]
 
     def check_victim(self, victim: bytes, candidates: list[bytes]) -> None:
         """Candidates come in order of last use."""
@@ -112,11 +120,14 @@ class PolicyMachine(RuleBasedStateMachine):
         assert sorted(self.policy.keys()) == sorted(self.model)
         assert all(one in self.policy for one in self.model)
         assert self.policy.total_bytes == sum(self.model.values())
+        for number in range(21):
+            assert self.policy.priority_of(key(number)) == self.priorities.get(key(number), 0)
         self.policy.check_integrity()
 
 
 class LRUMachine(PolicyMachine):
     name = "lru"
+    prioritised = False
 
     def check_victim(self, victim: bytes, candidates: list[bytes]) -> None:
         assert victim == candidates[0]
@@ -124,6 +135,10 @@ class LRUMachine(PolicyMachine):
     @invariant()
     def order_is_exact(self) -> None:
         assert list(self.policy.keys()) == list(self.model)
+
+
+class PrioritisedLRUMachine(PolicyMachine):
+    name = "lru"
 
 
 class S3FIFOMachine(PolicyMachine):
@@ -135,6 +150,10 @@ class CostMachine(PolicyMachine):
 
 
 TestLRUHistory = LRUMachine.TestCase
+TestPrioritisedLRUHistory = PrioritisedLRUMachine.TestCase
+TestPrioritisedLRUHistory.settings = settings(
+    max_examples=100, stateful_step_count=60, deadline=None
+)
 TestS3FIFOHistory = S3FIFOMachine.TestCase
 TestCostHistory = CostMachine.TestCase
 TestLRUHistory.settings = TestS3FIFOHistory.settings = TestCostHistory.settings = settings(
@@ -161,6 +180,29 @@ class TestLRU:
         policy.touch(key(0))
         policy.insert(key(1), NBYTES)
         assert [policy.evict(anything) for _ in range(4)] == [key(2), key(3), key(0), key(1)]
+
+    @pytest.mark.parametrize("touch", [LRU.touch, lambda policy, one: policy.touch_all([one])])
+    def test_a_priority_is_so_many_rounds_and_a_use_gives_them_back(
+        self, touch: Callable[[LRU, bytes], None]
+    ) -> None:
+        policy = LRU(100 * NBYTES)
+        policy.insert(key(0), NBYTES, 0.0, 2)
+        usual = iter(range(1, 100))
+        for uses in range(2):
+            for _ in range(2):
+                policy.insert(key(one := next(usual)), NBYTES)
+                assert policy.evict(anything) == key(one), "it goes round"
+            if not uses:
+                touch(policy, key(0))
+        policy.insert(key(next(usual)), NBYTES)
+        assert policy.evict(anything) == key(0)
+
+    def test_one_eviction_is_bounded(self) -> None:
+        policy = LRU(100 * NBYTES)
+        for i in range(4 * ROUNDS_PER_POP):
+            policy.insert(key(i), NBYTES, 0.0, 3)
+        assert policy.evict(anything) == key(ROUNDS_PER_POP)
+        policy.check_integrity()
 
 
 class TestS3FIFO:
@@ -216,6 +258,35 @@ class TestS3FIFO:
         policy.touch(key(0))
         assert [policy.evict(anything) for _ in range(3)] == [key(1), key(2), key(0)]
 
+    def test_a_use_of_one_of_priority_gives_its_rounds_back(self) -> None:
+        policy = S3FIFO(10 * NBYTES)
+
+        def proven(*numbers: int) -> None:
+            for number in numbers:
+                policy.insert(key(number), NBYTES, 0.0, 1 if number == 0 else 0)
+                policy.touch(key(number))
+                policy.touch(key(number))
+
+        proven(0, 1)
+        fill(policy, range(2, 4))
+        # Two are in main now, and the first of them has gone round.
+        assert [policy.evict(anything) for _ in range(2)] == [key(2), key(1)]
+        policy.touch(key(0))
+        proven(4, 5)
+        assert [policy.evict(anything) for _ in range(2)] == [key(3), key(4)], "it was used"
+        proven(6)
+        assert policy.evict(anything) == key(5), "it has its round again"
+        proven(7)
+        assert policy.evict(anything) == key(0)
+
+    def test_what_was_of_low_priority_and_is_not_comes_anew(self) -> None:
+        policy = S3FIFO(100 * NBYTES)
+        policy.insert(key(0), NBYTES, 0.0, -1)
+        policy.insert(key(1), NBYTES)
+        policy.insert(key(0), 2 * NBYTES, 0.0, 1)
+        policy.check_integrity()
+        assert [policy.evict(anything) for _ in range(2)] == [key(1), key(0)]
+
     def test_one_eviction_is_bounded(self) -> None:
         policy = S3FIFO(100 * NBYTES)
         for i in range(2 * TURNS_PER_POP):
@@ -239,6 +310,15 @@ class TestCostAware:
         for i, nbytes in enumerate([10, 30, 20]):
             policy.insert(key(i), nbytes, 1.0)
         assert [policy.evict(anything) for _ in range(3)] == [key(1), key(2), key(0)]
+
+    @pytest.mark.parametrize(("priority", "cost"), [(-1, 1 / 4), (1, 4.0), (2, 16.0), (3, 64.0)])
+    def test_a_priority_weighs_as_a_cost(self, priority: int, cost: float) -> None:
+        for other, first in ((0.9 * cost, 1), (1.1 * cost, 0)):
+            policy = CostAware(100 * NBYTES)
+            policy.insert(key(0), NBYTES, 1.0, priority)
+            policy.insert(key(1), NBYTES, other)
+            assert policy.evict(anything) == key(first)
+            assert policy.cost_of(key(0)) in (0.0, 1.0), "what it costs is not what it counts"
 
     def test_each_use_adds(self) -> None:
         policy = CostAware(100 * NBYTES)
@@ -270,7 +350,7 @@ class TestCostAware:
         policy = CostAware(100 * NBYTES)
         keys = [key(0), key(1)] if first == "unknown" else [key(2), key(3)]
         for one in keys:
-            policy.insert(one, NBYTES, *([] if first == "unknown" else [0.002]))
+            policy.insert(one, NBYTES, 0.0 if first == "unknown" else 0.002)
         for number, cost in enumerate([0.001, 0.2]):
             policy.insert(key(10 + number), NBYTES, cost)
         if first == "known":

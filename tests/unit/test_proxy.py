@@ -81,6 +81,21 @@ def test_the_first_request_tells_where_the_node_is() -> None:
     behind_a_proxy(test)
 
 
+def test_hints_of_the_client_reach_both_engines_and_name_no_peer() -> None:
+    async def test(place: Place) -> None:
+        hints = {"store": False, "session": "s"}
+        sent = {"kvstrata": {**hints, "peer": "10.0.0.9:1", "running": True}, "other": 1}
+        assert (await place.ask(kv_transfer_params=sent))[0] == 200
+        (computed,), (decoded,) = place.prefill[0].asked, place.decode[0].asked
+        assert computed["kv_transfer_params"] == {**COMPUTE_FOR_ANOTHER, "kvstrata": hints}
+        told = decode_elsewhere(PEER, b"n", "r", 5, 1, CHECK)
+        assert decoded["kv_transfer_params"] == {**told, "kvstrata": {**hints, **told["kvstrata"]}}
+        assert (await place.ask(kv_transfer_params={"kvstrata": 3}))[0] == 200
+        assert place.prefill[0].asked[-1]["kv_transfer_params"] == COMPUTE_FOR_ANOTHER
+
+    behind_a_proxy(test)
+
+
 def test_then_both_begin_at_once() -> None:
     async def test(place: Place) -> None:
         await place.know_the_peer()

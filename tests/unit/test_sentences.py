@@ -72,10 +72,16 @@ def test_whose_deadline(detail: str) -> None:
     assert [name for name, words in said.items() if words in text] == [detail]
 
 
-@pytest.mark.parametrize("detail", ["leases", "room", "message"])
+@pytest.mark.parametrize("detail", ["leases", "room", "message", "hints", "tiers"])
 def test_which_cap(detail: str) -> None:
-    said = {"leases": "hold still", "room": "no room", "message": "32,768"}
-    text = sentence(Unloaded(Why.CAPPED, 128, "", detail)).text
+    said = {
+        "leases": "hold still",
+        "room": "no room",
+        "message": "32,768",
+        "hints": "no more was to be loaded",
+        "tiers": "in disk, which the request left out",
+    }
+    text = sentence(Unloaded(Why.CAPPED, 128, "disk", detail)).text
     assert [name for name, words in said.items() if words in text] == [detail]
 
 

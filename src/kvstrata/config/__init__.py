@@ -1,9 +1,9 @@
 """One strict configuration for nodes, clients and commands: `load_config` makes it."""
 
+from kvstrata.config.environment import OTHER_VARIABLES
 from kvstrata.config.options import (
     MAY_BE_MISSING,
     OPTIONS,
-    OTHER_VARIABLES,
     PARTS,
     Config,
     Option,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from kvstrata import units
 from kvstrata.config import kinds
 from kvstrata.config.api import ApiConfig
+from kvstrata.config.environment import OTHER_VARIABLES, of_kubernetes
 from kvstrata.config.files import read_file
 from kvstrata.config.fleet import FleetConfig
 from kvstrata.config.network import FLEET, NetworkConfig, PeerConfig
@@ -38,20 +38,6 @@ from kvstrata.errors import ConfigError, did_you_mean
 from kvstrata.memory.machine import total_bytes
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-OTHER_VARIABLES: Mapping[str, str] = {
-    "KVSTRATA_API_TOKEN": "tokens of the HTTP API, as in `api.token_file`; a bare one may write",
-    "KVSTRATA_CONFIG": "the configuration file (`.toml`, `.yaml` or `.yml`)",
-    "KVSTRATA_MODEL_CACHE": "where the demo and the tests keep the models that they prepared",
-    "KVSTRATA_REQUIRE_ENGINE": "`1`: the engine tests fail, not skip, where vLLM is missing",
-}
-"""KVSTRATA_* variables that are no option."""
-
-# Kubernetes describes a service named "kvstrata..." to every pod in variables of these shapes.
-_KUBERNETES = re.compile(
-    r"KVSTRATA(_[A-Z0-9_]+)?_(SERVICE_HOST=.*|SERVICE_PORT(_[A-Z0-9_]+)?=[0-9]+"
-    r"|PORT=[a-z]+://.*|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*)"
-)
 
 
 def default_secret_file(environ: Mapping[str, str]) -> Path:
@@ -111,6 +97,11 @@ class Config:
         "1min",
         "How often a chunk of random bytes goes through each tier and back, see docs/metrics.md.",
         shared=True,
+    )
+    hints: tuple[str, ...] = option(
+        kinds.HINT_NAMES,
+        "max_load_tokens, max_store_tokens, store, load",
+        "What clients may say of the cache with a request, see docs/hints.md.",
     )
     host: HostConfig = field(default_factory=HostConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -333,7 +324,7 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, _Given]
         elif (
             name.startswith("KVSTRATA_")
             and name not in OTHER_VARIABLES
-            and not _KUBERNETES.fullmatch(f"{name}={value}")
+            and not of_kubernetes(name, value)
         ):
             known = [*variables, *OTHER_VARIABLES]
             # The prefix alone would make any two names look alike.

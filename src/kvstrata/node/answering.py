@@ -65,7 +65,7 @@ class Answers:
         if (keys := search.keys[count:]) and not search.client.ended:
             missing = Missing(
                 asked, keys, not count, search.parts, search.cut, bool(search.namespace),
-                search.late,
+                search.late, search.among,
             )  # fmt: skip
             reasons += yield from self._reasons.of(missing)
         if asked is not None:

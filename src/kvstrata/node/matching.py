@@ -10,7 +10,7 @@ ends, so nothing that was found can go, and no cap is passed, while others are s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from kvstrata.node.answering import Answers
@@ -121,7 +121,7 @@ class Matcher:
         """Ask the shared tiers for what no tier of this node has, and go on with what they have."""
         keys = search.keys[len(search.tiers) :]
         question = Question(search.namespace, keys, search.parts, search.preferred, search.peer)
-        asked = [backing for backing in self._backings if backing.must_be_asked]
+        asked = [one for one in self._backings if one.must_be_asked and search.may_use(one.name)]
         answers = [asyncio.ensure_future(backing.resolve(question)) for backing in asked]
         # All were asked at once; the fastest is heard first, and it may have everything.
         for backing, answer in zip(asked, answers, strict=True):
@@ -189,6 +189,7 @@ class Matcher:
         parts: tuple[int, ...],
         orders: frozenset[str] | None = None,
         sizes: Mapping[int, int] = MappingProxyType({}),
+        among: Collection[str] = (),
     ) -> Located | None:
         """Where each part of a chunk is, in an order that can be read; None unless all are.
 
@@ -197,6 +198,7 @@ class Matcher:
             parts: of the chunk.
             orders: that the reader reads; None: any will do.
             sizes: of the parts' objects when they are raw, as far as it is known.
+            among: the tiers it may come from besides host memory; none: all.
         """
         places: list[Slot | Wanted] = []
         slowest = 0
@@ -208,8 +210,8 @@ class Matcher:
                 places.append(slot)
                 continue
             for number, backing in enumerate(self._backings, 1):
-                stored = backing.find(key, part, orders)
-                if stored is not None:
+                usable = not among or backing.name in among
+                if usable and (stored := backing.find(key, part, orders)) is not None:
                     slot = self._movement.arriving.get((key, part))
                     nbytes = sizes.get(part, stored)
                     places.append(slot or Wanted(key, part, nbytes, backing, stored))
@@ -283,8 +285,8 @@ class Matcher:
         if lacking:
             if search.load is None:
                 chunk_s = self._reservations.compute_s(lacking[0][0].nbytes)
-                portable = PORTABLE in search.orders
-                search.load = Load(chunk_s, portable, search.owner, search.trace)
+                portable, among = PORTABLE in search.orders, search.among
+                search.load = Load(chunk_s, portable, search.owner, search.trace, among)
             with self._host.sparing(search.distinct):
                 given = iter(self._movement.promote(search.load, lacking))
         rows: list[Row] = []
@@ -305,7 +307,7 @@ class Matcher:
         most = max(1, SLICE_OBJECTS // len(search.parts))
         found: list[Located] = []
         for key in search.keys[place : place + most]:
-            one = self.locate(key, search.parts, search.orders, search.sizes_of(key))
+            one = self.locate(key, search.parts, search.orders, search.sizes_of(key), search.among)
             if one is None and search.foreseeing:
                 one = self._foresee(search, key)
             if one is None:

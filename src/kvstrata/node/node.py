@@ -39,6 +39,7 @@ from kvstrata.node.operating.reasons import Reasons
 from kvstrata.node.operating.tenants import Tenants
 from kvstrata.node.operating.watching import Watching
 from kvstrata.node.records import Records
+from kvstrata.node.searching import check_tiers
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.expecting import Expecting
 from kvstrata.node.service.movement import Movement
@@ -230,6 +231,7 @@ class Node:
 
     def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
+        check_tiers(message.tiers, self.backings)
         if self.operations.drainer.closing:
             return nothing_of(message)
         match = partial(self._matcher.match, client, message)
@@ -260,6 +262,7 @@ class Node:
 
     def reserve(self, client: Client, message: p.Reserve) -> p.Reserved | Awaitable[p.Reserved]:
         """Give out slots for the chunks ``prefix[first:]``, head first, as far as there is room."""
+        check_tiers(message.tiers, self.backings)
 
         def work() -> Generator[None, None, p.Reserved]:
             presence = self._none_taken if self.operations.drainer.draining else self._presence
@@ -289,16 +292,7 @@ class Node:
     ) -> Generator[None, None, p.Done]:
         written = yield from self.reservations.finish(reservation, checksums)
         if written:
-            last = reservation.prefix.index(written[-1][0])
-            origin = Origin(
-                reservation.prefix[: last + 1],
-                reservation.part,
-                reservation.order,
-                reservation.cost,
-                reservation.weights,
-                reservation.namespace,
-                reservation.trace,
-            )
+            origin = Origin.of(reservation, written[-1][0])
             if not reservation.is_tail:  # behind its last token lies anything
                 self.movement.write_behind(origin, written)
         for key, slot in written:

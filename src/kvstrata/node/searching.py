@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
+from kvstrata.config.network import PeerConfig
 from kvstrata.errors import UsageError
 from kvstrata.heads import HEAD_BYTES, MAX_HEADS
 from kvstrata.keys import KEY_BYTES, OWNER_BYTES
 from kvstrata.node.common.planner import Prefill
+from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.promotions import Load
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.leases import Lease
@@ -40,6 +43,9 @@ class Search:
         self.orders = frozenset(message.orders)
         self.preferred = tuple(dict.fromkeys(message.orders))
         self.namespace = checked_namespace(message.namespace)
+        # The tiers that may be used, none: all; a peer that the request names is always one.
+        named = [PeerConfig.name] if message.tiers and message.peer else []
+        self.among = frozenset([*message.tiers, *named])
         if not (0 <= message.chunk_s < math.inf and 0 <= message.pair_s < math.inf):
             raise UsageError(f"{message.chunk_s} and {message.pair_s} s are no times of a chunk")
         if not 0 <= message.expected_s < math.inf:
@@ -69,6 +75,10 @@ class Search:
         self.late: list[str] = []  # tiers that did not answer in time
         self._packed = message.keys
         self._num_keys = p.count(message.keys, 32)
+
+    def may_use(self, tier: str) -> bool:
+        """Whether a tier may be loaded from, as far as the request says."""
+        return not self.among or tier in self.among
 
     def sizes_of(self, key: bytes) -> dict[int, int]:
         """Bytes of each of a chunk's objects when it is raw, as far as the reader says."""
@@ -105,6 +115,13 @@ def checked_heads(heads: bytes) -> bytes:
     if len(heads) % HEAD_BYTES or len(heads) > MAX_HEADS * HEAD_BYTES:
         raise UsageError(f"{len(heads)} bytes are no heads; {HEAD_BYTES} each, {MAX_HEADS} at most")
     return heads
+
+
+def check_tiers(tiers: Sequence[str], backings: Sequence[Backing]) -> None:
+    """Raises `UsageError` for a name that none of the node's tiers has."""
+    names = {"host", *(backing.name for backing in backings)}
+    if unknown := set(tiers) - names:
+        raise UsageError(f"no tier {unknown.pop()!r} here; there are {sorted(names)}")
 
 
 def _sizes(lengths: list[int], parts: list[int]) -> dict[int, int]:

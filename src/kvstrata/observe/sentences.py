@@ -22,6 +22,14 @@ _CAPS = {
         "one match names 32,768 chunks at most",
         "use larger chunks (chunk_tokens)",
     ),
+    "hints": (
+        "the request said that no more was to be loaded",
+        "nothing; its hints are in the record",
+    ),
+    "tiers": (
+        "it is in {tier}, which the request left out",
+        "nothing; its hints are in the record",
+    ),
 }
 _DEADLINES = {
     "lookup": (

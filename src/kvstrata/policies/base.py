@@ -14,6 +14,9 @@ from heapq import heappop, heappush
 
 from kvstrata.errors import UsageError
 
+PRIORITIES = range(-1, 4)
+"""What a chunk may matter more or less than others: -1 goes first, 0 is usual, 3 stays longest."""
+
 Evictable = Callable[[bytes], bool]
 """Says whether a key may go now (it is not leased). Must not call the policy."""
 
@@ -40,17 +43,21 @@ class Policy(ABC):
         self.clock = clock
         self.parking = Parking()
         self._total_bytes = 0
+        # Of the keys whose priority is not 0, and how often each went round for it since its use.
+        self._priorities: dict[bytes, int] = {}
+        self._rounds: dict[bytes, int] = {}
 
     @abstractmethod
-    def insert(self, key: bytes, nbytes: int, cost: float = 0.0) -> None:
+    def insert(self, key: bytes, nbytes: int, cost: float = 0.0, priority: int = 0) -> None:
         """Add a key. If it is present this is a touch, and the new size and cost hold.
 
         Args:
             nbytes: what the key weighs, at least 1.
             cost: seconds that recomputing it would take, finite and not negative, 0: unknown,
                 so that one that is known still holds; most policies ignore it.
+            priority: one of `PRIORITIES`; 0: nothing is said, so what was said before holds.
         Raises:
-            UsageError: `nbytes` or `cost` is out of range; nothing has changed.
+            UsageError: an argument is out of range; nothing has changed.
         """
 
     @abstractmethod
@@ -75,6 +82,10 @@ class Policy(ABC):
     def cost_of(self, key: bytes) -> float:
         """The cost of a key; 0 where it is unknown, or of no interest."""
         return 0.0
+
+    def priority_of(self, key: bytes) -> int:
+        """The priority of a key; 0 where nothing was said."""
+        return self._priorities.get(key, 0)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -111,10 +122,7 @@ class Policy(ABC):
             if evictable(key):
                 break
             self.parking.pass_over()
-        nbytes = self.parking.discard(key)
-        assert nbytes is not None
-        self._total_bytes -= nbytes
-        self._evicted(key, nbytes)
+        self.take(key)
         return key
 
     def emptied(self) -> Policy:
@@ -127,6 +135,7 @@ class Policy(ABC):
         assert nbytes is not None, "only what was passed over can be taken"
         self._total_bytes -= nbytes
         self._evicted(key, nbytes)
+        self._forget_priority(key)
 
     def unpark(self, key: bytes) -> None:
         """Note that a key which `evict` passed over may go now; of other keys this is no news."""
@@ -139,9 +148,30 @@ class Policy(ABC):
     def _evicted(self, key: bytes, nbytes: int) -> None:  # noqa: B027  most need nothing
         """Hook: the key has just been evicted."""
 
+    def _prioritise(self, key: bytes, priority: int) -> int:
+        """Note what was said of a key that is used; its priority now."""
+        if priority:
+            self._priorities[key] = priority
+        self._rounds.pop(key, None)
+        return self.priority_of(key)
+
+    def _goes_round(self, key: bytes) -> bool:
+        """Whether a key whose turn has come stays for its priority, as often as that says."""
+        gone = self._rounds.get(key, 0)
+        if gone >= self.priority_of(key):
+            return False
+        self._rounds[key] = gone + 1
+        return True
+
+    def _forget_priority(self, key: bytes) -> None:
+        self._priorities.pop(key, None)
+        self._rounds.pop(key, None)
+
     @abstractmethod
     def check_integrity(self) -> None:
         """Assert what must hold between calls: each key once, sizes add up."""
+        assert all(key in self and rank in PRIORITIES for key, rank in self._priorities.items())
+        assert all(0 < gone <= self.priority_of(key) for key, gone in self._rounds.items())
 
 
 class Parking:
@@ -198,12 +228,14 @@ class Parking:
             heappush(self._free, (spot[0], key))
 
 
-def check_arguments(nbytes: int, cost: float) -> None:
+def check_arguments(nbytes: int, cost: float, priority: int) -> None:
     """Raise UsageError unless `insert` may take these."""
     if nbytes < 1:
         raise UsageError(f"a key of {nbytes} bytes cannot be ordered")
     if not 0 <= cost < math.inf:
         raise UsageError(f"a cost of {cost} s is not a finite time")
+    if priority not in PRIORITIES:
+        raise UsageError(f"{priority} is no priority: {PRIORITIES[0]} to {PRIORITIES[-1]}")
 
 
 def unknown_key(key: bytes) -> UsageError:

@@ -13,17 +13,19 @@ from heapq import heapify, heappop, heappush
 from kvstrata.policies.base import Policy, check_arguments, unknown_key
 
 LOOKS_PER_POP = 256
+WEIGHT = 4.0
 REMEMBERED = 4
 """The typical cost is that of what was told lately: this many times the capacity, at the most."""
 
 
 class _Entry:
-    __slots__ = ("base", "cost", "key", "live", "nbytes", "order", "priority", "uses")
+    __slots__ = ("base", "cost", "key", "live", "nbytes", "order", "priority", "uses", "weight")
 
-    def __init__(self, key: bytes, nbytes: int, cost: float, uses: int) -> None:
+    def __init__(self, key: bytes, nbytes: int, cost: float, uses: int, weight: float) -> None:
         self.key = key
         self.nbytes = nbytes
         self.cost = cost
+        self.weight = weight  # what its cost counts for: more or less, as was asked for
         self.uses = uses
         self.base = 0.0  # the inflation at its last use
         self.priority = 0.0
@@ -39,7 +41,8 @@ class CostAware(Policy):
 
     Inflation is the priority of the dearest victim so far, so whatever is not used any more is
     overtaken in the end, however dear it was. Cost is seconds to recompute the key. One whose cost
-    is unknown (a startup scan reads no file) counts as what a byte has cost lately.
+    is unknown (a startup scan reads no file) counts as what a byte has cost lately. One that was
+    asked to matter more or less, a priority of p, counts as `WEIGHT` ** p times as dear.
 
     No eviction stalls: it puts at most `LOOKS_PER_POP` used keys into their new places, and if
     the lowest key is not known by then, it takes the lowest that has been put into its place.
@@ -61,16 +64,19 @@ class CostAware(Policy):
         self._known_s = 0.0  # the sum of the costs that were told, and of the sizes they are for
         self._known_bytes = 0.0
 
-    def insert(self, key: bytes, nbytes: int, cost: float = 0.0) -> None:
-        check_arguments(nbytes, cost)
+    def insert(self, key: bytes, nbytes: int, cost: float = 0.0, priority: int = 0) -> None:
+        check_arguments(nbytes, cost, priority)
         known = self._entries.get(key)
         cost = cost or self.cost_of(key)
-        if known is not None and (known.nbytes, known.cost) == (nbytes, cost):
+        priority = priority or self.priority_of(key)
+        weight = float(WEIGHT**priority)
+        if known is not None and (known.nbytes, known.cost, known.weight) == (nbytes, cost, weight):
             self.touch(key)
             return
         uses = 0 if known is None else known.uses
         self.remove(key)  # its priority may fall, which an item in the heap cannot follow
-        entry = self._entries[key] = _Entry(key, nbytes, cost, uses)
+        self._prioritise(key, priority)
+        entry = self._entries[key] = _Entry(key, nbytes, cost, uses, weight)
         self._total_bytes += nbytes
         if cost:
             self._learn(cost, nbytes, known)
@@ -90,6 +96,7 @@ class CostAware(Policy):
         if entry is None:
             return
         self._total_bytes -= entry.nbytes
+        self._forget_priority(key)
         if self.parking.discard(key) is None:
             entry.live = False
             self._dead_items += 1
@@ -120,9 +127,10 @@ class CostAware(Policy):
         entry.priority = max(entry.priority, self._priority(entry))
 
     def _priority(self, entry: _Entry) -> float:
+        uses = entry.uses * entry.weight
         if entry.cost:
-            return entry.base + entry.uses * entry.cost / entry.nbytes
-        return entry.base + entry.uses * self._known_s / max(1.0, self._known_bytes)
+            return entry.base + uses * entry.cost / entry.nbytes
+        return entry.base + uses * self._known_s / max(1.0, self._known_bytes)
 
     def _learn(self, cost: float, nbytes: int, before: _Entry | None) -> None:
         """A cost was told, of a key that was known as it was ``before``: a chunk grows by parts."""
@@ -171,6 +179,7 @@ class CostAware(Policy):
         self._inflation = max(self._inflation, self._entries.pop(key).priority)
 
     def check_integrity(self) -> None:
+        super().check_integrity()
         parked = dict(self.parking.items())
         items = list(self._items())
         queued = {entry.key: entry for _, _, entry in items if entry.live}

@@ -8,61 +8,93 @@ from collections.abc import Callable, Iterable, Iterator
 
 from kvstrata.policies.base import Policy, check_arguments, unknown_key
 
+ROUNDS_PER_POP = 256
+
 
 class LRU(Policy):
-    """Least recently used. Exact among unleased keys (see `Policy.evict`); ignores cost."""
+    """Least recently used. Exact among unleased keys (see `Policy.evict`); ignores cost.
+
+    Those of priority -1 go before all others, in the same order. One of 1 to 3 goes round so many
+    times before it goes, as if it were used when its turn comes; a use gives it all of them again.
+    One eviction lets at most `ROUNDS_PER_POP` keys go round.
+    """
 
     def __init__(self, capacity_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(capacity_bytes, clock)
         # Not a plain dictionary: that one gets slow at its front as keys are taken from there.
         self._sizes: OrderedDict[bytes, int] = OrderedDict()
+        self._first: OrderedDict[bytes, int] = OrderedDict()  # those of priority -1
 
-    def insert(self, key: bytes, nbytes: int, cost: float = 0.0) -> None:
-        check_arguments(nbytes, cost)
-        if key in self:
-            self.remove(key)
-        self._sizes[key] = nbytes
+    def insert(self, key: bytes, nbytes: int, cost: float = 0.0, priority: int = 0) -> None:
+        check_arguments(nbytes, cost, priority)
+        priority = priority or self.priority_of(key)
+        self.remove(key)
+        self._prioritise(key, priority)
+        self._queue_for(key)[key] = nbytes
         self._total_bytes += nbytes
 
     def touch(self, key: bytes) -> None:
-        if key in self._sizes:
-            self._sizes.move_to_end(key)
+        queue = self._queue_for(key)
+        self._rounds.pop(key, None)
+        if key in queue:
+            queue.move_to_end(key)
             return
         nbytes = self.parking.discard(key)
         if nbytes is None:
             raise unknown_key(key)
-        self._sizes[key] = nbytes
+        queue[key] = nbytes
 
     def touch_all(self, keys: Iterable[bytes]) -> None:
         # A match touches hundreds of keys at once, in two tiers: no call for each.
         sizes, move_to_end = self._sizes, self._sizes.move_to_end
+        rounds = self._rounds
         for key in keys:
             if key in sizes:
                 move_to_end(key)
-            elif key in self.parking:
+                if rounds:
+                    rounds.pop(key, None)
+            elif key in self:
                 self.touch(key)
 
     def remove(self, key: bytes) -> None:
-        nbytes = self._sizes.pop(key, None) or self.parking.discard(key)
+        nbytes = self._queue_for(key).pop(key, None) or self.parking.discard(key)
         if nbytes is not None:
             self._total_bytes -= nbytes
+            self._forget_priority(key)
 
     def __len__(self) -> int:
-        return len(self._sizes) + len(self.parking)
+        return len(self._sizes) + len(self._first) + len(self.parking)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._sizes or key in self.parking
+        return key in self._sizes or key in self._first or key in self.parking
 
     def keys(self) -> Iterator[bytes]:
         for key, _ in self.parking.items():
             yield key
+        yield from self._first
         yield from self._sizes
 
+    def _queue_for(self, key: bytes) -> OrderedDict[bytes, int]:
+        return self._first if self._priorities.get(key, 0) < 0 else self._sizes
+
     def _pop(self) -> tuple[bytes, int] | None:
-        return self._sizes.popitem(last=False) if self._sizes else None
+        if self._first:
+            return self._first.popitem(last=False)
+        rounds_left = ROUNDS_PER_POP if self._priorities else 0
+        while self._sizes:
+            key, nbytes = self._sizes.popitem(last=False)
+            if not rounds_left or not self._goes_round(key):
+                return key, nbytes
+            rounds_left -= 1
+            self._sizes[key] = nbytes
+        return None
 
     def check_integrity(self) -> None:
+        super().check_integrity()
         parked = dict(self.parking.items())
-        assert not parked.keys() & self._sizes.keys(), "a key stands in two places"
-        total = sum(parked.values()) + sum(self._sizes.values())
+        places = [parked.keys(), self._first.keys(), self._sizes.keys()]
+        assert len(set().union(*places)) == len(self), "a key stands in two places"
+        assert all(self.priority_of(key) < 0 for key in self._first)
+        assert not any(self.priority_of(key) < 0 for key in self._sizes)
+        total = sum(sum(place.values()) for place in (parked, self._first, self._sizes))
         assert total == self._total_bytes, f"{total} bytes held, {self._total_bytes} counted"

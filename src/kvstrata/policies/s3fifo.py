@@ -26,6 +26,9 @@ class S3FIFO(Policy):
     move to main, the others are evicted and remembered as ghosts; a ghost that is inserted
     again enters main at once. At the end of main a used key goes round again with one use less.
     Ghosts are bare keys, as many as would fill main. Ignores cost.
+
+    Those of priority -1 have a queue of their own, which is emptied first, oldest use first. One of
+    1 to 3 goes round in main so many times when it would go; a use gives it all of them again.
     """
 
     def __init__(self, capacity_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -33,14 +36,20 @@ class S3FIFO(Policy):
         self._small_target = int(capacity_bytes * SMALL_SHARE)
         self._small: OrderedDict[bytes, int] = OrderedDict()  # key -> size, oldest first
         self._main: OrderedDict[bytes, int] = OrderedDict()
+        self._first: OrderedDict[bytes, int] = OrderedDict()  # those of priority -1
         self._ghost: OrderedDict[bytes, int] = OrderedDict()
         self._hits: dict[bytes, int] = {}  # only keys used since they entered; at most MAX_HITS
         self._small_bytes = 0
         self._ghost_bytes = 0
 
-    def insert(self, key: bytes, nbytes: int, cost: float = 0.0) -> None:
-        check_arguments(nbytes, cost)
+    def insert(self, key: bytes, nbytes: int, cost: float = 0.0, priority: int = 0) -> None:
+        check_arguments(nbytes, cost, priority)
         queue = self._queue_of(key)
+        priority = priority or self.priority_of(key)
+        if queue is not None and (queue is self._first) != (priority < 0):
+            self.remove(key)
+            queue = None
+        self._prioritise(key, priority)
         if queue is not None:
             grown = nbytes - queue[key]
             queue[key] = nbytes  # keeps its place
@@ -55,7 +64,9 @@ class S3FIFO(Policy):
         ghost = self._ghost.pop(key, None)
         if ghost is not None:
             self._ghost_bytes -= ghost
-        if wanted is not None or ghost is not None:
+        if priority < 0:
+            self._first[key] = nbytes
+        elif wanted is not None or ghost is not None:
             self._main[key] = nbytes
         else:
             self._small[key] = nbytes
@@ -63,6 +74,10 @@ class S3FIFO(Policy):
         self._total_bytes += nbytes
 
     def touch(self, key: bytes) -> None:
+        self._rounds.pop(key, None)
+        if key in self._first:
+            self._first.move_to_end(key)
+            return
         if self._queue_of(key) is not None:
             self._hits[key] = min(self._hits.get(key, 0) + 1, MAX_HITS)
             return
@@ -70,7 +85,7 @@ class S3FIFO(Policy):
         if nbytes is None:
             raise unknown_key(key)
         # It stood at the end of its queue; used there, it goes round again.
-        self._main[key] = nbytes
+        (self._first if self.priority_of(key) < 0 else self._main)[key] = nbytes
 
     def remove(self, key: bytes) -> None:
         queue = self._queue_of(key)
@@ -81,42 +96,49 @@ class S3FIFO(Policy):
         if queue is self._small:
             self._small_bytes -= nbytes
         self._hits.pop(key, None)
+        self._forget_priority(key)
 
     def __len__(self) -> int:
-        return len(self._small) + len(self._main) + len(self.parking)
+        return len(self._first) + len(self._small) + len(self._main) + len(self.parking)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._small or key in self._main or key in self.parking
+        return key in self._small or key in self._main or key in self._first or key in self.parking
 
     def keys(self) -> Iterator[bytes]:
         for key, _ in self.parking.items():
             yield key
+        yield from self._first
         yield from self._small
         yield from self._main
 
     def _queue_of(self, key: bytes) -> OrderedDict[bytes, int] | None:
         if key in self._small:
             return self._small
+        if key in self._first:
+            return self._first
         return self._main if key in self._main else None
 
     def _pop(self) -> tuple[bytes, int] | None:
-        # Every turn that returns nothing takes uses away, so the queues do not turn for ever;
-        # past the bound the next key goes as if it were unused.
+        if self._first:
+            return self._first.popitem(last=False)
+        # Every turn that returns nothing takes uses or rounds away, so the queues do not turn for
+        # ever; past the bound the next key goes as if it were unused.
         turns_left = TURNS_PER_POP
         while self._small or self._main:
             turns_left -= 1
             if self._small and (self._small_bytes > self._small_target or not self._main):
                 key, nbytes = self._small.popitem(last=False)
                 self._small_bytes -= nbytes
-                if self._hits.pop(key, 0) < HITS_TO_STAY or turns_left < 0:
-                    return key, nbytes
+                unused = self._hits.pop(key, 0) < HITS_TO_STAY
             else:
                 key, nbytes = self._main.popitem(last=False)
                 hits = self._hits.pop(key, 0)
-                if hits == 0 or turns_left < 0:
-                    return key, nbytes
+                unused = hits == 0
                 if hits > 1:
                     self._hits[key] = hits - 1
+            if turns_left < 0 or (unused and not self._goes_round(key)):
+                self._hits.pop(key, None)
+                return key, nbytes
             self._main[key] = nbytes
         return None
 
@@ -128,12 +150,19 @@ class S3FIFO(Policy):
             self._ghost_bytes -= gone
 
     def check_integrity(self) -> None:
+        super().check_integrity()
         parked = dict(self.parking.items())
-        places = [parked.keys(), self._small.keys(), self._main.keys(), self._ghost.keys()]
+        places = [
+            parked.keys(), self._first.keys(), self._small.keys(), self._main.keys(),
+            self._ghost.keys(),
+        ]  # fmt: skip
         assert len(set().union(*places)) == sum(map(len, places)), "a key stands in two places"
+        assert all(self.priority_of(key) < 0 for key in self._first)
+        assert not any(self.priority_of(key) < 0 for key in (*self._small, *self._main))
         small = sum(self._small.values())
         assert small == self._small_bytes
-        total = small + sum(self._main.values()) + sum(parked.values())
+        held = small + sum(self._first.values()) + sum(self._main.values())
+        total = held + sum(parked.values())
         assert total == self._total_bytes, f"{total} bytes held, {self._total_bytes} counted"
         assert sum(self._ghost.values()) == self._ghost_bytes
         assert self._ghost_bytes <= self.capacity_bytes - self._small_target

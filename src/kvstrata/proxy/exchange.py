@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 
+from kvstrata.connectors.hints import forwarded
 from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER, prefill_elsewhere
 from kvstrata.proxy.engines import Engine
 
@@ -149,7 +150,11 @@ class Exchange:
     async def _compute(self, prefill: Engine) -> dict[str, Any] | None:
         """Have an engine compute the prompt; what the one that decodes is to be told."""
         body = {name: value for name, value in self._body.items() if name not in NOT_FOR_PREFILL}
-        body.update(stream=False, max_tokens=1, kv_transfer_params=dict(COMPUTE_FOR_ANOTHER))
+        body.update(
+            stream=False,
+            max_tokens=1,
+            kv_transfer_params=forwarded(COMPUTE_FOR_ANOTHER, self._sent),
+        )
         if "max_completion_tokens" in body:
             body["max_completion_tokens"] = 1
         answer = await self._open(prefill, body)
@@ -168,7 +173,13 @@ class Exchange:
         return params
 
     def _with(self, params: dict[str, Any] | None) -> dict[str, Any]:
-        return self._body if params is None else {**self._body, "kv_transfer_params": params}
+        if params is None:
+            return self._body
+        return {**self._body, "kv_transfer_params": forwarded(params, self._sent)}
+
+    @property
+    def _sent(self) -> Any:
+        return self._body.get("kv_transfer_params")
 
     async def _open(self, engine: Engine, body: Mapping[str, Any]) -> Answer:
         """Send a body to an engine; returns once the first piece of its answer is here."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import pytest
 
 from kvstrata.errors import UsageError
-from kvstrata.policies.base import Policy
+from kvstrata.policies.base import PRIORITIES, Policy
 from kvstrata.testing.clock import ManualClock
 
 NBYTES = 1000
@@ -177,6 +177,74 @@ class PolicyContract(ABC):
             policy.insert(key(1), NBYTES, cost)
         assert len(policy) == 0
 
+    @pytest.mark.parametrize("priority", [PRIORITIES[0] - 1, PRIORITIES[-1] + 1])
+    def test_priority_must_be_one(self, policy: Policy, priority: int) -> None:
+        with pytest.raises(UsageError):
+            policy.insert(key(1), NBYTES, 1.0, priority)
+        assert len(policy) == 0
+
+    def test_a_priority_is_the_last_that_was_said(self, policy: Policy) -> None:
+        assert policy.priority_of(key(1)) == 0
+        for said, holds in [(2, 2), (0, 2), (-1, -1), (0, -1), (1, 1)]:
+            policy.insert(key(1), NBYTES, 1.0, said)
+            policy.touch(key(1))
+            assert policy.priority_of(key(1)) == holds
+            policy.check_integrity()
+        policy.remove(key(1))
+        assert policy.priority_of(key(1)) == 0
+        for gone in (policy.remove, lambda _: policy.evict(anything)):
+            policy.insert(key(1), NBYTES, 1.0, 3)
+            gone(key(1))
+            policy.insert(key(1), NBYTES, 1.0)
+            assert policy.priority_of(key(1)) == 0
+
+    @pytest.mark.parametrize("uses", [0, 3])
+    def test_low_priority_goes_first(self, policy: Policy, uses: int) -> None:
+        low, usual = [key(i) for i in range(0, 20, 2)], [key(i) for i in range(1, 20, 2)]
+        for one in sorted(low + usual):
+            policy.insert(one, NBYTES, 1.0, -1 if one in low else 0)
+        for _ in range(uses):
+            for one in sorted(low + usual):
+                policy.touch(one)
+        assert [policy.evict(anything) for _ in low] == low
+        assert {policy.evict(anything) for _ in usual} == set(usual)
+
+    @pytest.mark.parametrize("priority", [1, 2, 3])
+    def test_high_priority_stays_longer(self, policy: Policy, priority: int) -> None:
+        high, usual = {key(i) for i in range(0, 100, 2)}, [key(i) for i in range(1, 100, 2)]
+        for one in sorted([*high, *usual]):
+            policy.insert(one, NBYTES, 1.0, priority if one in high else 0)
+            policy.touch(one)
+            policy.touch(one)
+        assert [policy.evict(anything) for _ in range(40)] == usual[:40]
+
+    def test_no_priority_lasts_for_ever(self, policy: Policy) -> None:
+        high = {key(i) for i in range(10)}
+        for one in high:
+            policy.insert(one, NBYTES, 1.0, PRIORITIES[-1])
+        number, evicted = 10, 0
+        while high:
+            number += 1
+            assert number < 100_000, "they are there for good"
+            while policy.total_bytes + NBYTES > policy.capacity_bytes:
+                victim = policy.evict(anything)
+                high -= {victim}
+                evicted += 1
+            policy.insert(key(number), NBYTES, 1.0)
+            for _ in range(2):
+                policy.touch(key(number))
+        assert evicted > 150, "though they stay longer than others, which go after 100"
+        policy.check_integrity()
+
+    @pytest.mark.parametrize("priority", PRIORITIES)
+    def test_a_prefix_of_any_priority_goes_tail_first(self, policy: Policy, priority: int) -> None:
+        tail_to_head = [key(i) for i in range(60)]
+        for one in tail_to_head:
+            policy.insert(one, NBYTES, 1.0, priority)
+        for one in tail_to_head:
+            policy.touch(one)
+        assert [policy.evict(anything) for _ in tail_to_head] == tail_to_head
+
     def test_free_of_cost(self, policy: Policy) -> None:
         policy.insert(key(1), NBYTES, 0.0)
         assert policy.evict(anything) == key(1)
@@ -270,7 +338,7 @@ class PolicyContract(ABC):
             action = draw.randrange(6)
             if action <= 1:
                 model[one] = draw.randrange(1, 3 * NBYTES)
-                policy.insert(one, model[one], draw.random())
+                policy.insert(one, model[one], draw.random(), draw.choice(PRIORITIES))
             elif action == 2 and one in model:
                 policy.touch(one)
             elif action == 3 and draw.random() < 0.3:
@@ -285,6 +353,7 @@ class PolicyContract(ABC):
                 assert (victim is None) == (not model.keys() - leased)
                 if victim is not None:
                     assert victim not in leased
+                    assert policy.priority_of(victim) == 0, "it is remembered no longer"
                     del model[victim]
             assert len(policy) == len(model)
             assert policy.total_bytes == sum(model.values())

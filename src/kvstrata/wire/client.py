@@ -157,6 +157,7 @@ class NodeClient:
         tail: Sequence[int] = (),
         heads: bytes = b"",
         traceparent: str = "",
+        tiers: Sequence[str] = (),
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -176,12 +177,12 @@ class NodeClient:
             tail: of a last key that is a tail's, payload bytes of each part.
             heads: `kvstrata.heads.heads` of the prompt, so that a miss can be explained better.
             traceparent: of the span that waits for it, where the request is traced.
+            tiers: names of those that may be loaded from, besides host memory; none: all.
         """
         some = keys[: _most_keys(parts)]
         packed, tail = b"".join(some), tail if len(some) == len(keys) else ()
         fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s,
-                  peer, expected_s, list(tail), heads,
-                  traceparent)  # fmt: skip
+                  peer, expected_s, list(tail), heads, traceparent, list(tiers))  # fmt: skip
         return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:
@@ -206,6 +207,8 @@ class NodeClient:
         owner: bytes = NOBODY,
         lend: bool = False,
         traceparent: str = "",
+        priority: int = 0,
+        tiers: Sequence[str] = (),
     ) -> Call:
         """Begin to reserve slots for ``prefix[first:]``; answers `Reserved`.
 
@@ -220,9 +223,11 @@ class NodeClient:
             owner: `kvstrata.keys.owner_digest` of who it was computed for.
             lend: whether it is kept for another node until that has it.
             traceparent: as of `match`.
+            priority: what it matters more or less than others, -1 to 3.
+            tiers: names of those it may be written behind to; none: all.
         """
-        keys = b"".join(prefix)
-        fields = (namespace, keys, first, part, template, cost, weights, owner, lend, traceparent)
+        fields = (namespace, b"".join(prefix), first, part, template, cost, weights, owner, lend,
+                  traceparent, priority, list(tiers))  # fmt: skip
         return self.begin(p.Reserve, p.Reserved, *fields)
 
     def commit(self, reservation: int, checksums: Sequence[bytes]) -> Call:

@@ -97,6 +97,7 @@ class Match(Message, tag="match", frozen=True):
     tail: Numbers = msgspec.field(default_factory=list)
     heads: bytes = b""
     traceparent: str = ""
+    tiers: Strings = msgspec.field(default_factory=list)
 
 
 class Matched(Message, tag="matched", frozen=True):
@@ -154,6 +155,8 @@ class Reserve(Message, tag="reserve", frozen=True):
     owner: bytes = NOBODY
     lend: bool = False
     traceparent: str = ""
+    priority: int = 0
+    tiers: Strings = msgspec.field(default_factory=list)
 
 
 class Reserved(Message, tag="reserved", frozen=True):
@@ -196,7 +199,7 @@ _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Req
 _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
-# Messages with columns, by how their bytes begin: an array of fewer than 16, then its tag.
+# Messages with columns, by how their bytes begin behind the array's length: with the tag.
 _LONG = tuple(
     bytes([0xA0 + len(tag)]) + tag
     for tag in (b"match", b"lookup", b"clear", b"pin", b"reserve", b"commit",
@@ -209,7 +212,9 @@ _LONG = tuple(
 
 def max_bytes(body: bytes) -> int:
     """How long a message that begins like this may be."""
-    long = body[:1] <= b"\x9f" and body.startswith(_LONG, 1)
+    # An array of 16 and more says its length in two bytes of their own.
+    short_array, long_array = body[:1] <= b"\x9f", body[:1] == b"\xdc"
+    long = (short_array or long_array) and body.startswith(_LONG, 3 if long_array else 1)
     return MAX_FRAME_BYTES if long else MAX_SHORT_FRAME_BYTES
 
 

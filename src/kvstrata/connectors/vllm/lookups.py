@@ -152,6 +152,8 @@ class Lookups:
         state.rehash()
         if not state.asked:
             state.matched, state.miss = True, "shorter than a chunk"
+            if state.keys:
+                state.miss = "left out by a hint"
             return True
         self._begin(state, client, by_other=state.other_first)
         return True
@@ -240,6 +242,7 @@ class Lookups:
                 self._tail_lengths(state) if len(state.question) > len(state.keys) else (),
                 b"" if by_other else state.heads_by(client.hello.secret),
                 state.look_up(),
+                state.hints.tiers,
             )  # fmt: skip
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
@@ -273,6 +276,8 @@ class Lookups:
                 state.miss = "computing is faster"
             elif len(reply.tiers) < len(state.question):
                 state.miss = "not stored" if not reply.tiers else "partly stored"
+            elif len(state.question) < len(state.keys):
+                state.miss = "left out by a hint"
         if self.client is not None:
             self.client.release(left_out)
             if self.events is not None and not state.by_other:
@@ -310,6 +315,7 @@ class Lookups:
             if parts is None:
                 return False
             namespace = state.namespace = parts.digest()
+            state.hints = state.hints.on(["host", *client.hello.tiers])
             salt = state.request.cache_salt or ""
             state.owner, state.chain = self._derive(client.hello.secret, namespace, salt)
             for other in client.hello.secrets[1:]:

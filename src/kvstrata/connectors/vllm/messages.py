@@ -76,6 +76,8 @@ class Store:
         lend: whether another engine's node will come for it.
         given: leading chunks of the prompt that were not computed for this request.
         trace: traceparent of the request; empty: it is not traced.
+        priority: what it matters more or less than others.
+        tiers: names of those it may be written behind to; none: all.
     """
 
     namespace: bytes
@@ -88,6 +90,8 @@ class Store:
     lend: bool = False
     given: int = 0
     trace: str = ""
+    priority: int = 0
+    tiers: list[str] = field(default_factory=list)
 
     def computed(self) -> Store:
         """The same without what was not computed; perhaps nothing."""

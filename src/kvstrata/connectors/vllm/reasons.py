@@ -19,6 +19,7 @@ class Account:
         why: of those behind them.
         trouble: why no answer of the node counted; None where one did.
         detail: of the trouble.
+        cap: what kept the node from being asked for more.
     """
 
     own: int
@@ -27,6 +28,7 @@ class Account:
     why: Sequence[Reason]
     trouble: Why | None = None
     detail: str = ""
+    cap: str = "message"
     came: int | None = None
     """Leading tokens there were when the load ended early; None: it did not."""
     key: str = ""
@@ -65,6 +67,6 @@ class Account:
             for reason in self.why:
                 chunk += reason.chunks
                 until(chunk * chunk_tokens, reason.why, reason)
-            until(whole, Why.CAPPED, Reason(Why.CAPPED, 1, detail="message"))
+            until(whole, Why.CAPPED, Reason(Why.CAPPED, 1, detail=self.cap))
         until(prompt_tokens, Why.PARTIAL)
         return reasons

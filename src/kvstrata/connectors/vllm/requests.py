@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from kvstrata.connectors.hints import hints
 from kvstrata.connectors.naming import roles
 from kvstrata.connectors.vllm.reasons import Account
 from kvstrata.connectors.vllm.stats import Tally
@@ -29,12 +30,20 @@ class RequestState:
         request: vLLM's request; its tokens grow while it runs.
         bypass: why nothing of it is cached; empty if it is.
         tracer: of those requests that are traced.
+        allowed: the hints that clients may give.
     """
 
-    def __init__(self, request: Any, bypass: str, tracer: Tracer | None = None) -> None:
+    def __init__(
+        self,
+        request: Any,
+        bypass: str,
+        tracer: Tracer | None = None,
+        allowed: Collection[str] = (),
+    ) -> None:
         self.request = request
         self.bypass = bypass
         self.roles = roles(request.kv_transfer_params)
+        self.hints = hints(request.kv_transfer_params, allowed)
         self.namespace = b""
         self.owner = NOBODY
         self.chain: KeyChain | None = None
@@ -97,15 +106,21 @@ class RequestState:
     @property
     def asked(self) -> list[bytes]:
         """Keys of all that may be found: chunks, and the prompt's end where it is the end."""
-        return self._with_end(self.keys, self.tail)
+        return self._with_end(self.keys[: self._most_chunks()], self.tail)
 
     @property
     def asked_by_other(self) -> list[bytes]:
         """The same by the other secret; as many."""
         assert self.other_chain is not None
-        tokens = self.request.all_token_ids[: len(self.keys) * self.other_chain.chunk_tokens]
+        num_chunks = min(len(self.keys), self._most_chunks())
+        tokens = self.request.all_token_ids[: num_chunks * self.other_chain.chunk_tokens]
         keys = self.other_chain.keys(tokens, self._media())
         return self._with_end(keys, self._end_of(self.other_chain, keys) if self.tail else b"")
+
+    def _most_chunks(self) -> int:
+        """Leading chunks that the request's hints let it load."""
+        assert self.chain is not None
+        return self.hints.load_limit // self.chain.chunk_tokens
 
     def nothing_is_left(self, num_computed: int, chunk_tokens: int) -> bool:
         """Whether vLLM itself has all that could be found for the request."""
@@ -164,7 +179,8 @@ class RequestState:
             trouble, detail = Why.BYPASSED, self.bypass or "the request reads no cache"
         granted = self.own_tokens + num_external
         found = len(self.tiers)
-        self.account = Account(self.own_tokens, granted, found, self.why, trouble, detail)
+        cap = "hints" if self.hints.load_limit < self.request.num_prompt_tokens else "message"
+        self.account = Account(self.own_tokens, granted, found, self.why, trouble, detail, cap)
 
     def ended_early(self, came: int, chunk_tokens: int) -> None:
         """The load brought nothing from chunk number ``came`` on; what was found is still known."""
@@ -188,7 +204,9 @@ class RequestState:
 
     def _with_end(self, keys: list[bytes], end: bytes) -> list[bytes]:
         assert self.chain is not None
-        is_prompt = len(keys) == self.request.num_prompt_tokens // self.chain.chunk_tokens
+        num_tokens = self.request.num_prompt_tokens
+        is_prompt = len(keys) == num_tokens // self.chain.chunk_tokens
+        is_prompt = is_prompt and num_tokens <= self.hints.load_limit
         return [*keys, end] if end and self.roles.peer and is_prompt else keys
 
     def _end_of(self, chain: KeyChain, keys: list[bytes]) -> bytes:
@@ -229,6 +247,7 @@ class RequestState:
             "reasons": self._reasons(chunk_tokens),
             "first_key": self.keys[0].hex() if self.keys else "",
             "peer": self.peer_refused or self.roles.peer,
+            **self.hints.record(),
             **self._plan(),
             "seconds": round(time.monotonic() - self.arrived_at, 4),
         }

@@ -60,6 +60,7 @@ class SchedulerSide:
         self._worker_nodes: set[bytes] = set()
         self._copy_rate = 0.0  # bytes per second of the slowest worker; 0: unknown
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._allowed = config.hints
         self._states: dict[str, RequestState] = {}
         self._active: set[str] = set()  # run or load, so that the engine is not idle
         self._admitted: set[str] = set()  # of them, run by no step yet: a wait holds none up
@@ -100,7 +101,8 @@ class SchedulerSide:
     def on_new_request(self, request: Any) -> None:
         """Begin to look a request up."""
         bypass, tracer = self._bypass(request), self._lookups.tracer
-        state = self._states[request.request_id] = RequestState(request, bypass, tracer)
+        state = RequestState(request, bypass, tracer, self._allowed)
+        self._states[request.request_id] = state
         # Those that wait already come first, whether they have asked or not.
         if not state.bypass and len(self._states) - len(self._active) <= LOOK_AHEAD:
             self._lookups.ask(state)
@@ -274,7 +276,7 @@ class SchedulerSide:
         else:
             self._lookups.give_up(state)
             known = min(request.num_computed_tokens - request.num_in_flight_tokens,
-                        request.num_tokens)  # fmt: skip
+                        request.num_tokens, state.hints.store_limit)  # fmt: skip
             if (
                 state.chain is not None
                 and self._lookups.client is not None
@@ -283,6 +285,7 @@ class SchedulerSide:
                 store = self._stores.whole(state, known // self._chunk, block_ids)
                 if len(store.blocks) == (len(store.prefix) - store.first) * self._blocks_per_chunk:
                     self._next.late_stores.append(store)
+        self._stores.pin(state)
         if self._lookups.client is not None:
             outcome = request.status.name.removeprefix("FINISHED_").lower()
             self._lookups.client.record(state.record(outcome, self._chunk))

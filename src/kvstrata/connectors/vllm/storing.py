@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -9,7 +10,9 @@ from kvstrata.connectors.naming import decode_elsewhere
 from kvstrata.connectors.vllm.lookups import Lookups
 from kvstrata.connectors.vllm.messages import Store
 from kvstrata.connectors.vllm.requests import RequestState
+from kvstrata.errors import KVStrataError
 from kvstrata.secret import secret_check
+from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class Stores:
             known: tokens whose KV is there after the step, and whose ids are known.
             resolve: vLLM's own, gives a request's blocks.
         """
+        known = min(known, state.hints.store_limit)
         whole, end = known // self._chunk > state.num_stored, self._end_is_next(state, known)
         if not (whole or end):
             return []
@@ -63,6 +67,8 @@ class Stores:
             blocks=list(block_ids[first * per_chunk : done * per_chunk]),
             weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
+            priority=state.hints.priority,
+            tiers=state.hints.tiers,
             lend=state.roles.lends,
             given=state.num_given,
             trace=state.trace,
@@ -91,10 +97,24 @@ class Stores:
             blocks=list(block_ids[first:last]),
             weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
+            priority=state.hints.priority,
+            tiers=state.hints.tiers,
             tail_tokens=num_tokens % self._chunk,
             lend=True,
             trace=state.trace,
         )
+
+    def pin(self, state: RequestState) -> None:
+        """Have what a request stored or hit stay, if it asks for that; waits for no answer.
+
+        What its workers have yet to store is kept from when it is there.
+        """
+        client, keys = self._lookups.client, state.keys[: state.num_stored]
+        if not state.hints.pin_s or not keys or client is None:
+            return
+        name = state.hints.pin_name(keys[-1])
+        with contextlib.suppress(KVStrataError):  # it is an ordinary entry then
+            client.send(p.Pin(0, b"".join(keys), state.owner, name, float(state.hints.pin_s)))
 
     def elsewhere(self, state: RequestState) -> dict[str, Any] | None:
         """What another engine needs to go on with a request that ended well."""

@@ -344,6 +344,8 @@ class Transfers:
             store.owner,
             store.lend,
             trace,
+            store.priority,
+            store.tiers,
         ).wait(patience)
         offsets = offsets_of(reserved.offsets)
         given = [i for i, offset in enumerate(offsets) if offset >= 0]

@@ -110,7 +110,13 @@ class Index(Generic[E]):
         self.claimed_bytes -= nbytes
 
     def put(
-        self, key: bytes, part: int, entry: E, cost: float = 0.0, whose: Whose = UNKNOWN
+        self,
+        key: bytes,
+        part: int,
+        entry: E,
+        cost: float = 0.0,
+        whose: Whose = UNKNOWN,
+        priority: int = 0,
     ) -> E | None:
         """Enter an object whose bytes were claimed; returns the entry it replaces, if any.
 
@@ -120,6 +126,7 @@ class Index(Generic[E]):
             entry: what is to be known of it.
             cost: what computing the chunk takes, in seconds; 0: unknown.
             whose: it is.
+            priority: as of `Policy.insert`.
         """
         nbytes = self._nbytes_of(entry)
         assert nbytes <= self.claimed_bytes
@@ -144,7 +151,7 @@ class Index(Generic[E]):
             self.used_bytes -= before
             tag.account.nbytes -= before
         for policy in self._policies(tag):
-            policy.insert(key, weight, cost)
+            policy.insert(key, weight, cost, priority)
         self._changes.entered(self._tier, key, part)
         return replaced  # type: ignore[return-value]
 
@@ -160,7 +167,7 @@ class Index(Generic[E]):
         self.owners.leave(before)
         self._chunks[key] = (tag, *flat[1:])
         if tag.account.policy is not None:
-            tag.account.policy.insert(key, nbytes, self.cost_of(key))
+            tag.account.policy.insert(key, nbytes, self.cost_of(key), self.priority_of(key))
             # It was here before anybody knew that it counts.
             tag.account.ceiling_bytes = max(tag.account.ceiling_bytes, tag.account.used_bytes)
 
@@ -212,6 +219,10 @@ class Index(Generic[E]):
     def cost_of(self, key: bytes) -> float:
         """What computing a chunk takes, as far as the policy minds it; 0: unknown."""
         return self._policy.cost_of(key)
+
+    def priority_of(self, key: bytes) -> int:
+        """What a chunk matters more or less than others; 0: nothing was said."""
+        return self._policy.priority_of(key)
 
     def touch(self, keys: list[bytes]) -> None:
         """Note the use of a prefix, given head first.
@@ -282,7 +293,7 @@ class Index(Generic[E]):
             flat = self._chunks.get(key)
             if own is None or flat is None or _tag(flat).account is not account or key in own:
                 continue
-            own.insert(key, self.nbytes(key), self.cost_of(key))
+            own.insert(key, self.nbytes(key), self.cost_of(key), self.priority_of(key))
 
     def _left(self, key: bytes, tag: Tag, nbytes: int, count: int, *, gone: bool) -> None:
         """Objects of a chunk have left; with the last of them it has gone."""

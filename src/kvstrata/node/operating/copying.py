@@ -51,6 +51,7 @@ class Lent(NamedTuple):
     header: ObjectHeader
     stored: ObjectHeader
     cost: float
+    priority: int
 
 
 class Copier:
@@ -148,7 +149,8 @@ class Copier:
                 yield None
                 return
             try:
-                yield Lent(taken.data, taken.header, taken.stored, backing.cost_of(key))
+                cost, priority = backing.cost_of(key), backing.priority_of(key)
+                yield Lent(taken.data, taken.header, taken.stored, cost, priority)
             except asyncio.CancelledError:
                 raise  # a thread may be at it still
             except BaseException:
@@ -173,7 +175,8 @@ class Copier:
                 if host.get(key, part) is slot:
                     host.drop_object(key, part, Cause.CORRUPT)
                 raise
-            yield Lent(view, header, header, host.index.cost_of(key))
+            cost, priority = host.index.cost_of(key), host.index.priority_of(key)
+            yield Lent(view, header, header, cost, priority)
         finally:
             host.unhold(slot)
 
@@ -227,7 +230,8 @@ class Copier:
             return await self._fill(way, part, lent, order)
         if not way.wanted:
             return "it was cleared meanwhile"
-        origin = Origin([key], part, order, lent.cost, "", lent.header.namespace)
+        namespace, priority = lent.header.namespace, lent.priority
+        origin = Origin([key], part, order, lent.cost, "", namespace, priority=priority)
         if order != PORTABLE:
             stored = await backing.write(key, lent.data, origin)
         else:
@@ -260,7 +264,7 @@ class Copier:
             one.marks.covers(whose, lent.header.created_ns) for one in self._places.backings
         )
         if not cleared and host.get(key, part) is None:
-            host.publish(key, part, slot, order, lent.cost, whose)
+            host.publish(key, part, slot, order, lent.cost, whose, lent.priority)
         else:
             host.discard(slot)
         host.unhold(slot)

@@ -30,6 +30,9 @@ from kvstrata.wire import protocol as p
 MAX_PINS = 4096
 MAX_PINNED_CHUNKS = 1 << 17
 """Keys of all pins together."""
+MAX_PINS_OF_OWNER = 1024
+MAX_CHUNKS_OF_OWNER = 1 << 15
+"""Clients may pin, too, and no tenant's may leave nothing to the others."""
 MAX_TTL_S = 366 * 86400.0
 MAX_NAME_CHARS = 128
 MAX_PAGE = 256
@@ -102,6 +105,7 @@ class Pinning:
                 raise UsageError(f"{num_keys} pinned chunks; {MAX_PINNED_CHUNKS} at most")
             if before is None and len(self._pins) >= MAX_PINS:
                 raise UsageError(f"there are {MAX_PINS} pins, which is all there may be")
+            self._check_owner(pin)
             await _done(in_slices(self._want(pin)))
             if before is not None:
                 await _done(in_slices(self._want_no_more(before)))
@@ -112,6 +116,15 @@ class Pinning:
         names = {"host", *(one.name for one in self._owned)}
         notes = {one.name: NOT_KEPT for one in self._backings if one.name not in names}
         return p.Pinned(id, len(pin.keys) // 32, tiers.pop(""), tiers, notes)
+
+    def _check_owner(self, pin: Pin) -> None:
+        """Raises `UsageError` for one more than its owner may have."""
+        others = [one for one in self._pins.values() if one.owner == pin.owner and one.id != pin.id]
+        if len(others) >= MAX_PINS_OF_OWNER:
+            raise UsageError(f"its owner has {MAX_PINS_OF_OWNER} pins, which is all one may have")
+        num_keys = sum(len(one.keys) for one in (*others, pin)) // 32
+        if num_keys > MAX_CHUNKS_OF_OWNER:
+            raise UsageError(f"{num_keys} pinned chunks; {MAX_CHUNKS_OF_OWNER} of one owner's")
 
     async def unpin(self, message: p.Unpin) -> p.Done:
         """End a pin; how many chunks it had, 0 where there is none.

@@ -6,7 +6,7 @@ without it, so each has a reason of its own only where it has one: it left a tie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,7 @@ class Missing:
         cut: which cap ended the match; empty: none did.
         shared: whether shared tiers were to be asked.
         late: tiers that did not answer in time.
+        among: the tiers that might be used; none: all.
     """
 
     asked: Asked | None
@@ -52,6 +53,7 @@ class Missing:
     cut: str = ""
     shared: bool = True
     late: Sequence[str] = ()
+    among: Collection[str] = ()
 
 
 class Reasons:
@@ -135,6 +137,9 @@ class Reasons:
         off = [one for one in held_by if not one.readable]
         if off:
             return Reason(Why.TIER_OFF, 1, off[0].name, off[0].state)
+        left_out = [one.name for one in held_by if missing.among and one.name not in missing.among]
+        if left_out and key not in self._host.index:
+            return Reason(Why.CAPPED, 1, left_out[0], "tiers")
         if held_by or key in self._host.index:
             return self._of_held(missing, [one.name for one in held_by])
         if self._reservations.is_being_written(key, missing.parts):

@@ -138,6 +138,10 @@ class Backing(ABC):
     def cost_of(self, key: bytes) -> float:
         """What computing a chunk takes, as far as the tier minds it, in seconds; 0: unknown."""
 
+    def priority_of(self, key: bytes) -> int:
+        """What a chunk matters more or less than others, as far as the tier minds it."""
+        return 0
+
     @abstractmethod
     def use(self, keys: list[bytes]) -> None:
         """Note the use of a prefix, given head first."""

@@ -92,7 +92,7 @@ class Carrier(Backing):
         turn: Turn,
         data: memoryview,
         order: str,
-        cost: float,
+        origin: Origin,
         hang: Callable[[], None],
     ) -> bool:
         """Put the object whose turn it is into the tier."""
@@ -277,12 +277,12 @@ class Carrier(Backing):
                         order_name(encoded.header.kind, encoded.header.order),
                     )
                 if self._keys is None:
-                    return await self._store(writing, turn, data, order, origin.cost, hang)
+                    return await self._store(writing, turn, data, order, origin, hang)
                 sealed = await self._sealed(self._keys, data, hang)
                 if sealed is None:
                     return False
                 with self._lent(sealed):
-                    return await self._store(writing, turn, sealed.data, order, origin.cost, hang)
+                    return await self._store(writing, turn, sealed.data, order, origin, hang)
 
     @contextlib.contextmanager
     def _lent(self, encoded: Encoded | None) -> Iterator[None]:

@@ -103,7 +103,7 @@ class Movement:
                 cost = one.backing.cost_of(one.key)
                 if not cost and load.chunk_s < math.inf:
                     cost = load.chunk_s
-                self._promotions[slot] = Promotion(one, slot, cost)
+                self._promotions[slot] = Promotion(one, slot, cost, load.tiers)
         for slots in free.values():
             for slot in slots:
                 self._host.discard(slot)
@@ -362,7 +362,8 @@ class Movement:
                 break
             lossless = backing.choice is None or backing.choice.lossless
             if lossless and backing.find(key, part, None) is None:
-                origin = Origin([key], part, order, promotion.cost, "", header.namespace)
+                origin = Origin([key], part, order, promotion.cost, "", header.namespace,
+                                priority=promotion.priority, tiers=promotion.tiers)  # fmt: skip
                 behind.add(origin, [(key, promotion.slot)])
 
     def _settle(
@@ -381,7 +382,8 @@ class Movement:
         whose = UNKNOWN if header is None else Whose(header.owner, header.namespace)
         if header is not None and wanted and self._host.quotas.may_publish(slot, whose):
             order = order_name(header.kind, header.order)
-            self._host.publish(key, part, slot, order, promotion.cost, whose)
+            cost, priority = promotion.cost, promotion.priority
+            self._host.publish(key, part, slot, order, cost, whose, priority)
             outcome = "done"
         else:
             self._host.forget_rows(key)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvstrata.node.slots.reservations import Reservation
+
 
 class Origin(NamedTuple):
     """What the objects of one commit share.
@@ -16,6 +18,8 @@ class Origin(NamedTuple):
         weights: what computed it, see `kvstrata.wire.client.NodeClient.reserve`.
         namespace: what it belongs to, 32 bytes; empty: unknown.
         trace: traceparent of the store, where it is traced.
+        priority: as of `kvstrata.policies.base.Policy.insert`.
+        tiers: names of those that may have it; none: all.
     """
 
     prefix: list[bytes]
@@ -25,3 +29,20 @@ class Origin(NamedTuple):
     weights: str = ""
     namespace: bytes = b""
     trace: str = ""
+    priority: int = 0
+    tiers: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, reservation: Reservation, last: bytes) -> Origin:
+        """What a reservation says of its chunks up to this one."""
+        return cls(
+            reservation.prefix[: reservation.prefix.index(last) + 1],
+            reservation.part,
+            reservation.order,
+            reservation.cost,
+            reservation.weights,
+            reservation.namespace,
+            reservation.trace,
+            reservation.priority,
+            reservation.tiers,
+        )

@@ -33,6 +33,7 @@ from kvstrata.node.service.entries import (
 )
 from kvstrata.node.service.ledger import Keeping, Ledger, Marked
 from kvstrata.node.service.moves import Writing
+from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.owners_room import OwnersRoom
 from kvstrata.node.service.probe import Probe
 from kvstrata.node.service.removals import Removals, Verb
@@ -118,6 +119,9 @@ class OwnedBacking(Singly):
 
     def cost_of(self, key: bytes) -> float:
         return self.index.cost_of(key)
+
+    def priority_of(self, key: bytes) -> int:
+        return self.index.priority_of(key)
 
     def use(self, keys: list[bytes]) -> None:
         self.index.touch(keys)
@@ -272,7 +276,7 @@ class OwnedBacking(Singly):
         turn: Turn,
         data: memoryview,
         order: str,
-        cost: float,
+        origin: Origin,
         hang: Callable[[], None],
     ) -> bool:
         """See `Backing._store`; then it is in the index. Evicts what it must."""
@@ -280,7 +284,7 @@ class OwnedBacking(Singly):
         with self.quotas.taking(whose.owner, len(data)) as may:
             if not (may and await self._make_room(len(data))):
                 return False
-            return await self._store_in_room(writing, turn, data, order, cost, whose, hang)
+            return await self._store_in_room(writing, turn, data, order, origin, whose, hang)
 
     async def _store_in_room(
         self,
@@ -288,7 +292,7 @@ class OwnedBacking(Singly):
         turn: Turn,
         data: memoryview,
         order: str,
-        cost: float,
+        origin: Origin,
         whose: Whose,
         hang: Callable[[], None],
     ) -> bool:
@@ -319,7 +323,7 @@ class OwnedBacking(Singly):
         self._counters.add("tier_writes_total", tier=self.name, outcome="hit")
         self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
         entry = self._entry(nbytes, self._orders.number(order))
-        self.index.put(*name, entry, cost, whose)
+        self.index.put(*name, entry, origin.cost, whose, origin.priority)
         return True
 
     async def _make_room(self, nbytes: int) -> bool:

@@ -58,15 +58,23 @@ class Promotion:
 
     Until it is ``begun`` it can be called off at once. Its slot is being filled until it is
     ``settled``, and held until nothing writes there any more.
+
+    Args:
+        wanted: the object.
+        slot: where it goes.
+        cost: what computing its chunk takes, in seconds; 0: unknown.
+        tiers: names of those that may have a copy of it; none: all.
     """
 
-    __slots__ = ("begun", "cost", "level", "number", "queued", "reading", "settled", "slot",
-                 "stream", "wanted")  # fmt: skip
+    __slots__ = ("begun", "cost", "level", "number", "priority", "queued", "reading", "settled",
+                 "slot", "stream", "tiers", "wanted")  # fmt: skip
 
-    def __init__(self, wanted: Wanted, slot: Slot, cost: float) -> None:
+    def __init__(self, wanted: Wanted, slot: Slot, cost: float, tiers: frozenset[str]) -> None:
         self.wanted = wanted
         self.slot = slot
         self.cost = cost
+        self.priority = wanted.backing.priority_of(wanted.key)
+        self.tiers = tiers
         self.level = 0
         self.stream: Stream | None = None
         self.reading: Reading | None = None
@@ -82,15 +90,22 @@ class Load:
         portable: whether the reader reads the portable order, which coarser copies are in.
         owner: whose it is taken to be until it is here, 16 bytes.
         trace: traceparent of who waits for it; empty: it is not traced.
+        tiers: names of those that may be used for it; none: all.
     """
 
     def __init__(
-        self, chunk_s: float, portable: bool, owner: bytes = NOBODY, trace: str = ""
+        self,
+        chunk_s: float,
+        portable: bool,
+        owner: bytes = NOBODY,
+        trace: str = "",
+        tiers: frozenset[str] = frozenset(),
     ) -> None:
         self.chunk_s = chunk_s
         self.portable = portable
         self.owner = owner
         self.trace = trace
+        self.tiers = tiers
         self.streams: dict[str, Stream] = {}
         self._readings: dict[str, Reading] = {}
 

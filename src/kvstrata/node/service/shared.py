@@ -328,7 +328,7 @@ class SharedBacking(Singly):
         turn: Turn,
         data: memoryview,
         order: str,
-        cost: float,
+        origin: Origin,
         hang: Callable[[], None],
     ) -> bool:
         """See `Carrier._store`; what is there already stays."""

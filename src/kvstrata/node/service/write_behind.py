@@ -89,12 +89,14 @@ class WriteBehind:
         self._flushes: list[tuple[set[_Job], asyncio.Future[None]]] = []
 
     def add(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
-        """Queue the published objects of a commit, head first.
+        """Queue the published objects of a commit, head first, if the tier may have them.
 
         When the queue is full it is the tail that is skipped. Yet tails are written first, so
         that the tier, now and after a restart, finds heads more recently used than their tails.
         """
         backing = self.backing
+        if origin.tiers and backing.name not in origin.tiers:
+            return
         if not backing.writable:
             self._skipped(len(objects), "tier")
             return

@@ -210,6 +210,7 @@ class HostMemory:
         order: str,
         cost: float = 0.0,
         whose: Whose = UNKNOWN,
+        priority: int = 0,
     ) -> None:
         """Make a filled slot readable; the caller's hold stays. `Index.put` tells of the rest."""
         assert slot.state is SlotState.FILLING
@@ -221,7 +222,7 @@ class HostMemory:
         assert fits, "the allocator gave more than the pool has"
         self.forget_rows(key, but_of=slot)
         self._filled(slot)
-        replaced = self.index.put(key, part, slot, cost, whose)
+        replaced = self.index.put(key, part, slot, cost, whose, priority)
         if replaced is not None:
             self._retire(replaced)
 

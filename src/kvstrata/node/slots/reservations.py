@@ -20,6 +20,7 @@ from kvstrata.node.slots.slot import Slot
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes
 from kvstrata.observe.tracing import checked
 from kvstrata.parts import MAX_PART, order_name
+from kvstrata.policies.base import PRIORITIES
 from kvstrata.tiers.marks import Mark, Whose
 from kvstrata.wire import protocol as p
 
@@ -44,7 +45,7 @@ class Reservation:
 
     __slots__ = (
         "chunk_tokens", "client", "cost", "distinct", "first", "id", "lend", "namespace",
-        "order", "owner", "part", "prefix", "slots", "template", "trace",
+        "order", "owner", "part", "prefix", "priority", "slots", "template", "tiers", "trace",
         "unwanted", "weights", "whose",
     )  # fmt: skip
 
@@ -63,6 +64,8 @@ class Reservation:
         self.whose = Whose(message.owner, message.namespace)
         self.lend = message.lend
         self.trace = checked(message.traceparent)
+        self.priority = message.priority
+        self.tiers = frozenset(message.tiers)
         self.slots: list[Slot | None] = []
         self.unwanted: set[bytes] = set()
         if not 0 <= self.first < len(self.prefix):
@@ -71,6 +74,8 @@ class Reservation:
             raise UsageError(f"{self.part} is no part: group << 16 | rank")
         if not 0 <= message.cost < math.inf:
             raise UsageError(f"a cost of {message.cost} s is not a finite time")
+        if self.priority not in PRIORITIES:
+            raise UsageError(f"{self.priority} is no priority: {PRIORITIES[0]} to {PRIORITIES[-1]}")
         if len(self.weights) > MAX_WEIGHTS_CHARS:
             raise UsageError(f"an identity of weights of {len(self.weights)} characters")
         self.distinct = set(self.prefix)
@@ -292,9 +297,8 @@ class ReservationTable:
         view[:HEADER_BYTES] = header.encode()
         padding = slot.nbytes - HEADER_BYTES - header.stored_length
         view[HEADER_BYTES + header.stored_length :] = bytes(padding)
-        self._host.publish(
-            key, reservation.part, slot, reservation.order, reservation.cost, reservation.whose
-        )
+        order, cost, whose = reservation.order, reservation.cost, reservation.whose
+        self._host.publish(key, reservation.part, slot, order, cost, whose, reservation.priority)
 
     def abort(self, reservation: Reservation) -> Generator[None, None, None]:
         """End a reservation unwritten; in slices, as `finish`."""
