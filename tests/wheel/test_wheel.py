@@ -30,7 +30,7 @@ NEED_MORE = {
     "kvstrata.node.coding.sealing": {"cryptography"},
     "kvstrata.proxy": {"aiohttp"},
     "kvstrata.observe.rendering": {"prometheus_client"},
-    "kvstrata.control": {"prometheus_client"},
+    "kvstrata.control": {"httpx"},
 }
 
 IMPORT_ALL = """
