@@ -298,6 +298,13 @@ def test_a_few_prompts_are_not_common_yet() -> None:
     assert popularity.depth([key(0)]) == 2
 
 
+def test_what_stays_common_is_so_for_ever() -> None:
+    popularity = Popularity()
+    for number in range(6 * PERIOD):
+        popularity.add([key(0) if number % 10 == 0 else key(10 + number)])
+    assert popularity.depth([key(0)]) == 2
+
+
 def test_what_was_common_is_forgotten_and_memory_is_bounded() -> None:
     popularity = Popularity()
     for _ in range(PERIOD):
