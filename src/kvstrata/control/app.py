@@ -20,6 +20,7 @@ from kvstrata.control.link import NodeLink
 from kvstrata.control.verbs import (
     about,
     clear,
+    dashboard,
     holdings,
     jobs,
     lookup,
@@ -91,8 +92,9 @@ def build(config: Config) -> tuple[ASGIApp, FastAPI]:
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
+    app.include_router(dashboard.router)
     app.openapi_schema = described(app)
-    return Guard(app, tokens, config.api.is_local, READS), app
+    return Guard(app, tokens, config.api.is_local, READS, dashboard.PATHS), app
 
 
 def described(app: FastAPI) -> dict[str, Any]:

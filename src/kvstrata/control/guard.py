@@ -30,8 +30,8 @@ MAX_REQUESTS = 512
 REQUEST_S = 120.0
 """For an answer to be made and taken; each verb has a shorter deadline of its own."""
 
-OPEN_PATHS = frozenset({"/v1/health", "/v1/ready"})
-"""What a probe asks without a token; it says nothing of what is held."""
+PROBES = frozenset({"/v1/health", "/v1/ready"})
+"""What is asked without a token; it says nothing of what is held."""
 JSON = "application/json"
 
 
@@ -54,15 +54,22 @@ class Guard:
         tokens: which are demanded; None: none are.
         local: whether the API listens where only this machine reaches it.
         reads: paths that a token for reading may post to.
+        pages: paths that need no token, since they tell nothing.
     """
 
     def __init__(
-        self, app: ASGIApp, tokens: Tokens | None, local: bool, reads: Collection[str]
+        self,
+        app: ASGIApp,
+        tokens: Tokens | None,
+        local: bool,
+        reads: Collection[str],
+        pages: Collection[str] = (),
     ) -> None:
         self._app = app
         self._tokens = tokens
         self._local = local
         self._reads = frozenset(reads)
+        self._open = PROBES | frozenset(pages)
         self._under_way = 0
         self._bodies_bytes = 0
 
@@ -124,7 +131,7 @@ class Guard:
             )  # fmt: skip
         if cross_site(method, headers):
             raise refuse(403, "a page of another site may not ask this API")
-        if self._tokens is None or path in OPEN_PATHS:
+        if self._tokens is None or path in self._open:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         right = self._tokens.right(token.strip()) if scheme.lower() == "bearer" else ""
