@@ -1,7 +1,9 @@
 // Charts in SVG: areas on top of each other, or lines. Each has its numbers as a table for readers.
 
+import { seconds } from "./page.js";
+
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 900, HEIGHT = 220, LEFT = 64, RIGHT = 12, TOP = 12, BOTTOM = 24;
+const WIDTH = 900, HEIGHT = 220, LEFT = 84, RIGHT = 12, TOP = 12, BOTTOM = 24;
 const COLOURS = 8;
 
 function svg(name, attributes, ...children) {
@@ -11,24 +13,25 @@ function svg(name, attributes, ...children) {
   return made;
 }
 
-function ceiling(value) {
+// A round number above: of tens, or of bytes' units.
+function ceiling(value, base) {
   if (!(value > 0)) return 1;
-  const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value);
+  const power = base ** Math.floor(Math.log(value) / Math.log(base));
+  return [1, 2, 5, 10, 20, 50, 100, 200, 500, 1024].map((step) => step * power).find((step) => step >= value);
 }
 
 // series: [{name, points: [[when_s, value]]}], all with the same times.
-export function chart(place, title, series, words, { stacked, span_s, now }) {
+export function chart(place, title, series, words, { stacked, span_s, now, base }) {
   const shown = series.filter((one) => one.points.some(([, value]) => value > 0));
   const x = (when) => LEFT + (WIDTH - LEFT - RIGHT) * (1 - Math.min(1, (now - when) / span_s));
-  const base = new Array(series[0]?.points.length || 0).fill(0);
+  const floor = new Array(series[0]?.points.length || 0).fill(0);
   const layers = shown.map((one) => {
-    const low = stacked ? [...base] : base.map(() => 0);
+    const low = stacked ? [...floor] : floor.map(() => 0);
     const high = one.points.map(([, value], i) => low[i] + value);
-    if (stacked) high.forEach((value, i) => (base[i] = value));
+    if (stacked) high.forEach((value, i) => (floor[i] = value));
     return { name: one.name, times: one.points.map(([when]) => when), low, high };
   });
-  const top = ceiling(Math.max(0, ...layers.flatMap((one) => one.high)));
+  const top = ceiling(Math.max(0, ...layers.flatMap((one) => one.high)), base);
   const y = (value) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value / top);
   const path = (times, values) => times.map((when, i) => `${x(when).toFixed(1)},${y(values[i]).toFixed(1)}`);
   const drawn = layers.map((one, number) => {
@@ -44,7 +47,7 @@ export function chart(place, title, series, words, { stacked, span_s, now }) {
   ]);
   const times = [1, 0.5, 0].map((share) =>
     svg("text", { x: x(now - share * span_s), y: HEIGHT - 6, "text-anchor": share === 1 ? "start" : share ? "middle" : "end" },
-      share ? `${Math.round((share * span_s) / 60)} min ago` : "now"),
+      share ? `${seconds(share * span_s)} ago` : "now"),
   );
   const summary = shown.length
     ? shown.map((one) => `${one.name} ${words(one.points.at(-1)?.[1] || 0)}`).join(", ")

@@ -3,10 +3,16 @@
 import { chart } from "./chart.js";
 import { at, bytes, count, el, percent, seconds, show } from "./page.js";
 
-const SPAN_S = 600;
+const SPAN_S = 600, LEAST_S = 60;
 
 function number(name, value, about) {
   return el("div", {}, el("dt", {}, name), el("dd", {}, value, about ? el("small", {}, about) : null));
+}
+
+// As long as it has been looked at.
+function span(history) {
+  const now = history.last.when;
+  return { now, span_s: Math.min(SPAN_S, Math.max(LEAST_S, now - history.samples[0].when)) };
 }
 
 export function showNumbers(history, status) {
@@ -32,7 +38,7 @@ export function showTokens(history, reasons) {
     ...reasons(history).map(({ why, points }) => ({ name: `computed: ${why}`, points })),
   ];
   chart(at("tokens"), "Prompt tokens a second", series, (value) => `${count(value)}/s`,
-    { stacked: true, span_s: SPAN_S, now: history.last.when });
+    { stacked: true, base: 10, ...span(history) });
 }
 
 export function showBytes(history, status) {
@@ -42,7 +48,7 @@ export function showBytes(history, status) {
   ]);
   if (!series.length) return show(at("bytes"), el("p", { class: "quiet" }, "This node has host memory only."));
   chart(at("bytes"), "Bytes a second", series, (value) => `${bytes(value)}/s`,
-    { stacked: false, span_s: SPAN_S, now: history.last.when });
+    { stacked: false, base: 1024, ...span(history) });
 }
 
 function bar(used, capacity) {
