@@ -40,6 +40,7 @@ from kvstrata.cli import (
     send,
     serve,
     status,
+    top,
     transcode,
     unpin,
     warm,
@@ -59,6 +60,7 @@ def build_app() -> typer.Typer:
     app.callback()(root)
     app.command("serve")(serve.run)
     app.command("status")(status.run)
+    app.command("top")(top.run)
     app.command("metrics")(metrics.run)
     app.command("explain")(explain.run)
     app.command("records")(records.run)
