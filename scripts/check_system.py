@@ -50,6 +50,8 @@ def missing(purpose: str) -> dict[str, str]:
         found["curl"] = "curl, with which tests run the examples of the API's page"
     if purpose == "test" and shutil.which("redis-server") is None:
         found["redis-server"] = "redis-server, which the tests of its tier start"
+    if purpose == "test" and shutil.which("chromium") is None:
+        found["chromium"] = "chromium, in which the tests open the dashboard"
     if purpose == "test":
         for package, library in (
             ("libnuma1", "libnuma.so.1"),

@@ -21,6 +21,7 @@ from kvstrata.control.verbs import (
     about,
     clear,
     dashboard,
+    fleet,
     holdings,
     jobs,
     lookup,
@@ -32,6 +33,7 @@ from kvstrata.control.verbs import (
     upkeep,
     warm,
 )
+from kvstrata.fleet.registry import Registry
 
 ROUTERS = tuple(
     verb.router
@@ -40,6 +42,7 @@ ROUTERS = tuple(
         metrics,
         lookup,
         namespaces,
+        fleet,
         records,
         holdings,
         clear,
@@ -70,14 +73,18 @@ def build(config: Config) -> tuple[ASGIApp, FastAPI]:
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        state = State(config, NodeLink(config))
+        registry = None if config.fleet.registry is None else Registry.of(config)
+        state = State(config, NodeLink(config), registry=registry)
         app.state.kvstrata = state
         try:
             yield
         finally:
             await state.jobs.close()
             state.link.close()
-            state.tokenizing.threads.shutdown(wait=False, cancel_futures=True)
+            for lane in (state.tokenizing, state.fleet):
+                lane.threads.shutdown(wait=False, cancel_futures=True)
+            if registry is not None:
+                registry.close()
 
     app = FastAPI(
         title="KVStrata",

@@ -13,6 +13,7 @@ from kvstrata.control.jobs import Jobs
 from kvstrata.control.link import Lane, NodeLink
 from kvstrata.control.problems import Problem
 from kvstrata.control.tokenizing import Tokenizers
+from kvstrata.fleet.registry import Registry
 
 Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=["ab" * 32])]
 """A key or a namespace: 32 bytes in hex."""
@@ -51,6 +52,8 @@ class State:
     jobs: Jobs = field(default_factory=Jobs)
     tokenizers: Tokenizers = field(default_factory=Tokenizers)
     tokenizing: Lane = field(default_factory=lambda: Lane("tokens", 2))
+    registry: Registry | None = None
+    fleet: Lane = field(default_factory=lambda: Lane("fleet", 2))
 
 
 def _state(request: Request) -> State:

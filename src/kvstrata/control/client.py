@@ -17,6 +17,7 @@ from kvstrata import errors
 from kvstrata.control import problems
 from kvstrata.control.verbs.about import Health, Ready, Status, Version
 from kvstrata.control.verbs.clear import Cleared, Flushed
+from kvstrata.control.verbs.fleet import Fleet
 from kvstrata.control.verbs.holdings import Chunks, Inspected
 from kvstrata.control.verbs.jobs import Job, Jobs
 from kvstrata.control.verbs.lookup import Found
@@ -120,6 +121,10 @@ class Client:
     def namespaces(self) -> Namespaces:
         """The namespaces that engines told the node of."""
         return self._get("/v1/namespaces", Namespaces)
+
+    def fleet(self) -> Fleet:
+        """The nodes that share a registry with this one; none without a registry."""
+        return self._get("/v1/fleet", Fleet)
 
     def requests(self, before: int = 0, limit: int = 100) -> Records:
         """A page of the requests' records, the latest first; ``before``: `Records.next`."""

@@ -3,19 +3,9 @@
 import { json } from "./node.js";
 import { at, bytes, count, el, show } from "./page.js";
 
-let none = false;
-
 export async function showFleet() {
-  if (none) return;
-  let members;
-  try {
-    ({ members } = await json("v1/fleet"));
-  } catch (problem) {
-    none = problem.status === 404; // this node is in no fleet
-    if (none) return;
-    throw problem;
-  }
-  at("fleet").hidden = false;
+  const { members } = await json("v1/fleet");
+  at("fleet").hidden = !members.length;
   const head = ["node", "state", "release", "holds", "chunks", "clock"];
   show(at("members"),
     el("thead", {}, el("tr", {}, ...head.map((word) => el("th", { scope: "col" }, word)))),
