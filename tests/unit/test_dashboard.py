@@ -10,22 +10,21 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 from tests.support.apis import CHUNK, Engine, Rig
+from tests.support.browsers import CHROMIUM, LOOK_MS, Look, chromium
 
-CHROMIUM = Path("/usr/bin/chromium")
 MARKUP = "<img src=x onerror=document.title=1>"
-LOOK_MS = 15_000
 
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no chromium here")
+expect.set_options(timeout=LOOK_MS)
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        with playwright.chromium.launch(executable_path=CHROMIUM, args=arguments) as started:
-            yield started
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture
@@ -36,27 +35,6 @@ def rig() -> Iterator[Rig]:
             yield started
         finally:
             started.close()
-
-
-class Look:
-    """A page, and whatever it did that it must not."""
-
-    def __init__(self, browser: Browser, url: str, **options: Any) -> None:
-        self.page: Page = browser.new_page(**options)
-        self.page.set_default_timeout(LOOK_MS)
-        self.wrong: list[str] = []
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("console", self._said)
-        self.page.on("request", lambda request: self._asked(request.url, url))
-        self.page.goto(url)
-
-    def _said(self, message: Any) -> None:
-        if message.type in ("error", "warning"):
-            self.wrong.append(message.text)
-
-    def _asked(self, asked: str, url: str) -> None:
-        if not asked.startswith((url, "data:")):
-            self.wrong.append(f"asked {asked}")
 
 
 def fill(engine: Engine) -> list[bytes]:

@@ -13,21 +13,22 @@ const ORDERS = {
 export class Requests {
   constructor() {
     this.records = new Map();
+    this.looked = false;
     this.reasons = []; // [when, why, tokens] of requests that ended while this page looked
     this.open = new Set();
     at("order").addEventListener("change", () => this.show());
   }
 
   async refresh(when, span_s) {
-    const first = this.records.size === 0;
     const { records } = await json(`v1/requests?limit=${LIMIT}`);
     if (records.length && !records.some(({ number }) => this.records.has(number))) this.records.clear();
     for (const one of records) {
-      if (!first && !this.records.has(one.number))
+      if (this.looked && !this.records.has(one.number))
         for (const { why, tokens } of one.reasons || []) this.reasons.push([when, String(why), tokens]);
       this.records.set(one.number, one);
     }
     for (const number of [...this.records.keys()].sort((a, b) => b - a).slice(LIMIT)) this.records.delete(number);
+    this.looked = true; // what had ended before was computed before
     this.reasons = this.reasons.filter(([then]) => then >= when - span_s);
     this.show();
   }

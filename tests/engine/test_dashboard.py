@@ -1,0 +1,48 @@
+"""The dashboard before a real engine: where its tokens came from, and why the rest did not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+from tests.engine.place import Place
+from tests.engine.plain import Plain, Texts
+from tests.engine.shared import SETTINGS
+from tests.support.browsers import CHROMIUM, LOOK_MS, Look, chromium
+
+from kvstrata.testing.serving import HOST, free_port
+from kvstrata.testing.workplace import wait_ready
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
+def test_a_real_engines_requests(tiny_llama: Path, plain: Plain, texts: Texts) -> None:
+    prompts = texts.of(300, 700, 1100)
+    expect.set_options(timeout=LOOK_MS)
+    url = f"{HOST}:{free_port()}"
+    with Place(tiny_llama, {**SETTINGS, "api.listen": url}) as place, chromium() as browser:
+        place.set("node", f"unix:{place.folder}/node.sock")
+        place.use_disk()
+        place._serve()
+        wait_ready(place.node)
+        engine = place.engine()
+        look = Look(browser, f"http://{url}")
+        page = look.page
+        expect(page.locator("#state")).to_have_text("all is well")
+        cold = engine.answers(prompts)
+        assert [answer.tokens for answer in cold] == plain.cold(prompts)
+        expect(page.locator("#tokens .legend")).to_contain_text("computed: never stored")
+        place.await_stored(engine, prompts)
+        engine.forget()
+        warm = engine.answers(prompts)
+        assert [answer.tokens for answer in warm] == plain.warm(prompts)
+        expect(page.locator("#tokens .legend")).to_contain_text("from host")
+        expect(page.locator("#requests details")).to_have_count(2 * len(prompts))
+        loaded = {answer.cached for answer in warm}
+        page.locator("#order").select_option("latest")
+        shown = page.locator("#requests details summary .good").all_inner_texts()[: len(prompts)]
+        assert {int(text.split()[0]) for text in shown} == loaded
+        expect(page.locator("#chunks > li")).to_have_count(len(prompts))
+        assert not look.wrong
