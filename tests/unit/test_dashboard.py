@@ -38,6 +38,7 @@ def rig() -> Iterator[Rig]:
 
 
 def fill(engine: Engine) -> list[bytes]:
+    engine.tell()
     keys = engine.store(list(range(4 * CHUNK)))
     engine.client.record({
         "request": f"cmpl-{MARKUP}", "outcome": "stopped", "prompt_tokens": 70, "local_tokens": 0,
@@ -88,7 +89,13 @@ def test_by_keyboard_and_not_before_it_was_asked(browser: Browser, rig: Rig) -> 
 def _by_keyboard(browser: Browser, rig: Rig, engine: Engine) -> None:
     client, keys = engine.client, fill(engine)
     page = Look(browser, rig.url).page
-    forget = page.locator("#chunks button").first
+    page.get_by_role("button", name="pin", exact=False).first.click()
+    page.locator("#confirm-yes").click()
+    expect(page.locator("#pins")).to_contain_text(f"{len(keys)} of {len(keys)} chunks")
+    assert client.status()["num_pins"] == 1
+    page.get_by_role("button", name="Unpin").click()
+    expect(page.locator("#pins")).to_have_text("Nothing is pinned.")
+    forget = page.locator("#chunks button.danger").first
     forget.focus()
     page.keyboard.press("Enter")
     expect(page.locator("#confirm-title")).to_have_text("Forget this prefix?")

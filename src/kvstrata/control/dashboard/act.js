@@ -29,7 +29,7 @@ async function act(words, work) {
   }
 }
 
-const KEYS = 1024;
+const KEYS = 1024, DAY_S = 86400;
 
 export function branchActions(refresh) {
   const clear = async ({ keys, nbytes }) => {
@@ -42,7 +42,34 @@ export function branchActions(refresh) {
     });
     await refresh();
   };
-  return [{ word: "forget", run: clear, danger: true }];
+  const pin = async ({ before, chain }) => {
+    const prefix = [...before, ...chain.map(({ key }) => key)];
+    const name = `dashboard ${chain[0].key.slice(0, 12)}`;
+    const text = `${count(prefix.length)} chunks, from the beginning of the prompt to here, are kept for a day as “${name}”, on the tenant's quota of pins.`;
+    if (!(await confirmed("Pin this prefix?", text, "Pin it"))) return;
+    await act("pinning", async () => {
+      const body = { keys: prefix, name, ttl_s: DAY_S };
+      if (chain[0].namespace) body.namespace = chain[0].namespace;
+      const kept = await json("v1/pin", body);
+      return `${count(kept.kept)} of ${count(kept.chunks)} chunks are pinned`;
+    });
+    await refresh();
+  };
+  return [{ word: "pin", run: pin }, { word: "forget", run: clear, danger: true }];
+}
+
+export function showPins(pins, refresh) {
+  if (!pins.length) return show(at("pins"), el("p", { class: "quiet" }, "Nothing is pinned."));
+  show(at("pins"), ...pins.map(({ name, owner, chunks, kept, until }) => {
+    const unpin = () => act("unpinning", async () => {
+      await json("v1/unpin", { owner, name });
+      await refresh();
+      return `${name} is not pinned any more`;
+    });
+    return el("p", { class: "row" }, el("code", {}, name), `${count(kept)} of ${count(chunks)} chunks`,
+      el("span", { class: "quiet" }, `until ${new Date(1000 * until).toLocaleString()}`),
+      el("button", { type: "button", class: "small", "aria-label": `Unpin ${name}`, onclick: unpin }, "unpin"));
+  }));
 }
 
 export function showActions(status, refresh) {

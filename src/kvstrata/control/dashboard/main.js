@@ -1,6 +1,6 @@
 // The page: asks the node every few seconds, and shows what it said.
 
-import { branchActions, showActions, showJobs } from "./act.js";
+import { branchActions, showActions, showJobs, showPins } from "./act.js";
 import { showFleet } from "./fleet.js";
 import { History, Metrics } from "./metrics.js";
 import { json, text, useToken } from "./node.js";
@@ -13,7 +13,7 @@ const EVERY_MS = 2000, SPAN_S = 600, TREE_EVERY = 5;
 
 const history = new History(SPAN_S);
 const requests = new Requests();
-const tree = new Tree(branchActions(() => tree.refresh()));
+const tree = new Tree(branchActions(() => again()));
 let turn = 0, asking = false, timer;
 
 function state(words, kind) {
@@ -39,6 +39,7 @@ async function look() {
     showTiers(history, status);
     showBytes(history, status);
     showActions(status, again);
+    showPins((await json("v1/pins?limit=100")).pins, again);
     showJobs((await json("v1/jobs?limit=20")).jobs, again);
     if (turn++ % TREE_EVERY === 0) await tree.refresh();
     await showFleet();

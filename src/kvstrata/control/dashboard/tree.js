@@ -58,7 +58,7 @@ export class Tree {
 
   // A chain of chunks up to where it ends or branches. Without recursion: prompts are long.
   branch(first, children) {
-    const top = { chain: [], below: [], keys: [], nbytes: 0, tokens: 0 };
+    const top = { before: [], chain: [], below: [], keys: [], nbytes: 0, tokens: 0 };
     const stack = [[first, top]];
     const all = [top];
     while (stack.length) {
@@ -68,7 +68,8 @@ export class Tree {
         const after = children.get(chunk.key) || [];
         if (after.length !== 1) {
           for (const one of after) {
-            const below = { chain: [], below: [], keys: [], nbytes: 0, tokens: 0 };
+            const before = [...place.before, ...place.chain.map(({ key }) => key)];
+            const below = { before, chain: [], below: [], keys: [], nbytes: 0, tokens: 0 };
             place.below.push(below);
             all.push(below);
             stack.push([one, below]);
@@ -93,12 +94,10 @@ export class Tree {
     for (const one of branch.chain)
       for (const [tier, nbytes] of Object.entries(one.tiers)) tiers.set(tier, (tiers.get(tier) || 0) + nbytes);
     const where = [...tiers].map(([tier, nbytes]) => `${bytes(nbytes)} in ${tier}`).join(", ");
-    const pinned = branch.chain.filter((one) => one.pinned).length;
     const used = Math.max(...branch.chain.map((one) => one.used || 0));
     const about = [
       branch.tokens ? `${count(branch.tokens)} tokens from ${first.start}` : `${count(branch.chain.length)} chunks`,
       where,
-      pinned ? `${count(pinned)} chunks pinned` : "",
       used ? `used ${new Date(1000 * used).toLocaleTimeString()}` : "",
     ].filter(Boolean);
     const name = first.key.slice(0, 12);
