@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, expect
+from tests.engine.engine import Engine
 from tests.engine.place import Place
 from tests.engine.plain import Plain, Texts
 from tests.engine.shared import SETTINGS
@@ -46,3 +49,28 @@ def test_a_real_engines_requests(tiny_llama: Path, plain: Plain, texts: Texts) -
         assert {int(text.split()[0]) for text in shown} == loaded
         expect(page.locator("#chunks > li")).to_have_count(len(prompts))
         assert not look.wrong
+        if folder := os.environ.get("KVSTRATA_PICTURES"):
+            take_pictures(browser, f"http://{url}", Path(folder), engine, texts)
+
+
+def take_pictures(browser: Browser, url: str, folder: Path, engine: Engine, texts: Texts) -> None:
+    """Those in the documentation: of a minute in which prompts come again, and new ones."""
+    pages = {}
+    for name, scheme, width, height in (
+        ("dashboard-light", "light", 1000, 1250),
+        ("dashboard-dark", "dark", 1000, 1250),
+        ("dashboard-phone", "light", 360, 780),
+    ):
+        viewport: Any = {"width": width, "height": height}
+        pages[name] = Look(browser, url, color_scheme=scheme, viewport=viewport).page
+    known = texts.of(500, 900, 1300, 1700)
+    for turn in range(40):
+        engine.forget()
+        some = known[turn % 4 :][:2]
+        known[turn % 4 :: 4] = texts.of(*[600 + 20 * turn] * len(known[turn % 4 :: 4]))
+        engine.answers(some)
+        for page in pages.values():
+            page.wait_for_timeout(400)
+    for name, page in pages.items():
+        page.screenshot(path=folder / f"{name}.png")
+        page.close()

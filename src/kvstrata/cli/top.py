@@ -102,7 +102,7 @@ class Watch:
         before = self._before
         self._before = (now, state)
         if before is None or before[1]["pid"] != state["pid"]:
-            return render(state, state["uptime_s"], {}, chunks)
+            return render(state, state["uptime_s"], None, chunks)
         return render(state, now - before[0], before[1]["counters"], chunks)
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class Watch:
 def render(
     state: Mapping[str, Any],
     seconds: float,
-    before: Mapping[str, float],
+    before: Mapping[str, float] | None,
     chunks: Sequence[Chunk],
 ) -> list[RenderableType]:
     """One look.
@@ -123,13 +123,13 @@ def render(
     Args:
         state: the answer of `NodeClient.status`.
         seconds: since ``before``.
-        before: the counters then; empty: since the node started.
+        before: the counters then; None: since the node started.
         chunks: some of what it holds.
     """
     from rich.text import Text
 
-    rates = Rates(state["counters"], before, max(seconds, 1e-3))
-    since = "since it started" if not before else f"in {seconds:.1f} s"
+    rates = Rates(state["counters"], before or {}, max(seconds, 1e-3))
+    since = "since it started" if before is None else f"in {seconds:.1f} s"
     parts: list[RenderableType] = [
         Text(f"KVStrata {state['release']} · pid {state['pid']} · {rates.words()} {since}"),
         _tiers(state, rates),
