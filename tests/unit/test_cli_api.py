@@ -60,8 +60,9 @@ def test_lookup_in_every_way(
         engine.tell()
         engine.store(prompt(2))
     ids = tmp_path / "ids"
-    ids.write_text(" ".join(map(str, prompt(3))))
-    for way in ways(rig):
+    texts = (" ".join(map(str, prompt(3))), f"{prompt(3)}\n", ",".join(map(str, prompt(3))))
+    for way, text in zip(ways(rig), texts, strict=True):
+        ids.write_text(text)
         arguments = ["lookup", "--tokens", f"@{ids}", "--model", MODEL, *way]
         assert run(monkeypatch, capsys, *arguments) == (
             0,
@@ -212,7 +213,10 @@ def test_a_node_is_kept_up(
         assert told(*command)[0] == 0
     assert told("scrub", "tape")[0] == 1
     assert told("drain")[1].startswith("done: ")
+    look = ("status", "--node", str(rig.config.node))
+    assert "\ndrained: it takes no stores" in run(monkeypatch, capsys, *look)[1]
     assert told("drain", "--undo")[1] == "it takes stores again\n"
+    assert "drained" not in run(monkeypatch, capsys, *look)[1]
     assert told("drain", "--undo")[1] == "it was not drained\n"
     assert told("drain", "--undo", "--end")[0] == 2
     options = [f"--set={name}={value}" for name, value in rig.options.items()]

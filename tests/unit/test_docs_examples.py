@@ -28,6 +28,8 @@ PAGES = (
     "docs/disaggregation.md",
     "docs/routing.md",
     "docs/hints.md",
+    "docs/from-lmcache.md",
+    "docs/operating.md",
 )
 
 RUNNABLE = re.compile(r"^<!-- runnable -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -457,7 +457,7 @@ class TestDrain:
             sums = write_small(node, keys[2:3], offsets)
             await ask(node, p.Commit(1, under_way, b"".join(sums)))
             told = await ended(node, number)
-            assert (told.state, told.note, told.done) == ("done", "empty-handed", told.total)
+            assert (told.state, told.note, told.done) == ("done", "all is written", told.total)
             assert len(owned(node).index) == 3
             assert (await ask(node, o.Undrain(1))).count == 1
             assert (await ask(node, o.Undrain(1))).count == 0

@@ -52,7 +52,7 @@ def test_every_request_over_the_socket(fleet: Callable[..., Member], disk: dict[
     assert operator.wait(operator.transcode("disk", "raw"), 10.0).note
     assert operator.inspect("disk", keys[0]).problem == ""
     ended = operator.wait(operator.drain(), 10.0)
-    assert ended.note == "empty-handed"
+    assert ended.note == "all is written"
     assert operator.undrain()
     told = list(operator.jobs(page=2))
     assert [one.kind for one in told] == [

@@ -11,6 +11,7 @@ import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
+from kvstrata.cli.prompting import read, token_ids
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def run(
             told = _request(client, request, across=across_tenants)
         else:
             chosen = _chosen(client, model)
-            ids = _of_text(prompt_file, chosen) if prompt_file else _token_ids(tokens or "")
+            ids = _of_text(prompt_file, chosen) if prompt_file else token_ids(tokens or "")
             told = _prompt(client, ids, chosen, salt, across=across_tenants)
     except (NodeUnavailable, DeadlineExceeded) as error:
         fail(error)
@@ -143,20 +144,4 @@ def _of_text(file: Path, namespace: Shown) -> list[int]:
     except ImportError as error:
         raise UsageError(f"--prompt-file needs pip install 'kvstrata[control]': {error}") from error
     name, weights = namespace.model.get("name", ""), namespace.model.get("weights", "")
-    return Tokenizers().of(name, weights).text(_read(file))
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error
-
-
-def _token_ids(text: str) -> list[int]:
-    if text.startswith("@"):
-        text = _read(Path(text[1:]))
-    try:
-        return [int(word) for word in text.strip("[] \n").replace(",", " ").split()]
-    except ValueError as error:
-        raise UsageError(f"token ids are whole numbers: {error}") from error
+    return Tokenizers().of(name, weights).text(read(file))

@@ -64,17 +64,27 @@ def prompt_of(
     elif file is not None:
         prompt["text"] = read(file)
     elif tokens is not None:
-        words = read(Path(tokens[1:])) if tokens.startswith("@") else tokens
-        try:
-            prompt["tokens"] = [int(word) for word in words.replace(",", " ").split()]
-        except ValueError as error:
-            raise UsageError(f"--tokens: expected whole numbers: {error}") from error
+        prompt["tokens"] = token_ids(tokens)
     elif messages is not None:
         try:
             prompt["messages"] = json.loads(read(messages))
         except ValueError as error:
             raise UsageError(f"{messages} is no JSON: {error}") from error
     return prompt
+
+
+def token_ids(words: str) -> list[int]:
+    """Whole numbers, with or without commas and the brackets of a JSON list; ``@FILE``: of a file.
+
+    Raises:
+        UsageError: they are none, or the file cannot be read.
+    """
+    if words.startswith("@"):
+        words = read(Path(words[1:]))
+    try:
+        return [int(word) for word in words.strip("[] \n").replace(",", " ").split()]
+    except ValueError as error:
+        raise UsageError(f"--tokens: expected whole numbers: {error}") from error
 
 
 def read(file: Path) -> str:

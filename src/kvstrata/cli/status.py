@@ -81,6 +81,11 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
         ),
         Text(_secrets(state["secret_checks"])),
     ]
+    if state["draining"] != "no":
+        words = "drained: it takes no stores until `kvstrata drain --undo`"
+        if state["draining"] == "ending":
+            words = "draining: it takes no stores, and ends when all is written"
+        parts.append(Text(words, style="yellow"))
     host, leases = state["host"], state["leases"]
     tiers = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("tier", "used", "of", "chunks", "objects"):

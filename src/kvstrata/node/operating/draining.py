@@ -85,7 +85,7 @@ class Drainer:
             if not self.draining:
                 job.stop()
         job.total = job.done = most
-        job.note = "empty-handed"
+        job.note = "all is written"
         if self._ends and self.end is not None:
             self.closing = True
             clock = 0.0
