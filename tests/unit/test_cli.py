@@ -21,7 +21,8 @@ import typer.main
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from tests.support.nodes import owned
+from tests.support.attached import Attached
+from tests.support.nodes import NAMESPACE, owned
 
 import kvstrata
 from kvstrata import cli
@@ -30,6 +31,7 @@ from kvstrata.cli.canary import Canary
 from kvstrata.cli.counting import label_values, labelled, total
 from kvstrata.config import Config, DiskConfig, load_config
 from kvstrata.errors import ConfigError, ReadOnly, TierUnavailable
+from kvstrata.keys import owner_digest
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
 from kvstrata.node.service.probe import PROBE_KEY
@@ -262,6 +264,42 @@ def test_clear_of_one_tier(serving: Serving, command: Callable[..., tuple[int, s
     assert objects(serving) == [0, 4]
     assert command("clear", "-y", "--tier", "disk", *serving.arguments)[0] == 0
     assert objects(serving) == [0, 0]
+
+
+def test_clear_may_be_of_a_tenant_a_namespace_or_an_age(
+    serving: Serving, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serving.inprocess.connect()
+    secret = client.hello.secret
+    keys = {"mine": [b"m" * 32], "theirs": [b"t" * 32, b"u" * 32]}
+    for tenant, salt in (("mine", "s"), ("theirs", "")):
+        Attached(client).store(keys[tenant], owner=owner_digest(secret, tenant, salt))
+    client.flush()
+    client.close()
+
+    def clear(*options: str) -> str:
+        code, out, err = command("clear", "--yes", *options, *serving.arguments)
+        assert (code, err) == (0, "")
+        return out
+
+    for nothing in (
+        ["--tenant", "mine"],  # without its salt it is another one
+        ["--namespace", "ff" * 32],
+        ["--older-than", "1h"],
+    ):
+        assert clear(*nothing) == "forgot 0 objects (host, disk)\n"
+    assert clear("--tenant", "mine", "--salt", "s", "--tier", "host").startswith("forgot 1 object")
+    assert clear("--tenant", "mine", "--salt", "s", "--namespace", NAMESPACE.hex()) == (
+        "forgot 1 objects (host, disk)\n"
+    )
+    assert objects(serving) == [2, 2]
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    asked = command("clear", "--tenant", "theirs", "--older-than", "1s", *serving.arguments)[1]
+    assert "Forget what is of tenant theirs, older than 1s in host 2 objects" in asked
+    for wrong in (["--salt", "s"], ["--namespace", "xy"], ["--older-than", "soon"]):
+        assert command("clear", "--yes", *wrong, *serving.arguments)[0] == 2
+    assert objects(serving) == [2, 2]
+    assert clear("--namespace", NAMESPACE.hex()) == "forgot 4 objects (host, disk)\n"
 
 
 def test_clear_without_a_terminal_needs_yes(

@@ -8,6 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from kvstrata.cli.clearing import (
+    NamespaceOption,
+    OlderOption,
+    SaltOption,
+    TenantOption,
+    before_ns,
+    digest,
+    owners,
+)
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
 from kvstrata.errors import (
@@ -17,6 +26,8 @@ from kvstrata.errors import (
     TierUnavailable,
     UsageError,
 )
+
+TIMEOUT_S = 60.0
 
 
 def run(
@@ -31,11 +42,15 @@ def run(
             help="Only this tier, as `kvstrata status` names it; may be repeated. Default: all.",
         ),
     ] = None,
+    tenant: TenantOption = None,
+    salt: SaltOption = "",
+    namespace: NamespaceOption = None,
+    older_than: OlderOption = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Do not ask. Needed where there is no terminal.")
     ] = False,
 ) -> None:
-    """Forget everything that is stored, for all models and tenants, and say how much went.
+    """Forget everything that is stored, or what fits all the options, and say how much went.
 
     A store that the node shares with others is cleared for all of them.
 
@@ -43,18 +58,29 @@ def run(
     now stays in memory until that load ends, and can no longer be found. Exit status 1 if no node
     answers or a tier could not be cleared.
     """
+    from kvstrata.wire.operator import Operator
+
     client = join_or_exit(configured(config_file, settings, node))
     try:
         stored = _stored(client.status())
         names = tiers or list(stored)
         if missing := [name for name in names if name not in stored]:
             raise UsageError(f"this node has no {missing[0]} tier; it has {', '.join(stored)}")
+        whose = owners(client.hello.secrets, tenant, salt)
+        where, before = digest(namespace), before_ns(older_than)
+        given = {"tenant": tenant, "salt": salt, "namespace": namespace, "older than": older_than}
+        only = ", ".join(f"{name} {value}" for name, value in given.items() if value)
         if not yes:
             if not sys.stdin.isatty():
                 raise UsageError("clear asks first, and here is no terminal to ask on: give --yes")
             held = "; ".join(f"{name} {stored[name]}" for name in names)
-            typer.confirm(f"Forget all of {held}?", abort=True)
-        count = client.clear(tiers=names)
+            what = f"what is of {only} in" if only else "all of"
+            typer.confirm(f"Forget {what} {held}?", abort=True)
+        operator = Operator(client, TIMEOUT_S)
+        count = sum(
+            operator.clear(tiers=names, owner=owner, namespace=where, before_ns=before)
+            for owner in whose
+        )
         typer.echo(f"forgot {count} objects ({', '.join(names)})")
     except ReadOnly as error:
         fail(error)

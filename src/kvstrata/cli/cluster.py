@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvstrata.cli.clearing import (
+    NamespaceOption,
+    OlderOption,
+    SaltOption,
+    TenantOption,
+    before_ns,
+    digest,
+    owners,
+)
 from kvstrata.cli.config import ConfigFile, Settings, read_config
 from kvstrata.cli.join import fail
 from kvstrata.errors import KVStrataError, TierUnavailable, UsageError
@@ -124,16 +132,10 @@ def clear(
             help="Only this tier, of each node that has it; may be repeated. Default: all.",
         ),
     ] = None,
-    tenant: Annotated[
-        str | None, typer.Option(help="Only what belongs to this tenant, with the --salt if given.")
-    ] = None,
-    salt: Annotated[str, typer.Option(help="The salt of the tenant's requests.")] = "",
-    namespace: Annotated[
-        str | None, typer.Option(help="Only this namespace, by its digest of 64 hex digits.")
-    ] = None,
-    older_than: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="Only what is older, such as 12h.")
-    ] = None,
+    tenant: TenantOption = None,
+    salt: SaltOption = "",
+    namespace: NamespaceOption = None,
+    older_than: OlderOption = None,
     only: Nodes = None,
     timeout_s: Seconds = 60.0,
     yes: Annotated[
@@ -145,24 +147,19 @@ def clear(
     Done when each registered node has confirmed, or its registration has run out; a node that was
     away forgets it before it takes part again. Exit status 1 if one could not, or did not answer.
     """
-    from kvstrata.keys import owner_digest
     from kvstrata.secret import load_secrets
     from kvstrata.wire import protocol as p
 
-    if salt and tenant is None:
-        raise UsageError("--salt is of a --tenant")
+    secrets: Sequence[bytes] = ()
+    if tenant is not None:
+        secrets = load_secrets(read_config(config_file, settings or []).secret_file)
+    whose, where, before = owners(secrets, tenant, salt), digest(namespace), before_ns(older_than)
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("clear asks first, and here is no terminal to ask on: give --yes")
         typer.confirm("Forget that in the whole fleet?", abort=True)
-    owners = [b""]
-    if tenant is not None:
-        known = load_secrets(read_config(config_file, settings or []).secret_file)
-        owners = [owner_digest(secret, tenant, salt) for secret in known]
-    for owner in owners:
-        request = p.Clear(
-            0, None, list(tiers or ()), owner, _digest(namespace), _before_ns(older_than)
-        )
+    for owner in whose:
+        request = p.Clear(0, None, list(tiers or ()), owner, where, before)
         _give(config_file, settings, request, timeout_s, only)
 
 
@@ -325,27 +322,6 @@ def end(answers: Answers) -> None:
         typer.echo("no node is registered; one that comes does it first")
     if not answers.done:
         raise typer.Exit(1)
-
-
-def _digest(namespace: str | None) -> bytes:
-    try:
-        digest = bytes.fromhex(namespace or "")
-    except ValueError:
-        digest = b"?"
-    if len(digest) not in (0, 32):
-        raise UsageError(f"the namespace {namespace!r} is no digest of 64 hex digits")
-    return digest
-
-
-def _before_ns(older_than: str | None) -> int:
-    from kvstrata.units import parse_duration
-
-    if older_than is None:
-        return 0
-    try:
-        return time.time_ns() - int(1e9 * parse_duration(older_than))
-    except ValueError as error:
-        raise UsageError(f"--older-than: {error}") from error
 
 
 def _token_ids(file: Path) -> list[int]:
