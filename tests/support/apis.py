@@ -155,10 +155,12 @@ class Engine:
 
     Args:
         client: of the node.
+        secret: with which it names what it stores; None: the one that the node gives.
     """
 
-    def __init__(self, client: NodeClient) -> None:
+    def __init__(self, client: NodeClient, secret: bytes | None = None) -> None:
         self.client = client
+        self.secret = secret or client.hello.secret
 
     def tell(self, space: Namespace = SPACE, name: str = MODEL, **more: Any) -> str:
         """Hand in a namespace; its digest."""
@@ -168,7 +170,7 @@ class Engine:
         return space.digest().hex()
 
     def keys(self, tokens: list[int], space: Namespace = SPACE, salt: str = "") -> list[bytes]:
-        chain = KeyChain(self.client.hello.secret, space.digest(), space.chunk_tokens, salt)
+        chain = KeyChain(self.secret, space.digest(), space.chunk_tokens, salt)
         return chain.keys(tokens)
 
     def owner_of(self, key: bytes) -> str:
@@ -181,7 +183,7 @@ class Engine:
     ) -> list[bytes]:
         """Store the whole chunks of a prompt; their keys."""
         keys = self.keys(tokens, space, salt)
-        owner = owner_digest(self.client.hello.secret, space.tenant, salt)
+        owner = owner_digest(self.secret, space.tenant, salt)
         call = self.client.reserve(space.digest(), keys, 0, part, template(ORDER, RAW), owner=owner)
         reserved = call.wait(5.0)
         sums = []

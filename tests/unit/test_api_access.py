@@ -80,6 +80,13 @@ def test_reading_and_writing_take_a_token_of_their_own(token_rig: Rig) -> None:
     assert looked.status == 422, "it may ask, and no engine has told of its model"
     for path in ("/v1/health", "/v1/ready"):
         assert token_rig.ask("GET", path).status == 200
+    across = {"request": "nobody", "across_tenants": True}
+    assert token_rig.ask("POST", "/v1/explain", across, bearer(READER)).problem["status"] == 403
+    assert token_rig.ask("POST", "/v1/explain", across, bearer(WRITER)).problem["status"] == 404
+    own = {**across, "across_tenants": False}
+    assert token_rig.ask("POST", "/v1/explain", own, bearer(READER)).problem["status"] == 404
+    routed = {"nodes": {"a": 0}, "tokens": [1]}
+    assert token_rig.ask("POST", "/v1/route", routed, bearer(READER)).status == 200
 
 
 def test_a_token_for_reading_writes_nowhere(folder: Path, token_rig: Rig) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.apis import MODEL, Rig, prompt
+from tests.support.apis import CHUNK, MODEL, Rig, prompt
 
 from kvstrata import control, errors
 from kvstrata.config import load_config
@@ -97,7 +97,7 @@ def test_a_method_asks_for_its_operation(name: str) -> None:
     given: dict[str, Any] = {
         "url": "http://e", "model": "m", "prompts": ["p"], "id": "a/../b?c", "keys": ["ab"],
         "tier": "disk", "key": "k", "source": "disk", "target": "host", "peer": "b:1",
-        "config": {}, "name": "n", "ttl_s": 1.0, "nbytes": None,
+        "config": {}, "nodes": {"a": 0}, "name": "n", "ttl_s": 1.0, "nbytes": None,
     }  # fmt: skip
     method = getattr(Client, name)
     taken = {one: given[one] for one in inspect.signature(method).parameters if one in given}
@@ -140,6 +140,9 @@ def test_it_asks_a_real_api(rig: Rig, within: bool) -> None:
         assert client.lookup(prompt(3)).leading_chunks == 3
         assert client.lookup(keys=[key.hex() for key in keys], model=MODEL).leading_chunks == 3
         client.flush()
+        assert client.explain(tokens=prompt(3)).tiers == {"host": 3 * CHUNK}
+        assert client.explain("r").record is not None
+        assert client.route({"a": 0}, tokens=prompt(3)).reason == "only"
         assert client.clear(keys=[keys[2].hex()], tiers=["host"]).objects == 1
         assert client.clear(everything=True).objects == 5
         assert client.jobs().jobs == []

@@ -277,6 +277,20 @@ def test_nodes_that_come_and_go_are_forgotten(monkeypatch: pytest.MonkeyPatch) -
     assert sent.leading(prompt(1), "abcde") == {"a": SIZE, "c": SIZE, "d": SIZE}
 
 
+def test_all_nodes_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstrata.routing.memory.MAX_CHUNKS", 5)
+    sent = Sent(1000 * SIZE)
+    for first, node in enumerate("aba"):
+        sent.add(prompt(10 * first, 10 * first + 1), node)
+    sent.add(prompt(90), "c")
+    assert sent.leading(prompt(90), "abc") == {"c": SIZE}
+    assert len(sent) == 5, "the one that was sent nothing for longest is forgotten"
+    assert sent.leading(prompt(20), "abc") == {"a": SIZE}
+    assert sent.leading(prompt(10), "abc") == {}
+    sent.add(prompt(*range(100, 109)), "a")
+    assert len(sent) == 13, "the last one is bounded by its own cache"
+
+
 def test_common_is_what_one_in_sixteen_begins_with() -> None:
     popularity = Popularity()
     assert popularity.depth([]) == 1

@@ -44,6 +44,14 @@ def test_a_text_begins_as_the_tokenizer_says_and_is_not_cut(tmp_path: Path) -> N
     assert ModelTokenizer(model(tmp_path)).text("hello world hello world") == [0, 4, 5, 4, 5]
 
 
+def test_what_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    tokenizer = ModelTokenizer(model(tmp_path))
+    with pytest.raises(UsageError, match="no Unicode"):
+        tokenizer.text("hello \ud800")
+    with pytest.raises(UsageError, match="no Unicode"):
+        tokenizer.messages([{"role": "user", "content": "\ud800"}])
+
+
 def test_messages_are_a_text_by_the_template_with_nothing_added(tmp_path: Path) -> None:
     tokenizer = ModelTokenizer(model(tmp_path))
     found = tokenizer.messages([{"role": "user", "content": "hello"}])

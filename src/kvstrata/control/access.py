@@ -20,6 +20,8 @@ from kvstrata.errors import ConfigError
 
 VARIABLE = "KVSTRATA_API_TOKEN"
 READ, WRITE = "read", "write"
+MAY_WRITE = "kvstrata.may_write"
+"""Where a request's scope says so."""
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 MAX_TOKENS = 64
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,256}")

@@ -21,6 +21,7 @@ from kvstrata.control.verbs import (
     about,
     clear,
     dashboard,
+    explain,
     fleet,
     holdings,
     jobs,
@@ -29,6 +30,7 @@ from kvstrata.control.verbs import (
     moving,
     namespaces,
     records,
+    route,
     tenants,
     upkeep,
     warm,
@@ -44,6 +46,8 @@ ROUTERS = tuple(
         namespaces,
         fleet,
         records,
+        explain,
+        route,
         holdings,
         clear,
         warm,
@@ -54,8 +58,8 @@ ROUTERS = tuple(
     )
 )
 """A new verb is a file in `verbs` and a name here."""
-READS = (*lookup.READS, *holdings.READS)
-"""What is posted and yet changes nothing."""
+READS = (*lookup.READS, *explain.READS, *route.READS, *holdings.READS)
+"""What is posted and yet changes nothing that the node holds."""
 
 ABOUT = """\
 The HTTP API of a KVStrata node. Every error is a problem (RFC 9457, `application/problem+json`)

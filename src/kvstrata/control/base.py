@@ -9,11 +9,13 @@ from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvstrata.config import Config
+from kvstrata.control.access import MAY_WRITE
 from kvstrata.control.jobs import Jobs
 from kvstrata.control.link import Lane, NodeLink
 from kvstrata.control.problems import Problem
 from kvstrata.control.tokenizing import Tokenizers
 from kvstrata.fleet.registry import Registry
+from kvstrata.routing import CacheAware
 
 Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=["ab" * 32])]
 """A key or a namespace: 32 bytes in hex."""
@@ -50,6 +52,7 @@ class State:
     config: Config
     link: NodeLink
     jobs: Jobs = field(default_factory=Jobs)
+    advice: CacheAware = field(default_factory=CacheAware)
     tokenizers: Tokenizers = field(default_factory=Tokenizers)
     tokenizing: Lane = field(default_factory=lambda: Lane("tokens", 2))
     registry: Registry | None = None
@@ -61,4 +64,9 @@ def _state(request: Request) -> State:
     return state
 
 
+def _may_write(request: Request) -> bool:
+    return bool(request.scope[MAY_WRITE])
+
+
 Here = Annotated[State, Depends(_state)]
+MayWrite = Annotated[bool, Depends(_may_write)]

@@ -17,12 +17,14 @@ from kvstrata import errors
 from kvstrata.control import problems
 from kvstrata.control.verbs.about import Health, Ready, Status, Version
 from kvstrata.control.verbs.clear import Cleared, Flushed
+from kvstrata.control.verbs.explain import Explained
 from kvstrata.control.verbs.fleet import Fleet
 from kvstrata.control.verbs.holdings import Chunks, Inspected
 from kvstrata.control.verbs.jobs import Job, Jobs
 from kvstrata.control.verbs.lookup import Found
 from kvstrata.control.verbs.namespaces import Namespaces
 from kvstrata.control.verbs.records import Records
+from kvstrata.control.verbs.route import Routed
 from kvstrata.control.verbs.tenants import Held, Pinned, Pins, Unpinned
 from kvstrata.control.verbs.upkeep import Reloaded, Undrained
 from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeUnavailable
@@ -144,6 +146,33 @@ class Client:
         return self._post(
             "/v1/lookup", Found, tokens=tokens, text=text, messages=messages, keys=keys,
             model=model, namespace=namespace, salt=salt,
+        )  # fmt: skip
+
+    def explain(
+        self,
+        request: str | None = None,
+        across_tenants: bool = False,
+        **prompt: Unpack[Prompting],
+    ) -> Explained:
+        """Why a request had to compute, or a prompt would have to, in sentences too."""
+        return self._post(
+            "/v1/explain", Explained, request=request, across_tenants=across_tenants, **prompt
+        )
+
+    def route(
+        self,
+        nodes: Mapping[str, float],
+        tokens: Sequence[int] | None = None,
+        body: Mapping[str, Any] | None = None,
+        model: str | None = None,
+        namespace: str | None = None,
+        salt: str = "",
+        sent: bool = True,
+    ) -> Routed:
+        """Which of these nodes a prompt should go to; by name, the work before each in tokens."""
+        return self._post(
+            "/v1/route", Routed, nodes=nodes, tokens=tokens, body=body, model=model,
+            namespace=namespace, salt=salt, sent=sent,
         )  # fmt: skip
 
     def flush(self) -> Flushed:

@@ -15,7 +15,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvstrata.control import problems
-from kvstrata.control.access import SAFE_METHODS, WRITE, Tokens, cross_site, misdirected
+from kvstrata.control.access import (
+    MAY_WRITE,
+    SAFE_METHODS,
+    WRITE,
+    Tokens,
+    cross_site,
+    misdirected,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +107,7 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        self._check(scope["method"], scope["path"], headers)
+        scope[MAY_WRITE] = self._check(scope["method"], scope["path"], headers)
         held = 0
 
         def hold(nbytes: int) -> None:
@@ -122,8 +129,8 @@ class Guard:
         finally:
             self._bodies_bytes -= held
 
-    def _check(self, method: str, path: str, headers: Headers) -> None:
-        """Raises `Refused` for who may not ask this."""
+    def _check(self, method: str, path: str, headers: Headers) -> bool:
+        """Whether who asks may write; raises `Refused` for who may not ask this."""
         if len(headers.getlist("host")) != 1 or misdirected(headers["host"], self._local):
             raise refuse(
                 421, "this API is asked by an address of loopback or as localhost, not by the name "
@@ -131,8 +138,10 @@ class Guard:
             )  # fmt: skip
         if cross_site(method, headers):
             raise refuse(403, "a page of another site may not ask this API")
-        if self._tokens is None or path in self._open:
-            return
+        if self._tokens is None:
+            return True
+        if path in self._open:
+            return False
         scheme, _, token = headers.get("authorization", "").partition(" ")
         right = self._tokens.right(token.strip()) if scheme.lower() == "bearer" else ""
         if not right:
@@ -143,6 +152,7 @@ class Guard:
             )  # fmt: skip
         if right != WRITE and method not in SAFE_METHODS and path not in self._reads:
             raise refuse(403, "this token may read only")
+        return right == WRITE
 
 
 async def _body(

@@ -18,18 +18,32 @@ class Whose(Asked):
     salt: Text = Field("", description="And the requests' `cache_salt`.")
 
 
-def owner_of(node: NodeClient, whose: Whose, needed: bool = True) -> bytes:
-    """The owner's digest; empty where none is named.
+def owners_of(node: NodeClient, whose: Whose) -> list[bytes]:
+    """The owner's digests by each of the deployment's secrets, the one of stores first.
+
+    None where no owner is named.
 
     Raises:
-        Invalid: none is named and one is needed, or it is named in two ways.
+        Invalid: it is named in two ways, or by a salt alone.
     """
     if whose.owner is not None and (whose.tenant is not None or whose.salt):
         raise Invalid("owner", "expected either owner or tenant and salt")
     if whose.owner is not None:
-        return bytes.fromhex(whose.owner)
+        return [bytes.fromhex(whose.owner)]
     if whose.tenant is not None:
-        return owner_digest(node.hello.secret, whose.tenant, whose.salt)
-    if needed or whose.salt:
+        return [owner_digest(one, whose.tenant, whose.salt) for one in node.hello.secrets]
+    if whose.salt:
         raise Invalid("tenant", "expected tenant, or owner")
-    return b""
+    return []
+
+
+def owner_of(node: NodeClient, whose: Whose) -> bytes:
+    """The owner's digest, as stores have it.
+
+    Raises:
+        Invalid: none is named, or as of `owners_of`.
+    """
+    found = owners_of(node, whose)
+    if not found:
+        raise Invalid("tenant", "expected tenant, or owner")
+    return found[0]

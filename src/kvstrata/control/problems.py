@@ -46,6 +46,10 @@ class NoSuch(KVStrataError):
     """What was named is not there."""
 
 
+class Forbidden(KVStrataError):
+    """It takes a token for writing."""
+
+
 class Invalid(KVStrataError):
     """A field that is well formed and yet wrong.
 
@@ -61,6 +65,7 @@ class Invalid(KVStrataError):
 
 STATUS: Mapping[type[KVStrataError], int] = {
     NoSuch: 404,
+    Forbidden: 403,
     errors.Busy: 503,
     Invalid: 422,
     errors.UsageError: 422,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
@@ -73,12 +73,14 @@ class Chunks:
         tokens: how many the prompt has; of keys alone, that they cover.
         keys: by each of the deployment's secrets, in their order; of keys alone, those.
         owner: whose they are.
+        ids: the prompt's token ids; of keys alone, none.
     """
 
     namespace: Shown
     tokens: int
     keys: list[list[bytes]]
     owner: bytes
+    ids: list[int] = field(default_factory=list)
 
     @property
     def digest(self) -> bytes:
@@ -128,7 +130,7 @@ async def chunks_of(here: State, prompt: Prompt) -> Chunks:
         chains = [KeyChain(secret, digest, chunk_tokens, prompt.salt) for secret in secrets]
         return [chain.keys(tokens) for chain in chains]
 
-    return Chunks(namespace, len(tokens), await here.tokenizing.run(make), owner)
+    return Chunks(namespace, len(tokens), await here.tokenizing.run(make), owner, tokens)
 
 
 async def _tokens(here: State, prompt: Prompt, namespace: Shown) -> list[int]:

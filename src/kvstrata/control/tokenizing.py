@@ -80,15 +80,19 @@ class ModelTokenizer:
         self._template = _environment().from_string(source) if isinstance(source, str) else None
 
     def text(self, text: str) -> list[int]:
-        """Of a prompt, as for `/v1/completions`: with the tokens that begin one."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+        """Of a prompt, as for `/v1/completions`: with the tokens that begin one.
+
+        Raises:
+            UsageError: a text that UTF-8 cannot encode.
+        """
+        return self._ids(text, begins=True)
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Of a chat, as for `/v1/chat/completions`: up to where the assistant speaks.
 
         Raises:
-            UsageError: the model has no template, or its template refuses these messages.
+            UsageError: the model has no template, or its template refuses these messages; or a
+                text that UTF-8 cannot encode.
         """
         if self._template is None:
             raise UsageError("this model has no chat template; give text or token ids")
@@ -102,7 +106,14 @@ class ModelTokenizer:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UsageError(f"the chat template refuses these messages: {error}") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._ids(text, begins=False)
+
+    def _ids(self, text: str, *, begins: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text is no Unicode: {error.reason}") from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=begins).ids
         return ids
 
 

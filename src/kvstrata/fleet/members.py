@@ -15,7 +15,10 @@ LASTS_S = 5.0
 JOINING, MEMBER, DRAINING = "joining", "member", "draining"
 _BOOT_DIGITS = 16
 
+MAX_PARTS = 4096
+
 _Text = Annotated[str, msgspec.Meta(max_length=512)]
+_Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Holding(msgspec.Struct, frozen=True):
@@ -38,10 +41,10 @@ class Model(msgspec.Struct, frozen=True):
         parts: how many objects make up a chunk.
     """
 
-    namespace: _Text
+    namespace: _Digest
     model: _Text = ""
-    chunk_tokens: int = 128
-    parts: int = 1
+    chunk_tokens: Annotated[int, msgspec.Meta(ge=1)] = 128
+    parts: Annotated[int, msgspec.Meta(ge=1, le=MAX_PARTS)] = 1
 
 
 class Member(msgspec.Struct, frozen=True):

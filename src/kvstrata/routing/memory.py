@@ -10,6 +10,8 @@ from kvstrata.routing.base import Prompt
 
 MAX_NODES = 256
 """Nodes that are remembered."""
+MAX_CHUNKS = 1 << 20
+"""Chunks of all nodes that are; they take about 200 MB."""
 PERIOD = 1024
 """Prompts after which counts are halved: what was common an hour ago may not be now."""
 COMMON = 1 / 16
@@ -39,13 +41,13 @@ class Sent:
         """It went there."""
         chunks = self._chunks.setdefault(node, OrderedDict())
         self._chunks.move_to_end(node)
-        if len(self._chunks) > MAX_NODES:
-            self._chunks.popitem(last=False)
         for key in reversed(prompt.keys):  # a tail is forgotten before its head
             chunks[key] = None
             chunks.move_to_end(key)
         while len(chunks) * prompt.chunk_tokens > self._cache_tokens:
             chunks.popitem(last=False)
+        while len(self._chunks) > MAX_NODES or (len(self) > MAX_CHUNKS and len(self._chunks) > 1):
+            self._chunks.popitem(last=False)
 
     def leading(self, prompt: Prompt, nodes: Iterable[str]) -> dict[str, int]:
         """Leading tokens of it that each node was sent; nodes with none are left out."""

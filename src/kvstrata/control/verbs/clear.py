@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kvstrata.control.base import PROBLEMS, Here, Hex32, Text, Told
 from kvstrata.control.link import LONG_S
-from kvstrata.control.owners import Whose, owner_of
+from kvstrata.control.owners import Whose, owners_of
 from kvstrata.control.problems import Invalid
 from kvstrata.control.prompts import Keys
 from kvstrata.wire.client import NodeClient
@@ -77,12 +77,16 @@ async def clear(asked: Clear, here: Here) -> Cleared:
         for number, tier in enumerate(asked.tiers or ()):
             if tier not in names:
                 raise Invalid(f"tiers.{number}", f"no tier {tier!r}; there are {', '.join(names)}")
-        return Operator(node, LONG_S).clear(
-            keys=keys,
-            tiers=asked.tiers or (),
-            owner=owner_of(node, asked, needed=False),
-            namespace=bytes.fromhex(asked.namespace or ""),
-            before_ns=int((asked.before or 0) * 1e9),
+        operator = Operator(node, LONG_S)
+        return sum(
+            operator.clear(
+                keys=keys,
+                tiers=asked.tiers or (),
+                owner=owner,
+                namespace=bytes.fromhex(asked.namespace or ""),
+                before_ns=int((asked.before or 0) * 1e9),
+            )
+            for owner in owners_of(node, asked) or [b""]
         )
 
     return Cleared(objects=await here.link.ask(work, long=True))
