@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.mounts import SOURCES, in_private_mount
 
 from kvstrata.errors import ConfigError, Incompatible, TierFull, TierUnavailable
 from kvstrata.testing.stores import (
@@ -49,7 +50,6 @@ from kvstrata.tiers.disk.scan import file_name, parse_name
 from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.faulty import FaultyTier
 
-SOURCES = str(Path(disk_module.__file__).parents[3])
 NOBODY = 65534
 
 
@@ -408,28 +408,6 @@ def test_permission_lost_while_open(shared: Path) -> None:
     status, out, err = run_python(code, str(shared / "tier"))
     assert (status, err) == (0, "")
     assert "Permission denied" in out
-
-
-def in_private_mount(code: str, folder: Path, options: str) -> tuple[int, str, str]:
-    """Run code with a tmpfs on ``folder`` that exists for that process only; skip if impossible."""
-    unshare = shutil.which("unshare")
-    if unshare is None:
-        pytest.skip("unshare is not installed")
-    command = [unshare, "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
-    mount = f'mount -t tmpfs -o {options} none "$1" && exec "$0" -c "$2" "$1"'
-    probe = f'mount -t tmpfs -o {options} none "$0"'
-    folder.mkdir(exist_ok=True)
-    if subprocess.run(
-        [*command, "sh", "-c", probe, str(folder)], stderr=subprocess.PIPE
-    ).returncode:
-        pytest.skip("this process may not mount")
-    done = subprocess.run(
-        [*command, "sh", "-c", mount, sys.executable, str(folder), code],
-        env={**os.environ, "PYTHONPATH": SOURCES},
-        capture_output=True,
-        timeout=60,
-    )
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

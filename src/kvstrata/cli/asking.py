@@ -21,6 +21,7 @@ from kvstrata.errors import (
 )
 
 if TYPE_CHECKING:
+    from kvstrata.config.api import ApiConfig
     from kvstrata.control import Client
 
 ApiOption = Annotated[
@@ -44,6 +45,15 @@ def importable() -> Iterator[None]:
         ) from error
 
 
+def api_url(config: ApiConfig) -> str:
+    """Where the API is that is configured."""
+    from kvstrata.transfer.tcp import Address
+
+    if not isinstance(config.listen, Address):
+        return f"unix:{config.listen}"
+    return f"{'http' if config.tls_certificate is None else 'https'}://{config.listen}"
+
+
 @contextlib.contextmanager
 def asking(
     config_file: Path | None, settings: list[str] | None, node: str | None, api: str | None
@@ -58,11 +68,8 @@ def asking(
         from kvstrata.control import Client
         from kvstrata.control.access import own_token
         from kvstrata.control.inprocess import client as inside
-        from kvstrata.transfer.tcp import Address
-    listen = config.api.listen
-    if api is None and listen is not None and node is None:
-        scheme = "http" if config.api.tls_certificate is None else "https"
-        api = f"{scheme}://{listen}" if isinstance(listen, Address) else f"unix:{listen}"
+    if api is None and config.api.listen is not None and node is None:
+        api = api_url(config.api)
     if api is None:
         client = inside(config)
     else:
