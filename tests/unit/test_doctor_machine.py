@@ -290,7 +290,9 @@ def test_members_that_have_nothing_in_common(fleet: Fleet) -> None:
     two = msgspec.structs.replace(
         fleet.members()["one"], name="two", models=[Model("bb"), Model("cc")]
     )
-    assert services._check_members([one, two], "one").result == "ok"
+    new = msgspec.structs.replace(one, name="new", models=[])  # no engine has asked it yet
+    assert services._check_members([one, two, new], "one").result == "ok"
+    assert services._check_members([one, two, new], "new").result == "ok"
     three = msgspec.structs.replace(fleet.members()["one"], name="three", models=[Model("cc")])
     check = services._check_members([one, two, three], "one")
     assert check.result == "warn"
