@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, expect
 from tests.engine.engine import Engine
-from tests.engine.place import Place
+from tests.engine.place import Place, eventually
 from tests.engine.plain import Plain, Texts
 from tests.engine.shared import SETTINGS
 from tests.support.browsers import CHROMIUM, LOOK_MS, Look, chromium
@@ -18,6 +20,12 @@ from kvstrata.testing.serving import HOST, free_port
 from kvstrata.testing.workplace import wait_ready
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+        return True
+    return False
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
@@ -31,6 +39,7 @@ def test_a_real_engines_requests(tiny_llama: Path, plain: Plain, texts: Texts) -
         place._serve()
         wait_ready(place.node)
         engine = place.engine()
+        eventually(lambda: answers(f"http://{url}/v1/ready"), "the API answers")
         look = Look(browser, f"http://{url}")
         page = look.page
         expect(page.locator("#state")).to_have_text("all is well")

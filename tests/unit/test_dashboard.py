@@ -116,6 +116,21 @@ def _by_keyboard(browser: Browser, rig: Rig, engine: Engine) -> None:
     page.close()
 
 
+def test_a_long_prefix_is_forgotten_to_its_end(browser: Browser, rig: Rig) -> None:
+    """Pages of chunks go by key: a tree of the first page alone has branches that are none."""
+    with rig.engine() as engine:
+        engine.tell()
+        keys = engine.store(list(range(1100 * CHUNK)))
+        page = Look(browser, rig.url).page
+        expect(page.locator("#chunks > li")).to_have_count(1)
+        page.locator("#chunks button.danger").click()
+        page.locator("#confirm-yes").click()
+        expect(page.locator("#said")).to_contain_text("forgot")
+        assert len(keys) == 1100
+        assert engine.client.status()["host"]["num_chunks"] == 0
+        page.close()
+
+
 def test_a_node_that_goes_and_comes_back(browser: Browser, rig: Rig) -> None:
     page = Look(browser, rig.url).page
     expect(page.locator("#state")).to_have_text("all is well")

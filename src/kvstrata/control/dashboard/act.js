@@ -33,7 +33,7 @@ const KEYS = 1024, DAY_S = 86400;
 
 export function branchActions(refresh) {
   const clear = async ({ keys, nbytes }) => {
-    const text = `${count(keys.length)} chunks, ${bytes(nbytes)}, in every tier. A shared store forgets them for all who use it. Engines compute them again when they are asked for.`;
+    const text = `${count(keys.length)} chunks, ${bytes(nbytes)}: all that goes on behind it on this node, in every tier. A shared store forgets them for all who use it. Engines compute them again when they are asked for.`;
     if (!(await confirmed("Forget this prefix?", text, "Forget it"))) return;
     await act("forgetting", async () => {
       let objects = 0;

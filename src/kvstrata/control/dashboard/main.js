@@ -9,12 +9,12 @@ import { at, el, seconds, show } from "./page.js";
 import { Requests } from "./requests.js";
 import { Tree } from "./tree.js";
 
-const EVERY_MS = 2000, SPAN_S = 600, TREE_EVERY = 5;
+const EVERY_MS = 2000, SPAN_S = 600, TREE_S = 10, TREE_PER_CHUNK_S = 0.005;
 
 const history = new History(SPAN_S);
 const requests = new Requests();
 const tree = new Tree(branchActions(() => again()));
-let turn = 0, asking = false, timer;
+let treeAt = 0, asking = false, timer;
 
 function state(words, kind) {
   show(at("state"), el("span", { class: `pill ${kind}` }, words));
@@ -41,7 +41,11 @@ async function look() {
     showActions(status, again);
     showPins((await json("v1/pins?limit=100")).pins, again);
     showJobs((await json("v1/jobs?limit=20")).jobs, again);
-    if (turn++ % TREE_EVERY === 0) await tree.refresh();
+    // A large one is read more seldom: all of it is, each time.
+    if (when - treeAt >= TREE_S + TREE_PER_CHUNK_S * tree.chunks.size) {
+      treeAt = when;
+      await tree.refresh();
+    }
     await showFleet();
     at("token").hidden = true;
   } catch (problem) {
@@ -53,7 +57,7 @@ async function look() {
 }
 
 async function again() {
-  turn = 0;
+  treeAt = 0;
   await look();
 }
 

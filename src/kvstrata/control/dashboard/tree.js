@@ -3,37 +3,27 @@
 import { json } from "./node.js";
 import { at, bytes, count, el, show } from "./page.js";
 
-const PAGE = 500, MOST = 20000, SHOWN = 50;
+const PAGE = 1000, MOST = 20000, SHOWN = 50;
 
 export class Tree {
   constructor(actions) {
     this.actions = actions;
     this.chunks = new Map();
-    this.next = "";
     this.whole = false;
     this.open = new Set();
-    at("more").addEventListener("click", () => this.more());
   }
 
+  // All of it: pages go by key, and where a part is missing a branch may begin anywhere.
   async refresh() {
-    // Looked at anew from the beginning, as far as it has been looked at.
-    const wanted = Math.max(PAGE, this.chunks.size);
     const chunks = new Map();
     let next = "";
     do {
       const page = await json(`v1/chunks?limit=${PAGE}&after=${next}`);
       for (const one of page.chunks) chunks.set(one.key, one);
       next = page.next;
-    } while (next && chunks.size < wanted);
+    } while (next && chunks.size < MOST);
     this.chunks = chunks;
-    this.next = next;
-    this.show();
-  }
-
-  async more() {
-    const page = await json(`v1/chunks?limit=${PAGE}&after=${this.next}`);
-    for (const one of page.chunks) this.chunks.set(one.key, one);
-    this.next = page.next;
+    this.whole = !next;
     this.show();
   }
 
@@ -47,11 +37,12 @@ export class Tree {
     }
     const branches = roots.map((root) => this.branch(root, children));
     branches.sort((a, b) => b.nbytes - a.nbytes);
-    at("more").hidden = !this.next || this.chunks.size >= MOST;
     if (!branches.length) return show(at("chunks"), el("li", { class: "quiet" }, "Nothing is held."));
     const rest = branches.length - SHOWN;
     show(at("chunks"), ...branches.slice(0, SHOWN).map((one) => this.line(one)),
-      rest > 0 ? el("li", { class: "quiet" }, `and ${count(rest)} smaller ones`) : null);
+      rest > 0 ? el("li", { class: "quiet" }, `and ${count(rest)} smaller ones`) : null,
+      this.whole ? null : el("li", { class: "warn" },
+        `More than ${count(MOST)} chunks: these are parts of prefixes, and not for acting on. kvstrata ls lists all.`));
     for (const details of at("chunks").querySelectorAll("details"))
       details.ontoggle = () => (details.open ? this.open.add(details.dataset.key) : this.open.delete(details.dataset.key));
   }
@@ -101,7 +92,7 @@ export class Tree {
       used ? `used ${new Date(1000 * used).toLocaleTimeString()}` : "",
     ].filter(Boolean);
     const name = first.key.slice(0, 12);
-    const buttons = el("span", {}, ...this.actions.map(({ word, run, danger }) =>
+    const buttons = el("span", {}, ...(this.whole ? this.actions : []).map(({ word, run, danger }) =>
       el("button", { type: "button", class: danger ? "small danger" : "small", "aria-label": `${word} ${name} and what goes on behind it`, onclick: () => run(branch) }, word)));
     const head = [el("code", {}, name), " ", about.join("; "), " ", buttons];
     if (!branch.below.length) return el("li", {}, ...head);
