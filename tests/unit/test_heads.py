@@ -97,3 +97,12 @@ def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(map(len, remembered._alike.values())) <= 100
     assert remembered.known(asked(449).key) is None
     assert remembered.known(asked(450).key) is not None
+
+
+def test_one_key_with_ever_new_heads_is_in_no_former_group() -> None:
+    remembered, other = Kin(), asked(2, tokens=99)
+    remembered.note(other)
+    for tokens in range(100):
+        remembered.note(asked(1, tokens=tokens))
+    assert len(remembered._alike) == 2
+    assert list(remembered.others(other, of_all=False)) == [asked(1, tokens=99)]

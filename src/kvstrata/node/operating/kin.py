@@ -44,21 +44,18 @@ class Kin:
 
     def note(self, asked: Asked) -> None:
         """Remember a beginning that was asked for."""
+        before = self._asked.pop(asked.key, None)
+        if before is not None:
+            self._leave(before)
         self._asked[asked.key] = asked
-        self._asked.move_to_end(asked.key)
         for group in self._groups(asked):
             keys = self._alike.setdefault(group, {})
-            keys.pop(asked.key, None)
             keys[asked.key] = None
             if len(keys) > MOST_ALIKE:
                 del keys[next(iter(keys))]
         if len(self._asked) > MOST:
             _, oldest = self._asked.popitem(last=False)
-            for group in self._groups(oldest):
-                alike = self._alike.get(group, {})
-                alike.pop(oldest.key, None)
-                if not alike:
-                    self._alike.pop(group, None)
+            self._leave(oldest)
 
     def known(self, key: bytes) -> Asked | None:
         """What was asked for under this first key."""
@@ -77,6 +74,14 @@ class Kin:
             for key in reversed(self._alike.get(head if of_all else asked.owner + head, {})):
                 if key != asked.key and key in self._asked:
                     yield self._asked[key]
+
+    def _leave(self, asked: Asked) -> None:
+        """Let a beginning belong to no group any more."""
+        for group in self._groups(asked):
+            alike = self._alike.get(group, {})
+            alike.pop(asked.key, None)
+            if not alike:
+                self._alike.pop(group, None)
 
     @staticmethod
     def _groups(asked: Asked) -> tuple[bytes, bytes]:
