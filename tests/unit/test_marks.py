@@ -40,10 +40,12 @@ from tests.unit.test_owners import (
 
 from kvstrata.errors import TierUnavailable, UsageError
 from kvstrata.node.node import Node
+from kvstrata.node.operating.pinning import MAX_CHUNKS_OF_OWNER
 from kvstrata.node.service.ages import EVERY_NS, MAX_DATES, Ages
-from kvstrata.node.service.ledger import Ledger, Marked, Pin, Quota, Unpin
+from kvstrata.node.service.ledger import SPARE_BYTES, Ledger, Marked, Pin, Quota, Unpin
 from kvstrata.node.service.scrub import scrub
 from kvstrata.objects import NOBODY
+from kvstrata.tiers import journal as journals
 from kvstrata.tiers.base import Epoch
 from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.epochs import decode_epoch, encode_epoch, marked
@@ -443,6 +445,40 @@ class TestJournal:
         assert (again.quotas, again.pins, list(again.marks)) == (
             {BERT: 999}, {}, [Mark(ANNA, b"", 5)]
         )  # fmt: skip
+
+    @pytest.mark.parametrize("saves", [1, 10_000])
+    def test_it_is_made_anew_long_before_it_is_too_large(self, saves: int, tmp_path: Path) -> None:
+        path, keys = str(tmp_path / "journal"), bytes(32 * MAX_CHUNKS_OF_OWNER)
+        journal = FileJournal(path)
+        ledger = Ledger(journal)
+        for number in range(40):  # each of them fits, and they are renewed for ever
+            ledger.note(Pin(ANNA, "all", keys, float(number)))
+            if number % saves == saves - 1 or number == 39:
+                ledger.saving()()
+                ledger.was_saved()
+            assert journal.nbytes == (os.path.getsize(path) if os.path.exists(path) else 0)
+            assert journal.nbytes <= SPARE_BYTES
+        again = Ledger(FileJournal(path))
+        assert not again.damaged
+        assert [pin.until_s for pin in again.pins.values()] == [39.0]
+
+    def test_nothing_is_written_that_would_not_be_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = str(tmp_path / "journal")
+        monkeypatch.setattr(journals, "MAX_JOURNAL_BYTES", 100)
+        for journal in (Journal(), FileJournal(path)):
+            journal.append([b"x" * 40])
+            with pytest.raises(TierUnavailable, match="116 bytes; 100 at most"):
+                journal.append([b"y" * 40])
+            with pytest.raises(TierUnavailable, match="118 bytes; 100 at most"):
+                journal.replace([b"y" * 100])
+            assert journal.lines() == [b"x" * 40]
+        assert FileJournal(path).lines() == [b"x" * 40]
+        ledger = Ledger(Journal())
+        with pytest.raises(UsageError, match=r"a pin of \d+ bytes"):
+            ledger.note(Pin(ANNA, "all", bytes(4 << 20), 1.0))
+        assert ledger.saved
 
     @given(
         st.lists(

@@ -17,6 +17,7 @@ from kvstrata.errors import ReadOnly, TierUnavailable
 
 SUM_CHARS = 16
 MAX_JOURNAL_BYTES = 64 << 20
+"""That is read again at a start, and so the most that is ever written."""
 
 
 class Journal:
@@ -28,6 +29,8 @@ class Journal:
     def __init__(self) -> None:
         self._lines: list[bytes] = []
         self._lock = threading.Lock()
+        self.nbytes = 0
+        """Of all lines, as a file has them."""
 
     def lines(self) -> list[bytes]:
         """All that was appended since it was replaced, oldest first."""
@@ -38,18 +41,22 @@ class Journal:
         """Add lines; none of them may hold a newline.
 
         Raises:
-            TierUnavailable: they are not there.
+            TierUnavailable: they are not there; the journal may be too large for them.
         """
+        some = list(lines)
         with self._lock:
-            self._lines += lines
+            nbytes = _checked_size(some, self.nbytes)
+            self._lines += some
+            self.nbytes = nbytes
 
     def replace(self, lines: Sequence[bytes]) -> None:
         """Put these in the place of all that is there, at once.
 
         Raises:
-            TierUnavailable: all is as it was.
+            TierUnavailable: all is as it was; they may be too large together.
         """
         with self._lock:
+            self.nbytes = _checked_size(lines)
             self._lines = list(lines)
 
 
@@ -79,6 +86,7 @@ class FileJournal(Journal):
         self._check()
         some = list(lines)
         with self._lock:
+            nbytes = _checked_size(some, self.nbytes)
             size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
             try:
                 self._write(self._path, some, os.O_APPEND)
@@ -88,10 +96,12 @@ class FileJournal(Journal):
                     os.truncate(self._path, size)
                 raise self._unavailable(error) from error
             self._lines += some
+            self.nbytes = nbytes
 
     def replace(self, lines: Sequence[bytes]) -> None:
         self._check()
         with self._lock:
+            nbytes = _checked_size(lines)
             try:
                 self._write(f"{self._path}.tmp", lines, os.O_TRUNC)
                 os.replace(f"{self._path}.tmp", self._path)
@@ -103,6 +113,7 @@ class FileJournal(Journal):
             except OSError as error:
                 raise self._unavailable(error) from error
             self._lines = list(lines)
+            self.nbytes = nbytes
 
     def _load(self) -> bool:
         """Read all lines; whether the file holds them and nothing else."""
@@ -115,6 +126,7 @@ class FileJournal(Journal):
         good = [line[SUM_CHARS + 1 :] for line in whole if _is_good(line)]
         self.damaged = len(good) < len(whole) or len(content) > MAX_JOURNAL_BYTES
         self._lines = good
+        self.nbytes = _size(good)
         return not (self.damaged or torn)
 
     def _check(self) -> None:
@@ -138,6 +150,18 @@ class FileJournal(Journal):
 
 def _sum(line: bytes) -> bytes:
     return b"%016x" % xxhash.xxh3_64_intdigest(line)
+
+
+def _size(lines: Iterable[bytes]) -> int:
+    return sum(SUM_CHARS + len(line) + 2 for line in lines)
+
+
+def _checked_size(lines: Iterable[bytes], before: int = 0) -> int:
+    """How large a journal is with these; raises `TierUnavailable` for one that nobody reads."""
+    nbytes = before + _size(lines)
+    if nbytes > MAX_JOURNAL_BYTES:
+        raise TierUnavailable(f"a journal of {nbytes} bytes; {MAX_JOURNAL_BYTES} at most")
+    return nbytes
 
 
 def _is_good(line: bytes) -> bool:

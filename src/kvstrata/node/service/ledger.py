@@ -2,7 +2,7 @@
 
 The state is in memory and holds at once. `save` writes down what is new; if that fails, all of it
 is written the next time. A line is added for each change, and the journal is made anew when it is
-mostly of what has passed.
+mostly of what has passed, and long before it is too large to be read again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 
-from kvstrata.errors import TierUnavailable
+from kvstrata.errors import TierUnavailable, UsageError
 from kvstrata.tiers.journal import Journal
 from kvstrata.tiers.marks import Mark, Marks
 
 SPARE_LINES = 256
 """Lines that a journal may have before it is made anew, beside twice as many as are needed."""
+SPARE_BYTES = 16 << 20
+"""That a journal may have before it is made anew: twice what all that may hold at once needs."""
+MAX_RECORD_BYTES = 4 << 20
+"""Of one line. A pin of as many chunks as its owner may have needs less than half of it."""
 MAX_QUOTAS = 1024
 
 
@@ -77,6 +81,7 @@ class Ledger:
         """Whether something of it was lost: what was cleared, nobody knows."""
         self._journal = journal
         self._new: list[Record] = []
+        self._new_bytes = 0
         self._num_lines = 0
         self._anew = self._forgot = False
         for line in journal.lines():
@@ -92,9 +97,21 @@ class Ledger:
         return not (self._new or self._anew)
 
     def note(self, record: Record) -> None:
-        """Let something hold from now on; `save` writes it down."""
+        """Let something hold from now on; `save` writes it down.
+
+        Raises:
+            UsageError: it is too large for a journal; nothing has changed.
+        """
+        nbytes = _most_bytes(record)
+        if nbytes > MAX_RECORD_BYTES:
+            what = type(record).__name__.lower()
+            raise UsageError(f"a {what} of {nbytes} bytes; {MAX_RECORD_BYTES} at most")
         self._apply(record)
         self._new.append(record)
+        self._new_bytes += nbytes
+        if self._journal.nbytes + self._new_bytes > SPARE_BYTES:
+            self._new, self._new_bytes = [], 0
+            self._anew = self._forgot = True
 
     def forget_marks(self, marks: Iterable[Mark]) -> None:
         """Drop marks of which nothing can be there any more."""
@@ -111,7 +128,8 @@ class Ledger:
         num_live = len(self.marks) + len(self.quotas) + len(self.pins)
         anew = self._anew or self._num_lines + len(self._new) > 2 * num_live + SPARE_LINES
         records = list(self._all()) if anew else self._new
-        self._new, self._anew = [], True  # until it is known to have been written
+        self._new, self._new_bytes = [], 0
+        self._anew = True  # until it is known to have been written
         self._forgot = False
         self._num_lines = len(records) + (0 if anew else self._num_lines)
 
@@ -145,6 +163,13 @@ class Ledger:
                 self.pins[record.id] = record
             case Unpin():
                 self.pins.pop((record.owner, record.name), None)
+
+
+def _most_bytes(record: Record) -> int:
+    """An upper bound on what a record is as a line: its keys in base64, its name escaped."""
+    return 256 + (
+        len(record.keys) * 4 // 3 + 4 * len(record.name) if isinstance(record, Pin) else 0
+    )
 
 
 class Keeping:
