@@ -23,6 +23,7 @@ from tests.connector.rig import Rig, prompt
 
 from kvstrata.connectors.vllm.connector import KVStrataConnector
 from kvstrata.connectors.vllm.stats import MAX_SECONDS, METRICS, WHYS, ConnectorStats, Tally
+from kvstrata.errors import UsageError
 from kvstrata.observe.catalogue import ENGINE_PREFIX
 
 Make = Callable[..., Rig]
@@ -177,3 +178,29 @@ def test_it_becomes_prometheus_metrics_of_each_engine() -> None:
 
 class _Config:
     kv_transfer_config = None
+
+
+@pytest.mark.parametrize("name", ["x" * 70_000, "y" * 9000, "\ud800"])
+def test_an_id_of_any_kind_is_recorded(make_rig: Make, name: str) -> None:
+    rig = make_rig()
+    rig.scheduler.add_request(rig.request(prompt(1, 2 * CHUNK), name=name))
+    rig.tokens[name], rig.prompts[name], rig.answers[name] = prompt(1, 2 * CHUNK), 2 * CHUNK, []
+    rig.run()
+    told = rig.settle()["requests"][-1]["request"]
+    assert told == name.encode(errors="replace").decode()[:255] + ("…" if len(name) > 255 else "")
+
+
+def test_a_record_that_cannot_be_sent_is_counted(
+    make_rig: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(record: dict[str, Any]) -> None:
+        raise UsageError("too long")
+
+    rig = make_rig()
+    heard = Heard(rig, monkeypatch)
+    assert rig.side._lookups.client is not None
+    monkeypatch.setattr(rig.side._lookups.client, "record", fail)
+    rig.ask(prompt(1, CHUNK))
+    assert rig.wrong() == []
+    rig.ask(prompt(2, CHUNK))  # what the last step counted is handed on by the next one
+    assert heard.sums["unrecorded_requests_total"] >= 1

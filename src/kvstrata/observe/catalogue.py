@@ -290,6 +290,7 @@ ENGINE: tuple[Metric, ...] = (
     _histogram("load_seconds", LOAD_S, "A load, from its blocks to its end.", "load"),
     _counter("stored_bytes_total", "Bytes that the workers copied out and committed."),
     _counter("stores_dropped_total", "Stores that came to nothing.", "why"),
+    _counter("unrecorded_requests_total", "Requests whose record could not be handed in."),
 )
 """What the connector counts inside an engine."""
 

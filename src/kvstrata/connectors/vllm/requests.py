@@ -22,6 +22,9 @@ from kvstrata.observe.tracing import Span, Tracer
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import Call
 
+MAX_ID = 256
+"""Characters of a request's id in its record: a client chooses it, of any length."""
+
 
 class RequestState:
     """Everything the connector remembers of one request.
@@ -227,10 +230,16 @@ class RequestState:
         self.matched = False
         self.sync = False
 
+    @property
+    def shown_id(self) -> str:
+        """The request's id as operators see it: of bounded length, and Unicode."""
+        name = self.request.request_id[: MAX_ID + 1].encode(errors="replace").decode()
+        return name if len(name) <= MAX_ID else f"{name[: MAX_ID - 1]}…"
+
     def record(self, outcome: str, chunk_tokens: int) -> dict[str, Any]:
         """What an operator may want to know of this request."""
         return {
-            "request": self.request.request_id,
+            "request": self.shown_id,
             "outcome": outcome,
             "tokens": self.request.num_tokens,
             "prompt_tokens": self.request.num_prompt_tokens,
@@ -298,7 +307,7 @@ class RequestState:
         self.looked_up("given up")
         if self.span is not None:
             self.span.end(
-                request_id=self.request.request_id,
+                request_id=self.shown_id,
                 prompt_tokens=self.request.num_prompt_tokens,
                 loaded_tokens=self.loaded_tokens,
                 stored_chunks=self.stored_chunks,

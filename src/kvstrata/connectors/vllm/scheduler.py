@@ -25,6 +25,7 @@ from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.connectors.vllm.storing import Stores
+from kvstrata.errors import KVStrataError
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
@@ -286,9 +287,7 @@ class SchedulerSide:
                 if len(store.blocks) == (len(store.prefix) - store.first) * self._blocks_per_chunk:
                     self._next.late_stores.append(store)
         self._stores.pin(state)
-        if self._lookups.client is not None:
-            outcome = request.status.name.removeprefix("FINISHED_").lower()
-            self._lookups.client.record(state.record(outcome, self._chunk))
+        self._record(state)
         return answer
 
     def hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
@@ -317,6 +316,17 @@ class SchedulerSide:
         self._lookups.close()
 
     # how
+
+    def _record(self, state: RequestState) -> None:
+        """Tell operators of a request that has ended; it has ended well without that."""
+        if (client := self._lookups.client) is None:
+            return
+        outcome = state.request.status.name.removeprefix("FINISHED_").lower()
+        try:
+            client.record(state.record(outcome, self._chunk))
+        except KVStrataError as error:
+            self.tally.add("unrecorded_requests_total", 1)
+            logger.debug("KVStrata: a request has no record: %s", error)
 
     @property
     def _blocks_per_chunk(self) -> int:
