@@ -45,6 +45,7 @@ from kvstrata.cli import (
     unpin,
     warm,
 )
+from kvstrata.cli.plain import echo
 from kvstrata.errors import KVStrataError
 
 
@@ -120,5 +121,5 @@ def main() -> None:
     try:
         build_app()()
     except KVStrataError as error:
-        typer.echo(f"kvstrata: {' '.join(str(error).split())}", err=True)
+        echo(f"kvstrata: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

@@ -19,6 +19,7 @@ from kvstrata.cli.clearing import (
 )
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
+from kvstrata.cli.plain import echo
 from kvstrata.errors import (
     DeadlineExceeded,
     NodeUnavailable,
@@ -81,7 +82,7 @@ def run(
             operator.clear(tiers=names, owner=owner, namespace=where, before_ns=before)
             for owner in whose
         )
-        typer.echo(f"forgot {count} objects ({', '.join(names)})")
+        echo(f"forgot {count} objects ({', '.join(names)})")
     except ReadOnly as error:
         fail(error)
     except TierUnavailable as error:

@@ -21,6 +21,7 @@ from kvstrata.cli.clearing import (
 )
 from kvstrata.cli.config import ConfigFile, Settings, read_config
 from kvstrata.cli.join import fail
+from kvstrata.cli.plain import echo, listed, shown
 from kvstrata.errors import KVStrataError, TierUnavailable, UsageError
 
 if TYPE_CHECKING:
@@ -112,12 +113,12 @@ def lookup(
     if as_json:
         typer.echo(json.dumps(told, indent=2))
         return
-    typer.echo(f"{len(ids)} tokens, {len(keys)} chunks of {model.chunk_tokens}")
+    echo(f"{len(ids)} tokens, {len(keys)} chunks of {model.chunk_tokens}")
     for one in told:
         where = ", ".join(f"{count} in {tier}" for tier, count in one["tiers"].items())
-        typer.echo(f"{one['node']}: {one['tokens']} tokens; chunks: {where}")
+        echo(f"{one['node']}: {one['tokens']} tokens; chunks: {where}")
     if not told:
-        typer.echo("no node has any of it in tiers of its own")
+        echo("no node has any of it in tiers of its own")
 
 
 @app.command("clear")
@@ -229,9 +230,9 @@ def table(found: Sequence[Member]) -> Any:
 
     from kvstrata.units import approximate_size
 
-    shown = Table(box=None, pad_edge=False)
+    rows = Table(box=None, pad_edge=False)
     for heading in ("node", "state", "release", "command", "peers", "holds", "models", "clock"):
-        shown.add_column(heading, overflow="fold")
+        rows.add_column(heading, overflow="fold")
     for one in found:
         holds = [
             f"{tier.tier}: shared" if tier.shared else
@@ -240,11 +241,12 @@ def table(found: Sequence[Member]) -> Any:
             for tier in one.tiers
         ]  # fmt: skip
         models = [f"{model.model or '?'} ({model.namespace[:8]})" for model in one.models]
-        shown.add_row(
-            one.name, one.state, one.release, str(one.seen), one.peers or "-", "\n".join(holds),
-            "\n".join(models) or "-", f"{1e3 * one.clock_offset_s:+.0f} ms",
+        rows.add_row(
+            shown(one.name), shown(one.state), shown(one.release), str(one.seen),
+            shown(one.peers or "-"), listed(holds), listed(models or ["-"]),
+            f"{1e3 * one.clock_offset_s:+.0f} ms",
         )  # fmt: skip
-    return shown
+    return rows
 
 
 class _registry:
@@ -302,24 +304,24 @@ def say(name: str, reply: p.Reply) -> None:
 
     match reply:
         case p.Failed():
-            typer.echo(f"{name}: {reply.kind}: {reply.message}")
+            echo(f"{name}: {reply.kind}: {reply.message}")
         case p.Done(count=count):
-            typer.echo(f"{name}: done, {count} objects")
+            echo(f"{name}: done, {count} objects")
         case o.JobPage(jobs=[job, *_]):
             failed = f", {job.failed} failed" if job.failed else ""
-            typer.echo(f"{name}: done, {job.done} of {job.total}{failed}")
+            echo(f"{name}: done, {job.done} of {job.total}{failed}")
         case _:
-            typer.echo(f"{name}: done")
+            echo(f"{name}: done")
 
 
 def end(answers: Answers) -> None:
     """Print who is missing; exit status 1 if the command is not done."""
     for name in answers.gone:
-        typer.echo(f"{name}: gone; it does it when it comes back, before it takes part")
+        echo(f"{name}: gone; it does it when it comes back, before it takes part")
     for name in answers.silent:
-        typer.echo(f"{name}: no answer in time")
+        echo(f"{name}: no answer in time")
     if not answers.answered and not answers.gone and not answers.silent:
-        typer.echo("no node is registered; one that comes does it first")
+        echo("no node is registered; one that comes does it first")
     if not answers.done:
         raise typer.Exit(1)
 

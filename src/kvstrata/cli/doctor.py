@@ -14,6 +14,7 @@ import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, join, join_or_exit
+from kvstrata.cli.plain import echo, plain
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def run(
         checks.append(check)
         if not as_json:
             result = typer.style(f"{check.result:5}", fg=COLOURS[check.result])
-            typer.echo(f"{result} {check.name + ':':13} {' '.join(check.message.split())}")
+            words = plain(" ".join(check.message.split()))
+            typer.echo(f"{result} {plain(check.name) + ':':13} {words}")
     bad = [check for check in checks if check.result == "FAIL"]
     if as_json:
         lines = [
@@ -80,10 +82,10 @@ def run(
         ]
         typer.echo(json.dumps({"ok": not bad, "checks": lines}, indent=2))
     elif bad:
-        typer.echo(f"{len(bad)} of {len(checks)} checks failed; the page Troubleshooting goes on")
+        echo(f"{len(bad)} of {len(checks)} checks failed; the page Troubleshooting goes on")
     else:
         num_warnings = sum(check.result == "warn" for check in checks)
-        typer.echo(f"KVStrata works{f'; {num_warnings} warnings' if num_warnings else ''}")
+        echo(f"KVStrata works{f'; {num_warnings} warnings' if num_warnings else ''}")
     if bad:
         raise typer.Exit(1)
 

@@ -11,6 +11,7 @@ import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
+from kvstrata.cli.plain import plain
 from kvstrata.cli.prompting import read, token_ids
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
 
@@ -74,9 +75,9 @@ def render(told: dict[str, Any]) -> str:
     """What `run` found out, for people."""
     from kvstrata.observe.sentences import sentences
 
-    lines = [told["about"]]
+    lines = [plain(told["about"])]
     for text, advice in sentences(told["reasons"]):
-        lines += [f"  {text}", f"    → {advice}."]
+        lines += [plain(f"  {text}"), plain(f"    → {advice}.")]
     return "\n".join(lines)
 
 

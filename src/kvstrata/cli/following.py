@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from kvstrata.cli.plain import echo
+
 if TYPE_CHECKING:
     from kvstrata.control import Client
     from kvstrata.control.verbs.jobs import Job
@@ -30,8 +32,8 @@ def follow(client: Client, job: Job, steps: str = "chunks") -> None:
     words = [f"{job.done} of {job.total} {steps}"]
     words += [f"{job.tokens} tokens"] if job.kind == "warm" else []
     words += [approximate_size(job.nbytes)] if job.nbytes else []
-    typer.echo(f"{job.state}: {', '.join(words)}" + (f"; {job.note}" if job.note else ""))
+    echo(f"{job.state}: {', '.join(words)}" + (f"; {job.note}" if job.note else ""))
     for trouble in job.troubles:
-        typer.echo(f"kvstrata: {trouble}", err=True)
+        echo(f"kvstrata: {trouble}", err=True)
     if job.state != "done" or job.failed:
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
+from kvstrata.cli.plain import echo
 
 
 def run(
@@ -37,11 +38,11 @@ def run(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     elif not found.nbytes:
-        typer.echo(f"{tier} does not have it")
+        echo(f"{tier} does not have it")
     else:
         for name, value in found.header.items():
             shown = value if isinstance(value, str) else json.dumps(value)
-            typer.echo(f"{name:>16}  {shown}")
-        typer.echo(f"{'':>16}  {found.nbytes} bytes in {tier}: {found.problem or 'whole'}")
+            echo(f"{name:>16}  {shown}")
+        echo(f"{'':>16}  {found.nbytes} bytes in {tier}: {found.problem or 'whole'}")
     if found.problem or not found.nbytes:
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
+from kvstrata.cli.plain import echo
 
 
 def run(
@@ -34,6 +35,4 @@ def run(
         failed = f", {job.failed} failed" if job.failed else ""
         note = f"; {job.note}" if job.note else ""
         about = f" {job.about}" if job.about else ""
-        typer.echo(
-            f"{job.id}  {job.kind}{about}: {job.state}, {job.done} of {job.total}{failed}{note}"
-        )
+        echo(f"{job.id}  {job.kind}{about}: {job.state}, {job.done} of {job.total}{failed}{note}")

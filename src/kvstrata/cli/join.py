@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from kvstrata.cli.config import read_config
+from kvstrata.cli.plain import echo
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def join_or_exit(config: Config) -> NodeClient:
 
 def fail(error: Exception) -> NoReturn:
     """Print the error in one line on stderr and end with exit status 1."""
-    typer.echo(f"kvstrata: {' '.join(str(error).split())}", err=True)
+    echo(f"kvstrata: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(1)
 
 

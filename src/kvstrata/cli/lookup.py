@@ -9,6 +9,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
+from kvstrata.cli.plain import echo
 from kvstrata.cli.prompting import (
     FileOption,
     MessagesOption,
@@ -48,10 +49,10 @@ def run(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return
-    typer.echo(
+    echo(
         f"{found.leading_tokens} of {found.tokens} tokens would hit: {found.leading_chunks} of "
         f"{found.chunks} chunks of {found.chunk_tokens}"
     )
     for run in found.runs:
         last = run.first + run.count - 1
-        typer.echo(f"  chunks {run.first} to {last}: {run.tier or 'nowhere'}")
+        echo(f"  chunks {run.first} to {last}: {run.tier or 'nowhere'}")

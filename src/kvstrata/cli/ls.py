@@ -9,6 +9,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
+from kvstrata.cli.plain import echo
 
 PAGE = 1000
 
@@ -42,8 +43,8 @@ def run(
                     held = ", ".join(f"{name} {size}" for name, size in one.tiers.items())
                     position = f"{one.start}+{one.num_tokens}" if one.num_tokens else "-"
                     namespace = one.namespace[:8] or "-"
-                    typer.echo(f"{one.key}  {namespace:8}  {position:>12}  {held}")
+                    echo(f"{one.key}  {namespace:8}  {position:>12}  {held}")
             shown += len(page.chunks)
             if not (after := page.next):
                 return
-    typer.echo("there are more: --most", err=True)
+    echo("there are more: --most", err=True)

@@ -10,6 +10,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
+from kvstrata.cli.plain import echo
 from kvstrata.cli.prompting import (
     FileOption,
     MessagesOption,
@@ -66,12 +67,12 @@ def run(
                 for one in page.pins:
                     until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.until))
                     kept = f"{one.kept} of {one.chunks} chunks"
-                    typer.echo(f"{one.name}  owner {one.owner}  {kept}  until {until}")
+                    echo(f"{one.name}  owner {one.owner}  {kept}  until {until}")
                 if not (after := page.next):
                     return
     tiers = ", ".join(f"{tier} {count}" for tier, count in pinned.tiers.items())
-    typer.echo(f"{pinned.kept} of {pinned.chunks} chunks are kept: {tiers or 'nowhere'}")
+    echo(f"{pinned.kept} of {pinned.chunks} chunks are kept: {tiers or 'nowhere'}")
     for tier, note in pinned.notes.items():
-        typer.echo(f"  {tier}: {note}")
+        echo(f"  {tier}: {note}")
     if pinned.kept < pinned.chunks:
         raise typer.Exit(1)

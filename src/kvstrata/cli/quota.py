@@ -9,6 +9,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
+from kvstrata.cli.plain import echo
 from kvstrata.errors import UsageError
 from kvstrata.units import approximate_size, parse_size
 
@@ -39,4 +40,4 @@ def run(
         raise UsageError(f"SIZE: {error}") from error
     with asking(config_file, settings, node, api) as client:
         held = client.quota(tier, nbytes, owner, tenant, salt)
-    typer.echo(f"owner {held.owner} has {approximate_size(held.nbytes)} in {tier}")
+    echo(f"owner {held.owner} has {approximate_size(held.nbytes)} in {tier}")

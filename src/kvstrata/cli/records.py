@@ -14,6 +14,7 @@ import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, fail, join, join_or_exit
+from kvstrata.cli.plain import echo
 from kvstrata.errors import DeadlineExceeded, KVStrataError, NodeUnavailable
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Follower:
                         self._let_go()
                     if str(error) != trouble:
                         trouble = str(error)
-                        typer.echo(f"kvstrata: {trouble}; trying again", err=True)
+                        echo(f"kvstrata: {trouble}; trying again", err=True)
                 time.sleep(every_s)
         finally:
             self._let_go()

@@ -11,6 +11,7 @@ import typer
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.counting import label_values, labelled, total, troubles
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
+from kvstrata.cli.plain import shown
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable
 
 if TYPE_CHECKING:
@@ -70,22 +71,21 @@ def run(
 def render(state: Mapping[str, Any]) -> list[RenderableType]:
     """The answer of `NodeClient.status` for people, part by part."""
     from rich.table import Table
-    from rich.text import Text
 
     from kvstrata.units import approximate_size
 
     parts: list[RenderableType] = [
-        Text(
+        shown(
             f"KVStrata {state['release']} · pid {state['pid']} · up {_age(state['uptime_s'])} · "
             f"unix:{state['socket']}"
         ),
-        Text(_secrets(state["secret_checks"])),
+        shown(_secrets(state["secret_checks"])),
     ]
     if state["draining"] != "no":
         words = "drained: it takes no stores until `kvstrata drain --undo`"
         if state["draining"] == "ending":
             words = "draining: it takes no stores, and ends when all is written"
-        parts.append(Text(words, style="yellow"))
+        parts.append(shown(words, style="yellow"))
     host, leases = state["host"], state["leases"]
     tiers = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("tier", "used", "of", "chunks", "objects"):
@@ -115,23 +115,24 @@ def render(state: Mapping[str, Any]) -> list[RenderableType]:
             ]
         )
         tiers.add_row(
-            tier["name"],
+            shown(tier["name"]),
             *held,
-            tier["codec"],
-            tier["state"] + (f", {approximate_size(waiting)} to write" if waiting else ""),
+            shown(tier["codec"]),
+            shown(tier["state"] + (f", {approximate_size(waiting)} to write" if waiting else "")),
         )
     for name, why in state["tiers_left_out"].items():
-        tiers.add_row(name, "", "", "", "", "", f"off since the node started: {why}")
+        off = shown(f"off since the node started: {why}")
+        tiers.add_row(shown(name), "", "", "", "", "", off)
     parts.append(tiers)
     parts.append(
-        Text(
+        shown(
             f"leases: {leases['count']} hold {approximate_size(leases['bytes'])} still · "
             f"writing: {leases['reservations']} · evicted from host: {host['num_evicted']}"
         )
     )
-    parts.append(Text(_hits(state["counters"])))
-    parts += [Text(f"trouble: {words}", style="yellow") for words in troubles(state["counters"])]
-    parts += [Text(_namespace(one)) for one in state["namespaces"]]
+    parts.append(shown(_hits(state["counters"])))
+    parts += [shown(f"trouble: {words}", style="yellow") for words in troubles(state["counters"])]
+    parts += [shown(_namespace(one)) for one in state["namespaces"]]
     if state["requests"]:
         parts.append(_requests(state["requests"][-SHOWN_REQUESTS:]))
     return parts
@@ -172,7 +173,7 @@ def _requests(records: list[Mapping[str, Any]]) -> RenderableType:
     for heading in REQUEST_COLUMNS:
         table.add_column(heading, max_width=16 if heading == "request" else None)
     for record in records:
-        table.add_row(*(_value(record.get(name, "")) for name in REQUEST_COLUMNS.values()))
+        table.add_row(*(shown(_value(record.get(name, ""))) for name in REQUEST_COLUMNS.values()))
     return table
 
 

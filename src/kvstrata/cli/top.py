@@ -12,6 +12,7 @@ import typer
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.counting import total
 from kvstrata.cli.join import NodeOption, configured, fail, join
+from kvstrata.cli.plain import plain, shown
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ def run(
     """
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.text import Text
 
     config, console = configured(config_file, settings, node), Console()
     watch = Watch(config)
@@ -62,7 +62,7 @@ def run(
                 try:
                     parts = watch.look()
                 except (NodeUnavailable, DeadlineExceeded) as error:
-                    parts = [Text(f"no node: {error}", style="yellow")]
+                    parts = [shown(f"no node: {error}", "yellow")]
                 live.update(Group(*parts), refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
@@ -126,12 +126,10 @@ def render(
         before: the counters then; None: since the node started.
         chunks: some of what it holds.
     """
-    from rich.text import Text
-
     rates = Rates(state["counters"], before or {}, max(seconds, 1e-3))
     since = "since it started" if before is None else f"in {seconds:.1f} s"
     parts: list[RenderableType] = [
-        Text(f"KVStrata {state['release']} · pid {state['pid']} · {rates.words()} {since}"),
+        shown(f"KVStrata {state['release']} · pid {state['pid']} · {rates.words()} {since}"),
         _tiers(state, rates),
     ]
     if tenants := _tenants(state):
@@ -197,8 +195,8 @@ def _tiers(state: Mapping[str, Any], rates: Rates) -> RenderableType:
             sizes = approximate_size(tier["used_bytes"]), approximate_size(tier["capacity_bytes"])
         evicted = rates.of("left_objects_total", name, "evicted")
         table.add_row(
-            name, *sizes, speed("tier_read_bytes_total", name),
-            speed("tier_write_bytes_total", name), f"{evicted:.1f}", tier["state"],
+            shown(name), *sizes, speed("tier_read_bytes_total", name),
+            speed("tier_write_bytes_total", name), f"{evicted:.1f}", shown(tier["state"]),
         )  # fmt: skip
     return table
 
@@ -213,11 +211,11 @@ def _tenants(state: Mapping[str, Any]) -> RenderableType | None:
     if len(held) < 2:
         return None
     names = ["host", *(tier["name"] for tier in state["tiers"] if "owners" in tier)]
-    table = _table("tenants", "owner", *names)
+    table = _table("tenants", "owner", *map(plain, names))
     most = sorted(held, key=lambda owner: -sum(held[owner].values()))[:SHOWN]
     for owner in most:
         sizes = (approximate_size(held[owner].get(name, 0)) for name in names)
-        table.add_row(owner[:ID_CHARS], *sizes)
+        table.add_row(shown(owner[:ID_CHARS]), *sizes)
     return table
 
 
@@ -252,8 +250,8 @@ def _requests(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     for one in sorted(records, key=lambda record: -record["seconds"])[:SHOWN]:
         reasons = [str(reason.get("why", "")) for reason in one.get("reasons", ())]
         table.add_row(
-            str(one.get("request", ""))[:ID_CHARS], f"{one['seconds']:.2f}",
-            str(one.get("prompt_tokens", "")), str(one.get("loaded_tokens", "")),
-            ", ".join(dict.fromkeys(reasons)),
+            shown(str(one.get("request", ""))[:ID_CHARS]), f"{one['seconds']:.2f}",
+            shown(one.get("prompt_tokens", "")), shown(one.get("loaded_tokens", "")),
+            shown(", ".join(dict.fromkeys(reasons))),
         )  # fmt: skip
     return table
