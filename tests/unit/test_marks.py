@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,15 @@ from tests.support.nodes import (
     NAMESPACE,
     SLOT,
     GatedTier,
+    arrive,
     chunk_keys,
     clear,
     flush,
     load,
+    match,
     on_node,
     owned,
+    release,
     until,
 )
 from tests.unit.test_owners import (
@@ -52,6 +56,7 @@ from kvstrata.tiers.epochs import decode_epoch, encode_epoch, marked
 from kvstrata.tiers.faulty import FaultyTier, Raise
 from kvstrata.tiers.journal import FileJournal, Journal
 from kvstrata.tiers.marks import MARGIN_NS, MAX_MARKS, UNKNOWN, Mark, Marks, Whose
+from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
 OTHER = bytes(reversed(NAMESPACE))
@@ -61,6 +66,22 @@ owners = st.sampled_from([b"", ANNA, BERT])
 namespaces = st.sampled_from([b"", NAMESPACE, OTHER])
 marks_ = st.builds(Mark, owners, namespaces, st.integers(0, 5).map(lambda n: n * MARGIN_NS))
 whoses = st.builds(Whose, st.sampled_from([ANNA, BERT]), st.sampled_from([NAMESPACE, OTHER]))
+
+
+class LateTier(GatedTier):
+    """A tier whose reads can be kept from coming back after they have read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = threading.Event()
+        self.late.set()
+
+    def read(self, ids: Any, into: Any) -> Any:
+        lengths = super().read(ids, into)
+        self.waiting += 1
+        assert self.late.wait(30)
+        self.waiting -= 1
+        return lengths
 
 
 class TestMarks:
@@ -319,6 +340,52 @@ class TestClears:
         monkeypatch.setattr("kvstrata.node.service.scrub.IDLE_S", 0.01)
         run(with_tier(tier), first)
         run(with_tier(tier), second)
+
+    @pytest.mark.parametrize("motion", ["write", "read", "copy"])
+    def test_a_mark_stays_while_something_older_is_under_way(
+        self, motion: str, monkeypatch: Any
+    ) -> None:
+        tier, keys = LateTier(), chunk_keys(1)  # the tier has a thread left for its notes
+
+        async def test(node: Node) -> None:
+            backing, me = owned(node), client()
+            await until(lambda: backing.state == "ok")
+            if motion == "write":
+                tier.shut("write")
+            keep(node, keys, ANNA)
+            lease = 0
+            if motion != "write":
+                await flush(node, me)
+            if motion == "read":
+                await clear(node, me, keys, ["host"])
+                tier.late.clear()
+                lease = match(node, me, keys).lease
+            if motion == "copy":
+                await clear(node, me, keys, ["memory"])
+                tier.shut("write")
+                await answer(node, o.Copy(2, b"".join(keys), "host", "memory"))
+            await until(lambda: tier.waiting > 0)
+            await answer(node, p.Clear(1, None, [], ANNA))
+            scrubbing = asyncio.ensure_future(scrub(backing))
+            try:
+                await asyncio.sleep(0.1)
+                assert len(backing.marks) == 1
+                tier.open()
+                tier.late.set()
+                await flush(node, me)
+                await until(lambda: not (node.operations.jobs.running or tier.waiting))
+                if lease:
+                    await arrive(node, me, lease)
+                    release(node, me, lease)
+                await until(lambda: not len(backing.marks))
+            finally:
+                scrubbing.cancel()
+            assert (there(node, keys), there(node, keys, 1)) == ([], [])
+
+        monkeypatch.setattr("kvstrata.node.service.scrub.IDLE_S", 0.01)
+        node = with_tier(tier)
+        owned(node).scrub_bytes_per_s = 1e12
+        run(node, test)
 
     def test_marks_go_with_a_clear_of_everything(self) -> None:
         async def test(node: Node) -> None:

@@ -127,15 +127,26 @@ class Clearer:
         """
         if not aged:
             self._reservations.forget_marked(mark)
-        backings = [b.mark(mark, aged=aged) for b in self._backings if b.name in tiers]
+        named = [b for b in self._backings if b.name in tiers]
+        own = [b for b in named if isinstance(b, OwnedBacking)]
+        for backing in own:
+            backing.num_marking += 1
+        backings = [asyncio.ensure_future(b.mark(mark, aged=aged)) for b in named]
         host = in_slices(self._strike_host(mark, aged)) if "host" in tiers else 0
-        return self._finish_mark(host, [asyncio.ensure_future(one) for one in backings])
+        return asyncio.ensure_future(self._finish_mark(host, backings, own))
 
     async def _finish_mark(
-        self, host: Awaitable[int] | int, backings: list[asyncio.Future[int]]
+        self,
+        host: Awaitable[int] | int,
+        backings: Sequence[Awaitable[int]],
+        own: list[OwnedBacking],
     ) -> int:
-        count = host if isinstance(host, int) else await host
-        return count + await _total([*backings])
+        try:
+            count = host if isinstance(host, int) else await host
+            return count + await _total(backings)
+        finally:
+            for backing in own:
+                backing.num_marking -= 1
 
     def _strike_host(self, mark: Mark, aged: bool) -> Work[int]:
         index, count = self._host.index, 0
@@ -159,7 +170,7 @@ class Clearer:
         self._operations.forget(keys)
 
 
-async def _total(counts: list[Awaitable[int]]) -> int:
+async def _total(counts: Sequence[Awaitable[int]]) -> int:
     """The sum of what they answer, once all of them have; or the first failure."""
     total = 0
     failure: TierUnavailable | None = None

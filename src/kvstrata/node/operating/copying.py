@@ -140,24 +140,34 @@ class Copier:
         """An object out of a tier, whole and verified; None: it cannot be had."""
         backing = self._places.named(source)
         async with self._gate:
-            if backing is None:
-                async with self._held(key, part) as held:
-                    yield held
-                return
-            taken = await backing.take(key, part, self._places.host.pool.capacity_bytes)
-            if taken is None:
-                yield None
-                return
-            try:
-                cost, priority = backing.cost_of(key), backing.priority_of(key)
-                yield Lent(taken.data, taken.header, taken.stored, cost, priority)
-            except asyncio.CancelledError:
-                raise  # a thread may be at it still
-            except BaseException:
-                backing.give(taken)
-                raise
-            else:
-                backing.give(taken)
+            with contextlib.ExitStack() as moving:
+                for one in self._places.backings:
+                    moving.enter_context(one.moving())
+                async with self._taken(key, part, backing) as taken:
+                    yield taken
+
+    @contextlib.asynccontextmanager
+    async def _taken(
+        self, key: bytes, part: int, backing: Singly | None
+    ) -> AsyncIterator[Lent | None]:
+        if backing is None:
+            async with self._held(key, part) as held:
+                yield held
+            return
+        taken = await backing.take(key, part, self._places.host.pool.capacity_bytes)
+        if taken is None:
+            yield None
+            return
+        try:
+            cost, priority = backing.cost_of(key), backing.priority_of(key)
+            yield Lent(taken.data, taken.header, taken.stored, cost, priority)
+        except asyncio.CancelledError:
+            raise  # a thread may be at it still
+        except BaseException:
+            backing.give(taken)
+            raise
+        else:
+            backing.give(taken)
 
     @contextlib.asynccontextmanager
     async def _held(self, key: bytes, part: int) -> AsyncIterator[Lent | None]:

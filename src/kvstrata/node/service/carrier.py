@@ -49,7 +49,19 @@ class Carrier(Backing):
         super().__init__(store, **others)
         self.marks = Marks()
         """What counts as cleared here, whoever finds it."""
+        self.under_way: set[object] = set()
+        """Reads, writes and copies, which may bring what was there before a mark."""
         self._writes: set[Writing] = set()
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Something of this tier, or for it, is under way: no mark is forgotten meanwhile."""
+        one = object()
+        self.under_way.add(one)
+        try:
+            yield
+        finally:
+            self.under_way.discard(one)
 
     # what a subclass knows of an object
 
@@ -128,7 +140,8 @@ class Carrier(Backing):
                     return Read(length)
                 return self._restored(stored[:length], name, into)
 
-        return await self._judge(key, part, lambda: self._calls.read(work, give_up))
+        with self.moving():
+            return await self._judge(key, part, lambda: self._calls.read(work, give_up))
 
     async def time(self, key: bytes, part: int, nbytes: int) -> None:
         """See `Backing.time`."""
@@ -234,12 +247,13 @@ class Carrier(Backing):
         writing = Writing(key)
         self._writes.add(writing)
         try:
-            if not await self._may_write():
-                return False
-            stored = await self._write(writing, data, origin, self.choice, 0, give_up)
-            for level, choice in enumerate(self.coarser, 1):
-                if stored:
-                    await self._write(writing, data, origin, choice, level, give_up)
+            with self.moving():
+                if not await self._may_write():
+                    return False
+                stored = await self._write(writing, data, origin, self.choice, 0, give_up)
+                for level, choice in enumerate(self.coarser, 1):
+                    if stored:
+                        await self._write(writing, data, origin, choice, level, give_up)
         finally:
             self._writes.discard(writing)
         return stored

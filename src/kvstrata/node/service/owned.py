@@ -99,6 +99,7 @@ class OwnedBacking(Singly):
             self.index, self._removals, self._turns, self._calls, self._scratch,
             lambda puts: self.tier.write(puts), self._fetch,
         )  # fmt: skip
+        self.num_marking = 0  # clears by mark that are not done yet
         self._orders = Orders()
         self._generations = itertools.count(1)
         self._uses = Uses()
@@ -229,12 +230,21 @@ class OwnedBacking(Singly):
         await saving
         return count
 
-    def passed(self, marks: list[Mark]) -> None:
-        """All that is here has been read since these marks were made, so they have done their part.
+    def settled_marks(self) -> list[Mark]:
+        """The marks, once everything else has been told of them too."""
+        return [] if self.num_marking else list(self.marks)
 
-        Unless something waits for its deletion, which a later process would find.
+    def passed(self, marks: list[Mark], under_way: set[object]) -> None:
+        """All that is here has been read since these marks were settled.
+
+        So they have done their part, unless something may still bring what was here before, or
+        waits for its deletion, which a later process would find.
+
+        Args:
+            marks: what may be forgotten.
+            under_way: what was when the last of it had been read.
         """
-        if not self._removals.nbytes and marks:
+        if marks and not self._removals.nbytes and under_way.isdisjoint(self.under_way):
             self.ledger.forget_marks(marks)
 
     def drop(self, keys: Iterable[bytes]) -> Awaitable[int]:

@@ -16,7 +16,7 @@ async def scrub(backing: OwnedBacking) -> None:
         backing: the tier; its ``scrub_bytes_per_s`` is not exceeded on average, and may change.
     """
     while True:
-        marks, all_read = list(backing.marks), backing.scrub_bytes_per_s > 0
+        marks, all_read = backing.settled_marks(), backing.scrub_bytes_per_s > 0
         for key in list(backing.index.keys()) if backing.scrub_bytes_per_s else ():
             for part, _ in list(backing.index.objects(key)):
                 while not (backing.readable and backing.scrub_bytes_per_s):
@@ -28,6 +28,7 @@ async def scrub(backing: OwnedBacking) -> None:
                     known = await backing.verify(key, part, nbytes)
                     all_read = all_read and (known or backing.index.get(key, part) is None)
                     await asyncio.sleep(nbytes / (backing.scrub_bytes_per_s or nbytes))
-        if all_read:
-            backing.passed(marks)
+        under_way = set(backing.under_way)
         await asyncio.sleep(IDLE_S)
+        if all_read:
+            backing.passed(marks, under_way)
