@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import resource
@@ -18,8 +19,10 @@ from tests.support.nodes import NAMESPACE, ORDER, RAW, chunk_keys, make_node, pa
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import Incompatible, KVStrataError, NodeUnavailable, UsageError
+from kvstrata.node.common.journal import MOST_WAITING
 from kvstrata.node.process import server as server_module
 from kvstrata.node.process.inprocess import InProcessNode
+from kvstrata.node.process.server import MAX_AWAITS, MAX_LATE, MAX_LATE_BYTES
 from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
@@ -421,6 +424,78 @@ class TestMany:
         client.lookup(KEYS, [0])
         assert order.index("lookup") < 400
         raw.close()
+        client.close()
+
+    @pytest.mark.parametrize("size", [32, 1 << 20])
+    def test_answers_under_way_do_not_pile_up(self, node: InProcessNode, size: int) -> None:
+        client, raw = node.connect(), raw_client(node)
+        count, most = (2000, MAX_LATE) if size == 32 else (20, MAX_LATE_BYTES // size)
+        waiting: list[asyncio.Future[p.Reply]] = []
+
+        def late(who: Any, message: p.Clear) -> Any:
+            waiting.append(asyncio.get_running_loop().create_future())
+            waiting[-1].add_done_callback(lambda _: None)
+            return waiting[-1]
+
+        node.node._handlers[p.Clear] = late
+        clear = p.encode(p.Clear(1, bytes(size)))
+        sender = threading.Thread(target=raw.sendall, args=(clear * count,))
+        sender.start()
+        done = 0
+        while done < count:
+            under_way = 0
+            while under_way < min(most, count - done):
+                under_way = node.run(lambda: len(waiting))
+            assert under_way <= most
+            client.status()  # others are served
+            done += under_way
+
+            def answer() -> None:
+                for one in waiting:
+                    one.set_result(p.Done(1, 0))
+                waiting.clear()
+
+            node.run(answer)
+        sender.join()
+        answers, num = p.Frames(), 0
+        while num < count:
+            num += sum(1 for _ in answers.feed(raw.recv(1 << 20)))
+        raw.close()
+        client.close()
+
+    def test_waits_for_a_lease_do_not_hold_up_its_release(self, node: InProcessNode) -> None:
+        client, raw = node.connect(), raw_client(node)
+        waiting: list[asyncio.Future[p.Reply]] = []
+
+        def wait(who: Any, message: p.Await) -> Any:
+            waiting.append(asyncio.get_running_loop().create_future())
+            return waiting[-1]
+
+        def release(who: Any, message: p.Release) -> None:
+            for one in waiting:
+                one.set_result(p.Arrived(1, 0, False, b""))
+
+        node.node._handlers.update({p.Await: wait, p.Release: release})
+        count = MAX_AWAITS + 1
+        raw.sendall(p.encode(p.Await(1, 5, 0)) * count + p.encode(p.Release(5)))
+        answers, replies = p.Frames(), list[p.Reply]()
+        while len(replies) < count:
+            replies += map(p.decode_reply, answers.feed(raw.recv(1 << 20)))
+        (refused,) = (one for one in replies if isinstance(one, p.Failed))
+        assert refused.message == f"{MAX_AWAITS} wait for leases on this connection already"
+        raw.close()
+        client.close()
+
+    def test_who_has_gone_watches_no_more(self, node: InProcessNode) -> None:
+        client, raw = node.connect(), raw_client(node)
+        raw.sendall(p.encode(p.Watch(1, -1, 60.0)) * MOST_WAITING)
+        watching = node.run(lambda: node.node.watching)
+        while node.run(lambda: len(watching.journal._waiting)) < MOST_WAITING:
+            pass
+        raw.close()
+        while node.run(lambda: len(node.server.tasks)):
+            client.status()
+        assert client.begin(p.Watch, p.Watched, -1, 0.01).wait(5).next == 0
         client.close()
 
     @pytest.mark.parametrize("answered", [True, False])

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import cast
 
 import kvstrata
-from kvstrata.errors import Incompatible, KVStrataError
+from kvstrata.errors import Incompatible, KVStrataError, UsageError
 from kvstrata.node.common.background import Tasks, report_bug
 from kvstrata.node.common.slices import HOLD_S
 from kvstrata.node.node import Node
@@ -34,6 +34,14 @@ UNKNOWN_TO_THE_KERNEL = (errno.ENOSYS, errno.EINVAL, errno.ENOPROTOOPT)
 ACCEPT_AGAIN_S = 1.0
 MAX_WHY_CHARS = 1000
 """Of a refusal: it may quote what was asked for, which may be as long as a frame."""
+MAX_LATE = 256
+MAX_LATE_BYTES = 8 << 20
+"""Of one connection's requests whose answers are under way: until some are done no more are taken.
+
+All of these end by themselves. A wait for a lease may need the release that comes behind it, so it
+holds nothing up: of those there may be `MAX_AWAITS`, and more are refused.
+"""
+MAX_AWAITS = 4096
 
 
 class Connection(asyncio.Protocol):
@@ -56,6 +64,9 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._full = False  # of answers that the client has not read
         self._going_on = False
+        self._num_late = self._late_bytes = 0  # of requests whose answers are under way
+        self._waits: set[asyncio.Task[None]] = set()  # that change nothing: somebody looks on
+        self._num_awaits = 0
         self._lost = self._closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -84,6 +95,9 @@ class Connection(asyncio.Protocol):
         # What it had asked for counts, such as a commit before its end; it needs no answers.
         self._transport = None
         self._lost, self._full = True, False
+        for wait in self._waits:
+            # Not at once: what has not begun would never be awaited.
+            asyncio.get_running_loop().call_soon(wait.cancel)
         self._go_on()
 
     def close(self) -> None:
@@ -95,6 +109,11 @@ class Connection(asyncio.Protocol):
         elif self._lost:
             self._server.disconnected(self)
 
+    @property
+    def _stopped(self) -> bool:
+        """Whether nothing more is taken from this client for now."""
+        return self._full or self._num_late >= MAX_LATE or self._late_bytes >= MAX_LATE_BYTES
+
     def _answer_some(self) -> None:
         """Answer what has come, until the others on the loop shall have their turn.
 
@@ -102,16 +121,21 @@ class Connection(asyncio.Protocol):
             Incompatible: it was no request.
         """
         stop = time.perf_counter() + HOLD_S
-        while self._bodies and not self._full:
-            self._answer(p.decode_request(self._bodies.popleft()))
+        while self._bodies and not self._stopped:
+            body = self._bodies.popleft()
+            self._answer(p.decode_request(body), len(body))
             if time.perf_counter() >= stop:
                 break
-        if self._bodies and not (self._full or self._going_on):
-            self._going_on = True
-            asyncio.get_running_loop().call_soon(self._have_turn)
+        if self._bodies and not self._stopped:
+            self._go_on_soon()
         self._read_or_not()
         if self._lost and not self._bodies:
             self._server.disconnected(self)
+
+    def _go_on_soon(self) -> None:
+        if not self._going_on:
+            self._going_on = True
+            asyncio.get_running_loop().call_soon(self._have_turn)
 
     def _have_turn(self) -> None:
         self._going_on = False
@@ -127,7 +151,7 @@ class Connection(asyncio.Protocol):
         """Read on once all that has come is answered, and the answers are on their way."""
         if self._transport is None or self._closed:
             return
-        if self._bodies or self._full:
+        if self._bodies or self._stopped:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
@@ -137,20 +161,49 @@ class Connection(asyncio.Protocol):
         self._server.counters.add("disconnects_total", why="garbage")
         self.close()
 
-    def _answer(self, message: p.Request) -> None:
+    def _answer(self, message: p.Request, nbytes: int) -> None:
         if isinstance(message, p.Bye):
             self._server.node.end(self.client)
             self.close()
             return
+        if self._lost and isinstance(message, (p.Await, p.Watch)):
+            return
         number: int = getattr(message, "id", 0)
         try:
+            if isinstance(message, p.Await) and self._num_awaits >= MAX_AWAITS:
+                raise UsageError(f"{MAX_AWAITS} wait for leases on this connection already")
             answer = self._server.node.handle(self.client, message)
             if isinstance(answer, Awaitable):
-                self._server.tasks.spawn("a request", self._answer_later(number, message, answer))
+                self._begin(number, message, nbytes, answer)
             elif answer is not None:
                 self._send(answer)
         except Exception as error:
             self._refuse(number, message, error)
+
+    def _begin(
+        self, number: int, message: p.Request, nbytes: int, answer: Awaitable[p.Reply]
+    ) -> None:
+        """Let an answer be under way, and count it until it is done."""
+        late = self._answer_later(number, message, answer)
+        task = self._server.tasks.spawn("a request", late)
+        awaits = isinstance(message, p.Await)
+
+        def count(sign: int) -> None:
+            self._num_awaits += sign * awaits
+            self._num_late += sign * (not awaits)
+            self._late_bytes += sign * (not awaits) * nbytes
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._waits.discard(task)
+            stopped = self._stopped
+            count(-1)
+            if stopped and not self._stopped:
+                self._go_on_soon()
+
+        count(1)
+        if isinstance(message, (p.Await, p.Watch)):
+            self._waits.add(task)
+        task.add_done_callback(done)
 
     async def _answer_later(
         self, number: int, message: p.Request, answer: Awaitable[p.Reply]
