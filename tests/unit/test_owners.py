@@ -34,6 +34,7 @@ from kvstrata.config import Config, HostConfig, LeaseConfig, PinConfig
 from kvstrata.errors import TierUnavailable, UsageError
 from kvstrata.memory.pool import Pool
 from kvstrata.node.node import Node
+from kvstrata.node.service.ledger import Ledger
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.observe.counters import Counters
@@ -473,6 +474,10 @@ class TestPins:
                 (p.Clear(1, None, [], ANNA), ["b"]),
                 (p.Clear(1, None, [], b"", NAMESPACE), []),
                 (p.Clear(1, None, ["host"]), ["a", "b"]),
+                (p.Clear(1, b"".join(keys), [], ANNA), ["b"]),
+                (p.Clear(1, b"".join(keys), [], ANNA, NAMESPACE), ["b"]),
+                (p.Clear(1, b"".join(keys), [], ANNA, bytes(32)), ["a", "b"]),
+                (p.Clear(1, b"".join(keys), [], BERT), ["a", "b"]),
             ):
                 keep(node, keys, ANNA)
                 keep(node, other, BERT)
@@ -486,6 +491,20 @@ class TestPins:
                 await answer(node, p.Clear(1))
 
         run(with_tier(GatedTier()), test)
+
+    @pytest.mark.parametrize("by_keys", [True, False])
+    def test_one_that_a_clear_ended_is_not_in_the_journal_any_more(self, by_keys: bool) -> None:
+        tier, keys = Lasting(), chunk_keys(2)
+
+        async def test(node: Node) -> None:
+            keep(node, keys, ANNA)
+            await flush(node, client())
+            await pin(node, keys)
+            assert len(Ledger(tier.journal).pins) == 1
+            await answer(node, p.Clear(1, b"".join(keys) if by_keys else None))
+            assert not Ledger(tier.journal).pins, "a node that is killed now has none"
+
+        run(with_tier(tier), test)
 
     def test_listed_in_pages(self) -> None:
         async def test(node: Node) -> None:

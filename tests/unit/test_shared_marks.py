@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.attached import secret_in
 from tests.support.fleets import Fleet, FleetTier, make_member
 from tests.support.nodes import NAMESPACE, GatedTier, chunk_keys, clear, flush, until
 from tests.unit.test_owners import ANNA, BERT, answer, client, keep
 from tests.unit.test_shared import SHARED, ask, begin, counted, get, of_fleet
 
+from kvstrata.config import load_config
 from kvstrata.errors import TierUnavailable
 from kvstrata.node.node import Node
 from kvstrata.tiers.journal import Journal
-from kvstrata.tiers.marks import MARGIN_NS
+from kvstrata.tiers.marks import MARGIN_NS, Whose
 from kvstrata.wire import protocol as p
 
 BY_ANNA = p.Clear(1, None, [], ANNA)
@@ -179,3 +182,28 @@ def test_an_owned_tier_beside_it() -> None:
         assert await get(a, keys) == []
 
     of_fleet(test, members=1, owned=GatedTier())
+
+
+def test_what_peers_have_stays_cleared_over_a_clear_of_everything_and_a_restart(
+    tmp_path: Path,
+) -> None:
+    journal = Journal()
+    config = load_config(
+        environ={},
+        overrides={
+            "host.capacity": "1MiB",
+            "secret_file": str(secret_in(tmp_path)),
+            "peer.nodes": "127.0.0.1:1",
+        },
+    )
+
+    async def clear_twice() -> None:
+        node = Node.create(config, journal=journal)
+        await node.start()
+        await answer(node, BY_ANNA)
+        await answer(node, p.Clear(1))
+        await node.stop(drain_s=0.0)
+
+    asyncio.run(clear_twice())
+    (peers,) = Node.create(config, journal=journal).backings
+    assert peers.marks.covers(Whose(ANNA, NAMESPACE), time.time_ns())

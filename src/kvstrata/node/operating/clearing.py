@@ -15,6 +15,8 @@ import logging
 import time
 from collections.abc import Awaitable, Sequence
 
+import msgspec
+
 from kvstrata.errors import ReadOnly, TierUnavailable, UsageError
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.slices import Work, in_slices
@@ -70,17 +72,12 @@ class Clearer:
         count = self._host.clear() if "host" in tiers else 0
         return self._finish_clear(count, [b.clear() for b in self._backings if b.name in tiers])
 
-    def drop(self, packed: bytes, tiers: set[str], mark: Mark | None = None) -> Awaitable[int]:
-        """The same with the chunks of these keys; of many, the first few now, the others soon.
+    def covered(self, packed: bytes, mark: Mark) -> bytes:
+        """Of these keys, all but those of chunks that are known not to be covered."""
+        return b"".join(key for key in p.split(packed, 32) if self._may_be_covered(key, mark))
 
-        Args:
-            packed: the keys.
-            tiers: where.
-            mark: what of it stays: all that is known not to be covered.
-        """
-        if mark is not None:
-            keys = [key for key in p.split(packed, 32) if self._may_be_covered(key, mark)]
-            packed = b"".join(keys)
+    def drop(self, packed: bytes, tiers: set[str]) -> Awaitable[int]:
+        """The same with the chunks of these keys; of many, the first few now, the others soon."""
         p.count(packed, 32)
         return self._finish_drop(packed, tiers, *self._drop_slice(packed, 0, tiers))
 
@@ -229,37 +226,45 @@ class Clearing:
         Awaiting it raises:
             TierUnavailable: a tier serves nothing of it any more, but a later process may.
         """
-        return self._finish(message, self._begin(message))
+        mark = self._mark_of(message)
+        if message.keys is not None and mark is not None:
+            covered = self._clearer.covered(message.keys, mark)
+            message = msgspec.structs.replace(message, keys=covered)
+        return self._finish(message, self._begin(message, mark))
 
     async def _finish(self, message: p.Clear, cleared: Awaitable[int]) -> p.Reply:
-        if set(message.tiers or self._own) >= self._own:
-            if message.keys is None and not (message.namespace or message.before_ns):
-                await self._pinning.cleared(None, message.owner)
-            elif message.keys is not None and not message.before_ns:
-                await self._pinning.cleared(p.split(message.keys, 32), message.owner)
+        ended = False
+        # Of a pin nobody knows what namespace or age the chunks have that are not here.
+        if set(message.tiers or self._own) >= self._own and not (
+            message.namespace or message.before_ns
+        ):
+            keys = None if message.keys is None else p.split(message.keys, 32)
+            ended = await self._pinning.cleared(keys, message.owner)
         saving = asyncio.ensure_future(self._keeping.save(asyncio.to_thread))
         try:
             count = await cleared
             await saving
-            return p.Done(message.id, count)
         finally:
             await asyncio.wait([saving])
-            await self._pinning.cleared(self._pinning.take_gone())
+            ended = await self._pinning.cleared(self._pinning.take_gone()) or ended
+        if ended:
+            await self._pinning.save()
+        return p.Done(message.id, count)
 
-    def _begin(self, message: p.Clear) -> Awaitable[int]:
+    def _begin(self, message: p.Clear, mark: Mark | None) -> Awaitable[int]:
         if unknown := set(message.tiers) - self._names:
             known = sorted(self._names)
             raise UsageError(f"no tier {unknown.pop()!r} here; there are {known}")
         tiers = set(message.tiers) or self._names
-        mark = self._mark_of(message)
         if message.keys is not None:
-            return self._clearer.drop(message.keys, tiers, mark)
+            return self._clearer.drop(message.keys, tiers)
         ledger = self._keeping.ledger
         if mark is not None:
             if any(one.name in tiers for one in self._others):
                 ledger.note(Marked(*mark))
             return self._clearer.mark(mark, tiers, aged=bool(message.before_ns))
-        if tiers == self._names:
+        if tiers == self._names and all(one.takes_writes for one in self._others):
+            # What peers have is not cleared with it, and stays forbidden.
             ledger.forget_marks(list(ledger.marks))
         return self._clearer.clear(tiers)
 

@@ -112,7 +112,7 @@ class Pinning:
             for backing in self._owned:
                 backing.ledger.note(pin)
             tiers = await _done(in_slices(self._held(pin)))
-        await together(backing.save() for backing in self._owned)
+        await self.save()
         names = {"host", *(one.name for one in self._owned)}
         notes = {one.name: NOT_KEPT for one in self._backings if one.name not in names}
         return p.Pinned(id, len(pin.keys) // 32, tiers.pop(""), tiers, notes)
@@ -134,7 +134,7 @@ class Pinning:
         """
         async with self._busy:
             count = await self._end(self._pins.get((message.owner, message.name)))
-        await together(backing.save() for backing in self._owned)
+        await self.save()
         return p.Done(message.id, count)
 
     def page(self, message: p.Pins) -> p.PinPage | Awaitable[p.PinPage]:
@@ -175,21 +175,24 @@ class Pinning:
             for pin in [pin for pin in self._pins.values() if pin.until_s <= now]:
                 await self._end(pin)
 
-    async def cleared(self, keys: Iterable[bytes] | None, owner: bytes = b"") -> None:
+    async def cleared(self, keys: Iterable[bytes] | None, owner: bytes = b"") -> bool:
         """End pins, or what they have of some chunks, since these were cleared.
 
         Args:
             keys: of the chunks; None: all of them.
             owner: only the pins of this one, 16 bytes; empty: of anybody.
+        Returns:
+            Whether there were any, so that there is something to `save`.
         """
-        gone = None if keys is None else set(keys)
+        gone, ended = None if keys is None else set(keys), False
         if not self._pins or gone == set():
-            return
+            return False
         async with self._busy:
             for pin in list(self._pins.values()):
                 if owner not in (b"", pin.owner):
                     continue
                 left = b"" if gone is None else await _done(in_slices(_without(pin, gone)))
+                ended = ended or len(left) < len(pin.keys)
                 if not left:
                     await self._end(pin)
                 elif len(left) < len(pin.keys):
@@ -198,6 +201,15 @@ class Pinning:
                     await _done(in_slices(self._want_no_more(pin)))
                     for backing in self._owned:
                         backing.ledger.note(fewer)
+        return ended
+
+    async def save(self) -> None:
+        """Write down which pins there are.
+
+        Raises:
+            TierUnavailable: they hold, and a tier could not write them down.
+        """
+        await together(backing.save() for backing in self._owned)
 
     # what happens in the tiers, see `Watcher`
 
