@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import math
 import threading
 from collections.abc import Awaitable
@@ -59,6 +60,7 @@ from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
 
 ME, YOU = "pid 1", "pid 2"
+TIME = datetime.datetime.now(datetime.timezone.utc)
 
 
 class TestReserveAndCommit:
@@ -953,6 +955,19 @@ class TestDeadlines:
 
 
 class TestRecords:
+    @pytest.mark.parametrize("key", ["zz", [1]])
+    def test_one_whose_first_key_is_none_cannot_be_explained(self, key: Any) -> None:
+        async def test(node: Node) -> None:
+            me = Client(ME)
+            node.record(me, p.Record({"request": "r", "first_key": key}))
+            told = node.handle(me, p.Explain(1, "r"))
+            assert isinstance(told, p.Explained)
+            assert told.record["first_key"] == key
+            with pytest.raises(UsageError, match="the first key of 'r' is none"):
+                node.handle(me, p.Explain(1, "r", across=True))
+
+        on_node(test)
+
     def test_a_record_is_small_and_outcomes_are_few(self) -> None:
         async def test(node: Node) -> None:
             me = Client(ME)
@@ -962,6 +977,12 @@ class TestRecords:
             for record in ({"x": "y" * 10_000}, deep):
                 with pytest.raises(UsageError, match="record"):
                     node.record(me, p.Record(record))
+            for other in (b"\xff", msgspec.msgpack.Ext(5, b"abc"), {b"k": 1}, {1: 2}, TIME):
+                wire = msgspec.msgpack.encode(p.Record({"x": [{"y": other}]}))
+                read = p.decode_request(wire)
+                assert isinstance(read, p.Record)
+                with pytest.raises(UsageError, match=r"a record (is JSON|has text)"):
+                    node.record(me, read)
             for number in range(100):
                 node.record(me, p.Record({"outcome": f"made up {number}"}))
             assert len(node.records) == 100

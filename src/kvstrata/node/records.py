@@ -19,6 +19,8 @@ from kvstrata.wire.namespaces import Described
 
 NUM_RECORDS = 1024
 MAX_RECORD_BYTES = 8192
+MAX_DEPTH = 32
+"""Of what is nested in a record."""
 MAX_OUTCOMES = 32
 NUM_SHOWN = 32
 _LABEL = re.compile(r"[a-z0-9_ -]{1,32}")
@@ -47,7 +49,7 @@ class Records:
         """Keep one request's record, or what a namespace is made of.
 
         Raises:
-            UsageError: it is too large, or none.
+            UsageError: it is too large, or not of JSON's values.
         """
         try:
             nbytes = len(msgspec.msgpack.encode(record))
@@ -57,6 +59,7 @@ class Records:
             raise UsageError(f"a record of {nbytes} bytes; at most {MAX_RECORD_BYTES}")
         if "namespace" in record:
             return self._namespaces.note(record)
+        _check_json(record)
         self._requests.append(record)
         self._num_ever += 1
         outcome = str(record.get("outcome", ""))
@@ -105,3 +108,23 @@ class Records:
             "namespaces": self._namespaces.shown(),
             "requests": list(self._requests)[-NUM_SHOWN:],
         }
+
+
+def _check_json(record: dict[str, Any]) -> None:
+    """Raises `UsageError` for what JSON has no word for: MessagePack has more."""
+    values: list[Any] = [record]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for value in values:
+            if isinstance(value, dict):
+                if any(not isinstance(name, str) for name in value):
+                    raise UsageError("a record has text for names, and nothing else")
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif not isinstance(value, str | int | float | None):
+                raise UsageError(f"a record is JSON, which has no {type(value).__name__}")
+        if not inner:
+            return
+        values = inner
+    raise UsageError(f"a record is nested too deep; {MAX_DEPTH} levels at most")

@@ -43,7 +43,8 @@ class Explainer:
         """Say what became of a request, or what would become of a prompt.
 
         Raises:
-            UsageError: no such request is remembered, or it is no prompt.
+            UsageError: no such request is remembered, its record names no key, or it is no
+                prompt.
         """
         if not message.request:
             return self._of_prompt(message)
@@ -52,7 +53,10 @@ class Explainer:
             raise UsageError(f"no record of a request {message.request!r} is kept")
         elsewhere: list[Reason] = []
         if message.across:
-            first = bytes.fromhex(str(record.get("first_key", "")))
+            try:
+                first = bytes.fromhex(str(record.get("first_key", "")))
+            except ValueError as error:
+                raise UsageError(f"the first key of {message.request!r} is none") from error
             asked = self._reasons.kin.known(first)
             found = asked and self._reasons.elsewhere(asked, across=True)
             elsewhere = [found] if found else []
