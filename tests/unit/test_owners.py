@@ -410,6 +410,30 @@ class TestPins:
 
         run(with_tier(None, slots=12, pins=(0.25, 0.42)), test)
 
+    def test_a_chunk_of_two_owners_counts_against_one_who_has_room_for_it(self) -> None:
+        async def test(node: Node) -> None:
+            keys = chunk_keys(8)
+            keep(node, keys, ANNA)
+            assert (await pin(node, keys, ANNA)).num_kept == 5, "a quarter of the tier"
+            assert (await pin(node, keys[3:], BERT)).num_kept == 5
+            page = await answer(node, p.Pins(1))
+            assert sorted(one.num_kept for one in page.pins) == [5, 8]
+            await answer(node, p.Unpin(1, ANNA, "a"))
+            page = await answer(node, p.Pins(1))
+            assert [one.num_kept for one in page.pins] == [5]
+
+        run(with_tier(None, slots=20, pins=(0.25, 0.5)), test)
+
+    def test_a_key_given_twice_counts_once(self) -> None:
+        async def test(node: Node) -> None:
+            keys = chunk_keys(2)
+            keep(node, keys, ANNA)
+            assert (await pin(node, [*keys, *keys, keys[0]])).num_chunks == 2
+            page = await answer(node, p.Pins(1))
+            assert [(one.num_chunks, one.num_kept) for one in page.pins] == [(2, 2)]
+
+        run(with_tier(None), test)
+
     def test_they_end_by_time_and_repeating_renews(self) -> None:
         async def test(node: Node) -> None:
             keys = chunk_keys(2)

@@ -20,6 +20,7 @@ from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
 from kvstrata.node.common.pinned import Pinned
 from kvstrata.node.common.slices import Work, in_slices
+from kvstrata.node.operating.copying import taken_in
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.ledger import Pin, Unpin, together
 from kvstrata.node.service.owned import OwnedBacking
@@ -93,11 +94,12 @@ class Pinning:
             TierUnavailable: the pin holds, and a tier could not write it down.
         """
         _check(message)
-        now = self._wall()
-        pin = Pin(message.owner, message.name, message.keys, now + message.ttl_s)
-        return self._pin(message.id, pin)
+        return self._pin(message)
 
-    async def _pin(self, id: int, pin: Pin) -> p.Pinned:
+    async def _pin(self, message: p.Pin) -> p.Pinned:
+        until_s = self._wall() + message.ttl_s
+        keys = b"".join(await taken_in(message.keys))
+        pin = Pin(message.owner, message.name, keys, until_s)
         async with self._busy:
             before = self._pins.get(pin.id)
             num_keys = self._num_keys + (len(pin.keys) - len(before.keys if before else b"")) // 32
@@ -115,7 +117,7 @@ class Pinning:
         await self.save()
         names = {"host", *(one.name for one in self._owned)}
         notes = {one.name: NOT_KEPT for one in self._backings if one.name not in names}
-        return p.Pinned(id, len(pin.keys) // 32, tiers.pop(""), tiers, notes)
+        return p.Pinned(message.id, len(pin.keys) // 32, tiers.pop(""), tiers, notes)
 
     def _check_owner(self, pin: Pin) -> None:
         """Raises `UsageError` for one more than its owner may have."""
@@ -308,29 +310,28 @@ class Pinning:
 
     def _guard(self, key: bytes) -> None:
         """See to it that a chunk is kept where it should be, and nowhere else."""
-        pins = self._wanted.get(key)
+        owners = dict.fromkeys(pin.owner for pin in self._wanted.get(key, ()))
         below = False
         for backing in self._owned:
-            keep = pins is not None and key in backing.index
-            below = self._keep(backing.index, key, pins[0].owner if pins else b"", keep) or below  # type: ignore[arg-type]
+            here = owners if key in backing.index else ()
+            below = self._keep(backing.index, key, here) or below  # type: ignore[arg-type]
         parts = {part for part, _ in self._host.index.objects(key)}
         below = below and any(
             key in backing.index.pinned
             and parts <= {part for part, _ in backing.index.objects(key)}
             for backing in self._owned
         )
-        keep = pins is not None and bool(parts) and not below
-        self._keep(self._host.index, key, pins[0].owner if pins else b"", keep)  # type: ignore[arg-type]
+        self._keep(self._host.index, key, owners if parts and not below else ())  # type: ignore[arg-type]
 
-    def _keep(self, index: Index[object], key: bytes, owner: bytes, keep: bool) -> bool:
-        """Keep a chunk in one tier, or no longer; whether it is kept."""
-        if keep:
-            kept = index.pinned.hold(key, owner, index.nbytes(key))
-        else:
-            kept = False
-            if not index.pinned.let_go(key):
-                return False
-        if not kept:
+    def _keep(self, index: Index[object], key: bytes, owners: Iterable[bytes]) -> bool:
+        """Keep a chunk in one tier for the first of these who has room for it, or no longer.
+
+        Returns:
+            Whether it is kept.
+        """
+        nbytes, was = index.nbytes(key), index.pinned.let_go(key)
+        kept = any(index.pinned.hold(key, owner, nbytes) for owner in owners)
+        if was and not kept:
             index.unpark(key)
         return kept
 
