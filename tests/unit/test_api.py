@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.apis import CHUNK, MODEL, SPACE, Rig, prompt
 
 import kvstrata
+from kvstrata.control.base import MAX_TOKENS
 from kvstrata.errors import TierUnavailable
 from kvstrata.observe.rendering import CONTENT_TYPE
 from kvstrata.wire import protocol as p
@@ -163,6 +164,7 @@ def test_which_model_is_meant(rig: Rig) -> None:
         ({"keys": ["zz"]}, "body.keys.0"),
         ({"keys": [], "salt": "s"}, "body.salt"),
         ({"token": [1]}, "body.token"),
+        ({f"field {number}": 1 for number in range(65)}, "body"),
         ([1], "body"),
     ],
 )
@@ -171,6 +173,31 @@ def test_a_wrong_field_is_named(rig: Rig, body: Any, field: str) -> None:
     assert problem["status"] == 422
     assert problem["field"] == problem["errors"][0]["field"] == field
     assert problem["detail"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("lookup", {"tokens": [-1] * 100_000}),
+        ("lookup", {"keys": ["a"] * 100_000}),
+        ("lookup", {"messages": [1] * 100_000}),
+        ("clear", {"everything": True, "tiers": [1] * 100_000}),
+        ("route", {"nodes": {"a": 0}, "tokens": [-1] * 100_000}),
+        ("route", {"nodes": {f"{number}": -1 for number in range(100_000)}, "tokens": [1]}),
+        ("warm", {"url": "http://a", "model": "m", "prompts": [[-1] * 100_000] * 4}),
+        ("inspect", {"tier": "host", "key": "ab" * 32, "orders": [1] * 100_000}),
+    ],
+)
+def test_of_many_wrong_elements_one_is_told(rig: Rig, path: str, body: Any) -> None:
+    problem = rig.ask("POST", f"/v1/{path}", body).problem
+    assert problem["status"] == 422
+    assert len(problem["errors"]) <= 2
+
+
+def test_a_prompt_has_so_many_tokens_at_most(rig: Rig) -> None:
+    body = b'{"tokens": [' + b"1," * MAX_TOKENS + b"1]}"
+    kind = {"Content-Type": "application/json"}
+    assert rig.ask("POST", "/v1/lookup", body, kind).problem["field"] == "body.tokens"
 
 
 def test_nothing_given_is_repeated_in_a_problem(rig: Rig) -> None:
@@ -215,6 +242,8 @@ def test_clear_forgets_in_the_tiers_that_are_named(rig: Rig) -> None:
         ({"everything": False}, "body.everything"),
         ({"everything": True, "keys": []}, "body.everything"),
         ({"everything": True, "tiers": []}, "body.tiers"),
+        ({"before": 1e-10}, "body.before"),
+        ({"before": 5e-324}, "body.before"),
         ({"everything": True, "tiers": ["host", "tape"]}, "body.tiers.1"),
     ],
 )

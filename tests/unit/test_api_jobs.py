@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import tempfile
 import threading
@@ -20,6 +21,7 @@ from kvstrata.control.client import ApiProblem
 from kvstrata.control.jobs import Jobs, Work
 from kvstrata.control.problems import NoSuch
 from kvstrata.control.verbs.jobs import Job
+from kvstrata.control.verbs.warm import MAX_ANSWER_BYTES
 from kvstrata.errors import Busy
 
 
@@ -39,6 +41,7 @@ class StandIn:
         self.open = threading.Event()
         self.open.set()
         self.most = 0
+        self.encoding = ""
         self.answer: Callable[[dict[str, Any]], tuple[int, bytes]] = lambda body: (
             200,
             json.dumps({"usage": {"prompt_tokens": len(body["prompt"])}}).encode(),
@@ -62,6 +65,8 @@ class StandIn:
                 self.send_response(status)
                 if status == 302:
                     self.send_header("Location", "/elsewhere")
+                if stand_in.encoding:
+                    self.send_header("Content-Encoding", stand_in.encoding)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
@@ -157,6 +162,44 @@ def test_what_an_engine_refuses_is_counted_and_passed_over(
     assert job.troubles[0].startswith("prompt 1: ")
     assert words in job.troubles[0]
     assert "secret" not in str(job), "an answer of whatever is behind a URL goes to nobody"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b" " * (MAX_ANSWER_BYTES + 1),
+        b'{"usage": {"prompt_tokens": Infinity}}',
+        b'{"usage": {"prompt_tokens": -5}}',
+        b'{"usage": {"prompt_tokens": 99999999999999999999}}',
+        b"[" * 200_000,
+    ],
+)
+def test_an_answer_is_bounded_in_every_way(rig: Rig, engine: StandIn, text: bytes) -> None:
+    engine.answer = lambda body: (200, text)
+    with rig.client() as client:
+        job = client.warm(engine.url, "m", [f"a{len(text)}"])
+        job = until(rig, job.id, lambda job: job.state != "running")
+    assert (job.state, job.tokens) == ("failed", 0)
+    assert job.troubles == ["prompt 0: that is no OpenAI server"]
+
+
+def test_a_password_in_a_url_is_not_shown(rig: Rig, engine: StandIn) -> None:
+    with rig.client() as client:
+        job = client.warm(engine.url.replace("//", "//anna:hidden@"), "m", ["a"])
+        job = until(rig, job.id, lambda job: job.state != "running")
+    assert job.state == "done"
+    assert engine.url in job.about
+    assert "hidden" not in str(job)
+    assert "anna" not in str(job)
+
+
+def test_a_compressed_answer_is_not_unpacked(rig: Rig, engine: StandIn) -> None:
+    engine.encoding = "gzip"
+    engine.answer = lambda body: (200, gzip.compress(b'{"usage": {"prompt_tokens": 1}}'))
+    with rig.client() as client:
+        job = client.warm(engine.url, "m", ["compressed"])
+        job = until(rig, job.id, lambda job: job.state != "running")
+    assert job.troubles == ["prompt 0: that is no OpenAI server"]
 
 
 def test_an_engine_that_is_not_there(rig: Rig) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from kvstrata.config import Config
 from kvstrata.control.access import MAY_WRITE
@@ -22,7 +22,13 @@ Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=["ab" * 32])]
 Hex16 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 """An owner: 16 bytes in hex."""
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+MAX_TOKENS = 1 << 21
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TOKENS)]
+"""Of a list one error is told, not one for each of millions of elements."""
 Text = Annotated[str, Field(max_length=1024)]
+
+MAX_FIELDS = 64
+"""That a body may have; each unknown one is an error, so there are no more."""
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -38,11 +44,29 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MAX_FIELDS:
+            raise ValueError(f"{len(given)} fields; {MAX_FIELDS} at most")
+        return given
+
 
 class Told(BaseModel):
     """What the API answers; a later release may add fields."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+def at_most(most: int) -> BeforeValidator:
+    """Look at the entries of a mapping only if there are no more than this."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > most:
+            raise ValueError(f"{len(given)} entries; {most} at most")
+        return given
+
+    return BeforeValidator(check)
 
 
 @dataclass

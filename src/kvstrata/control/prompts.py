@@ -8,24 +8,23 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import Field, JsonValue
 
-from kvstrata.control.base import Asked, Hex32, State, Text, TokenId
+from kvstrata.control.base import Asked, Hex32, State, Text, TokenIds
 from kvstrata.control.problems import Invalid
 from kvstrata.keys import KeyChain, owner_digest
 from kvstrata.wire.client import NodeClient
 from kvstrata.wire.namespaces import Shown
 from kvstrata.wire.protocol import MAX_KEYS
 
-Keys = Annotated[list[Hex32], Field(max_length=MAX_KEYS)]
+Keys = Annotated[list[Hex32], Field(fail_fast=True, max_length=MAX_KEYS)]
+Messages = Annotated[list[dict[str, JsonValue]], Field(fail_fast=True, max_length=4096)]
 
 
 class Prompt(Asked):
     """One of `tokens`, `text`, `messages` and `keys`, and whose they are."""
 
-    tokens: list[TokenId] | None = Field(None, description="Token ids.")
+    tokens: TokenIds | None = Field(None, description="Token ids.")
     text: str | None = Field(None, description="A text, as for `/v1/completions`.")
-    messages: list[dict[str, JsonValue]] | None = Field(
-        None, description="Messages, as for `/v1/chat/completions`.", max_length=4096
-    )
+    messages: Messages | None = Field(None, description="Messages, as for `/v1/chat/completions`.")
     keys: Keys | None = Field(None, description="Chunk keys in hex, from the prompt's head on.")
     model: Text | None = Field(
         None, description="Whose; may be left out where engines told the node of one only."

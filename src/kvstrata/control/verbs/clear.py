@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -16,6 +16,9 @@ from kvstrata.wire.client import NodeClient
 from kvstrata.wire.operator import Operator
 
 router = APIRouter(responses=PROBLEMS, tags=["act"])
+
+
+Tiers = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)]
 
 
 class Flushed(Told):
@@ -34,14 +37,12 @@ class Clear(Whose):
     namespace: Hex32 | None = Field(None, description="What is in this one.")
     before: float | None = Field(
         None,
-        gt=0,
+        ge=1,
         lt=1e10,
         description="What was stored before, in seconds since 1970.",
         strict=False,
     )
-    tiers: list[Text] | None = Field(
-        None, description="In these tiers only; left out: in all.", min_length=1, max_length=64
-    )
+    tiers: Tiers | None = Field(None, description="In these tiers only; left out: in all.")
 
 
 class Cleared(Told):

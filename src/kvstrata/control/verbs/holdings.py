@@ -56,7 +56,7 @@ class Inspect(Asked):
     key: Hex32 = Field(description="Of its chunk.")
     part: int = Field(0, ge=0, lt=1 << 32, description="Which of the chunk's objects: its rank.")
     namespace: Hex32 | None = Field(None, description="Of the chunk; needed in a shared tier.")
-    orders: list[Text] = Field(
+    orders: Annotated[list[Text], Field(fail_fast=True)] = Field(
         [], max_length=16, description="Byte orders that it may have; needed in a shared tier."
     )
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field, JsonValue
 
-from kvstrata.control.base import PROBLEMS, Asked, Here, Hex32, State, Text, TokenId, Told
+from kvstrata.control.base import PROBLEMS, Asked, Here, Hex32, State, Text, TokenIds, Told, at_most
 from kvstrata.control.holders import Sought, hits
 from kvstrata.control.problems import Invalid
 from kvstrata.control.prompts import chosen, known
@@ -32,7 +32,7 @@ Load = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 class Route(Asked):
     """A prompt, by `tokens` or by `body`, and who may have it."""
 
-    nodes: dict[Text, Load] = Field(
+    nodes: Annotated[dict[Text, Load], at_most(MAX_NODES)] = Field(
         description="Of each that can be asked now, by its name: the work before it, in tokens to "
         "compute. What members of the fleet hold is known where they have the names that they have "
         "there.",
@@ -40,7 +40,7 @@ class Route(Asked):
         max_length=MAX_NODES,
         examples=[{"node-a": 0, "node-b": 5000}],
     )
-    tokens: list[TokenId] | None = Field(None, description="Token ids.")
+    tokens: TokenIds | None = Field(None, description="Token ids.")
     body: dict[str, JsonValue] | None = Field(
         None, description="A request, as for `/v1/completions` or `/v1/chat/completions`."
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import Annotated, Any
 
 import httpx
 from blake3 import blake3
 from fastapi import APIRouter
 from pydantic import Field
 
-from kvstrata.control.base import PROBLEMS, Asked, Here, Text, TokenId
+from kvstrata.control.base import MAX_TOKENS, PROBLEMS, Asked, Here, Text, TokenIds
 from kvstrata.control.jobs import Work
 from kvstrata.control.problems import Invalid
 from kvstrata.control.verbs.jobs import Job, of_api
@@ -23,6 +24,8 @@ MAX_AT_ONCE = 64
 PROMPT_S = 600.0
 """For the engine to compute one prompt."""
 CONNECT_S = 5.0
+MAX_ANSWER_BYTES = 1 << 20
+"""Of what an engine says of one prompt, of which it computed one token."""
 
 
 class Warm(Asked):
@@ -33,7 +36,7 @@ class Warm(Asked):
         examples=["http://127.0.0.1:8000"],
     )
     model: Text = Field(description="As that server calls it.")
-    prompts: list[str | list[TokenId]] = Field(
+    prompts: Annotated[list[str | TokenIds], Field(fail_fast=True)] = Field(
         description="Texts or token ids.", min_length=1, max_length=MAX_PROMPTS
     )
     at_once: int = Field(2, ge=1, le=MAX_AT_ONCE, description="How many it is given at a time.")
@@ -52,7 +55,8 @@ async def warm(asked: Warm, here: Here) -> Job:
     async def work(job: Work) -> None:
         await _compute(job, url, asked)
 
-    words = f"{len(asked.prompts)} prompts through {url.copy_with(path='/')}"
+    shown = url.copy_with(path="/", username="", password="")
+    words = f"{len(asked.prompts)} prompts through {shown}"
     return of_api(here.jobs.begin("warm", len(asked.prompts), digest, work, words))
 
 
@@ -67,6 +71,27 @@ def _endpoint(text: str) -> httpx.URL:
     return url.copy_with(path="/v1/completions", query=None, fragment=None)
 
 
+async def _ask(client: httpx.AsyncClient, url: httpx.URL, body: dict[str, Any]) -> int:
+    """How many tokens of a prompt an engine has computed.
+
+    Raises:
+        httpx.HTTPError: it does not answer, or refuses.
+        KeyError, TypeError, ValueError, RecursionError: it answers something else, or too much.
+    """
+    # What is not compressed is as long as what has come of it.
+    async with client.stream("POST", url, json=body, headers={"Accept-Encoding": "identity"}) as it:
+        it.raise_for_status()
+        answer = bytearray()
+        async for piece in it.aiter_raw():
+            answer += piece
+            if len(answer) > MAX_ANSWER_BYTES:
+                raise ValueError("too long")
+    tokens = json.loads(answer)["usage"]["prompt_tokens"]
+    if not isinstance(tokens, int) or not 0 <= tokens <= MAX_TOKENS:
+        raise ValueError("no number of tokens")
+    return tokens
+
+
 async def _compute(job: Work, url: httpx.URL, asked: Warm) -> None:
     """All prompts, some at a time; nothing an engine answers gets into the job but numbers."""
     timeout = httpx.Timeout(PROMPT_S, connect=CONNECT_S)
@@ -76,14 +101,13 @@ async def _compute(job: Work, url: httpx.URL, asked: Warm) -> None:
         for number, prompt in left:
             body = {"model": asked.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
             try:
-                answer = await client.post(url, json=body)
-                answer.raise_for_status()
-                job.tokens += int(answer.json()["usage"]["prompt_tokens"])
+                tokens = await _ask(client, url, body)
+                job.tokens += tokens
             except httpx.HTTPStatusError as error:
                 job.trouble(f"prompt {number}: the engine answered {error.response.status_code}")
             except (httpx.HTTPError, OSError) as error:
                 job.trouble(f"prompt {number}: {type(error).__name__}")
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, RecursionError):
                 job.trouble(f"prompt {number}: that is no OpenAI server")
             job.done += 1
 
