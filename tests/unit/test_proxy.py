@@ -20,6 +20,7 @@ from kvstrata.errors import ConfigError
 from kvstrata.proxy import engines
 from kvstrata.proxy.apart import Apart
 from kvstrata.proxy.engines import Engine, Engines
+from kvstrata.proxy.exchange import EngineFailed
 from kvstrata.proxy.server import Proxy, serve
 
 PROMPT = {"model": "m", "prompt": "hello", "max_tokens": 3, "min_tokens": 2, "n": 1}
@@ -196,6 +197,7 @@ def test_an_answer_that_breaks_off_says_so() -> None:
         assert status == 200
         assert text.startswith("data: 0\n\n")
         assert "[DONE]" not in text
+        assert "\n\n\n\ndata: {" in text, "an event that was cut ends before the error begins"
         event = json.loads(text.rstrip().rpartition("data: ")[2])
         assert event["error"]["code"] == 503
         assert place.proxy.outcomes["broken off"] == 1
@@ -225,6 +227,42 @@ def test_what_is_no_request_is_refused(body: str) -> None:
             assert response.status == 400
             assert "no JSON" in await response.text()
         assert not place.prefill[0].asked
+
+    behind_a_proxy(test)
+
+
+@pytest.mark.parametrize(
+    ("data", "headers"),
+    [
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", {}),
+        (b'{"prompt": ' + b"9" * 10_000 + b"}", {}),
+        (b"{}", {"Content-Type": "application/json; charset=nosuch"}),
+        (b"xx", {"Content-Encoding": "gzip"}),
+        (b"{}", {"X-Request-Id": "\xe9"}),
+    ],
+)
+def test_what_cannot_be_read_is_refused(data: bytes, headers: dict[str, str]) -> None:
+    async def test(place: Place) -> None:
+        async with place.session.post("/v1/completions", data=data, headers=headers) as response:
+            assert response.status == 400
+        assert not place.prefill[0].asked
+
+    behind_a_proxy(test)
+
+
+def test_a_password_of_an_engine_is_shown_to_nobody() -> None:
+    engine = Engine("http://anna:hidden@127.0.0.1:8100")
+    assert engine.name == str(Engine("http://127.0.0.1:8100").url)
+    assert engine.url.password == "hidden", "it is used all the same"
+    assert "hidden" not in str(EngineFailed(engine, "silent"))
+
+    async def test(place: Place) -> None:
+        place.proxy.way.engines = [engine]
+        for path in ("/health", "/metrics"):
+            async with place.session.get(path) as response:
+                text = await response.text()
+            assert engine.name in text
+            assert "hidden" not in text
 
     behind_a_proxy(test)
 

@@ -34,6 +34,8 @@ class Engine:
             raise ConfigError(
                 "proxy", f"{url!r} is no engine's URL; expected one such as http://127.0.0.1:8100"
             )
+        self.name = str(self.url.with_user(None))
+        """Without a password, for people and programs that look."""
         self.up = True
         self.address = ""
         """Where its node answers others, once it has said so."""
@@ -48,13 +50,13 @@ class Engine:
         """It cannot be used for now; its restarted self may have another node."""
         self.num_failed += 1
         if self.up:
-            logger.warning("%s is down: %s", self.url, why)
+            logger.warning("%s is down: %s", self.name, why)
         self.up, self.address = False, ""
 
     def answered(self) -> None:
         """It can be used."""
         if not self.up:
-            logger.info("%s is up", self.url)
+            logger.info("%s is up", self.name)
         self.up = True
         self.silent.clear()
 

@@ -25,7 +25,7 @@ class EngineFailed(Exception):
     """An engine did not answer, or answered that it cannot."""
 
     def __init__(self, engine: Engine, why: str) -> None:
-        super().__init__(f"{engine.url}: {why}")
+        super().__init__(f"{engine.name}: {why}")
         self.engine = engine
 
 

@@ -29,7 +29,7 @@ async def watch_queues(
         up = [engine for engine in engines if engine.up]
         counts = await asyncio.gather(*[_ask(engine, session) for engine in up])
         for engine, count in zip(up, counts, strict=True):
-            loads.tell(str(engine.url), count)
+            loads.tell(engine.name, count)
         await asyncio.sleep(LOOK_EVERY_S)
 
 

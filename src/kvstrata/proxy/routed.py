@@ -33,7 +33,7 @@ class Routed(Way):
 
     def __init__(self, urls: Sequence[str], policy: Policy) -> None:
         self.engines = [Engine(url) for url in urls]
-        self._by_name = {str(engine.url): engine for engine in self.engines}
+        self._by_name = {engine.name: engine for engine in self.engines}
         if not urls or len(self._by_name) != len(urls):
             raise ConfigError("proxy", "expected the URLs of one or more engines, each once")
         self._policy = policy

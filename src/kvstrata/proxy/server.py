@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
 RETRY_AFTER_S = 1
+UNREADABLE = (ValueError, LookupError, RecursionError, web.RequestPayloadError)
+"""What comes of bodies that are no JSON: of its words, charset, nesting, compression."""
 FORWARDED = ("Authorization", "X-Request-Id", "X-Session-Id", "traceparent", "tracestate")
 """Headers of a client's that engines get."""
 
@@ -63,11 +65,13 @@ class Proxy:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         try:
             body = await request.json()
-        except (ValueError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             return self._refuse(400, f"the body is no JSON: {error}")
         if not isinstance(body, dict):
             return self._refuse(400, "the body is no JSON object")
         headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+        if not all(value.isascii() and value.isprintable() for value in headers.values()):
+            return self._refuse(400, "a header is no printable ASCII")
         headers.setdefault("X-Request-Id", uuid.uuid4().hex)
         exchange = Exchange(self._session, request.path, body, headers)
         try:
@@ -75,6 +79,8 @@ class Proxy:
         except EngineFailed as error:
             logger.error("a request fails: %s", error)
             return self._refuse(503, "no engine could answer; try again")
+        except RecursionError:
+            return self._refuse(400, "the body is nested too deeply")
         try:
             self.outcomes[how if answer.status < 400 else "refused"] += 1
             return await self._relay(request, exchange, answer)
@@ -96,7 +102,8 @@ class Proxy:
             logger.error("an answer breaks off: %s", error)
             self.outcomes["broken off"] += 1
             event = {"error": _error(503, "the engine was lost in the middle; try again")}
-            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            # The engine may have been lost within an event: that one ends here.
+            await response.write(f"\n\ndata: {json.dumps(event)}\n\n".encode())
         await response.write_eof()
         return response
 
@@ -117,7 +124,7 @@ class Proxy:
         return self._refuse(503, "no engine is up; try again")
 
     async def _health(self, request: web.Request) -> web.Response:
-        engines = {str(engine.url): engine.up for engine in self.way.engines}
+        engines = {engine.name: engine.up for engine in self.way.engines}
         return web.json_response({"engines": engines}, status=200 if any(engines.values()) else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
@@ -126,12 +133,11 @@ class Proxy:
             lines.append(f'kvstrata_proxy_requests_total{{outcome="{outcome}"}} {count}')
         lines.append("# TYPE kvstrata_proxy_engine_up gauge")
         for engine in self.way.engines:
-            lines.append(f'kvstrata_proxy_engine_up{{engine="{engine.url}"}} {int(engine.up)}')
+            lines.append(f'kvstrata_proxy_engine_up{{engine="{engine.name}"}} {int(engine.up)}')
         lines.append("# TYPE kvstrata_proxy_engine_failures_total counter")
         for engine in self.way.engines:
-            lines.append(
-                f'kvstrata_proxy_engine_failures_total{{engine="{engine.url}"}} {engine.num_failed}'
-            )
+            labels = f'{{engine="{engine.name}"}}'
+            lines.append(f"kvstrata_proxy_engine_failures_total{labels} {engine.num_failed}")
         return web.Response(text="\n".join([*lines, *self.way.metrics()]) + "\n")
 
     def _refuse(self, status: int, why: str) -> web.Response:
