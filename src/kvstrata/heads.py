@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from blake3 import blake3
 
+from kvstrata.errors import UsageError
 from kvstrata.keys import MediaItem, Tokens, media_by_chunk, token_ids
 
 HEAD_BYTES = 16
@@ -54,3 +55,10 @@ def heads(
         head.update(struct.pack("<II", length, number) + items)
         digests[length] = head.digest(HEAD_BYTES)
     return digests.pop(chunk_tokens) + b"".join(digests.values())
+
+
+def checked_heads(heads: bytes) -> bytes:
+    """Raises `UsageError` for what cannot be the heads of a prompt."""
+    if len(heads) % HEAD_BYTES or len(heads) > MAX_HEADS * HEAD_BYTES:
+        raise UsageError(f"{len(heads)} bytes are no heads; {HEAD_BYTES} each, {MAX_HEADS} at most")
+    return heads

@@ -44,6 +44,7 @@ from kvstrata.config import load_config
 from kvstrata.errors import Incompatible, TierFull, TierUnavailable, UsageError
 from kvstrata.node.arriving import MAX_WAITING
 from kvstrata.node.common import backoff as backoff_module
+from kvstrata.node.common import slices
 from kvstrata.node.common.background import Threads
 from kvstrata.node.node import Node
 from kvstrata.node.process.inprocess import InProcessNode
@@ -55,6 +56,7 @@ from kvstrata.testing.clock import ManualClock
 from kvstrata.tiers.base import Outcome
 from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.faulty import Answer, FaultyTier, FlipBit, Raise
+from kvstrata.tiers.marks import Mark
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
@@ -952,6 +954,42 @@ class TestDeadlines:
             clock.advance(0.5)
             assert backing.readable
         backing.close()
+
+
+class TestLongMessages:
+    @pytest.mark.parametrize("more", [{"owner": bytes(16)}, {"before_ns": 1}])
+    def test_a_clear_of_many_keys_of_an_owner_lets_others_be_served(
+        self, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def test(node: Node) -> None:
+            me, keys = Client(ME), chunk_keys(3)
+            store(node, me, keys)
+            clearer, looked = node.tenants.clearing._clearer, 0
+            may_be = clearer._may_be_covered
+
+            def look(key: bytes, mark: Mark) -> bool:
+                nonlocal looked
+                looked += 1
+                return may_be(key, mark)
+
+            monkeypatch.setattr(clearer, "_may_be_covered", look)
+            monkeypatch.setattr(slices, "HOLD_S", 0.0)
+            packed = b"".join([*(bytes([1]) * 31 + bytes([n]) for n in range(256)), *keys])
+            answer = node.clear(me, p.Clear(1, packed, [], **more))
+            assert looked < len(packed) // 32, "the rest has to wait"
+            await answer
+            assert looked == len(packed) // 32
+            assert len(match(node, me, keys).tiers) == (3 if "before_ns" in more else 0)
+
+        on_node(test)
+
+    def test_the_heads_of_an_explanation_are_few(self) -> None:
+        async def test(node: Node) -> None:
+            asked = p.Explain(1, keys=b"".join(chunk_keys(1)), heads=bytes(16) * 9)
+            with pytest.raises(UsageError, match="144 bytes are no heads; 16 each, 8 at most"):
+                await node.handle(Client(ME), asked)  # type: ignore[misc]
+
+        on_node(test)
 
 
 class TestRecords:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from kvstrata.config.network import PeerConfig
 from kvstrata.errors import UsageError
-from kvstrata.heads import HEAD_BYTES, MAX_HEADS
+from kvstrata.heads import checked_heads
 from kvstrata.keys import KEY_BYTES, OWNER_BYTES
 from kvstrata.node.common.planner import Prefill
 from kvstrata.node.service.backing import Backing
@@ -108,13 +108,6 @@ def checked_namespace(namespace: bytes) -> bytes:
     if len(namespace) not in (0, KEY_BYTES):
         raise UsageError(f"a namespace of {len(namespace)} bytes, not {KEY_BYTES}")
     return namespace
-
-
-def checked_heads(heads: bytes) -> bytes:
-    """Raises `UsageError` for what cannot be the heads of a prompt."""
-    if len(heads) % HEAD_BYTES or len(heads) > MAX_HEADS * HEAD_BYTES:
-        raise UsageError(f"{len(heads)} bytes are no heads; {HEAD_BYTES} each, {MAX_HEADS} at most")
-    return heads
 
 
 def check_tiers(tiers: Sequence[str], backings: Sequence[Backing]) -> None:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SLICE = 8
 STRIKE_SLICE = 16
+COVERED_SLICE = 64
 
 
 class Clearer:
@@ -72,9 +73,16 @@ class Clearer:
         count = self._host.clear() if "host" in tiers else 0
         return self._finish_clear(count, [b.clear() for b in self._backings if b.name in tiers])
 
-    def covered(self, packed: bytes, mark: Mark) -> bytes:
+    def covered(self, packed: bytes, mark: Mark) -> Work[bytes]:
         """Of these keys, all but those of chunks that are known not to be covered."""
-        return b"".join(key for key in p.split(packed, 32) if self._may_be_covered(key, mark))
+        covered = bytearray()
+        for number in range(p.count(packed, 32)):
+            key = packed[32 * number : 32 * (number + 1)]
+            if self._may_be_covered(key, mark):
+                covered += key
+            if number % COVERED_SLICE == COVERED_SLICE - 1:
+                yield None
+        return bytes(covered)
 
     def drop(self, packed: bytes, tiers: set[str]) -> Awaitable[int]:
         """The same with the chunks of these keys; of many, the first few now, the others soon."""
@@ -228,9 +236,17 @@ class Clearing:
         """
         mark = self._mark_of(message)
         if message.keys is not None and mark is not None:
-            covered = self._clearer.covered(message.keys, mark)
+            covered = in_slices(self._clearer.covered(message.keys, mark))
+            if not isinstance(covered, bytes):
+                return self._clear_later(message, mark, covered)
             message = msgspec.structs.replace(message, keys=covered)
         return self._finish(message, self._begin(message, mark))
+
+    async def _clear_later(
+        self, message: p.Clear, mark: Mark, covered: Awaitable[bytes]
+    ) -> p.Reply:
+        message = msgspec.structs.replace(message, keys=await covered)
+        return await self._finish(message, self._begin(message, mark))
 
     async def _finish(self, message: p.Clear, cleared: Awaitable[int]) -> p.Reply:
         ended = False

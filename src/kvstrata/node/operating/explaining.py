@@ -9,6 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from kvstrata.errors import UsageError
+from kvstrata.heads import checked_heads
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.operating.kin import Asked
 from kvstrata.node.operating.reasons import Missing, Reasons
@@ -68,7 +69,7 @@ class Explainer:
         keys = p.split(message.keys, 32)
         if not keys:
             raise UsageError("a prompt of no whole chunk has nothing to explain")
-        asked = Asked(keys[0], message.namespace, message.owner, message.heads)
+        asked = Asked(keys[0], message.namespace, message.owner, checked_heads(message.heads))
         answer = self._lookup(
             p.Lookup(message.id, message.keys, parts or [0], orders, message.namespace)
         )
