@@ -55,7 +55,7 @@ from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.epochs import decode_epoch, encode_epoch, marked
 from kvstrata.tiers.faulty import FaultyTier, Raise
 from kvstrata.tiers.journal import FileJournal, Journal
-from kvstrata.tiers.marks import MARGIN_NS, MAX_MARKS, UNKNOWN, Mark, Marks, Whose
+from kvstrata.tiers.marks import MARGIN_NS, MAX_IN_EPOCH, MAX_MARKS, UNKNOWN, Mark, Marks, Whose
 from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
@@ -108,14 +108,15 @@ class TestMarks:
 
     def test_there_are_never_many_and_none_is_lost(self) -> None:
         marks = Marks()
-        all_owners = [bytes([number]) * 16 for number in range(1, 200)]
+        all_owners = [number.to_bytes(16, "big") for number in range(1, 3 * MAX_MARKS)]
         for number, owner in enumerate(all_owners):
             marks.add(Mark(owner, NAMESPACE, NOW + number))
             assert len(marks) <= MAX_MARKS
         for number, owner in enumerate(all_owners):
             assert marks.covers(Whose(owner, NAMESPACE), NOW + number + MARGIN_NS - 1)
         assert not marks.covers(Whose(ANNA, OTHER), NOW), "another namespace is let be"
-        assert not marks.covers(Whose(all_owners[-1], NAMESPACE), NOW + 198 + MARGIN_NS)
+        last = NOW + len(all_owners) - 1
+        assert not marks.covers(Whose(all_owners[-1], NAMESPACE), last + MARGIN_NS)
 
     def test_one_that_was_renewed_is_not_forgotten(self) -> None:
         marks = Marks([Mark(ANNA, b"", 1), Mark(BERT, b"", 1)])
@@ -132,7 +133,7 @@ class TestMarks:
             b"mark 01 - -\n",
             b"mark 1 aa -\n",
             b"mark 1 - -\nx",
-            b"mark 1 - -\n" * (MAX_MARKS + 1),
+            b"mark 1 - -\n" * (MAX_IN_EPOCH + 1),
         ],
     )
     def test_an_epoch_with_anything_else_is_none(self, lines: bytes) -> None:
@@ -143,7 +144,7 @@ class TestMarks:
         epoch = Epoch(7, 5.0)
         for number in range(200):
             epoch = marked(epoch, Mark(bytes([number]) * 16, os.urandom(32), NOW))
-        assert len(epoch.marks) <= MAX_MARKS
+        assert len(epoch.marks) <= MAX_IN_EPOCH
         assert decode_epoch(encode_epoch(epoch), "here") == epoch
 
     def test_ages_are_few_and_never_too_old(self) -> None:
@@ -386,6 +387,56 @@ class TestClears:
         node = with_tier(tier)
         owned(node).scrub_bytes_per_s = 1e12
         run(node, test)
+
+    def test_who_is_known_to_have_nothing_leaves_no_mark(self, monkeypatch: Any) -> None:
+        tier, keys = Lasting(), chunk_keys(2)
+        monkeypatch.setattr("kvstrata.node.service.scrub.IDLE_S", 0.01)
+
+        async def first(node: Node) -> None:
+            await until(lambda: node.backings[0].state == "ok")
+            keep(node, keys, BERT)
+            await flush(node, client())
+            await answer(node, p.Clear(1, None, [], ANNA))
+            await answer(node, p.Clear(1, None, [], b"", OTHER))
+            assert len(owned(node).marks) == 0
+            await answer(node, p.Clear(1, None, [], BERT))
+            assert len(owned(node).marks) == 1
+            keep(node, keys, BERT)
+            await flush(node, client())
+
+        async def second(node: Node) -> None:
+            backing = owned(node)
+            await until(lambda: backing.state == "ok")
+            await answer(node, p.Clear(1, None, [], ANNA))
+            assert len(backing.marks) == 2, "nobody has read yet whose it is"
+            backing.scrub_bytes_per_s = 1e12
+            scrubbing = asyncio.ensure_future(scrub(backing))
+            try:
+                await until(lambda: not len(backing.marks))
+            finally:
+                scrubbing.cancel()
+            await answer(node, p.Clear(1, None, [], ANNA))
+            assert len(backing.marks) == 0
+            assert there(node, keys, 1) == [0, 1]
+
+        run(with_tier(tier), first)
+        run(with_tier(tier), second)
+
+    def test_many_of_them_clear_nobody_elses(self) -> None:
+        tier, keys = Lasting(), chunk_keys(2)
+
+        async def first(node: Node) -> None:
+            keep(node, keys, BERT)
+            await flush(node, client())
+
+        async def second(node: Node) -> None:
+            await until(lambda: node.backings[0].state == "ok")
+            for number in range(1, 200):
+                await answer(node, p.Clear(1, None, [], bytes([number]) * 8 + bytes(8)))
+            assert await load(node, client(), keys) == 2
+
+        run(with_tier(tier), first)
+        run(with_tier(tier), second)
 
     def test_marks_go_with_a_clear_of_everything(self) -> None:
         async def test(node: Node) -> None:

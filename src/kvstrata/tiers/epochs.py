@@ -13,7 +13,7 @@ import secrets
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.base import EPOCH_BYTES, Epoch
-from kvstrata.tiers.marks import Mark, Marks, decode_marks
+from kvstrata.tiers.marks import MAX_IN_EPOCH, Mark, Marks, decode_marks
 
 _LINE = re.compile(rb"kvstrata-epoch 1 ([0-9a-f]{16}) ([1-9][0-9]{0,8})\n")
 
@@ -31,7 +31,7 @@ def encode_epoch(epoch: Epoch) -> bytes:
 
 def marked(epoch: Epoch, mark: Mark) -> Epoch:
     """The same epoch, in which what the mark covers counts as cleared."""
-    marks = Marks(epoch.marks)
+    marks = Marks(epoch.marks, MAX_IN_EPOCH)
     marks.add(mark)
     return epoch._replace(marks=tuple(marks))
 

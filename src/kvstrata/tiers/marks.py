@@ -17,8 +17,10 @@ from typing import NamedTuple
 from kvstrata.objects import CREATED_FIELD, NAMESPACE_FIELD, NOBODY, OWNER_FIELD
 
 MARGIN_NS = 60 * 10**9
-MAX_MARKS = 64
+MAX_MARKS = 1024
 """Of one tier. Beyond it the two oldest become one that fits all that either fits, and more."""
+MAX_IN_EPOCH = 64
+"""Likewise, of those that a shared store keeps."""
 
 _LINE = re.compile(rb"mark (0|[1-9][0-9]{0,19}) ([0-9a-f]{32}|-) ([0-9a-f]{64}|-)\n")
 
@@ -64,15 +66,17 @@ class Mark(NamedTuple):
 
 
 class Marks:
-    """The marks of one tier: few, and one for all clears of the same kind.
+    """The marks of one tier: one for all clears of the same kind.
 
     Other threads may ask, while one changes them.
 
     Args:
         marks: to begin with.
+        most: how many there may be.
     """
 
-    def __init__(self, marks: Iterable[Mark] = ()) -> None:
+    def __init__(self, marks: Iterable[Mark] = (), most: int = MAX_MARKS) -> None:
+        self._most = most
         self._marks: dict[Whose, int] = {}  # the oldest first; never changed in place
         for mark in marks:
             self.add(mark)
@@ -88,7 +92,7 @@ class Marks:
         marks, whose = dict(self._marks), Whose(mark.owner, mark.namespace)
         marks[whose] = max(mark.before_ns, marks.pop(whose, 0))
         self._marks = marks
-        if len(marks) > MAX_MARKS:
+        if len(marks) > self._most:
             (one, one_ns), (other, other_ns) = list(marks.items())[:2]
             del marks[one], marks[other]
             both = Mark(
@@ -100,7 +104,7 @@ class Marks:
 
     def covers(self, whose: Whose, created_ns: int) -> bool:
         """Whether such an object counts as cleared."""
-        return any(mark.covers(whose, created_ns) for mark in self)
+        return any(created_ns < before_ns + MARGIN_NS for before_ns in self._fitting(whose))
 
     def covers_page(self, page: memoryview) -> bool:
         """The same of an object by its header page, which was checked before."""
@@ -109,8 +113,19 @@ class Marks:
 
     def date(self, whose: Whose, now_ns: int) -> int:
         """When something is created that is stored now: not before what has been cleared."""
-        after = (mark.before_ns + MARGIN_NS for mark in self if mark.fits(whose))
-        return max(now_ns, max(after, default=0))
+        return max([now_ns, *(before_ns + MARGIN_NS for before_ns in self._fitting(whose))])
+
+    def _fitting(self, whose: Whose) -> list[int]:
+        """The moments of the marks that are about objects like this."""
+        marks = self._marks
+        if whose.owner == NOBODY:  # which may be anybody's
+            return [mark.before_ns for mark in self if mark.fits(whose)]
+        names = [
+            Whose(owner, namespace)
+            for owner in (whose.owner, b"")
+            for namespace in (whose.namespace, b"")
+        ]
+        return [marks[name] for name in names if name in marks]
 
     def forget(self, marks: Iterable[Mark]) -> None:
         """Drop those of these marks that have not been renewed."""
@@ -132,7 +147,7 @@ def decode_marks(lines: bytes) -> tuple[Mark, ...] | None:
     marks: list[Mark] = []
     while lines:
         found = _LINE.match(lines)
-        if found is None or len(marks) == MAX_MARKS:
+        if found is None or len(marks) == MAX_IN_EPOCH:
             return None
         owner, namespace = (
             b"" if one == b"-" else bytes.fromhex(one.decode()) for one in found.group(2, 3)

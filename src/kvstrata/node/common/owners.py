@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvstrata.policies.base import Policy
-from kvstrata.tiers.marks import Whose
+from kvstrata.tiers.marks import UNKNOWN, Mark, Whose
 
 NUM_SHOWN = 32
 """Owners that a status names, those with the most bytes; the others are one sum."""
@@ -116,6 +116,10 @@ class Owners:
         if not tag.num_chunks:
             self._tags.pop(tag.whose, None)
             self.settle(tag.account)
+
+    def may_have(self, mark: Mark) -> bool:
+        """Whether some chunk is, or may be, what a mark is about."""
+        return any(whose == UNKNOWN or mark.fits(whose) for whose in self._tags)
 
     def settle(self, account: Account) -> None:
         """Forget an owner of whom nothing is known."""

@@ -132,7 +132,12 @@ class Clearer:
         """
         if not aged:
             self._reservations.forget_marked(mark)
-        named = [b for b in self._backings if b.name in tiers]
+        here = self._host.index.owners.may_have(mark)
+        named = [
+            b
+            for b in self._backings
+            if b.name in tiers and (here or not (isinstance(b, OwnedBacking) and b.lacks(mark)))
+        ]
         own = [b for b in named if isinstance(b, OwnedBacking)]
         for backing in own:
             backing.num_marking += 1

@@ -100,6 +100,8 @@ class OwnedBacking(Singly):
             lambda puts: self.tier.write(puts), self._fetch,
         )  # fmt: skip
         self.num_marking = 0  # clears by mark that are not done yet
+        # Whether each object has been read, or was written here, and is whose its chunk is.
+        self._all_read, self._mixed = False, False
         self._orders = Orders()
         self._generations = itertools.count(1)
         self._uses = Uses()
@@ -156,6 +158,7 @@ class OwnedBacking(Singly):
         while True:
             try:
                 await self._scan.run(self.tier.scan())
+                self._all_read = not len(self.index)
                 break
             except TierUnavailable as error:
                 self.trip(error)
@@ -230,6 +233,12 @@ class OwnedBacking(Singly):
         await saving
         return count
 
+    def lacks(self, mark: Mark) -> bool:
+        """Whether nothing that a mark is about is here, on its way, or found by a later process."""
+        known = self._all_read and not self._mixed and not self.under_way
+        left = self._removals.nbytes or self._clears.nbytes
+        return known and not left and not self.index.owners.may_have(mark)
+
     def settled_marks(self) -> list[Mark]:
         """The marks, once everything else has been told of them too."""
         return [] if self.num_marking else list(self.marks)
@@ -237,13 +246,14 @@ class OwnedBacking(Singly):
     def passed(self, marks: list[Mark], under_way: set[object]) -> None:
         """All that is here has been read since these marks were settled.
 
-        So they have done their part, unless something may still bring what was here before, or
+        They have done their part, unless something may still bring what was here before, or
         waits for its deletion, which a later process would find.
 
         Args:
             marks: what may be forgotten.
             under_way: what was when the last of it had been read.
         """
+        self._all_read = True
         if marks and not self._removals.nbytes and under_way.isdisjoint(self.under_way):
             self.ledger.forget_marks(marks)
 
@@ -333,6 +343,7 @@ class OwnedBacking(Singly):
         self._counters.add("tier_writes_total", tier=self.name, outcome="hit")
         self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
         entry = self._entry(nbytes, self._orders.number(order))
+        self._mixed = self._mixed or self.index.whose(name[0]) not in (UNKNOWN, whose)
         self.index.put(*name, entry, origin.cost, whose, origin.priority)
         return True
 
@@ -377,7 +388,9 @@ class OwnedBacking(Singly):
 
     def _learn(self, key: bytes, part: int, header: ObjectHeader) -> None:
         # Only of what a scan found the order is not known; what takes its place has one.
-        self.index.learn(key, Whose(header.owner, header.namespace))
+        whose = Whose(header.owner, header.namespace)
+        self.index.learn(key, whose)
+        self._mixed = self._mixed or self.index.whose(key) not in (UNKNOWN, whose)
         entry = self.index.get(key, part)
         if entry is not None and not order_of(entry):
             order = self._orders.number(order_name(header.kind, header.order))

@@ -16,7 +16,7 @@ from kvstrata.errors import ReadOnly, TierUnavailable
 from kvstrata.node.service.calls import TierCalls
 from kvstrata.node.service.health import Health
 from kvstrata.tiers.base import Epoch, SharedTier
-from kvstrata.tiers.marks import Mark, Marks
+from kvstrata.tiers.marks import MAX_IN_EPOCH, Mark, Marks
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Presence:
         self._epoch: Epoch | None = None
         self._until = 0.0
         self._to_end = False  # whether a clear of ours has yet to reach the store
-        self._to_mark = Marks()  # what was cleared here that it has yet to be told
+        self._to_mark = Marks(most=MAX_IN_EPOCH)  # what was cleared here that it has yet to be told
         self._busy = asyncio.Lock()
 
     @property
