@@ -513,6 +513,25 @@ class TestDrain:
 
         on_node(test)
 
+    def test_one_that_is_cancelled_lets_the_node_go_on(self) -> None:
+        keys, ends = chunk_keys(2), list[str]()
+
+        async def test(node: Node) -> None:
+            node.operations.drainer.end = lambda: ends.append("ended")
+            store_small(node, ME, keys)
+            lease = match(node, ME, keys).lease
+            number = await begun(node, o.Drain(1, True))
+            await until(lambda: node.operations.drainer.closing)
+            await ask(node, o.Cancel(1, number))
+            assert (await ended(node, number)).state == "cancelled"
+            assert node.operations.drainer.state == "draining", "it takes no stores, as before"
+            assert await load_small(node, ME, keys) == 2
+            release(node, ME, lease)
+            assert (await ended(node, await begun(node, o.Drain(1)))).state == "done"
+            assert ends == []
+
+        on_node(test)
+
 
 class TestReload:
     def test_what_may_change_does(self, disk: dict[str, Any]) -> None:

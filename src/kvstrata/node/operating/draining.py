@@ -75,7 +75,17 @@ class Drainer:
         return was
 
     async def run(self, job: Job) -> None:
-        """Wait until nothing is left to be written; then end, if that was asked."""
+        """Wait until nothing is left to be written; then end, if that was asked.
+
+        If the job is cancelled the node goes on: it takes no stores, as before, and does not end.
+        """
+        try:
+            await self._wait(job)
+        except BaseException:
+            self._ends = self.closing = False
+            raise
+
+    async def _wait(self, job: Job) -> None:
         most = 0
         while left := self._left(job):
             most = max(most, left)
