@@ -605,6 +605,48 @@ class TestReload:
         on_real_node(test, {})
 
 
+@pytest.mark.parametrize("held", ["leased", "reserved"])
+def test_caps_may_be_lowered_below_what_is_held(held: str) -> None:
+    async def test(node: Node) -> None:
+        keys, sums = chunk_keys(8), list[bytes]()
+        if held == "leased":
+            store_small(node, ME, keys)
+            lease = match(node, ME, keys).lease
+        else:
+            number, offsets = reserve(node, ME, keys)
+            sums = write_small(node, keys, offsets)
+        given = node.operations._reloader.config.to_dict()
+        given["leases"] = {"per_client": "1%", "total": "2%"}
+        await ask(node, o.Reload(1, given))
+        node.check_integrity()
+        more = chunk_keys(1, 1)
+        assert held == "leased" or reserve(node, ME, more)[1] == [p.REFUSED]
+        node.check_integrity()
+        if held == "leased":
+            release(node, ME, lease, 1)
+            node.check_integrity()
+            release(node, ME, lease)
+            assert node.leases.leased_bytes == 0
+        else:
+            assert (await ask(node, p.Commit(1, number, b"".join(sums)))).count == 8
+        node.check_integrity()
+
+    on_real_node(test, {"host.capacity": "1MiB"})
+
+
+def test_of_two_reloads_at_once_what_is_told_is_in_force() -> None:
+    async def test(node: Node) -> None:
+        before = node.operations._reloader.config.to_dict()
+        one = before | {"host": before["host"] | {"verify_every": 7}}
+        two = before | {"planner": "off"}
+        await asyncio.gather(ask(node, o.Reload(1, one)), ask(node, o.Reload(2, two)))
+        config = node.operations._reloader.config
+        assert config.host.verify_every == node._sampler.every
+        assert (config.planner == "on") is node._matcher.planning
+
+    on_real_node(test, {"host.capacity": "1MiB"})
+
+
 def test_what_can_be_reloaded_is_an_option() -> None:
     async def test(node: Node) -> None:
         reloader = node.operations._reloader

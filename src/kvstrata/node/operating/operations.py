@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -93,6 +95,7 @@ class Operations:
         self._looker = Looker(places, self._threads, self.directory, self.lineage)
         self._prefetcher = Prefetcher(places, leases, self._copier, match, release)
         self._sender = Sender(places, self._prefetcher, address)
+        self._reloading = asyncio.Lock()  # each begins from what the one before has left
         self._reloader = Reloader(config, places, leases, reservations, sampler, plan)
         self._transcoder = Transcoder(places, self._copier, self.directory, config.quality)
 
@@ -220,8 +223,10 @@ class Operations:
         return self._started("drain", "until nothing is left to write", same, self.drainer.run)
 
     async def _reload(self, message: o.Reload) -> p.Reply:
-        new, changed, engines = await self._copier.do(lambda: self._reloader.check(message.config))
-        self._reloader.apply(new, changed)
+        async with self._reloading:
+            check = partial(self._reloader.check, message.config)
+            new, changed, engines = await self._copier.do(check)
+            self._reloader.apply(new, changed)
         return o.Reloaded(message.id, changed, engines)
 
     def _started(self, kind: str, about: str, message: o.Working, work: Work) -> o.Started:

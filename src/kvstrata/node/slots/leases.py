@@ -88,6 +88,7 @@ class LeaseTable:
         self.per_client_bytes = per_client_bytes
         self.total_bytes = total_bytes
         self.leased_bytes = 0
+        self._cap_bytes = 0  # on all together, when something was charged last
         self._leases: dict[int, Lease] = {}
         # No number means anything to another node, where a client may come with an old one.
         self._next = int.from_bytes(os.urandom(6), "little") + 1
@@ -127,8 +128,11 @@ class LeaseTable:
                 if row.num_filling or not row.kept:
                     self._host.pin(row)
             row.num_leases += 1
-        lease.client.holder.leased_bytes += charged
-        self.leased_bytes += charged
+        if charged:
+            lease.client.holder.leased_bytes += charged
+            lease.client.holder.leased_cap_bytes = self.per_client_bytes
+            self.leased_bytes += charged
+            self._cap_bytes = self.total_bytes
         lease.extend(rows)
 
     def release(self, lease: Lease, keep: int = 0) -> list[Slot]:
@@ -172,7 +176,7 @@ class LeaseTable:
                 self._discharge(row)
 
     def check_integrity(self, promoting: Iterable[Slot] = ()) -> None:
-        """Raise AssertionError unless every lease is counted once, within its caps.
+        """Raise AssertionError unless every lease is counted once, within the caps of its time.
 
         Args:
             promoting: the slots whose promotion has not ended.
@@ -198,8 +202,8 @@ class LeaseTable:
             assert row.payer is not None
             charged[row.payer] = charged.get(row.payer, 0) + row.nbytes
         for holder, nbytes in charged.items():
-            assert holder.leased_bytes == nbytes <= self.per_client_bytes
-        assert sum(charged.values()) == self.leased_bytes <= self.total_bytes
+            assert holder.leased_bytes == nbytes <= holder.leased_cap_bytes
+        assert sum(charged.values()) == self.leased_bytes <= self._cap_bytes
 
     def _discharge(self, row: Row) -> None:
         assert row.payer is not None

@@ -207,13 +207,16 @@ class ReservationTable:
             p.BUSY if (key, part) in self._writing else presence(key, part, reservation.order)
             for key in chunks
         ]
-        allowed = 0 if refusal else (self.per_client_bytes - client.reserved_bytes) // nbytes
+        left = max(0, self.per_client_bytes - client.reserved_bytes)  # caps may be lowered
+        allowed = 0 if refusal else left // nbytes
         with self._host.sparing(reservation.distinct):
             wanted = min(allowed, here.count(0))
             slots = self._host.allocate_many(nbytes, wanted, reservation.owner)
         if len(slots) < here.count(0):
             refusal = refusal or (p.REFUSED if len(slots) == allowed else p.FULL)
-        client.holder.reserved_bytes += len(slots) * nbytes
+        if slots:
+            client.holder.reserved_bytes += len(slots) * nbytes
+            client.holder.reserved_cap_bytes = self.per_client_bytes
         rest = iter(slots)
         for key, answer in zip(chunks, here, strict=True):
             slot = None if answer else next(rest, None)
@@ -341,4 +344,4 @@ class ReservationTable:
                     reserved[holder] = reserved.get(holder, 0) + slot.nbytes
         assert writing == self._writing.keys()
         for holder, nbytes in reserved.items():
-            assert holder.reserved_bytes == nbytes <= self.per_client_bytes
+            assert holder.reserved_bytes == nbytes <= holder.reserved_cap_bytes
