@@ -15,6 +15,7 @@ from tests.support.attached import Attached, secret_in
 
 from kvstrata.config import load_config
 from kvstrata.errors import KVStrataError
+from kvstrata.fleet import commands
 from kvstrata.fleet.members import Member
 from kvstrata.fleet.registry import Registry
 from kvstrata.node.fleet import membership
@@ -103,6 +104,7 @@ def fleet_in(folder: Path, lasts_s: float = LASTS_S) -> Iterator[Fleet]:
     """A fleet without nodes yet, whose registrations last so long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(membership, "LASTS_S", lasts_s)
+        patch.setattr(commands, "LASTS_S", 0.0)  # a new registry is waited out where that matters
         patch.setattr(membership, "TICKS", lasts_s / TICK_S)
         fleet = Fleet(folder)
         try:

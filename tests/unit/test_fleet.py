@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvstrata.node.service.names import Where
 from kvstrata.testing.servers.redis import installed
 from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
+from kvstrata.wire.operator import Operator
 
 pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
 
@@ -74,6 +76,79 @@ def test_a_second_node_of_a_name_takes_it_and_the_first_one_shares_nothing_more(
     assert sorted(fleet.members()) == ["a"]
 
 
+def test_a_node_that_has_its_name_again_tells_what_it_holds_by_a_new_boot(fleet: Fleet) -> None:
+    first = fleet.join("a")
+    first.store(KEYS)
+    first.told()
+    second = fleet.join("a")
+    until(lambda: not first.good)
+    second.store(chunk_keys(3, 9))
+    second.told()
+    later = fleet.members()["a"].boot
+    second.close()
+    until(lambda: first.good and fleet.members()["a"].boot > later)
+    more = chunk_keys(6, 1)
+    first.store(more)
+
+    def found(keys: list[bytes]) -> list[int]:
+        return [len(one.tiers) for one in holdings.lookup(fleet.registry, keys)]
+
+    until(lambda: found(KEYS) == found(more) == [6])
+    Operator(first.client).clear(keys=KEYS)
+    until(lambda: not holdings.lookup(fleet.registry, KEYS))
+    assert found(more) == [6]
+
+
+@pytest.mark.parametrize("fields", [{"x": "y"}, {"c": "\x93 no command"}, {"c": ""}])
+def test_an_entry_that_is_no_command_is_passed_over(fleet: Fleet, fields: dict[str, str]) -> None:
+    a = fleet.join("a")
+    fleet.server.admin().xadd(fleet.registry.names.commands, fields, id="1-0")
+    until(lambda: a.fleet.shown()["seen"] == 1)
+    assert a.good
+    assert commands.give(fleet.registry, p.Flush(0), 20.0).done
+    assert fleet.join("b").good
+
+
+def test_a_mistake_of_ours_in_a_command_ends_no_membership(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(request: p.Request) -> None:
+        raise RuntimeError("of ours")
+
+    a = fleet.join("a")
+    monkeypatch.setattr(a.fleet._obey, "_work", fail)
+    assert "of ours" in commands.give(fleet.registry, p.Flush(0), 20.0).failed["a"].message
+    assert a.good
+
+
+def test_a_registry_that_has_just_lost_its_memory_is_waited_out(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = fleet.join("a")
+    a.store(KEYS)
+    monkeypatch.setattr(commands, "LASTS_S", 1.0)
+    fleet.server.admin().flushall()
+    begun = time.monotonic()
+    answers = commands.give(fleet.registry, p.Clear(0), 20.0)
+    assert time.monotonic() - begun >= 0.9
+    assert answers.done
+    assert "a" in answers.answered
+    assert not a.has(KEYS)
+    fleet.server.admin().flushall()
+    until(lambda: a.good)
+    monkeypatch.setattr(commands, "LASTS_S", 20.0)
+    with pytest.raises(TierUnavailable, match="lost its memory"):
+        commands.give(fleet.registry, p.Clear(0), 0.5)
+
+
+def test_a_clear_of_a_tier_that_nobody_has_is_refused(fleet: Fleet) -> None:
+    a = fleet.join("a")
+    until(lambda: a.good)
+    with pytest.raises(UsageError, match=r"'dsik'; there are host"):
+        commands.give(fleet.registry, p.Clear(0, None, ["dsik"]), 20.0)
+    assert commands.give(fleet.registry, p.Clear(0, None, ["host"]), 20.0).done
+
+
 def test_the_registry_knows_which_chunks_a_node_has_in_which_tier(fleet: Fleet) -> None:
     disk = {"disk.path": str(fleet.folder / "disk"), "disk.capacity": "1MiB"}
     a, b = fleet.join("a"), fleet.join("b", **disk)
@@ -127,7 +202,7 @@ def test_a_clear_is_done_when_every_node_has_done_it(fleet: Fleet) -> None:
     # Some keys alone, and of one node alone.
     for node in nodes:
         node.store(KEYS)
-    some = p.Clear(0, b"".join(KEYS[:2]), ["host", "disk"])
+    some = p.Clear(0, b"".join(KEYS[:2]), ["host"])
     assert commands.give(fleet.registry, some, 20.0, ["b"]).answered == {"b": p.Done(0, 2)}
     assert [node.has(KEYS) for node in nodes] == [6, 4, 6]
     assert commands.give(fleet.registry, p.Flush(0), 20.0).done

@@ -14,8 +14,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from kvstrata.errors import Incompatible, TierUnavailable, UsageError
-from kvstrata.fleet.members import Member
-from kvstrata.fleet.registry import Registry
+from kvstrata.fleet.members import LASTS_S, Member
+from kvstrata.fleet.registry import Registry, born
 from kvstrata.wire import protocol as p
 from kvstrata.wire.message import Message, Strings
 
@@ -27,9 +27,10 @@ POLL_S = 0.05
 
 _POST = """
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
+local now = redis.call('TIME')
 local number = last[1] and tonumber(string.match(last[1][1], '^%d+')) + 1 or 1
-redis.call('SETNX', KEYS[3], ARGV[3])
-redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[2], number .. '-0', 'c', ARGV[1])
+redis.call('SETNX', KEYS[3], ARGV[3] .. ':' .. now[1] .. string.format('.%06d', now[2]))
+redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[2], string.format('%.0f-0', number), 'c', ARGV[1])
 for _, field in ipairs(redis.call('HKEYS', KEYS[2])) do
   if tonumber(string.match(field, '^%d+')) <= number - ARGV[2] then
     redis.call('HDEL', KEYS[2], field)
@@ -112,11 +113,22 @@ class Answers(NamedTuple):
 
 
 class Posted(NamedTuple):
-    """A command that was given."""
+    """A command that was given.
+
+    Args:
+        number: of it.
+        generation: of the registry.
+        nodes: whose answers are waited for.
+        everybody: whether it is for all nodes.
+        young_s: for how long there may be nodes that registered in an earlier generation, and rely
+            on that, and are not known in this one.
+    """
 
     number: int
     generation: bytes
     nodes: frozenset[str]
+    everybody: bool = False
+    young_s: float = 0.0
 
 
 def post(
@@ -131,11 +143,14 @@ def post(
         nodes: for these alone; empty: for all.
     Raises:
         TierUnavailable: the registry cannot be used; whether it was given is not known.
-        UsageError: one of the nodes is not there.
+        UsageError: one of the nodes is not there, or a clear names a tier that none of them has.
     """
-    members = {member.name for member in registry.members()}
+    there = registry.members()
+    members = {member.name for member in there}
     if missing := set(nodes) - members:
         raise UsageError(f"no node {min(missing)!r} is registered; there are {sorted(members)}")
+    if isinstance(request, p.Clear):
+        _check_tiers(request, [one for one in there if not nodes or one.name in nodes])
     names = registry.names
     with registry.call():
         now = registry.run("TIME")
@@ -152,7 +167,15 @@ def post(
         )  # fmt: skip
     # Who registers after the command was given carries it out before it takes part.
     present = members | {member.name for member in registry.members()}
-    return Posted(number, generation, frozenset(nodes or present))
+    age_s = command.posted - born(generation)
+    young_s = min(max(0.0, LASTS_S - age_s), LASTS_S)
+    return Posted(number, generation, frozenset(nodes or present), not nodes, young_s)
+
+
+def _check_tiers(request: p.Clear, members: Sequence[Member]) -> None:
+    known = sorted({tier.tier for one in members for tier in one.tiers})
+    if known and (missing := set(request.tiers) - set(known)):
+        raise UsageError(f"no node has a tier {min(missing)!r}; there are {', '.join(known)}")
 
 
 def wait(
@@ -169,13 +192,19 @@ def wait(
         timeout_s: how long to wait at most.
         tell: is told of each answer as it comes.
     Raises:
-        TierUnavailable: the registry cannot be used, or has lost its memory meanwhile.
+        TierUnavailable: the registry cannot be used, or has lost its memory meanwhile; or just
+            before, and the time is over before all nodes can have registered again.
     """
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
+    deadline, settled = began + timeout_s, began + posted.young_s
+    nodes = posted.nodes
     answered: dict[str, p.Reply] = {}
     while True:
         # Who is registered is asked first: a node may answer, and end, in between.
+        young = time.monotonic() < settled
         members = {member.name for member in registry.members()}
+        if posted.everybody and young:
+            nodes |= members
         with registry.call():
             if registry.run("GET", registry.names.generation) != posted.generation:
                 raise TierUnavailable(
@@ -186,8 +215,14 @@ def wait(
             if name not in answered:
                 answered[name] = body
                 tell(name, body)
-        waiting = posted.nodes - answered.keys()
-        if not waiting & members or time.monotonic() >= deadline:
+        waiting = nodes - answered.keys()
+        late = time.monotonic() >= deadline
+        if late and young and not waiting & members:
+            raise TierUnavailable(
+                "the registry is new or has lost its memory: not all nodes can have registered "
+                "yet; repeat the command"
+            )
+        if late or not (young or waiting & members):
             return Answers(answered, sorted(waiting - members), sorted(waiting & members))
         time.sleep(POLL_S)
 

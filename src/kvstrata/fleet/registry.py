@@ -44,11 +44,12 @@ redis.call('SET', KEYS[1], value, 'PX', ARGV[3])
 local last = redis.call('ZSCORE', KEYS[2], name)
 redis.call('ZADD', KEYS[2], now[1], name)
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. (now[1] - ARGV[6]))
-redis.call('SETNX', KEYS[3], ARGV[4])
+redis.call('SETNX', KEYS[3], ARGV[4] .. ':' .. now[1] .. string.format('.%06d', now[2]))
 for i = 6, #KEYS do redis.call('EXPIRE', KEYS[i], ARGV[7]) end
 local seen = tonumber(ARGV[5])
 if seen < 0 then seen = tonumber(redis.call('HGET', KEYS[5], name) or '0') end
-local commands = redis.call('XRANGE', KEYS[4], '(' .. seen .. '-0', '+', 'COUNT', ARGV[8])
+local after = string.format('(%.0f-0', seen)
+local commands = redis.call('XRANGE', KEYS[4], after, '+', 'COUNT', ARGV[8])
 return {now, 1, redis.call('GET', KEYS[3]), seen, commands, old and 1 or 0, last or ''}
 """
 
@@ -189,7 +190,7 @@ class Registry:
         if not registered:
             return Renewal(True)
         generation, seen, entries, known, last = rest
-        commands = [(number_of(id), dict(_pairs(fields))[b"c"]) for id, fields in entries]
+        commands = [(number_of(id), dict(_pairs(fields)).get(b"c", b"")) for id, fields in entries]
         last_s = float(last) if last else 0.0
         return Renewal(False, generation, seen, commands, bool(known), there, last_s, offset)
 
@@ -212,6 +213,14 @@ class Registry:
             with contextlib.suppress(KVStrataError):  # of a release that says it in other words
                 found.append(decode_member(value))
         return sorted(found, key=lambda member: member.name)
+
+
+def born(generation: bytes) -> float:
+    """When a registry began with nothing, seconds since 1970 by its clock; 0: it does not say."""
+    try:
+        return float(generation.rpartition(b":")[2])
+    except ValueError:
+        return 0.0
 
 
 def number_of(entry: bytes) -> int:

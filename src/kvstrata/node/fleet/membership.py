@@ -73,6 +73,7 @@ class Membership:
         self._threads = Threads(4, "kvstrata-fleet", NICE)
         self._tasks = Tasks(node.counters)
         self._boot = 0
+        self._displaced = False  # another process has this node's name
         self._seen: int | None = None
         self._generation: bytes | None = None
         self._obeying: asyncio.Task[None] | None = None
@@ -207,9 +208,16 @@ class Membership:
         )
         if renewal.displaced:
             self.standing.caught_up = False
+            self._displaced = True
             raise TierUnavailable(
                 f"another node is {self.name!r} in the fleet now; give each its own fleet.name"
             )
+        if self._displaced:
+            # The other one has ended. It was of a later boot, and so are its events.
+            self._boot = await self._in_thread(partial(self._registry.begin, self.name))
+            self.telling.begin_as(self._boot)
+            self._displaced = False
+            return
         if not self.standing.registered:
             self.standing.caught_up = False
             if self._generation is not None:

@@ -99,6 +99,9 @@ class Obeying:
             return p.Failed(0, "DeadlineExceeded", "it was not done in time"), []
         except KVStrataError as error:
             return p.Failed(0, type(error).__name__, str(error)), []
+        except Exception as error:  # whoever may write to the registry must not end a membership
+            logger.exception("command %d of the fleet failed by a mistake of ours", number)
+            return p.Failed(0, "KVStrataError", f"a mistake of ours: {error!r}"), []
 
     async def forget_own(self) -> None:
         """Forget all that the node's own tiers have: it missed commands that nobody knows now."""

@@ -74,6 +74,7 @@ class Telling:
         self._in_thread = in_thread
         self._pending: Batched | None = None
         self._anew = False
+        self._next_boot = 0
 
     @property
     def behind(self) -> int:
@@ -83,6 +84,10 @@ class Telling:
     def begin_anew(self) -> None:
         """What the node holds is to be told anew: the registry has forgotten it."""
         self._anew = True
+
+    def begin_as(self, boot: int) -> None:
+        """The node is of another boot from the next batch on, and tells everything anew."""
+        self._next_boot = boot
 
     async def run(self) -> None:
         """Tell of all changes as they are made."""
@@ -101,6 +106,9 @@ class Telling:
         Raises:
             TierUnavailable: it has not got through, and is sent again by the next call.
         """
+        if self._next_boot:
+            self.boot, self._next_boot = self._next_boot, 0
+            self.batches, self._pending, self._anew = 0, None, True
         if self._pending is None:
             if self._anew:
                 await self._tell_all()
