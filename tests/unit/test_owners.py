@@ -28,6 +28,7 @@ from tests.support.nodes import (
     payload,
     template,
     until,
+    write,
 )
 
 from kvstrata.config import Config, HostConfig, LeaseConfig, PinConfig
@@ -598,3 +599,79 @@ class TestPins:
             assert len(journal.lines()) == 1
 
         run(with_tier(tier), test)
+
+
+class TestWhatIsLearnt:
+    def test_a_quota_on_disk_holds_over_restarts(self) -> None:
+        tier = Lasting()
+        prompts = [chunk_keys(3, number) for number in range(4)]
+
+        async def begin(node: Node) -> None:
+            assert await quota(node, ANNA, "memory", 3) == 0
+
+        def fill(keys: list[bytes]) -> Any:
+            async def test(node: Node) -> None:
+                await until(lambda: node.backings[0].state == "ok")
+                assert keep(node, keys, ANNA) == 3
+                await flush(node, client())
+
+            return test
+
+        async def read(node: Node) -> None:
+            await until(lambda: node.backings[0].state == "ok")
+            for keys in prompts:
+                await load(node, client(), keys)
+                assert held(node, ANNA, 1) <= 3
+            index = owned(node).index
+            await until(lambda: not owned(node)._removals.nbytes)
+            assert index.num_objects == 3
+            assert index.used_bytes == 3 * SLOT
+            node.check_integrity(contents=True)
+
+        run(with_tier(tier), begin)
+        for keys in prompts:
+            run(with_tier(tier), fill(keys))
+        run(with_tier(tier), read)
+
+    def test_nothing_joins_a_chunk_that_fills_anothers_quota(self) -> None:
+        async def test(node: Node) -> None:
+            keys = chunk_keys(2)
+            for tier in ("host", "memory"):
+                await quota(node, ANNA, tier, 2)
+            assert keep(node, keys, ANNA) == 2
+            await flush(node, client())
+            me = client()
+            asked = p.Reserve(1, NAMESPACE, b"".join(keys), 0, 1, template(), owner=BERT)
+            reserved = at_once(node.reserve(me, asked))
+            sums = write(node, keys, list(offsets_of(reserved.offsets)), 1)
+            done = at_once(node.commit(me, p.Commit(1, reserved.reservation, b"".join(sums))))
+            assert done.count == 0
+            await flush(node, me)
+            for number in (0, 1):
+                assert (held(node, ANNA, number), held(node, BERT, number)) == (2, 0)
+            node.check_integrity(contents=True)
+            # The owner's own goes on to be bound as it was.
+            assert keep(node, chunk_keys(1, 1), ANNA) == 1
+            assert held(node, ANNA) == 2
+
+        on_node(test, slots=10, tier=GatedTier())
+
+    def test_nor_in_a_slower_tier(self) -> None:
+        async def test(node: Node) -> None:
+            keys = chunk_keys(2)
+            assert keep(node, keys, ANNA) == 2
+            await flush(node, client())
+            await clear(node, client(), tiers=["host"])
+            await quota(node, ANNA, "memory", 2)
+            me = client()
+            asked = p.Reserve(1, NAMESPACE, b"".join(keys), 0, 1, template(), owner=BERT)
+            reserved = at_once(node.reserve(me, asked))
+            sums = write(node, keys, list(offsets_of(reserved.offsets)), 1)
+            done = at_once(node.commit(me, p.Commit(1, reserved.reservation, b"".join(sums))))
+            assert done.count == 2, "host memory has no chunk of these"
+            await flush(node, me)
+            assert (held(node, ANNA, 1), held(node, BERT, 1)) == (2, 0)
+            assert node.counters.get("over_quota_objects_total", tier="memory") == 2
+            node.check_integrity(contents=True)
+
+        on_node(test, slots=10, tier=GatedTier())

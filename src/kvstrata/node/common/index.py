@@ -150,10 +150,20 @@ class Index(Generic[E]):
             before = self._nbytes_of(replaced)  # type: ignore[arg-type]
             self.used_bytes -= before
             tag.account.nbytes -= before
+        if whose == UNKNOWN and tag.account.quota_bytes is not None:  # it was there before
+            tag.account.ceiling_bytes = max(tag.account.ceiling_bytes, tag.account.used_bytes)
         for policy in self._policies(tag):
             policy.insert(key, weight, cost, priority)
         self._changes.entered(self._tier, key, part)
         return replaced  # type: ignore[return-value]
+
+    def takes(self, key: bytes, owner: bytes) -> bool:
+        """Whether an object of this owner may join a chunk: not where it fills another's quota."""
+        flat = self._chunks.get(key)
+        if flat is None or _tag(flat).whose == UNKNOWN:
+            return True
+        account = _tag(flat).account
+        return account.owner == owner or account.quota_bytes is None
 
     def learn(self, key: bytes, whose: Whose) -> None:
         """Note whose a chunk is, if it is here and that was not known."""

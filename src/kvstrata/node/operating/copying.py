@@ -273,7 +273,8 @@ class Copier:
         cleared = not way.wanted or any(
             one.marks.covers(whose, lent.header.created_ns) for one in self._places.backings
         )
-        if not cleared and host.get(key, part) is None:
+        may = host.get(key, part) is None and host.quotas.may_publish(key, slot, whose)
+        if not cleared and may:
             host.publish(key, part, slot, order, lent.cost, whose, lent.priority)
         else:
             host.discard(slot)

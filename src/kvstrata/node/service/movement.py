@@ -380,7 +380,7 @@ class Movement:
         if wanted:
             del self.arriving[key, part]
         whose = UNKNOWN if header is None else Whose(header.owner, header.namespace)
-        if header is not None and wanted and self._host.quotas.may_publish(slot, whose):
+        if header is not None and wanted and self._host.quotas.may_publish(key, slot, whose):
             order = order_name(header.kind, header.order)
             cost, priority = promotion.cost, promotion.priority
             self._host.publish(key, part, slot, order, cost, whose, priority)

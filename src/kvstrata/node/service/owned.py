@@ -301,10 +301,12 @@ class OwnedBacking(Singly):
     ) -> bool:
         """See `Backing._store`; then it is in the index. Evicts what it must."""
         whose = whose_of(data)
-        with self.quotas.taking(whose.owner, len(data)) as may:
+        with self.quotas.taking(writing.key, whose.owner, len(data)) as may:
             if not (may and await self._make_room(len(data))):
                 return False
-            return await self._store_in_room(writing, turn, data, order, origin, whose, hang)
+            stored = await self._store_in_room(writing, turn, data, order, origin, whose, hang)
+        self.quotas.keep_learnt(whose.owner)  # of what was here nobody may have known whose it is
+        return stored
 
     async def _store_in_room(
         self,
@@ -336,7 +338,9 @@ class OwnedBacking(Singly):
             return False
         self._health.wrote()
         self._removals.gone(*name)
-        if not writing.wanted or self.marks.covers_page(data):
+        if not (writing.wanted and self.index.takes(writing.key, whose.owner)) or (
+            self.marks.covers_page(data)
+        ):
             self._removals.add(*name, nbytes)
             await self._removals.run_in(turn, give_up=hang)
             return False
@@ -395,6 +399,7 @@ class OwnedBacking(Singly):
         if entry is not None and not order_of(entry):
             order = self._orders.number(order_name(header.kind, header.order))
             self.index.amend(key, part, entry | order)
+        self.quotas.keep_learnt(header.owner)
 
     def _take_out(self, key: bytes, part: int, seen: Any, cause: Cause, verb: Verb) -> None:
         """Delete an object unless it has been replaced since it was seen; nobody waits for it."""

@@ -14,6 +14,9 @@ from kvstrata.node.common.owners import Account
 from kvstrata.node.service.removals import Removals
 from kvstrata.observe.counters import Counters
 
+LEARNT = 4
+"""Chunks that go at most for each one that is learnt: what was too much before goes with it."""
+
 
 class OwnersRoom:
     """Keeps the owners of one tier to their quotas.
@@ -34,14 +37,15 @@ class OwnersRoom:
         self._removals = removals
 
     @contextmanager
-    def taking(self, owner: bytes, nbytes: int) -> Iterator[bool]:
+    def taking(self, key: bytes, owner: bytes, nbytes: int) -> Iterator[bool]:
         """In here so many bytes of an owner are on their way; False: the owner has too much.
 
-        Evicts what it must of the owner's own.
+        Evicts what it must of the owner's own. What would join a chunk that fills another's quota
+        is refused as well.
         """
         account = self._index.owners.account(owner)
-        while account.lacks(nbytes):
-            if not self._evict_one(account):
+        while (strange := not self._index.takes(key, owner)) or account.lacks(nbytes):
+            if strange or not self._evict_one(account):
                 self._index.owners.settle(account)
                 self._counters.add("over_quota_objects_total", tier=self._tier)
                 yield False
@@ -51,6 +55,12 @@ class OwnersRoom:
             yield True
         finally:
             self._index.owners.fill(account, -nbytes)
+
+    def keep_learnt(self, owner: bytes) -> None:
+        """Evict what an owner has too much of since it is known whose it is: a chunk, or so."""
+        account = self._index.owners.account(owner)
+        self.keep_to_quota(account, LEARNT)
+        self._index.owners.settle(account)
 
     def keep_to_quota(self, account: Account, count: int) -> bool:
         """Evict what an owner has too much of, so many chunks at most; whether there is more."""

@@ -53,7 +53,9 @@ class HostMemory:
         self.pool = pool
         self.index: Index[Slot] = Index(pool.capacity_bytes, policy, lambda slot: slot.nbytes)
         self.num_evicted = 0
-        self.quotas = HostQuotas(self.index.owners, self._evict_one_of, counters or Counters())
+        self.quotas = HostQuotas(
+            self.index.owners, self.index.takes, self._evict_one_of, counters or Counters()
+        )
         self._allocator = SlotAllocator(pool.capacity_bytes)
         # Allocated but not in the index: being filled, or gone and still held.
         self._loose: set[Slot] = set()

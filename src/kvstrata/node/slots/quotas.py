@@ -15,14 +15,20 @@ class HostQuotas:
 
     Args:
         owners: of host memory.
+        takes: whether an object of an owner may join a chunk, see `Index.takes`.
         evict_one: evicts a chunk of an owner; False if none may go.
         counters: the node's.
     """
 
     def __init__(
-        self, owners: Owners, evict_one: Callable[[Account], bool], counters: Counters
+        self,
+        owners: Owners,
+        takes: Callable[[bytes, bytes], bool],
+        evict_one: Callable[[Account], bool],
+        counters: Counters,
     ) -> None:
         self._owners = owners
+        self._takes = takes
         self._evict_one = evict_one
         self._counters = counters
 
@@ -36,14 +42,14 @@ class HostQuotas:
         self._refuse(count - allowed)
         return min(count, allowed)
 
-    def may_publish(self, slot: Slot, whose: Whose) -> bool:
-        """Whether what came into a slot may stay, now that it is known whose it is.
+    def may_publish(self, key: bytes, slot: Slot, whose: Whose) -> bool:
+        """Whether what came into a slot may stay, now that it is known whose it is and what for.
 
         Evicts of the owner's own what is too much; false: it must be discarded, and is counted.
         """
         account = self._owners.account(whose.owner)
-        lacks = False
-        if account is not slot.account:
+        lacks = not self._takes(key, whose.owner)
+        if not lacks and account is not slot.account:
             while account.lacks(slot.nbytes) and self._evict_one(account):
                 pass
             lacks = account.lacks(slot.nbytes)

@@ -278,7 +278,11 @@ class ReservationTable:
             key = reservation.prefix[reservation.first + number]
             del self._writing[key, reservation.part]
             reservation.client.holder.reserved_bytes -= slot.nbytes
-            if checksums[number] == NOT_WRITTEN or key in reservation.unwanted:
+            if (
+                checksums[number] == NOT_WRITTEN
+                or key in reservation.unwanted
+                or not self._host.quotas.may_publish(key, slot, reservation.whose)
+            ):
                 self._host.discard(slot)
                 self._host.unhold(slot)
             else:
