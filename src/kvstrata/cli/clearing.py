@@ -58,9 +58,6 @@ def before_ns(older_than: str | None) -> int:
     if older_than is None:
         return 0
     try:
-        before = time.time_ns() - int(1e9 * parse_duration(older_than))
+        return time.time_ns() - int(1e9 * parse_duration(older_than))
     except ValueError as error:
         raise UsageError(f"--older-than: {error}") from error
-    if before <= 0:
-        raise UsageError(f"--older-than: {older_than} ago is before 1970")
-    return before
