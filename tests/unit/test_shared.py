@@ -36,7 +36,7 @@ from kvstrata.node.node import Node
 from kvstrata.node.service import hints
 from kvstrata.node.service.names import Where
 from kvstrata.node.service.shared import SharedBacking
-from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.parts import PORTABLE
 from kvstrata.tiers.base import Outcome
 from kvstrata.wire import protocol as p
@@ -106,6 +106,8 @@ def of_fleet(
     """Run a test with some nodes of one fleet, on one loop, once all of them know the epoch."""
 
     async def main() -> None:
+        # What an earlier test left leased is no node's any more.
+        ME.holder, ME.leases, ME.reservations = Holder(), set(), set()
         shared = fleet or Fleet()
         nodes = [
             make_member(FleetTier(shared, round_objects=round_objects), **options)
