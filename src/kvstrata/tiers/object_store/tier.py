@@ -7,6 +7,7 @@ pieces of large objects are asked for side by side, in threads; obstore does the
 from __future__ import annotations
 
 import math
+import random
 import secrets
 import threading
 import time
@@ -31,6 +32,8 @@ ROUND_OBJECTS = 16
 RANGE_BYTES = 8 << 20
 """An object that is larger is read in pieces of this size, side by side."""
 TIMEOUT_S = 30.0
+AGAIN_S = 0.02
+"""Within which one tries again whose change met another one."""
 
 A = TypeVar("A")
 
@@ -83,6 +86,7 @@ class ObjectStoreTier(SharedTier):
         self._pieces = SideBySide("kvstrata-pieces", 2 * ROUND_OBJECTS)
         self._closed = False
         self._past: list[int] = []  # epochs that are still to be forgotten
+        self._marking = threading.Lock()
         self._at_upkeep = threading.Lock()
         self._notes: Notes | None = None
         self._sweep: Sweep | None = None
@@ -150,14 +154,17 @@ class ObjectStoreTier(SharedTier):
         return self._epoch(turn)
 
     def add_mark(self, mark: Mark) -> Epoch:
-        turn = self._begin()
-        while turn.left:
-            self._epoch(turn)
-            found = self._client.small(EPOCH, turn)
-            if found is not None:
+        with self._marking:  # those of one node would only be in each other's way
+            turn = self._begin()
+            while turn.left:
+                found = self._client.small(EPOCH, turn)
+                if found is None:
+                    self._epoch(turn)
+                    continue
                 after = marked(decode_epoch(found[0], self._place(EPOCH)), mark)
                 if self._client.replace(EPOCH, encode_epoch(after), found[1].condition, turn):
                     return after
+                time.sleep(random.uniform(0, AGAIN_S))
         raise TierUnavailable(f"{self._place(EPOCH)} is changed by others all the time")
 
     def forget(self, epoch: int) -> int:
