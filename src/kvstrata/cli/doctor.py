@@ -146,7 +146,7 @@ def examine(config: Config) -> Iterator[Check]:
                     )
             yield from check_peers(config, tuple(client.hello.secrets))
             yield from check_services(config, state)
-            yield from round_trip(client, config)
+            yield from round_trip(client, config, state)
         except KVStrataError as error:
             yield checks.Check("round trip", "FAIL", f"{error} ({type(error).__name__})")
 

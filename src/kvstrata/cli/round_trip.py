@@ -22,10 +22,18 @@ HEADER_BYTES = 4096
 SLOW_ROUND_TRIP_S = 2e-3
 
 
-def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
+def round_trip(
+    client: NodeClient, config: Config, told: Mapping[str, Any] | None = None
+) -> Iterator[Check]:
     """Store a canary, read it back through every tier, compare, and forget it.
 
     Stops between its steps, so that a test can break something in between.
+
+    Args:
+        client: of the node.
+        config: as the node's.
+        told: the status that checks were made of before this; a tier that has changed since is
+            told of anew. None: none were.
     """
     before = client.status()
     numbers = {tier["name"]: number for number, tier in enumerate(before["tiers"], 1)}
@@ -50,7 +58,7 @@ def round_trip(client: NodeClient, config: Config) -> Iterator[Check]:
             return
         written = canary.write_behind()  # at once, since the node has begun already
         names = ["host"]
-        for tier, earlier in zip(client.status()["tiers"], before["tiers"], strict=True):
+        for tier, earlier in zip(client.status()["tiers"], (told or before)["tiers"], strict=True):
             if _takes_writes(tier):
                 names.append(tier["name"])
             elif tier["state"] != earlier["state"]:  # its first write has been refused by now
