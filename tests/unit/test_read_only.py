@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from tests.support.object_stores import let_in
 from tests.support.real_nodes import KEYS, ME, chunk, load_shared, store
 from tests.support.redis_tiers import rule_on_the_page
 
-from kvstrata.cli import doctor
+from kvstrata.cli import checks, doctor
 from kvstrata.config import load_config
 from kvstrata.errors import ReadOnly
 from kvstrata.node.node import Node
@@ -319,9 +319,9 @@ def test_what_is_corrupt_and_cannot_be_removed_is_not_read_again(
     on_node(in_redis.reader, "redis", test)
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", ["before", "while it looks", "or later"])
 def test_doctor_warns_and_sends_no_canary_there(
-    in_redis: Place, monkeypatch: pytest.MonkeyPatch, known: bool
+    in_redis: Place, monkeypatch: pytest.MonkeyPatch, known: str
 ) -> None:
     """Whether the node has found out by then, or does so meanwhile."""
     write_all(in_redis)
@@ -335,9 +335,22 @@ def test_doctor_warns_and_sends_no_canary_there(
         try:
             node.run(lambda: node.server.listen(bind(socket_path(config))))
             deadline = time.monotonic() + 10.0
-            while known and not node.node.backings[0].state.startswith("read only: "):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+
+            def await_known() -> None:
+                while not node.node.backings[0].state.startswith("read only: "):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+
+            if known == "before":
+                await_known()
+            elif known == "while it looks":  # it has the node's status by then
+                look = checks.check_past
+
+                def look_late(counters: Mapping[str, float]) -> checks.Check:
+                    await_known()
+                    return look(counters)
+
+                monkeypatch.setattr(checks, "check_past", look_late)
             found = {check.name: check for check in doctor.examine(config)}
         finally:
             node.close()
