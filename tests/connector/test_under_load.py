@@ -11,13 +11,14 @@ import pytest
 from tests.connector.fake_model import BLOCK, CHUNK
 from tests.connector.gates import TIMEOUT_S, GatedTier, tiered
 from tests.connector.rig import Rig, prompt
+from tests.connector.test_hints import say
 from tests.connector.test_worker_side import open_later, slow, stored
 from vllm.v1.request import RequestStatus
 
 from kvstrata.connectors.vllm import worker as worker_module
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.pace import COPY_SHARE, WAIT_SHARE, Pace
-from kvstrata.connectors.vllm.transfers import STORE_NICENESS
+from kvstrata.connectors.vllm.transfers import STORE_NICENESS, StoreJob
 from kvstrata.testing.clock import ManualClock
 from kvstrata.wire import protocol as p
 
@@ -283,3 +284,23 @@ def test_stores_yield_to_the_engine_and_loads_do_not(make_rig: Make) -> None:
     assert transfers._storing.submit(niceness).result() == min(19, niceness() + STORE_NICENESS)
     assert transfers._loading.submit(niceness).result() == niceness()
     assert transfers._awaiting.submit(niceness).result() == niceness()
+
+
+def test_only_a_store_that_nobody_waits_for_yields(
+    make_rig: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(extra={"network.listen": "127.0.0.1:0"})
+    (worker,) = rig.workers
+    how: list[tuple[bool, int]] = []
+    real = worker._transfers._store_chunks
+
+    def store_chunks(job: StoreJob, *others: Any) -> None:
+        how.append((job.store.lend, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        real(job, *others)
+
+    monkeypatch.setattr(worker._transfers, "_store_chunks", store_chunks)
+    here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    rig.ask(prompt(CHUNK), **say({}))
+    rig.ask(prompt(CHUNK, 1), **say({}, do_remote_decode=True))
+    rig.check()
+    assert how == [(False, min(19, here + STORE_NICENESS)), (True, here)]

@@ -65,6 +65,15 @@ class Child:
         self._process.kill()
 
 
+ONE_THREAD = {
+    # Two that share busy cores spend their time waiting for one another. With a connector vLLM
+    # leaves one core more unused, and another number of threads is another rounding: answers are
+    # only comparable under one number.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
 def surroundings(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """A child's environment: this process's without KVStrata's options, and one thread."""
     kept = {"KVSTRATA_MODEL_CACHE"}
@@ -72,11 +81,7 @@ def surroundings(more: Mapping[str, str] | None = None) -> dict[str, str]:
     return {
         **own,
         **ENGINE_ENVIRONMENT,
-        # One thread each: two that share busy cores spend their time waiting for one another.
-        # With a connector vLLM leaves one core more unused, and another number of threads is
-        # another rounding: answers are only comparable under one number.
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **ONE_THREAD,
         "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
         **(more or {}),
     }

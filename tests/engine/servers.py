@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.checked_node import CODE
+from tests.engine.children import ONE_THREAD
 from tests.engine.service import Serviced
 
 from kvstrata.errors import NodeUnavailable
@@ -61,7 +62,7 @@ class Site(Serviced):
         self.server = Server(
             model,
             self.folder / "server.log",
-            self.environment,
+            {**self.environment, **ONE_THREAD},
             {
                 "dtype": "float32",
                 "num-gpu-blocks-override": BLOCKS,

@@ -32,6 +32,8 @@ pytestmark = pytest.mark.engine
 
 LENGTHS = (40, 130, 500, 1500)
 NEW = NEW_TOKENS
+TRIES = 3
+Allowed = set[tuple[int, ...]]
 
 
 class Sides(NamedTuple):
@@ -121,7 +123,7 @@ class Right:
         self._plain = plain
         self._texts = texts
 
-    def of(self, *lengths: int) -> list[tuple[Prompt, set[tuple[int, ...]]]]:
+    def of(self, *lengths: int) -> list[tuple[Prompt, Allowed]]:
         """New prompts, and what may be answered."""
         return [
             (prompt, {tuple(answer.tokens) for answer in self._plain.both(prompt)})
@@ -135,16 +137,24 @@ def right(engines: Engines, tiny_llama: Path, texts: Texts) -> Right:
 
 
 def test_the_same_tokens_as_one_engine_alone(sides: Sides, right: Right) -> None:
-    prompts = right.of(*LENGTHS)
+    prompts, count = right.of(*LENGTHS), 0
+
+    def loads(ask: Callable[[Prompt], list[int]], prompt: Prompt, allowed: Allowed) -> int:
+        """Have all but the one token loaded that has to be computed; in how many tries."""
+        for number in range(1, TRIES + 1):
+            assert tuple(ask(prompt)) in allowed
+            if sides.loaded() == len(prompt):
+                return number
+            sides.forget()  # the machine stood still for as long as a peer is waited for
+        raise AssertionError(f"{len(prompt)} tokens were not loaded")
+
     for prompt, allowed in prompts:
-        assert tuple(sides.handed_on(prompt)) in allowed
-        assert sides.loaded() == len(prompt), "all but the one token that has to be computed"
+        loads(sides.handed_on, prompt, allowed)
     for _ in range(2):
         sides.forget()
         for prompt, allowed in prompts:
-            assert tuple(sides.proxy.tokens(prompt, NEW)) in allowed
-            assert sides.loaded() == len(prompt)
-    assert outcome(sides, "split") == 2 * len(prompts)
+            count += loads(lambda prompt: sides.proxy.tokens(prompt, NEW), prompt, allowed)
+    assert outcome(sides, "split") == count
     sides.check()
 
 

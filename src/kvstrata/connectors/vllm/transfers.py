@@ -127,6 +127,8 @@ class Transfers:
         # and its store be dropped.
         yields = _yield_to_the_engine if world == 1 else _use_given_cores
         self._storing = ThreadPoolExecutor(1, "kvstrata-store", yields)
+        # The engine that decodes waits for these.
+        self._lending = ThreadPoolExecutor(1, "kvstrata-lend", _use_given_cores)
         self._jobs: list[StoreJob] = []
         self._changed = threading.Condition()
         self._num_loading = 0
@@ -188,7 +190,8 @@ class Transfers:
         if len(self._jobs) < MAX_WAITING_STORES:
             job = StoreJob(store, self._copier.mark(), cost)
             self._jobs.append(job)
-            self._storing.submit(self._store, job, client)
+            threads = self._lending if store.lend else self._storing
+            threads.submit(self._store, job, client)
         else:
             self._tally.add("stores_dropped_total", 1, "too many wait")
 
@@ -229,7 +232,8 @@ class Transfers:
         """End the threads, and what they do. Repeatable."""
         self._loading.shutdown(wait=True, cancel_futures=True)
         self._awaiting.shutdown(wait=True, cancel_futures=True)
-        self._storing.shutdown(wait=True)
+        for threads in (self._storing, self._lending):
+            threads.shutdown(wait=True)
 
     def _load(
         self,
@@ -385,7 +389,7 @@ def _of_node(client: NodeClient | None, load: Load) -> NodeClient:
 
 
 def _yield_to_the_engine() -> None:
-    """Nobody waits for a store."""
+    """Nobody waits for what is stored."""
     _use_given_cores()
     thread = threading.get_native_id()
     nice = os.getpriority(os.PRIO_PROCESS, thread)
