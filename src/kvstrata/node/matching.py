@@ -38,6 +38,8 @@ SLICE = 1024
 """Rows that host memory knows which one slice takes, and chunks whose use it notes."""
 SLICE_OBJECTS = 16
 """Objects behind them that one slice looks for and promotes: that costs more."""
+SLICE_STARTS = 64
+"""Objects that one slice begins to bring."""
 SLICE_LOOKUPS = 32
 """Objects that one slice of a lookup looks for."""
 
@@ -100,7 +102,7 @@ class Matcher:
                 yield None
             while not self._step(search):
                 yield None
-            self._decide(search)
+            yield from self._decide(search)
             if search.absent and search.namespace:
                 yield from self._ask(search)
             if search.absent and search.peer is not None and search.expected_s:
@@ -131,7 +133,7 @@ class Matcher:
             search.ended = search.absent = False
             while not self._step(search):
                 yield None
-            self._decide(search)
+            yield from self._decide(search)
             if not search.absent:
                 return
 
@@ -320,7 +322,7 @@ class Matcher:
             found.append(one)
         return found
 
-    def _decide(self, search: Search) -> None:
+    def _decide(self, search: Search) -> Work[None]:
         """Begin to bring what is worth it of the chunks that were found, and let go of the rest."""
         first, count = search.num_decided, len(search.tiers)
         search.num_found = count
@@ -336,8 +338,12 @@ class Matcher:
         search.num_decided = len(search.tiers)
         slots = [slot for _, some in search.prepared for slot in some]
         search.prepared = []
-        if search.load is not None and slots:
-            self._movement.start(search.load, slots, len(search.parts))
+        if search.load is not None:
+            for start in range(0, len(slots), SLICE_STARTS):
+                if start:
+                    yield None
+                some = slots[start : start + SLICE_STARTS]
+                self._movement.start(search.load, some, len(search.parts))
 
     def _let_go(self, search: Search, keep: int) -> None:
         """Leave all but the first chunks to the engine."""

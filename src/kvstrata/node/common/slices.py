@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 Work: TypeAlias = Generator[Awaitable[Any] | None, None, R]
 
-HOLD_S = 0.001
+HOLD_S = 0.0005
 """How long work goes on before others have their turn; then it ends at its next yield."""
 
 
