@@ -51,6 +51,7 @@ CREATED_FIELD = slice(200, 208)
 """When it was created, nanoseconds since 1970, little endian."""
 OWNER_FIELD = slice(_PAGE.size, _PAGE.size + 16)
 """Whose it is; zeros on a page of version 1."""
+_GROUP_KIND_BYTE = _PAGE.size + 20
 
 
 class Kinship(NamedTuple):
@@ -307,6 +308,23 @@ def decode(buffer: Buffer) -> ObjectHeader:
 def kinship(page: Buffer) -> Kinship:
     """Out of a header page that has been checked before; nothing is checked here."""
     return Kinship(*_PAGE.unpack_from(page)[9:12])
+
+
+def saved_s(page: Buffer, chunk_s: float, *, alone: bool) -> float:
+    """What an object saves, in seconds; 0: nothing that its chunk does not say. Nothing is checked.
+
+    A state saves all that is before it. Of a chunk that has tokens of its own what computing these
+    takes is what counts: without the chunks before it the state is of no use.
+
+    Args:
+        page: its header page, checked before.
+        chunk_s: what computing a chunk takes.
+        alone: whether nothing else of the chunk is there.
+    """
+    if page[_GROUP_KIND_BYTE] != _GROUP_KINDS["recurrent"]:
+        return chunk_s
+    _, chunk_tokens, _, boundary, *_ = _SINCE_2.unpack_from(page, _PAGE.size)
+    return float(chunk_s * boundary / chunk_tokens) if alone else 0.0
 
 
 def _fields_since_2(page: bytes) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from kvstrata.node.operating.kin import Asked
 from kvstrata.node.operating.reasons import Missing, Reasons
 from kvstrata.node.searching import Search
 from kvstrata.node.service.backing import Backing
-from kvstrata.node.slots.slot import offsets_of_rows
 from kvstrata.observe.counters import Counters
 from kvstrata.observe.reasons import Reason, Why
 from kvstrata.wire import protocol as p
@@ -62,7 +61,14 @@ class Answers:
         count = max(len(search.tiers), search.num_found)
         if (planned := count - len(search.tiers)) > 0:
             reasons.append(Reason(Why.PLANNED, planned))
-        if (keys := search.keys[count:]) and not search.client.ended:
+        keys, bounds = search.keys[count:], search.bounds
+        if bounds is not None and count < bounds.end and not search.cut:
+            hole = bounds.hole if bounds.hole >= 0 else count
+            reasons.append(
+                self._reasons.of_boundary(search.keys[hole], bounds.end - count, search.late)
+            )
+            keys = search.keys[bounds.end :]
+        if keys and not search.client.ended:
             missing = Missing(
                 asked, keys, not count, search.parts, search.cut, bool(search.namespace),
                 search.late, search.among,
@@ -75,11 +81,11 @@ class Answers:
     def _offsets(self, search: Search) -> Work[bytes]:
         """Of all that was leased; none if its client has ended meanwhile."""
         offsets = bytearray()
-        rows = search.lease.rows if search.lease is not None else []
         for start in range(0, len(search.tiers), SLICE):
             if start:
                 yield None
-            offsets += offsets_of_rows(rows[start : start + SLICE])
+            if search.lease is not None:
+                offsets += search.lease.offsets(start, start + SLICE)
         return bytes(offsets)
 
     def _count(self, search: Search) -> None:

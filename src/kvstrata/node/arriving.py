@@ -7,7 +7,6 @@ from collections.abc import Awaitable
 
 from kvstrata.errors import UsageError
 from kvstrata.node.slots.leases import LeaseTable
-from kvstrata.node.slots.slot import offsets_of_rows
 from kvstrata.wire import protocol as p
 
 MAX_WAITING = 1024
@@ -27,7 +26,7 @@ def arrival(leases: LeaseTable, message: p.Await) -> p.Arrived | Awaitable[p.Rep
         raise UsageError(f"nobody has {have} chunks")
 
     def arrived() -> p.Arrived:
-        offsets = offsets_of_rows(lease.rows[have : lease.ready])
+        offsets = lease.offsets(have, lease.ready)
         return p.Arrived(message.id, lease.ready, lease.failed, offsets)
 
     if lease.settled(have):

@@ -94,7 +94,11 @@ class Matcher:
             search.peer_refused = "the node asks no peer that a request names: see peer.named"
         elif message.peer and self._peers is not None:
             search.peer, search.peer_refused = self._peers.named(message.peer)
-        return in_slices(self._match(search))
+        return in_slices(self._work(search))
+
+    def _work(self, search: Search) -> Work[p.Matched]:
+        """How a match is answered."""
+        return self._match(search)
 
     def _match(self, search: Search) -> Work[p.Matched]:
         try:
@@ -246,7 +250,7 @@ class Matcher:
             return True
         if self._take_head(search):
             self._take_more(search)
-        search.ended = search.ended or len(search.tiers) == len(search.keys)
+        search.ended = search.ended or len(search.tiers) == search.stop
         return search.ended
 
     def _take_head(self, search: Search) -> bool:
@@ -255,7 +259,7 @@ class Matcher:
         known, room = self._host.rows_of(parts), self._leases.room_for(search.client)
         rows: list[Row] = []
         left, others = SLICE, False
-        for key in search.keys[place : place + SLICE]:
+        for key in search.keys[place : min(place + SLICE, search.stop)]:
             row = known.get(key)
             if row is None:
                 row = self._host.ready_row(key, parts)
@@ -286,9 +290,7 @@ class Matcher:
         given: Iterator[list[Slot]] = iter(())
         if lacking:
             if search.load is None:
-                chunk_s = self._reservations.compute_s(lacking[0][0].nbytes)
-                portable, among = PORTABLE in search.orders, search.among
-                search.load = Load(chunk_s, portable, search.owner, search.trace, among)
+                search.load = self._load_of(search, lacking[0][0].nbytes)
             with self._host.sparing(search.distinct):
                 given = iter(self._movement.promote(search.load, lacking))
         rows: list[Row] = []
@@ -303,12 +305,17 @@ class Matcher:
         coming = [sum(wanted.size for wanted in one.wanted) for one in found[: len(rows)]]
         self._lease(search, rows, bytes([one.tier for one in found[: len(rows)]]), coming)
 
+    def _load_of(self, search: Search, nbytes: int) -> Load:
+        """What a search promotes, of chunks whose objects need slots of this size."""
+        chunk_s, portable = self._reservations.compute_s(nbytes), PORTABLE in search.orders
+        return Load(chunk_s, portable, search.owner, search.trace, search.among)
+
     def _look(self, search: Search) -> list[Located]:
         """The next chunks that are somewhere, as many as a slice and the caps on leases allow."""
         room, place = self._leases.room_for(search.client), len(search.tiers)
         most = max(1, SLICE_OBJECTS // len(search.parts))
         found: list[Located] = []
-        for key in search.keys[place : place + most]:
+        for key in search.keys[place : min(place + most, search.stop)]:
             one = self.locate(key, search.parts, search.orders, search.sizes_of(key), search.among)
             if one is None and search.foreseeing:
                 one = self._foresee(search, key)
@@ -364,11 +371,14 @@ class Matcher:
         if not rows:
             return
         if search.lease is None:
-            search.lease = self._leases.grant(search.client, search.orders)
+            search.lease = self._grant(search)
         self._leases.extend(search.lease, rows)
         self._sampler.note_hits(search.keys[len(search.tiers) :], search.parts, rows)
         search.tiers += tiers
         search.coming += coming
+
+    def _grant(self, search: Search) -> Lease:
+        return self._leases.grant(search.client, search.orders)
 
     def _cut(self, search: Search, why: str) -> None:
         self._counters.add("matches_cut_total", why=why)

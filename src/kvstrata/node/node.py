@@ -25,9 +25,9 @@ from kvstrata.node.arriving import arrival
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.changes import Changes
 from kvstrata.node.common.slices import in_slices
+from kvstrata.node.grouped import GroupMatcher
 from kvstrata.node.lending import Lender
 from kvstrata.node.locating import presence
-from kvstrata.node.matching import Matcher
 from kvstrata.node.opening import open_backings
 from kvstrata.node.operating.canary import Canary
 from kvstrata.node.operating.explaining import Explainer
@@ -118,16 +118,18 @@ class Node:
         self._sampler = Sampler(self.host, config.host.verify_every, counters)
         reasons = Reasons(self.host, self.changes, backings, self.reservations,
                           self.records.described, clock)  # fmt: skip
-        self._matcher = Matcher(self.host, self.leases, self.movement, self.reservations,
-                                self._sampler, self._expecting, backings, counters,
-                                Answers(backings, counters, reasons),
-                                planning=config.planner == "on")  # fmt: skip
-        self._explainer = Explainer(self.records.find, self._matcher.lookup, reasons)
+        self._matcher = GroupMatcher(
+            self.host, self.leases, self.movement, self.reservations, self._sampler,
+            self._expecting, backings, counters, Answers(backings, counters, reasons),
+            planning=config.planner == "on", describe=self.records.described,
+        )  # fmt: skip
+        self._explainer = Explainer(self.records.find, self._matcher.look, reasons)
         self.lender = Lender(self.host, per_client, counters, clock)
         self.nixl, self._tracer = nixl, tracer
         self.operations = Operations(
             config, self.host, self.leases, self.reservations, self.movement, backings, counters,
-            match=self._matcher.match, release=self._matcher.release, plan=self._plan,
+            match=self._matcher.match_as_told, release=self._matcher.release, plan=self._plan,
+            describe=self.records.described,
             sampler=self._sampler, changes=self.changes, address=lambda: self.address,
         )  # fmt: skip
         self._matcher.used = self.operations.lineage.used
@@ -252,6 +254,8 @@ class Node:
                 raise UsageError("a lease is released on the connection that was granted it")
             if not lease.whole:
                 raise UsageError(f"lease {lease.id} is of a match that is under way")
+            if message.keep and lease.shape:
+                raise UsageError("what a boundary needs is of no use in part, so it ends whole")
             self._matcher.release(lease, message.keep)
 
     def lookup(self, client: Client, message: p.Lookup) -> p.Found | Awaitable[p.Found]:

@@ -10,6 +10,7 @@ from kvstrata.config.network import PeerConfig
 from kvstrata.errors import UsageError
 from kvstrata.heads import checked_heads
 from kvstrata.keys import KEY_BYTES, OWNER_BYTES
+from kvstrata.node.bounds import Bounds
 from kvstrata.node.common.planner import Prefill
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.promotions import Load
@@ -73,6 +74,8 @@ class Search:
         self.ended = self.absent = False  # at its end, and because nobody has the next chunk
         self.cut = ""  # by which cap
         self.late: list[str] = []  # tiers that did not answer in time
+        self.stop = 0  # in front of which chunk the search ends, once all keys are taken in
+        self.bounds = Bounds.of(message, self.parts)
         self._packed = message.keys
         self._num_keys = p.count(message.keys, 32)
 
@@ -91,7 +94,8 @@ class Search:
         self.distinct.update(self.keys[start:])
         if len(self.distinct) != len(self.keys):
             raise UsageError("no two chunks of a prompt have one key")
-        return len(self.keys) == self._num_keys
+        self.stop = len(self.keys)
+        return self.stop == self._num_keys
 
 
 def checked_parts(parts: list[int]) -> list[int]:

@@ -158,6 +158,7 @@ class NodeClient:
         heads: bytes = b"",
         traceparent: str = "",
         tiers: Sequence[str] = (),
+        needs: Sequence[int] = (),
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -178,11 +179,13 @@ class NodeClient:
             heads: `kvstrata.heads.heads` of the prompt, so that a miss can be explained better.
             traceparent: of the span that waits for it, where the request is traced.
             tiers: names of those that may be loaded from, besides host memory; none: all.
+            needs: of each part, how many of the last chunks before the boundary that is answered are
+                needed; 0: every chunk. Empty: every chunk of each part.
         """
         some = keys[: _most_keys(parts)]
         packed, tail = b"".join(some), tail if len(some) == len(keys) else ()
-        fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s,
-                  peer, expected_s, list(tail), heads, traceparent, list(tiers))  # fmt: skip
+        fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s, peer,
+                  expected_s, list(tail), heads, traceparent, list(tiers), list(needs))  # fmt: skip
         return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:

@@ -5,6 +5,7 @@ Keys hold a digest of the parts, and two digests only say that something differs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -29,12 +30,20 @@ class Described(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         model: of the model: name, weights, dtype and whatever else decides its fingerprint.
         orders: the byte orders that the engine reads; empty: not told.
         objects: the parts that make up a chunk; empty: not told.
+        needs: of each of them, how many of the last chunks a boundary needs, 0: all; empty: all.
+        lengths: of each of them, bytes of its payload; empty: not told.
     """
 
     parts: Namespace
     model: Annotated[dict[_Text, _Text], msgspec.Meta(max_length=MAX_DETAILS)] = {}
     orders: Annotated[list[_Text], msgspec.Meta(max_length=MAX_ORDERS)] = []
     objects: Annotated[list[int], msgspec.Meta(max_length=MAX_OBJECTS)] = []
+    needs: Annotated[list[int], msgspec.Meta(max_length=MAX_OBJECTS)] = []
+    lengths: Annotated[list[int], msgspec.Meta(max_length=MAX_OBJECTS)] = []
+
+    def needs_of(self, parts: Sequence[int]) -> list[int]:
+        """What a boundary needs of these parts; empty: every chunk of each."""
+        return self.needs if any(self.needs) and list(parts) == self.objects else []
 
     def record(self) -> dict[str, Any]:
         """As an engine hands it in: the record of no request."""
@@ -72,6 +81,10 @@ def described(record: dict[str, Any]) -> Described:
         UsageError: it is no namespace.
     """
     try:
-        return msgspec.convert(record["namespace"], Described)
+        told = msgspec.convert(record["namespace"], Described)
     except msgspec.ValidationError as error:
         raise UsageError(f"a record of a namespace that is none: {error}") from error
+    for what, numbers, least in (("needs", told.needs, 0), ("lengths", told.lengths, 1)):
+        if numbers and (len(numbers) != len(told.objects) or min(numbers) < least):
+            raise UsageError(f"{len(told.objects)} objects do not go with the {what} {numbers}")
+    return told

@@ -62,6 +62,8 @@ MAX_PAGE = 256
 PRESENT, BUSY, FULL, REFUSED, DRAINING = -1, -2, -3, -4, -5
 #: the offset in `Matched` of an object that is still on its way into host memory
 ARRIVING = -1
+#: the offset in `Matched` of an object that is not needed at the boundary that was found
+NEEDLESS = -6
 #: the tier byte in `Found` of a chunk that no tier has
 ABSENT = 255
 
@@ -98,6 +100,7 @@ class Match(Message, tag="match", frozen=True):
     heads: bytes = b""
     traceparent: str = ""
     tiers: Strings = msgspec.field(default_factory=list)
+    needs: Numbers = msgspec.field(default_factory=list)
 
 
 class Matched(Message, tag="matched", frozen=True):
@@ -141,6 +144,9 @@ class Template(Message, frozen=True):
     num_tokens: int
     raw_length: int
     chunk_tokens: int = 0
+    group: int = 0
+    group_kind: str = "full"
+    boundary: int = 0
 
 
 class Reserve(Message, tag="reserve", frozen=True):

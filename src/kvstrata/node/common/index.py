@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from kvstrata.node.common.changes import Cause, Changes
 from kvstrata.node.common.owners import Account, Owners, Tag
 from kvstrata.node.common.pinned import Pinned
+from kvstrata.node.common.spares import Name, Spares
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.marks import UNKNOWN, Whose
 
@@ -39,6 +40,7 @@ class Index(Generic[E]):
         self.num_objects = 0
         self.owners = Owners()
         self.pinned = Pinned()
+        self.spares = Spares()
         self._policy = policy
         self._nbytes_of = nbytes_of
         # A flat tuple (tag, part, entry, part, entry, ...) costs a third of a dict per chunk.
@@ -192,6 +194,7 @@ class Index(Generic[E]):
         rest, entry = _without(self._chunks.get(key, ()), part)
         if entry is None:
             return None
+        self.spares.forget((key, part))
         if len(rest) > 1:
             self._chunks[key] = rest
         else:
@@ -207,7 +210,10 @@ class Index(Generic[E]):
             tag = _tag(self._chunks.pop(key))
             nbytes = sum(self._nbytes_of(entry) for _, entry in objects)
             self._left(key, tag, nbytes, len(objects), gone=True)
+        spares = self.spares if len(self.spares) else None
         for part, _ in objects:
+            if spares is not None:
+                spares.forget((key, part))
             self._changes.left(self._tier, key, part, cause)
         return objects
 
@@ -220,6 +226,7 @@ class Index(Generic[E]):
         chunks, self._chunks = self._chunks, {}
         self._policy = self._policy.emptied()
         self.owners.clear()
+        self.spares.clear()
         self.pinned.clear()
         self.claimed_bytes = self.used_bytes
         self.num_objects = 0
@@ -246,6 +253,22 @@ class Index(Generic[E]):
             own = None if first is None else _tag(self._chunks[first]).account.policy
             if own is not None:
                 own.touch_all(reversed(keys))
+
+    def note_needs(self, keys: Iterable[bytes], needed: Set[int], passed: Set[int]) -> None:
+        """Note which parts of these chunks a match has needed, and which it has passed over."""
+        for key in keys:
+            for part, _ in self.objects(key):
+                if part in needed:
+                    self.spares.need((key, part))
+                elif part in passed:
+                    self.spares.pass_over((key, part))
+
+    def spare(self) -> Name | None:
+        """An object to evict by itself, before any chunk; None: there is none. It stays here."""
+        while (name := self.spares.take()) is not None:
+            if name[0] not in self.pinned:
+                return name
+        return None
 
     def victim(self, evictable: Callable[[bytes], bool]) -> bytes | None:
         """The chunk to evict next among those that may go; it leaves the policy, not the index."""
@@ -342,6 +365,7 @@ class Index(Generic[E]):
             assert (account.policy is None) == (account.quota_bytes is None)
             if account.policy is not None:
                 account.policy.check_integrity()
+        assert all(self.get(*name) is not None for name in self.spares.names())
         self.pinned.check_integrity({key: self.nbytes(key) for key in self.pinned})
         assert total + self.claimed_bytes == self.used_bytes, (
             f"{total} bytes held + {self.claimed_bytes} claimed != {self.used_bytes} used"

@@ -43,6 +43,16 @@ async def _go_on(work: Work[R], awaited: Awaitable[Any] | None) -> R:
         work.close()
 
 
+def at_once(work: Work[R]) -> R:
+    """Do work that is short, and waits for nothing, without a pause."""
+    try:
+        while True:
+            next(work)
+    except StopIteration as end:
+        answer: R = end.value
+        return answer
+
+
 def _hold(work: Work[R]) -> Awaitable[Any] | None:
     """Go on for a while, or until something must be waited for: this.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -21,23 +21,37 @@ from kvstrata.wire import protocol as p
 _List = list[Unloaded]
 
 
+class Looked(NamedTuple):
+    """What is there of a prompt.
+
+    Args:
+        tiers: of each chunk that a match would lease, or that is there; 255 of the others.
+        end: how many leading chunks have all that is needed of every chunk.
+        hole: the chunk without which that end is no boundary; -1: it is one.
+    """
+
+    tiers: bytes
+    end: int
+    hole: int
+
+
 class Explainer:
     """Explains requests and prompts.
 
     Args:
         find: the last record of a request, by its id or a part of it; None: there is none.
-        lookup: says where each chunk is.
+        look: says what is there of a prompt.
         reasons: of what is missing.
     """
 
     def __init__(
         self,
         find: Callable[[str], dict[str, Any] | None],
-        lookup: Callable[[p.Lookup], p.Found | Awaitable[p.Found]],
+        look: Callable[[p.Lookup], Awaitable[Looked]],
         reasons: Reasons,
     ) -> None:
         self._find = find
-        self._lookup = lookup
+        self._look = look
         self._reasons = reasons
 
     def explain(self, client: Client, message: p.Explain) -> p.Explained | Awaitable[p.Explained]:
@@ -70,17 +84,25 @@ class Explainer:
         if not keys:
             raise UsageError("a prompt of no whole chunk has nothing to explain")
         asked = Asked(keys[0], message.namespace, message.owner, checked_heads(message.heads))
-        answer = self._lookup(
+        found = await self._look(
             p.Lookup(message.id, message.keys, parts or [0], orders, message.namespace)
         )
-        found = await answer if isinstance(answer, Awaitable) else answer
         place = found.tiers.find(p.ABSENT)
         if place < 0:
             return p.Explained(message.id, {}, found.tiers, [])
-        missing = Missing(asked, keys[place:], not place, tuple(parts or [0]), shared=bool(orders))
-        work = in_slices(self._reasons.of(missing, across=message.across))
-        reasons = await work if isinstance(work, Awaitable) else work
-        return p.Explained(message.id, {}, found.tiers[:place], reasons)
+        reasons = []
+        if place < found.end:
+            hole = found.hole if found.hole >= 0 else place
+            reasons.append(self._reasons.of_boundary(keys[hole], found.end - place))
+        if keys := keys[found.end :]:
+            needs = told.needs_of(parts) if told else []
+            every = [part for part, need in zip(parts, needs, strict=False) if not need] or parts
+            missing = Missing(
+                asked, keys, not found.end, tuple(every or [0]), shared=bool(orders)
+            )  # fmt: skip
+            work = in_slices(self._reasons.of(missing, across=message.across))
+            reasons += await work if isinstance(work, Awaitable) else work
+        return p.Explained(message.id, {}, found.tiers[:place], reasons[: p.MAX_REASONS])
 
     def complete(self, record: dict[str, Any]) -> None:
         """Say in a request's record why a chunk did not come that was on its way.

@@ -37,6 +37,7 @@ from kvstrata.transfer import peers as peers_protocol
 from kvstrata.transfer.tcp import Address
 from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
+from kvstrata.wire.namespaces import Described
 
 THREADS = 2
 MAX_FETCHES = 4
@@ -60,6 +61,7 @@ class Operations:
         match: as `Node.match`.
         release: ends a lease.
         plan: turns planning on and off.
+        describe: what a namespace is made of, by its digest; None: nobody has said.
         sampler: of what is verified.
         changes: of the node's own tiers.
         address: where other nodes find this one.
@@ -78,6 +80,7 @@ class Operations:
         match: Callable[[Client, p.Match], p.Matched | Awaitable[p.Matched]],
         release: Callable[[Lease], None],
         plan: Callable[[bool], None],
+        describe: Callable[[bytes], Described | None],
         sampler: Sampler,
         changes: Changes,
         address: Callable[[], str],
@@ -93,7 +96,7 @@ class Operations:
         self._places = places
         self._copier = Copier(places, self._threads)
         self._looker = Looker(places, self._threads, self.directory, self.lineage)
-        self._prefetcher = Prefetcher(places, leases, self._copier, match, release)
+        self._prefetcher = Prefetcher(places, leases, self._copier, match, release, describe)
         self._sender = Sender(places, self._prefetcher, address)
         self._reloading = asyncio.Lock()  # each begins from what the one before has left
         self._reloader = Reloader(config, places, leases, reservations, sampler, plan)

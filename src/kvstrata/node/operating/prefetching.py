@@ -24,6 +24,7 @@ from kvstrata.parts import order_name
 from kvstrata.transfer import peers as peers_protocol
 from kvstrata.transfer.tcp import Address
 from kvstrata.wire import protocol as p
+from kvstrata.wire.namespaces import Described
 
 SEND_CHUNKS = 1024
 """Of what goes to another node so many are held still at once, as far as there is room."""
@@ -52,6 +53,7 @@ class Prefetcher:
         copier: reads the first chunk, to find out what was not said.
         match: of the node, see `Node.match`.
         release: ends a lease.
+        describe: what a namespace is made of, by its digest; None: nobody has said.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class Prefetcher:
         copier: Copier,
         match: Callable[[Client, p.Match], p.Matched | Awaitable[p.Matched]],
         release: Callable[[Lease], None],
+        describe: Callable[[bytes], Described | None],
     ) -> None:
         self._places = places
         self._leases = leases
         self._copier = copier
         self._match = match
         self._release = release
+        self._describe = describe
         self._holder = Holder()
 
     async def run(self, job: Job, packed: bytes, sought: Sought) -> None:
@@ -163,6 +167,11 @@ class Prefetcher:
                 if not made.orders:
                     orders[order_name(header.kind, header.order)] = None
                 namespace = namespace or header.namespace
+        told = self._describe(namespace)
+        if told is not None and any(told.needs) and not made.parts:
+            # Of a window or a state the first chunk need have nothing.
+            made = Made(tuple(told.objects), made.orders or tuple(told.orders), namespace)
+            return sought._replace(made=made, lengths=tuple(told.lengths))
         return sought._replace(
             made=Made(parts, tuple(orders), namespace), lengths=sought.lengths or tuple(lengths)
         )

@@ -128,6 +128,13 @@ class Reasons:
                 one, count = following, 1
         runs.append((one, count))
 
+    def of_boundary(self, key: bytes, count: int, late: Sequence[str] = ()) -> Reason:
+        """Why so many chunks that are there have no boundary behind them: one lacks something."""
+        if late:
+            return Reason(Why.DEADLINE, count, late[0], "lookup")
+        left = self._left(name_of(key)) or Reason(Why.NEVER, 1, detail="parts")
+        return replace(left, chunks=count)
+
     def _first(self, missing: Missing, *, across: bool) -> Reason:
         """Why the first missing chunk is not there."""
         key = missing.keys[0]

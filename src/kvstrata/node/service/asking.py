@@ -2,8 +2,9 @@
 
 A store that answers for many objects in one round trip is asked for all of them. One where each is
 a call of its own is asked for a few at once, and where the prompt ends there is found by galloping.
-That holds for full attention, whose chunks are stored head first; whatever is not like that has to
-ask for all that it needs.
+That holds for full attention, whose chunks are stored head first. Of what only the last chunks before
+a boundary are needed of (windows, states) nothing follows from another: it is asked for backwards,
+until what a boundary needs was seen.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from kvstrata.node.common.slices import at_once
 from kvstrata.node.service.backing import Question
 from kvstrata.node.service.calls import TierCalls
 from kvstrata.node.service.gallop import Gallop
 from kvstrata.node.service.hints import Hints
 from kvstrata.node.service.names import Where
 from kvstrata.node.service.origin import Origin
+from kvstrata.node.slots.boundaries import longest
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE, at_level
 from kvstrata.tiers.base import Outcome, Stat, Store
 
 MAX_ASKED = 1 << 14
 """Objects of one question that are asked for at most; what lies behind them waits for the next."""
+MAX_ROUNDS = 4
+"""In which a boundary is looked for backwards; more where one needs more chunks than that."""
 NOTE_SLICE = 256
 
 Places = list[tuple[int, int, Where]]
@@ -70,6 +75,8 @@ class Asking:
             TierUnavailable: the store cannot be asked.
         """
         wheres = [Where(epoch, question.namespace, order) for order in question.orders]
+        if any(question.needs):
+            return await self._ask_backwards(question, wheres, still)
         limits = self._store.limits
         each = len(wheres) * len(question.parts) * self._num_levels
         if len(question.keys) * each <= limits.round_objects:
@@ -126,6 +133,36 @@ class Asking:
             end = next((number for number, lacking in wanted.items() if lacking), count)
             await self._note(question, [one for one in found if one[0] < end], still)
             if end < count:
+                return
+
+    async def _ask_backwards(
+        self, question: Question, wheres: Sequence[Where], still: Callable[[], bool]
+    ) -> None:
+        """The last chunks first, each object for itself, until what a boundary needs was seen."""
+        limits, parts, count = self._store.limits, question.parts, len(question.keys)
+        size = len(self._copies(parts, wheres))
+        chunks = max(1, min(limits.round_objects, MAX_ASKED) // size)
+        seen: set[tuple[int, int]] = set()
+        span = max(MAX_ROUNDS * chunks, *question.needs)
+        for stop in range(count, max(0, count - span), -chunks):
+            start = max(0, stop - chunks)
+            asked = [
+                (number, part, where)
+                for number in range(start, stop)
+                for part, where in self._copies(parts, wheres)
+            ]
+            self._counters.add("lookup_rounds_total", tier=self._store.name)
+            batches = [
+                self._look(question, asked[first : first + limits.batch_objects])
+                for first in range(0, len(asked), limits.batch_objects)
+            ]
+            found = [one for batch in await asyncio.gather(*batches) for one in batch]
+            await self._note(question, found, still)
+            seen.update(one[:2] for one in found)
+            reached, _ = at_once(longest(
+                question.needs, count, lambda column, number: (number, parts[column]) in seen, start
+            ))  # fmt: skip
+            if reached > start:
                 return
 
     def _copies(self, parts: Sequence[int], wheres: Sequence[Where]) -> list[tuple[int, Where]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvstrata.node.coding.choosing import Choice
@@ -42,6 +42,8 @@ class Question(NamedTuple):
         parts: that make up a chunk.
         orders: that the reader reads, the one that it likes best first.
         peer: a node that the request names, which may be asked.
+        needs: of each part, how many of the last chunks a boundary needs, wherever that is; empty: all
+            chunks before it are needed.
     """
 
     namespace: bytes
@@ -49,6 +51,7 @@ class Question(NamedTuple):
     parts: tuple[int, ...]
     orders: tuple[str, ...]
     peer: Address | None = None
+    needs: tuple[int, ...] = ()
 
 
 class Backing(ABC):
@@ -145,6 +148,9 @@ class Backing(ABC):
     @abstractmethod
     def use(self, keys: list[bytes]) -> None:
         """Note the use of a prefix, given head first."""
+
+    def note_needs(self, keys: list[bytes], needed: Set[int], passed: Set[int]) -> None:  # noqa: B027
+        """Note which parts of these chunks a match has needed, and which it has passed over."""
 
     @abstractmethod
     def written(self, prefix: list[bytes]) -> None:

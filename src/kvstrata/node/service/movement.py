@@ -103,7 +103,7 @@ class Movement:
                 cost = one.backing.cost_of(one.key)
                 if not cost and load.chunk_s < math.inf:
                     cost = load.chunk_s
-                self._promotions[slot] = Promotion(one, slot, cost, load.tiers)
+                self._promotions[slot] = Promotion(one, slot, cost, load)
         for slots in free.values():
             for slot in slots:
                 self._host.discard(slot)
@@ -115,8 +115,8 @@ class Movement:
         lanes, streams = set(), set()
         for slot in slots:
             promotion = self._promotions.get(slot)
-            if promotion is None or not self._is_arriving(promotion):
-                continue  # forgotten, or unwanted, since `promote`
+            if promotion is None or promotion.queued or not self._is_arriving(promotion):
+                continue  # forgotten, unwanted, or begun by another match, since `promote`
             one = promotion.wanted
             lane = self._lanes[one.backing.name]
             promotion.queued = True
@@ -373,6 +373,10 @@ class Movement:
         if promotion.settled:
             return
         promotion.settled = True
+        if header is not None and not promotion.takes(header):
+            name = promotion.wanted.backing.name
+            self._counters.add("incompatible_objects_total", tier=name)
+            header = None
         if promotion.queued:
             self._lanes[promotion.wanted.backing.name].queued_bytes -= promotion.wanted.size
         slot, key, part = promotion.slot, promotion.wanted.key, promotion.wanted.part

@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Set
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ from kvstrata.node.service.single import Singly
 from kvstrata.node.service.striking import Striking
 from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
-from kvstrata.objects import ObjectHeader
+from kvstrata.objects import ObjectHeader, saved_s
 from kvstrata.parts import at_level, identity, order_name
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.base import Outcome, OwnedTier
@@ -129,6 +129,9 @@ class OwnedBacking(Singly):
     def use(self, keys: list[bytes]) -> None:
         self.index.touch(keys)
         self._uses.note(keys)
+
+    def note_needs(self, keys: list[bytes], needed: Set[int], passed: Set[int]) -> None:
+        self.index.note_needs(keys, needed, passed)
 
     def written(self, prefix: list[bytes]) -> None:
         # Written side by side they end in any order, and after the heads of earlier commits.
@@ -348,7 +351,8 @@ class OwnedBacking(Singly):
         self._counters.add("tier_write_bytes_total", nbytes, tier=self.name)
         entry = self._entry(nbytes, self._orders.number(order))
         self._mixed = self._mixed or self.index.whose(name[0]) not in (UNKNOWN, whose)
-        self.index.put(*name, entry, origin.cost, whose, origin.priority)
+        cost = saved_s(data, origin.cost, alone=writing.key not in self.index)
+        self.index.put(*name, entry, cost, whose, origin.priority)
         return True
 
     async def _make_room(self, nbytes: int) -> bool:
@@ -359,8 +363,12 @@ class OwnedBacking(Singly):
         if nbytes > min(self.capacity_bytes, self.tier.limits.batch_bytes):
             return False
         while not self.index.claim(nbytes):
-            victim = self.index.victim(lambda _: True)
-            if victim is not None:
+            spare = self.index.spare()
+            if spare is not None:
+                victim = spare[0]
+                for level in range(1 + len(self.coarser)):
+                    self._removals.condemn(victim, at_level(spare[1], level), Cause.EVICTED)
+            elif (victim := self.index.victim(lambda _: True)) is not None:
                 self._counters.add("evicted_chunks_total", tier=self.name)
                 self._removals.condemn_chunk(victim, Cause.EVICTED)
             if doomed := self._removals.idle():

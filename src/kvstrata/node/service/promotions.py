@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.streaming import Stream
 from kvstrata.node.slots.slot import Slot
-from kvstrata.objects import NOBODY
+from kvstrata.objects import NOBODY, ObjectHeader
 from kvstrata.observe.tracing import Span, Tracer
 
 
@@ -63,23 +63,28 @@ class Promotion:
         wanted: the object.
         slot: where it goes.
         cost: what computing its chunk takes, in seconds; 0: unknown.
-        tiers: names of those that may have a copy of it; none: all.
+        load: what it is a part of.
     """
 
-    __slots__ = ("begun", "cost", "level", "number", "priority", "queued", "reading", "settled",
-                 "slot", "stream", "tiers", "wanted")  # fmt: skip
+    __slots__ = ("begun", "bounded", "cost", "level", "number", "priority", "queued", "reading",
+                 "settled", "slot", "stream", "tiers", "wanted")  # fmt: skip
 
-    def __init__(self, wanted: Wanted, slot: Slot, cost: float, tiers: frozenset[str]) -> None:
+    def __init__(self, wanted: Wanted, slot: Slot, cost: float, load: Load) -> None:
         self.wanted = wanted
         self.slot = slot
         self.cost = cost
         self.priority = wanted.backing.priority_of(wanted.key)
-        self.tiers = tiers
+        self.tiers, self.bounded = load.tiers, load.bounded
         self.level = 0
         self.stream: Stream | None = None
         self.reading: Reading | None = None
         self.number = 0  # in the stream
         self.queued = self.begun = self.settled = False
+
+    def takes(self, header: ObjectHeader) -> bool:
+        """Whether an object is of the kind that its part is, as far as the reader said so."""
+        windowed = header.group_kind != "full"
+        return self.bounded is None or windowed == (self.wanted.part in self.bounded)
 
 
 class Load:
@@ -91,6 +96,8 @@ class Load:
         owner: whose it is taken to be until it is here, 16 bytes.
         trace: traceparent of who waits for it; empty: it is not traced.
         tiers: names of those that may be used for it; none: all.
+
+    ``bounded`` are the parts of which only the last chunks are needed; None: nobody has said.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class Load:
         self.owner = owner
         self.trace = trace
         self.tiers = tiers
+        self.bounded: frozenset[int] | None = None
         self.streams: dict[str, Stream] = {}
         self._readings: dict[str, Reading] = {}
 

@@ -180,6 +180,8 @@ class HostMemory:
                 slots.append(slot)
             elif self._leaving:
                 self.give_back(count)
+            elif self._drop_spare():
+                continue
             elif searched:
                 break
             else:
@@ -342,6 +344,20 @@ class HostMemory:
         patience = self._num_asked // ASKED_PER_CHANGE - len(self._spared_once)
         if not chosen and patience > 0:
             self._no_room_for, self._patience = nbytes, patience
+
+    def _drop_spare(self) -> bool:
+        """Evict an object that no match has come to need, if there is one that may go."""
+        while (spare := self.index.spare()) is not None:
+            key, part = spare
+            slot = self.index.get(key, part)
+            if slot is not None and not slot.holds and not self._is_leased(key, slot):
+                self.drop_object(key, part, Cause.EVICTED)
+                return True
+        return False
+
+    def _is_leased(self, key: bytes, slot: Slot) -> bool:
+        rows = [shape[key] for shape in self._rows.values() if key in shape]
+        return any(row.num_leases and slot in row.slots for row in rows)
 
     def _note_change(self) -> None:
         """Something may be free, or evictable, that was not."""

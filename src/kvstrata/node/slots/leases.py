@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
+from kvstrata.node.slots.boundaries import Stretch, spread
 from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.node.slots.host import HostMemory
-from kvstrata.node.slots.slot import Row, Slot
+from kvstrata.node.slots.slot import Row, Slot, offsets_of_rows
 
 
 class Lease:
@@ -16,14 +18,26 @@ class Lease:
     ``rows`` are those of its chunks, in order. ``ready`` counts the leading ones whose objects all
     lie in host memory, in an order the client reads; ``failed`` says that the next will not come.
     It is ``whole`` once its match has ended, and nothing is added to it any more.
+
+    With a ``shape`` it is of what a boundary needs, ``width`` parts a chunk: of no use but as a whole.
+    Then whatever will not come makes it fail at once, and nothing of it counts as ready.
     """
 
-    __slots__ = ("client", "failed", "id", "listeners", "orders", "ready", "rows", "whole")
+    __slots__ = ("client", "failed", "id", "listeners", "orders", "ready", "rows", "shape", "whole",
+                 "width")  # fmt: skip
 
-    def __init__(self, id: int, client: Client, orders: frozenset[str]) -> None:
+    def __init__(
+        self,
+        id: int,
+        client: Client,
+        orders: frozenset[str],
+        shape: Sequence[Stretch] = (),
+        width: int = 0,
+    ) -> None:
         self.id = id
         self.client = client
         self.orders = orders
+        self.shape, self.width = shape, width
         self.rows: list[Row] = []
         self.ready = 0
         self.failed = self.whole = False
@@ -39,7 +53,7 @@ class Lease:
         self.rows += rows
         for row in rows:
             if row.num_filling:
-                row.watchers.append(self.advance)
+                row.watchers.append(partial(self._hear, row) if self.shape else self.advance)
         self.advance()
 
     def advance(self) -> None:
@@ -56,7 +70,7 @@ class Lease:
                 place += 1
             else:
                 self.failed = True
-        self.ready = place
+        self.ready = 0 if self.failed and self.shape else place
         if self.listeners:
             waiting, self.listeners = self.listeners, []
             for have, tell in waiting:
@@ -64,6 +78,16 @@ class Lease:
                     tell()
                 else:
                     self.listeners.append((have, tell))
+
+    def _hear(self, row: Row) -> None:
+        self.failed = self.failed or row.failed
+        self.advance()
+
+    def offsets(self, start: int, stop: int) -> bytes:
+        """Of the objects of some of its chunks, see `Row.packed_offsets` and `spread`."""
+        if self.shape:
+            return spread(self.rows, start, min(stop, len(self.rows)), self.shape, self.width)
+        return offsets_of_rows(self.rows[start:stop])
 
     def settled(self, have: int) -> bool:
         """Whether a client that has ``have`` chunks can be told something new, or the end."""
@@ -109,9 +133,15 @@ class LeaseTable:
         """A lease by its number."""
         return self._leases.get(id)
 
-    def grant(self, client: Client, orders: frozenset[str]) -> Lease:
+    def grant(
+        self,
+        client: Client,
+        orders: frozenset[str],
+        shape: Sequence[Stretch] = (),
+        width: int = 0,
+    ) -> Lease:
         """A new lease for a reader of these byte orders; of nothing, until it is extended."""
-        lease = Lease(self._next, client, orders)
+        lease = Lease(self._next, client, orders, shape, width)
         self._next += 1
         self._leases[lease.id] = lease
         client.leases.add(lease.id)

@@ -17,7 +17,7 @@ from kvstrata.errors import UsageError
 from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Slot
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes
+from kvstrata.objects import HEADER_BYTES, GroupKind, ObjectHeader, saved_s, stored_bytes
 from kvstrata.observe.tracing import checked
 from kvstrata.parts import MAX_PART, order_name
 from kvstrata.policies.base import PRIORITIES
@@ -86,6 +86,9 @@ class Reservation:
         self.chunk_tokens = self.template.chunk_tokens or self.template.num_tokens
         if self.is_tail and len(self.prefix) != self.first + 1:
             raise UsageError("a tail is one object, the last of its prompt")
+        if self.template.group != self.part >> 16:
+            raise UsageError(f"a template of group {self.template.group} for part {self.part}, "
+                             f"which is of group {self.part >> 16}")  # fmt: skip
         if self.template.kind == "native" and self.template.order == "portable":
             raise UsageError("no native byte order may be called portable")
         # Keys are 32 bytes each, so what holds for the last chunk's header holds for all.
@@ -99,12 +102,13 @@ class Reservation:
 
     def header(self, number: int, checksum: bytes, now_ns: int) -> ObjectHeader:
         """The header of chunk ``prefix[number]``; each tier puts its own epoch into it."""
-        template = self.template
+        template, start = self.template, number * self.chunk_tokens
+        is_state = template.group_kind == "recurrent"
         return ObjectHeader(
             namespace=self.namespace,
             key=self.prefix[number],
             parent=self.prefix[number - 1] if number else NO_PARENT,
-            start=number * self.chunk_tokens,
+            start=start,
             num_tokens=template.num_tokens,
             group=self.part >> 16,
             rank=self.part & 0xFFFF,
@@ -122,6 +126,8 @@ class Reservation:
             stored_checksum=checksum,
             chunk_tokens=self.chunk_tokens,
             owner=self.owner,
+            group_kind=cast("GroupKind", template.group_kind),
+            boundary=start + template.num_tokens if is_state else template.boundary,
         )
 
 
@@ -304,7 +310,8 @@ class ReservationTable:
         view[:HEADER_BYTES] = header.encode()
         padding = slot.nbytes - HEADER_BYTES - header.stored_length
         view[HEADER_BYTES + header.stored_length :] = bytes(padding)
-        order, cost, whose = reservation.order, reservation.cost, reservation.whose
+        order, whose = reservation.order, reservation.whose
+        cost = saved_s(view, reservation.cost, alone=key not in self._host.index)
         self._host.publish(key, reservation.part, slot, order, cost, whose, reservation.priority)
 
     def abort(self, reservation: Reservation) -> Generator[None, None, None]:

@@ -60,6 +60,7 @@ class Row:
     ended and no promotion for it is under way. Host memory may have it ``kept``: while it is leased
     its chunk is not evicted then, and ``passed_over`` is the chunk that was not for that reason.
     One that is ``pinned`` holds each of its slots once.
+    A row of no slots stands for a chunk of which nothing is needed.
     """
 
     __slots__ = ("failed", "kept", "nbytes", "num_filling", "num_leases", "num_under_way",
@@ -112,7 +113,7 @@ class Row:
 
     def _complete(self) -> None:
         self.offsets = array("q", [slot.offset for slot in self.slots]).tobytes()
-        first = self.slots[0].order
+        first = self.slots[0].order if self.slots else None
         if all([slot.order == first for slot in self.slots]):
             self.order = first
 

@@ -1,0 +1,288 @@
+"""Matches of models with several kinds of layer groups: the longest boundary that has what it needs.
+
+Full attention needs every chunk before a boundary, a window the last ones, a recurrent state the
+last one. So it is found out first how far the prompt goes on, then which boundary on that way is
+the longest one that is whole; only then is anything leased: what that boundary needs. Where some
+of it has gone meanwhile, or there is no room for it, the next lower one is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from msgspec.structs import replace
+
+from kvstrata.node.bounds import Bounds
+from kvstrata.node.common.planner import plan
+from kvstrata.node.common.slices import Work, in_slices
+from kvstrata.node.matching import SLICE, Matcher
+from kvstrata.node.operating.explaining import Looked
+from kvstrata.node.searching import Search
+from kvstrata.node.service.backing import Backing, Question
+from kvstrata.node.service.promotions import Load
+from kvstrata.node.slots.boundaries import longest, stretches
+from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.leases import Lease
+from kvstrata.node.slots.slot import Row
+from kvstrata.wire import protocol as p
+from kvstrata.wire.namespaces import Described
+
+WALK_SLICE = 64
+"""Chunks that one slice of a walk looks for."""
+
+
+class GroupMatcher(Matcher):
+    """A `Matcher` that knows boundaries, too.
+
+    Args:
+        args, more: as of `Matcher`.
+        describe: what a namespace is made of, by its digest; None: nobody has said.
+    """
+
+    def __init__(
+        self, *args: Any, describe: Callable[[bytes], Described | None], **more: Any
+    ) -> None:
+        super().__init__(*args, **more)
+        self._describe = describe
+
+    def match_as_told(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
+        """A match of somebody who knows the namespace alone: its engine has told the rest."""
+        needs = self._needs_told(message.namespace, message.parts)
+        return self.match(client, replace(message, needs=needs) if needs else message)
+
+    def lookup(self, message: p.Lookup) -> p.Found | Awaitable[p.Found]:
+        """Say where each chunk is that a match would lease, or where each is; changes nothing."""
+        needs = self._needs_told(message.namespace, message.parts)
+        if not needs:
+            return super().lookup(message)
+
+        def work() -> Work[p.Found]:
+            looked = yield from self._look_for(message, needs)
+            return p.Found(message.id, looked.tiers)
+
+        return in_slices(work())
+
+    async def look(self, message: p.Lookup) -> Looked:
+        """The same, and how far the prompt goes on."""
+        needs = self._needs_told(message.namespace, message.parts)
+        if needs:
+            looking = in_slices(self._look_for(message, needs))
+            return looking if isinstance(looking, Looked) else await looking
+        answer = self.lookup(message)
+        found = answer if isinstance(answer, p.Found) else await answer
+        end = found.tiers.find(p.ABSENT)
+        return Looked(found.tiers, len(found.tiers) if end < 0 else end, -1)
+
+    def _work(self, search: Search) -> Work[p.Matched]:
+        bounds = search.bounds
+        return self._match(search) if bounds is None else self._match_groups(search, bounds)
+
+    def _match_groups(self, search: Search, bounds: Bounds) -> Work[p.Matched]:
+        try:
+            while not search.take_in():
+                yield None
+            yield from self._find_out(search, bounds)
+            yield from self._settle(search, bounds)
+            yield from self._start(search, bounds)
+            yield from self._note_uses(search, bounds)
+            search.parts = bounds.full
+            return (yield from self._answers.of(search))
+        except BaseException:
+            self.release(search.lease)
+            raise
+
+    def _needs_told(self, namespace: bytes, parts: Sequence[int]) -> list[int]:
+        told = self._describe(namespace) if namespace else None
+        return told.needs_of(parts) if told is not None else []
+
+    def _look_for(self, message: p.Lookup, needs: Sequence[int]) -> Work[Looked]:
+        asked = p.Match(message.id, message.keys, message.parts, message.orders,
+                        namespace=message.namespace, needs=[*needs])  # fmt: skip
+        search = Search(Client("a lookup"), asked)
+        bounds = Bounds(search.parts, needs)
+        while not search.take_in():
+            yield None
+        yield from self._find_out(search, bounds)
+        tiers = bytearray()
+        for one in stretches(bounds.needs, bounds.boundary):
+            parts = bounds.parts_of(one)
+            for number in range(one.start, one.stop):
+                if number % WALK_SLICE == 0:
+                    yield None
+                located = self.locate(search.keys[number], parts, search.orders or None)
+                tiers.append(p.ABSENT if located is None else located.tier)
+        tiers += bytes([p.ABSENT]) * (len(search.keys) - len(tiers))
+        return Looked(bytes(tiers), bounds.end, bounds.hole)
+
+    # what is there
+
+    def _find_out(self, search: Search, bounds: Bounds) -> Work[None]:
+        """Find the longest boundary, by what the node knows and what shared tiers say."""
+        yield from self._walk(search, bounds)
+        yield from self._find_boundary(search, bounds, bounds.end)
+        asked = [one for one in self._backings if one.must_be_asked and search.may_use(one.name)]
+        if not (asked and search.namespace and search.preferred):
+            return
+        if bounds.full and bounds.end < len(search.keys):
+            rest = search.keys[bounds.end :]
+            yield from self._hear(search, asked, Question(
+                search.namespace, rest, bounds.full, search.preferred, search.peer
+            ))  # fmt: skip
+            yield from self._walk(search, bounds)
+            yield from self._find_boundary(search, bounds, bounds.end)
+        if bounds.boundary < bounds.end:
+            # What the longest one known needs is there, so no longer one lacks anything before it.
+            rest = search.keys[bounds.boundary : bounds.end]
+            some = [(part, need) for part, need in zip(bounds.parts, bounds.needs, strict=True)
+                    if need]  # fmt: skip
+            parts, needs = zip(*some, strict=True)
+            yield from self._hear(search, asked, Question(
+                search.namespace, rest, parts, search.preferred, search.peer, needs
+            ))  # fmt: skip
+            yield from self._find_boundary(search, bounds, bounds.end)
+
+    def _walk(self, search: Search, bounds: Bounds) -> Work[None]:
+        """Find where the prompt ends as far as every chunk is needed."""
+        if not bounds.full:
+            bounds.end = len(search.keys)
+        while bounds.end < len(search.keys):
+            if bounds.end % WALK_SLICE == 0:
+                yield None
+            if not self._has(search, search.keys[bounds.end], bounds.full):
+                return
+            bounds.end += 1
+
+    def _find_boundary(self, search: Search, bounds: Bounds, most: int) -> Work[None]:
+        def there(column: int, number: int) -> bool:
+            return self._has(search, search.keys[number], (bounds.parts[column],))
+
+        bounds.boundary, hole = yield from longest(bounds.needs, most, there)
+        if most == bounds.end:
+            bounds.hole = hole
+
+    def _has(self, search: Search, key: bytes, parts: tuple[int, ...]) -> bool:
+        """Whether these parts of a chunk are somewhere, in an order that can be read."""
+        orders = search.orders or None
+        row = self._host.rows_of(parts).get(key)
+        if row is not None and orders is not None and not row.num_filling:
+            return row.in_orders(orders)
+        return self.locate(key, parts, orders, among=search.among) is not None
+
+    def _hear(self, search: Search, asked: Sequence[Backing], question: Question) -> Work[None]:
+        """Let shared tiers say what they have, each for as long as its patience lasts."""
+        answers = [asyncio.ensure_future(one.resolve(question)) for one in asked]
+        for backing, answer in zip(asked, answers, strict=True):
+            yield answer
+            if not answer.result() and backing.name not in search.late:
+                search.late.append(backing.name)
+
+    # leasing
+
+    def _settle(self, search: Search, bounds: Bounds) -> Work[None]:
+        """Lease what the boundary needs, or a lower one that can be had, and is worth it."""
+        step, most = 1, bounds.end
+        while not search.client.ended:
+            self._begin_again(search, bounds)
+            yield from self._take(search, bounds)
+            got = len(search.tiers)
+            if got == bounds.boundary:
+                got = self._plan(search)
+            if got == bounds.boundary:
+                break
+            if search.absent:
+                most = got
+            else:  # closely below is probably no room for what a boundary needs besides
+                most, step = max(0, got + 1 - step), 2 * step
+            yield from self._find_boundary(search, bounds, most)
+        if (left := search.num_found - len(search.tiers)) > 0:
+            self._counters.add("computed_chunks_total", left)
+
+    def _begin_again(self, search: Search, bounds: Bounds) -> None:
+        """Keep of what is leased what the boundary needs, too, and let go of the rest."""
+        old, keep, shape = search.lease, 0, stretches(bounds.needs, bounds.boundary)
+        if shape and bounds.shape and shape[0].columns == bounds.shape[0].columns:
+            keep = min(len(search.tiers), shape[0].stop)
+        bounds.shape, search.lease = shape, None
+        if keep and old is not None:
+            search.lease = self._grant(search)
+            self._leases.extend(search.lease, old.rows[:keep])
+        del search.tiers[keep:]
+        del search.coming[keep:]
+        search.prepared = [one for one in search.prepared if one[0] < keep]
+        self.release(old)
+
+    def _take(self, search: Search, bounds: Bounds) -> Work[None]:
+        """Lease what the boundary needs, head first, as far as it is there and may be had."""
+        for one in bounds.shape:
+            search.parts, search.stop = bounds.parts_of(one), one.stop
+            search.ended = search.absent = False
+            if not one.columns:
+                count = one.stop - len(search.tiers)
+                self._lease(search, [Row(())] * count, bytes(count), [0] * count)
+                continue
+            while not self._step(search):
+                yield None
+            if len(search.tiers) < one.stop:
+                return
+
+    def _load_of(self, search: Search, nbytes: int) -> Load:
+        load = super()._load_of(search, nbytes)
+        if (bounds := search.bounds) is not None:
+            load.bounded = frozenset(bounds.parts).difference(bounds.full)
+        return load
+
+    def _grant(self, search: Search) -> Lease:
+        bounds = search.bounds
+        if bounds is None:
+            return super()._grant(search)
+        return self._leases.grant(search.client, search.orders, bounds.shape, len(bounds.parts))
+
+    def _plan(self, search: Search) -> int:
+        """How many of the chunks that were leased are worth loading."""
+        count, again = len(search.tiers), search.num_found > 0
+        search.num_found = max(search.num_found, count)
+        search.load_s = 0.0
+        if not self.planning or not any(search.coming):
+            return count
+        links = [self._movement.link(backing) for backing in self._backings]
+        best = plan(search.tiers, search.coming, links, search.prefill)
+        search.load_s = best.load_s
+        if not again:
+            decision = "load" if best.keep == count else "part" if best.load_s else "compute"
+            self._counters.add("plans_total", decision=decision)
+        for _, slots in [one for one in search.prepared if one[0] >= best.keep][:1]:
+            self._movement.look_again(slots[0])
+        return best.keep
+
+    def _start(self, search: Search, bounds: Bounds) -> Work[None]:
+        """Begin to bring what was leased and is not there."""
+        slots = []
+        for number, row in enumerate(search.lease.rows if search.lease is not None else ()):
+            if number % SLICE == SLICE - 1:
+                yield None
+            if row.num_filling:
+                slots += [slot for slot in row.slots if self._movement.is_prepared(slot)]
+        search.prepared = []
+        if slots:
+            load = search.load or self._load_of(search, slots[0].nbytes)
+            self._movement.start(load, slots, len(bounds.parts))
+
+    def _note_uses(self, search: Search, bounds: Bounds) -> Work[None]:
+        # Tails before heads: what is used last is evicted last.
+        for stop in range(len(search.tiers), 0, -SLICE):
+            self._note_use(search.keys[max(0, stop - SLICE) : stop])
+            if stop > SLICE:
+                yield None
+        for one in bounds.shape if search.tiers else ():
+            needed = set(bounds.parts_of(one)).difference(bounds.full)
+            passed = set(bounds.parts).difference(needed, bounds.full)
+            for start in range(one.start, one.stop, SLICE):
+                keys = search.keys[start : min(start + SLICE, one.stop)]
+                self._host.index.note_needs(keys, needed, passed)
+                for backing in self._backings:
+                    backing.note_needs(keys, needed, passed)
+                yield None
+        if search.tiers:
+            self.used(search.keys[len(search.tiers) - 1])

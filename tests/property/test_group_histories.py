@@ -1,0 +1,208 @@
+"""Random histories of chunks of several groups, against the rule itself.
+
+What is answered is exactly the longest boundary that the rule allows, whatever was stored, evicted,
+cleared and promoted before; and what goes for want of room goes in the order that was promised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.support.groups import (
+    FULL,
+    STATE,
+    WINDOW,
+    Needs,
+    load_needs,
+    longest_of,
+    match_needs,
+    needed,
+    store_part,
+)
+from tests.support.nodes import GatedTier, chunk_keys, clear, flush, make_node
+
+from kvstrata.node.common.changes import Cause
+from kvstrata.node.node import Node
+from kvstrata.node.slots.clients import Client
+from kvstrata.wire import protocol as p
+
+CHUNKS = 7
+SHARED = chunk_keys(3)
+PROMPTS = [SHARED + chunk_keys(CHUNKS - 3, prompt) for prompt in (1, 2)]
+PARTS = (FULL, WINDOW, STATE)
+MODELS: list[Needs] = [
+    {FULL: 0, WINDOW: 2},
+    {WINDOW: 3, FULL: 0, STATE: 1},
+    {FULL: 0, STATE: 1},
+    {STATE: 1},
+    {WINDOW: 2, STATE: 1},
+    {FULL: 0, WINDOW: 0},
+]
+Name = tuple[bytes, int]
+
+prompts = st.integers(0, 1)
+numbers = st.integers(0, CHUNKS - 1)
+parts = st.sampled_from(PARTS)
+stores = st.tuples(st.just("store"), prompts, parts, numbers, st.integers(1, CHUNKS))
+matches = st.tuples(st.just("match"), prompts, st.sampled_from(MODELS), st.integers(1, CHUNKS))
+OPERATIONS = st.lists(
+    st.one_of(
+        stores,
+        stores,
+        stores,
+        matches,
+        matches,
+        st.tuples(st.just("begin"), prompts, st.sampled_from(MODELS)),
+        st.tuples(st.just("end")),
+        st.tuples(st.just("evict"), prompts, numbers, parts),
+        st.tuples(st.just("clear"), st.sets(st.tuples(prompts, numbers), max_size=3)),
+        st.tuples(st.just("clear host")),
+    ),
+    max_size=40,
+)
+
+
+class SlowTier(GatedTier):
+    """A tier that takes its time to read."""
+
+    def read(self, ids: Any, into: Any) -> Any:
+        time.sleep(0.0005)
+        return super().read(ids, into)
+
+
+def run(node: Node, history: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await node.start()
+        try:
+            await history()
+            node.check_integrity(contents=True)
+        finally:
+            await node.stop(drain_s=1.0)
+
+    asyncio.run(main())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(OPERATIONS)
+def test_the_longest_boundary_is_answered_whatever_happened(operations: list[Any]) -> None:
+    async def history() -> None:
+        me, held = Client("pid 1"), list[tuple[int, Client]]()
+        here, there = set[Name](), set[Name]()
+        for operation in operations:
+            match operation:
+                case ("store", prompt, part, first, stop):
+                    keys = PROMPTS[prompt][:stop]
+                    if first < stop:
+                        store_part(node, me, keys, part, first)
+                        new = {(key, part) for key in keys[first:]} - here - there
+                        await flush(node, me)
+                        here |= new
+                        there |= new
+                case ("evict", prompt, number, part):
+                    name = PROMPTS[prompt][number], part
+                    node.host.drop_object(*name, Cause.EVICTED)
+                    here.discard(name)
+                case ("clear", places):
+                    keys = [PROMPTS[prompt][number] for prompt, number in places]
+                    await clear(node, me, keys)
+                    here = {name for name in here if name[0] not in keys}
+                    there = {name for name in there if name[0] not in keys}
+                case ("clear host",):
+                    await clear(node, me, tiers=["host"])
+                    here.clear()
+                case ("begin", prompt, needs):
+                    client = Client("pid 2")
+                    matched = await match_needs(node, client, PROMPTS[prompt], needs)
+                    held.append((matched.lease, client))
+                case ("end",):
+                    for lease, client in held:
+                        node.release(client, p.Release(lease))
+                    held.clear()
+                case ("match", prompt, needs, count):
+                    keys = PROMPTS[prompt][:count]
+                    expected = longest_of(
+                        lambda part, number, keys=keys: (keys[number], part) in here | there,
+                        needs,
+                        count,
+                    )
+                    assert await load_needs(node, me, keys, needs) == expected
+                    here |= {
+                        (keys[number], part)
+                        for part, need in needs.items()
+                        for number in range(expected)
+                        if needed(need, expected, number)
+                    }
+
+    node = make_node(slots=200, tier=SlowTier())
+    run(node, history)
+
+
+class Evictions:
+    """Hears what goes for want of room, and whether it was its turn."""
+
+    def __init__(self) -> None:
+        self.spare: dict[Name, None] = {}
+        self.needed: set[Name] = set()
+        self.there: set[Name] = set()
+
+    def entered(self, tier: str, key: bytes, part: int) -> None:
+        self.there.add((key, part))
+
+    def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
+        name = key, part
+        if cause is Cause.EVICTED and self.spare:
+            assert name in self.spare, "something else went before what nobody needs"
+        self.there.discard(name)
+        self.needed.discard(name)
+        self.spare.pop(name, None)
+
+    def emptied(self, tier: str) -> None:
+        self.there, self.needed, self.spare = set(), set(), {}
+
+    def matched(self, keys: list[bytes], needs: Needs, boundary: int) -> None:
+        """A match has ended at a boundary, not at the beginning."""
+        for number, key in enumerate(keys[:boundary]):
+            for part, need in needs.items():
+                name = key, part
+                if not need or name not in self.there:
+                    continue
+                if needed(need, boundary, number):
+                    self.needed.add(name)
+                    self.spare.pop(name, None)
+                elif name not in self.needed:
+                    self.spare.setdefault(name)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.one_of(stores, matches), max_size=60), st.sampled_from(["lru", "cost"]))
+def test_what_no_match_has_come_to_need_goes_first(operations: list[Any], policy: str) -> None:
+    async def history() -> None:
+        me = Client("pid 1")
+        node.changes.watch(evictions)
+        for operation in operations:
+            match operation:
+                case ("store", prompt, part, first, stop):
+                    if first < stop:
+                        store_part(node, me, PROMPTS[prompt][:stop], part, first)
+                case ("match", prompt, needs, count):
+                    keys, before = PROMPTS[prompt][:count], set(evictions.there)
+                    expected = longest_of(
+                        lambda part, number, keys=keys, before=before: (keys[number], part)
+                        in before,
+                        needs,
+                        count,
+                    )
+                    assert await load_needs(node, me, keys, needs) == expected
+                    if any(needs.values()):
+                        evictions.matched(keys, needs, expected)
+            names = {name for name in evictions.there if name in node.host.index.spares}
+            assert names == set(evictions.spare)
+
+    evictions = Evictions()
+    node = make_node(slots=12, policy=policy)
+    run(node, history)
