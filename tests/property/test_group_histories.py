@@ -75,6 +75,12 @@ class SlowTier(GatedTier):
         return super().read(ids, into)
 
 
+def numbered(keys: list[bytes], names: set[Name]) -> set[tuple[int, int]]:
+    """Of these objects those of a prompt, by part and number."""
+    place = {key: number for number, key in enumerate(keys)}
+    return {(part, place[key]) for key, part in names if key in place}
+
+
 def run(node: Node, history: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
         await node.start()
@@ -98,7 +104,7 @@ def test_the_longest_boundary_is_answered_whatever_happened(operations: list[Any
                 case ("store", prompt, part, first, stop):
                     keys = PROMPTS[prompt][:stop]
                     if first < stop:
-                        store_part(node, me, keys, part, first)
+                        await store_part(node, me, keys, part, first)
                         new = {(key, part) for key in keys[first:]} - here - there
                         await flush(node, me)
                         here |= new
@@ -125,11 +131,7 @@ def test_the_longest_boundary_is_answered_whatever_happened(operations: list[Any
                     held.clear()
                 case ("match", prompt, needs, count):
                     keys = PROMPTS[prompt][:count]
-                    expected = longest_of(
-                        lambda part, number, keys=keys: (keys[number], part) in here | there,
-                        needs,
-                        count,
-                    )
+                    expected = longest_of(numbered(keys, here | there), needs, count)
                     assert await load_needs(node, me, keys, needs) == expected
                     here |= {
                         (keys[number], part)
@@ -188,15 +190,10 @@ def test_what_no_match_has_come_to_need_goes_first(operations: list[Any], policy
             match operation:
                 case ("store", prompt, part, first, stop):
                     if first < stop:
-                        store_part(node, me, PROMPTS[prompt][:stop], part, first)
+                        await store_part(node, me, PROMPTS[prompt][:stop], part, first)
                 case ("match", prompt, needs, count):
-                    keys, before = PROMPTS[prompt][:count], set(evictions.there)
-                    expected = longest_of(
-                        lambda part, number, keys=keys, before=before: (keys[number], part)
-                        in before,
-                        needs,
-                        count,
-                    )
+                    keys = PROMPTS[prompt][:count]
+                    expected = longest_of(numbered(keys, evictions.there), needs, count)
                     assert await load_needs(node, me, keys, needs) == expected
                     if any(needs.values()):
                         evictions.matched(keys, needs, expected)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Container, Mapping, Sequence
+from typing import TypeVar
 
 from msgspec.structs import replace
 from tests.support.nodes import (
@@ -11,7 +12,6 @@ from tests.support.nodes import (
     ORDER,
     RAW,
     arrive,
-    at_once,
     payload,
     stored_payload,
     template,
@@ -25,18 +25,22 @@ from kvstrata.wire.client import offsets_of
 
 FULL, WINDOW, STATE = 0, 1 << 16, 2 << 16
 KINDS = {FULL: ("full", 0), WINDOW: ("sliding", 256), STATE: ("recurrent", 0)}
+R = TypeVar("R")
 Needs = Mapping[int, int]
 """Of each part, how many of the last chunks a boundary needs; 0: all."""
 
 
+async def answered(answer: R | Awaitable[R]) -> R:
+    """What a node says, at once or later."""
+    return await answer if isinstance(answer, Awaitable) else answer
+
+
 def group_template(part: int, nbytes: int = RAW) -> p.Template:
     kind, boundary = KINDS[part]
-    return replace(
-        template(nbytes=nbytes), group=part >> 16, group_kind=kind, boundary=boundary
-    )
+    return replace(template(nbytes=nbytes), group=part >> 16, group_kind=kind, boundary=boundary)
 
 
-def store_part(
+async def store_part(
     node: Node,
     client: Client,
     keys: Sequence[bytes],
@@ -47,13 +51,11 @@ def store_part(
 ) -> int:
     """Store one part of some chunks of a prompt; how many were written."""
     prefix = keys[:stop]
-    request = p.Reserve(
-        1, NAMESPACE, b"".join(prefix), first, part, group_template(part), cost
-    )
-    reserved = at_once(node.reserve(client, request))
+    request = p.Reserve(1, NAMESPACE, b"".join(prefix), first, part, group_template(part), cost)
+    reserved = await answered(node.reserve(client, request))
     sums = write(node, prefix[first:], list(offsets_of(reserved.offsets)), part)
     commit = p.Commit(1, reserved.reservation, b"".join(sums))
-    return at_once(node.commit(client, commit)).count
+    return (await answered(node.commit(client, commit))).count
 
 
 async def match_needs(
@@ -63,7 +65,7 @@ async def match_needs(
         1, b"".join(keys), list(needs), [ORDER], [RAW] * len(needs), namespace=NAMESPACE,
         tiers=list(tiers), needs=list(needs.values()),
     ))  # fmt: skip
-    return await answer if isinstance(answer, Awaitable) else answer
+    return await answered(answer)
 
 
 async def load_needs(
@@ -100,17 +102,17 @@ def needed(need: int, boundary: int, number: int) -> bool:
     return not need or number >= boundary - need
 
 
-def longest_of(has: Callable[[int, int], bool], needs: Needs, count: int) -> int:
+def longest_of(has: Container[tuple[int, int]], needs: Needs, count: int) -> int:
     """The longest boundary of a prompt, by the rule and nothing else.
 
     Args:
-        has: whether a part is there of the chunk with a number.
+        has: what is there, by part and number of the chunk.
         needs: of the parts.
         count: chunks of the prompt.
     """
     for boundary in range(count, 0, -1):
         if all(
-            has(part, number)
+            (part, number) in has
             for part, need in needs.items()
             for number in range(boundary)
             if needed(need, boundary, number)

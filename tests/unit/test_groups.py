@@ -11,6 +11,7 @@ from tests.support.groups import (
     FULL,
     STATE,
     WINDOW,
+    answered,
     group_template,
     load_needs,
     match_needs,
@@ -23,14 +24,12 @@ from tests.support.nodes import (
     SLOT,
     GatedTier,
     arrive,
-    at_once,
     chunk_keys,
     clear,
     flush,
     on_node,
     owned,
     until,
-    write,
 )
 
 from kvstrata.errors import UsageError
@@ -64,8 +63,8 @@ def drop(node: Node, key: bytes, part: int) -> None:
 def test_a_window_is_needed_only_before_the_boundary() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(6)
-        store_part(node, ME, keys, FULL)
-        store_part(node, ME, keys, WINDOW, first=3)
+        await store_part(node, ME, keys, FULL)
+        await store_part(node, ME, keys, WINDOW, first=3)
         matched = await match_needs(node, ME, keys, WINDOWED)
         assert matched.tiers == bytes(6)
         assert matched.why == []
@@ -80,7 +79,7 @@ def test_a_window_is_needed_only_before_the_boundary() -> None:
         assert await load_needs(node, ME, keys, WINDOWED) == 6
         drop(node, keys[4], WINDOW)
         assert await load_needs(node, ME, keys, WINDOWED) == 0
-        store_part(node, ME, keys, WINDOW, stop=3)
+        await store_part(node, ME, keys, WINDOW, stop=3)
         assert await load_needs(node, ME, keys, WINDOWED) == 3
 
     on_node(test, slots=20)
@@ -89,9 +88,9 @@ def test_a_window_is_needed_only_before_the_boundary() -> None:
 def test_a_state_is_needed_only_at_the_boundary() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(8)
-        store_part(node, ME, keys, FULL, stop=7)
+        await store_part(node, ME, keys, FULL, stop=7)
         for number in (2, 4, 7):
-            store_part(node, ME, keys, STATE, first=number, stop=number + 1)
+            await store_part(node, ME, keys, STATE, first=number, stop=number + 1)
         assert await load_needs(node, ME, keys, STATEFUL) == 5
         assert await load_needs(node, ME, keys, {STATE: 1}) == 8
         drop(node, keys[4], STATE)
@@ -105,7 +104,7 @@ def test_a_state_is_needed_only_at_the_boundary() -> None:
 def test_a_model_without_full_attention_leases_nothing_before_its_boundary() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(5)
-        store_part(node, ME, keys, STATE, first=3, stop=4)
+        await store_part(node, ME, keys, STATE, first=3, stop=4)
         matched = await match_needs(node, ME, keys, {STATE: 1})
         assert matched.tiers == bytes(4)
         assert list(offsets_of(matched.offsets))[:3] == [p.NEEDLESS] * 3
@@ -120,8 +119,8 @@ def test_a_model_without_full_attention_leases_nothing_before_its_boundary() -> 
 def test_all_needs_of_0_are_a_match_of_every_part() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(3)
-        store_part(node, ME, keys, FULL)
-        store_part(node, ME, keys, WINDOW, stop=2)
+        await store_part(node, ME, keys, FULL)
+        await store_part(node, ME, keys, WINDOW, stop=2)
         for needs in ({FULL: 0, WINDOW: 0}, {FULL: 0}):
             assert await load_needs(node, ME, keys, needs) == 4 - len(needs)
 
@@ -132,7 +131,7 @@ def test_only_what_is_needed_comes_out_of_a_slower_tier() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(6)
         for part in ALL_KINDS:
-            store_part(node, ME, keys, part)
+            await store_part(node, ME, keys, part)
         await flush(node, ME)
         await clear(node, ME, tiers=["host"])
         matched = await match_needs(node, ME, keys, ALL_KINDS)
@@ -159,7 +158,7 @@ def test_what_does_not_arrive_fails_the_whole_lease_at_once() -> None:
         tier, keys = owned(node).tier, chunk_keys(6)
         assert isinstance(tier, GatedTier)
         for part in WINDOWED:
-            store_part(node, ME, keys, part)
+            await store_part(node, ME, keys, part)
         await flush(node, ME)
         await clear(node, ME, tiers=["host"])
         # The last window has gone where nobody saw it, and all else waits.
@@ -183,7 +182,7 @@ def test_a_lease_of_a_boundary_is_not_kept_in_part() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(3)
         for part in WINDOWED:
-            store_part(node, ME, keys, part)
+            await store_part(node, ME, keys, part)
         matched = await match_needs(node, ME, keys, WINDOWED)
         with pytest.raises(UsageError, match="ends whole"):
             node.release(ME, p.Release(matched.lease, 1))
@@ -199,7 +198,7 @@ def test_under_a_cap_it_is_a_lower_boundary_that_is_whole(cap: int) -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(8)
         for part in WINDOWED:
-            store_part(node, ME, keys, part)
+            await store_part(node, ME, keys, part)
         matched = await match_needs(node, ME, keys, WINDOWED)
         boundary = len(matched.tiers)
         # Of n chunks n full parts, and of the last two the window.
@@ -217,22 +216,21 @@ def test_under_a_cap_it_is_a_lower_boundary_that_is_whole(cap: int) -> None:
 
 def test_without_room_it_is_a_lower_boundary_that_is_whole() -> None:
     async def test(node: Node) -> None:
-        keys, others = chunk_keys(8), chunk_keys(5, prompt=1)
+        keys, others = chunk_keys(8), chunk_keys(13, prompt=1)
         for part in STATEFUL:
-            store_part(node, ME, keys[:4], part)
-            await flush(node, ME)
-            store_part(node, ME, keys, part, first=4)
-            await flush(node, ME)
+            assert await store_part(node, ME, keys, part) == 8
+        await flush(node, ME)
         await clear(node, ME, tiers=["host"])
-        store_part(node, ME, others, FULL)
+        await store_part(node, ME, others, FULL)
+        await flush(node, ME)
         held = await match_needs(node, ME, others, {FULL: 0})
-        # Three slots are left of eight.
+        # Three slots are left.
         assert await load_needs(node, ME, keys, STATEFUL) == 2
         await until(lambda: not node.movement.filling())
         node.release(ME, p.Release(held.lease))
-        assert await load_needs(node, ME, keys, STATEFUL) == 7
+        assert await load_needs(node, ME, keys, STATEFUL) == 8
 
-    on_node(test, slots=8, tier=GatedTier())
+    on_node(test, slots=16, tier=GatedTier())
 
 
 def test_a_needs_that_goes_with_nothing_is_refused() -> None:
@@ -255,7 +253,7 @@ def test_headers_say_what_group_they_are_of() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(3)
         for part in ALL_KINDS:
-            store_part(node, ME, keys, part)
+            await store_part(node, ME, keys, part)
         found = {}
         for part in ALL_KINDS:
             slot = node.host.get(keys[2], part)
@@ -282,14 +280,14 @@ def test_who_has_died_meanwhile_gets_nothing(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("kvstrata.node.common.slices.HOLD_S", 0.0)
         keys = chunk_keys(6)
         for part in WINDOWED:
-            assert await _store(node, keys, part) == 6
+            assert await store_part(node, ME, keys, part) == 6
         for turns in range(40):
             client = Client("pid 2", Holder())
             answer = asyncio.ensure_future(match_needs(node, client, keys, WINDOWED))
             for _ in range(turns):
                 await asyncio.sleep(0)
             node.end(client)
-            matched = await answer
+            await answer
             node.end(client)
             assert client.leased_bytes == 0
             assert not client.leases
@@ -297,15 +295,11 @@ def test_who_has_died_meanwhile_gets_nothing(monkeypatch: pytest.MonkeyPatch) ->
     on_node(test, slots=20)
 
 
-async def _store(node: Node, keys: list[bytes], part: int) -> int:
-    """`store_part` where everything is done in many slices."""
-    request = p.Reserve(1, NAMESPACE, b"".join(keys), 0, part, group_template(part))
-    answer: Any = node.reserve(ME, request)
-    reserved = await answer if asyncio.iscoroutine(answer) else answer
-    sums = write(node, keys, list(offsets_of(reserved.offsets)), part)
-    done: Any = node.commit(ME, p.Commit(1, reserved.reservation, b"".join(sums)))
-    done = await done if asyncio.iscoroutine(done) else done
-    return int(done.count)
+async def explain(node: Node, keys: list[bytes], digest: bytes) -> p.Explained:
+    answer: Any = node.handle(ME, p.Explain(1, "", b"".join(keys), digest))
+    explained = await answer
+    assert isinstance(explained, p.Explained)
+    return explained
 
 
 SPACE = Namespace("fingerprint", "layout", 128)
@@ -315,18 +309,18 @@ TOLD = Described(SPACE, {}, [ORDER], list(WINDOWED), list(WINDOWED.values()), [R
 def test_an_operator_sees_what_a_match_would_lease() -> None:
     async def test(node: Node) -> None:
         keys, digest = chunk_keys(6), SPACE.digest()
-        store_part(node, ME, keys, FULL, stop=5)
-        store_part(node, ME, keys, WINDOW, first=1, stop=4)
+        await store_part(node, ME, keys, FULL, stop=5)
+        await store_part(node, ME, keys, WINDOW, first=1, stop=4)
         lookup = p.Lookup(1, b"".join(keys), list(WINDOWED), [ORDER], digest)
-        assert at_once(node.lookup(ME, lookup)).tiers == bytes([255, 0, 0, 0, 255, 255])
+        assert (await answered(node.lookup(ME, lookup))).tiers == bytes([255, 0, 0, 0, 255, 255])
         node.record(ME, p.Record(TOLD.record()))
-        assert at_once(node.lookup(ME, lookup)).tiers == bytes([0, 0, 0, 0, 255, 255])
-        explained = await node.handle(ME, p.Explain(1, "", b"".join(keys), digest))
+        assert (await answered(node.lookup(ME, lookup))).tiers == bytes([0, 0, 0, 0, 255, 255])
+        explained = await explain(node, keys, digest)
         assert explained.tiers == bytes(4)
         reasons = [(one.why, one.chunks, one.detail) for one in explained.reasons]
         assert reasons == [(Why.NEVER, 1, "parts"), (Why.NEVER, 1, "")]
         drop(node, keys[3], WINDOW)
-        explained = await node.handle(ME, p.Explain(1, "", b"".join(keys), digest))
+        explained = await explain(node, keys, digest)
         assert explained.tiers == bytes(3)
         matched = await match_needs(node, ME, keys, WINDOWED)
         assert [(one.why, one.chunks) for one in matched.why] == [
@@ -353,8 +347,8 @@ def test_a_record_of_needs_that_do_not_go_with_the_parts_is_refused() -> None:
 def test_a_prefetch_brings_what_the_longest_boundary_needs() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(6)
-        store_part(node, ME, keys, FULL)
-        store_part(node, ME, keys, WINDOW, first=2)
+        await store_part(node, ME, keys, FULL)
+        await store_part(node, ME, keys, WINDOW, first=2)
         await flush(node, ME)
         await clear(node, ME, tiers=["host"])
         # The namespace of the tests' objects is no digest of parts, so it is told as it is.

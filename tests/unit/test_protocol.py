@@ -12,7 +12,7 @@ from kvstrata.observe.reasons import Reason, Why
 from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
-TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096, 256)
+TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096, 256, 1, "sliding", 7)
 
 REASON = Reason(Why.EVICTED, 3, "disk", "x", 0.5)
 
@@ -38,10 +38,11 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
             b"h",
             "00-",
             ["disk"],
+            [0, 2],
         ),
-        "61000000dc0010a56d6174636801c4016b9200ce0001000191a3612f6292cd100005c410000102030405"
+        "64000000dc0011a56d6174636801c4016b9200ce0001000191a3612f6292cd100005c410000102030405"
         "060708090a0b0c0d0e0fc4016ecb3fe0000000000000cb3fd0000000000000a3613a31cb3ff800000000"
-        "00009107c40168a330302d91a46469736b",
+        "00009107c40168a330302d91a46469736b920002",
     ),
     (
         p.Matched(1, 2, b"\x00\x01", b"o", 3, 0.5, 0.25, 2.0, "no", [REASON]),
@@ -55,9 +56,9 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
         p.Reserve(
             1, b"n", b"k", 0, 65537, TEMPLATE, 0.5, "w", bytes(range(16)), True, "00-", -1, ["host"]
         ),
-        "5f0000009ea77265736572766501c4016ec4016b00ce0001000197a66e6174697665a3612f62a862666c"
-        "6f61743136920203cc80cd1000cd0100cb3fe0000000000000a177c410000102030405060708090a0b0c"
-        "0d0e0fc3a330302dff91a4686f7374",
+        "690000009ea77265736572766501c4016ec4016b00ce000100019aa66e6174697665a3612f62a862666c"
+        "6f61743136920203cc80cd1000cd010001a7736c6964696e6707cb3fe0000000000000a177c410000102"
+        "030405060708090a0b0c0d0e0fc3a330302dff91a4686f7374",
     ),
     (p.Reserved(1, 2, b"o"), "0f00000094a872657365727665640102c4016f"),
     (p.Commit(1, 2, b"c"), "0d00000094a6636f6d6d69740102c40163"),

@@ -64,7 +64,7 @@ async def put(node: Node, keys: list[bytes], numbers: dict[int, list[int]]) -> N
     me = Client("writer")
     for part, some in numbers.items():
         for number in some:
-            store_part(node, me, keys, part, number, number + 1)
+            await store_part(node, me, keys, part, number, number + 1)
     await flush(node, me)
 
 
@@ -117,8 +117,8 @@ def test_some_of_it_is_here_and_some_is_there() -> None:
     async def test(fleet: Fleet, a: Node, b: Node) -> None:
         keys, me = chunk_keys(12), Client("pid 1")
         await put(a, keys, {FULL: [*range(12)], WINDOW: [*range(12)], STATE: [11]})
-        store_part(b, me, keys, FULL, stop=6)
-        store_part(b, me, keys, WINDOW, 10, 11)
+        await store_part(b, me, keys, FULL, stop=6)
+        await store_part(b, me, keys, WINDOW, 10, 11)
         matched = await match_needs(b, me, keys, ALL_KINDS)
         assert matched.tiers == bytes([0] * 6 + [1] * 6)
         b.release(me, p.Release(matched.lease))
@@ -142,7 +142,7 @@ def test_a_store_that_answers_for_all_gives_exactly_the_longest(seed: int) -> No
             await put(a, keys, there)
             for needs in (ALL_KINDS, {FULL: 0, WINDOW: 2}, {WINDOW: 3, STATE: 1}):
                 expected = longest_of(
-                    lambda part, number, there=there: number in there[part], needs, 10
+                    {(part, number) for part in there for number in there[part]}, needs, 10
                 )
                 assert await load_needs(b, me, keys, needs) == expected
 
@@ -153,7 +153,7 @@ def test_what_is_said_too_late_is_there_for_the_next() -> None:
     async def test(fleet: Fleet, a: Node, b: Node) -> None:
         keys, me = chunk_keys(4), Client("pid 1")
         await put(a, keys, {FULL: [*range(4)], WINDOW: [*range(4)], STATE: [3]})
-        store_part(b, me, keys, FULL)
+        await store_part(b, me, keys, FULL)
         fleet.shut("stat")
         matched = await match_needs(b, me, keys, ALL_KINDS)
         assert (matched.lease, matched.tiers) == (0, b"")
@@ -204,7 +204,7 @@ def test_the_gates_of_a_local_tier_hold_nobody_up() -> None:
     async def test(fleet: Fleet, a: Node, b: Node) -> None:
         keys, me = chunk_keys(4), Client("pid 1")
         for part in ALL_KINDS:
-            store_part(b, me, keys, part)
+            await store_part(b, me, keys, part)
         await flush(b, me)
         await clear(b, me, tiers=["host"])
         tier = next(one.tier for one in b.backings if isinstance(one.tier, GatedTier))

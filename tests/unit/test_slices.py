@@ -35,7 +35,7 @@ from kvstrata.node.common.slices import in_slices
 from kvstrata.node.node import Node
 from kvstrata.node.operating import clearing
 from kvstrata.node.service import movement, write_behind
-from kvstrata.node.slots import reservations
+from kvstrata.node.slots import leases, reservations
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.slot import offsets_of_rows
 from kvstrata.tiers.memory import MemoryTier
@@ -267,7 +267,7 @@ def test_a_long_prefix_costs_its_writer_slices_only(monkeypatch: pytest.MonkeyPa
         request = p.Reserve(1, nodes.NAMESPACE, b"".join(KEYS), 38, 0, nodes.template())
         monkeypatch.setattr(p, "split", noting_split)
         monkeypatch.setattr(Index, "touch", noting_touch)
-        monkeypatch.setattr(answering, "offsets_of_rows", noting_rows)
+        monkeypatch.setattr(leases, "offsets_of_rows", noting_rows)
         reserved = await later(node.reserve(me, request))
         assert max(sizes["split"]) == 8
         assert sum(sizes["split"]) == 40

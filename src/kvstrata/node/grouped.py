@@ -1,4 +1,4 @@
-"""Matches of models with several kinds of layer groups: the longest boundary that has what it needs.
+"""Matches of models with several kinds of layer groups: the longest boundary that is whole.
 
 Full attention needs every chunk before a boundary, a window the last ones, a recurrent state the
 last one. So it is found out first how far the prompt goes on, then which boundary on that way is
@@ -31,6 +31,8 @@ from kvstrata.wire.namespaces import Described
 
 WALK_SLICE = 64
 """Chunks that one slice of a walk looks for."""
+CUTS = 8
+"""So often a boundary that cannot be had gives way to the next one below; then it goes by leaps."""
 
 
 class GroupMatcher(Matcher):
@@ -109,7 +111,7 @@ class GroupMatcher(Matcher):
         for one in stretches(bounds.needs, bounds.boundary):
             parts = bounds.parts_of(one)
             for number in range(one.start, one.stop):
-                if number % WALK_SLICE == 0:
+                if number % WALK_SLICE == WALK_SLICE - 1:
                     yield None
                 located = self.locate(search.keys[number], parts, search.orders or None)
                 tiers.append(p.ABSENT if located is None else located.tier)
@@ -148,7 +150,7 @@ class GroupMatcher(Matcher):
         if not bounds.full:
             bounds.end = len(search.keys)
         while bounds.end < len(search.keys):
-            if bounds.end % WALK_SLICE == 0:
+            if bounds.end % WALK_SLICE == WALK_SLICE - 1:
                 yield None
             if not self._has(search, search.keys[bounds.end], bounds.full):
                 return
@@ -182,7 +184,7 @@ class GroupMatcher(Matcher):
 
     def _settle(self, search: Search, bounds: Bounds) -> Work[None]:
         """Lease what the boundary needs, or a lower one that can be had, and is worth it."""
-        step, most = 1, bounds.end
+        cuts, most = 0, bounds.end
         while not search.client.ended:
             self._begin_again(search, bounds)
             yield from self._take(search, bounds)
@@ -193,8 +195,9 @@ class GroupMatcher(Matcher):
                 break
             if search.absent:
                 most = got
-            else:  # closely below is probably no room for what a boundary needs besides
-                most, step = max(0, got + 1 - step), 2 * step
+            else:
+                cuts += 1
+                most = max(0, got + 1 - (1 << max(0, cuts - CUTS)))
             yield from self._find_boundary(search, bounds, most)
         if (left := search.num_found - len(search.tiers)) > 0:
             self._counters.add("computed_chunks_total", left)
@@ -279,10 +282,11 @@ class GroupMatcher(Matcher):
             needed = set(bounds.parts_of(one)).difference(bounds.full)
             passed = set(bounds.parts).difference(needed, bounds.full)
             for start in range(one.start, one.stop, SLICE):
+                if start > one.start:
+                    yield None
                 keys = search.keys[start : min(start + SLICE, one.stop)]
                 self._host.index.note_needs(keys, needed, passed)
                 for backing in self._backings:
                     backing.note_needs(keys, needed, passed)
-                yield None
         if search.tiers:
             self.used(search.keys[len(search.tiers) - 1])

@@ -179,8 +179,8 @@ class NodeClient:
             heads: `kvstrata.heads.heads` of the prompt, so that a miss can be explained better.
             traceparent: of the span that waits for it, where the request is traced.
             tiers: names of those that may be loaded from, besides host memory; none: all.
-            needs: of each part, how many of the last chunks before the boundary that is answered are
-                needed; 0: every chunk. Empty: every chunk of each part.
+            needs: of each part, how many of the last chunks a boundary needs, 0: all; the longest
+                one is answered that has what it needs. Empty: all chunks of each part.
         """
         some = keys[: _most_keys(parts)]
         packed, tail = b"".join(some), tail if len(some) == len(keys) else ()

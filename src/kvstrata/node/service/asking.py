@@ -2,9 +2,8 @@
 
 A store that answers for many objects in one round trip is asked for all of them. One where each is
 a call of its own is asked for a few at once, and where the prompt ends there is found by galloping.
-That holds for full attention, whose chunks are stored head first. Of what only the last chunks before
-a boundary are needed of (windows, states) nothing follows from another: it is asked for backwards,
-until what a boundary needs was seen.
+That holds for full attention, whose chunks are stored head first. Of windows and states one says
+nothing of another: they are asked for backwards, until what a boundary needs was seen.
 """
 
 from __future__ import annotations

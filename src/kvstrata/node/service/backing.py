@@ -42,8 +42,8 @@ class Question(NamedTuple):
         parts: that make up a chunk.
         orders: that the reader reads, the one that it likes best first.
         peer: a node that the request names, which may be asked.
-        needs: of each part, how many of the last chunks a boundary needs, wherever that is; empty: all
-            chunks before it are needed.
+        needs: of each part, how many of the last chunks a boundary needs, wherever that is; empty:
+            all chunks before it.
     """
 
     namespace: bytes

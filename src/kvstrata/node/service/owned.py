@@ -363,8 +363,8 @@ class OwnedBacking(Singly):
         if nbytes > min(self.capacity_bytes, self.tier.limits.batch_bytes):
             return False
         while not self.index.claim(nbytes):
-            spare = self.index.spare()
-            if spare is not None:
+            victim: bytes | None
+            if (spare := self.index.spare()) is not None:
                 victim = spare[0]
                 for level in range(1 + len(self.coarser)):
                     self._removals.condemn(victim, at_level(spare[1], level), Cause.EVICTED)

@@ -1,7 +1,7 @@
-"""Which objects a boundary needs: of some parts every chunk before it, of others only the last ones.
+"""Which objects a boundary needs: of some parts every chunk before it, of others the last ones.
 
-A boundary is a place between two chunks, by the number of chunks before it. Full attention needs all
-of these, a window those that it reaches back to, a recurrent state the last one.
+A boundary is a place between two chunks, by the number of chunks before it. Full attention needs
+all of these, a window those that it reaches back to, a recurrent state the last one.
 """
 
 from __future__ import annotations

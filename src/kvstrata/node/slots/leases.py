@@ -19,8 +19,8 @@ class Lease:
     lie in host memory, in an order the client reads; ``failed`` says that the next will not come.
     It is ``whole`` once its match has ended, and nothing is added to it any more.
 
-    With a ``shape`` it is of what a boundary needs, ``width`` parts a chunk: of no use but as a whole.
-    Then whatever will not come makes it fail at once, and nothing of it counts as ready.
+    With a ``shape`` it is of what a boundary needs, ``width`` parts a chunk, and of use only whole:
+    whatever will not come makes it fail at once, and nothing of it counts as ready.
     """
 
     __slots__ = ("client", "failed", "id", "listeners", "orders", "ready", "rows", "shape", "whole",
