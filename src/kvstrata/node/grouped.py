@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from kvstrata.node.bounds import Bounds
 from kvstrata.node.common.planner import plan
 from kvstrata.node.common.slices import Work, in_slices
-from kvstrata.node.matching import SLICE, Matcher
+from kvstrata.node.matching import SLICE, SLICE_STARTS, Matcher
 from kvstrata.node.operating.explaining import Looked
 from kvstrata.node.searching import Search
 from kvstrata.node.service.backing import Backing, Question
@@ -268,9 +268,11 @@ class GroupMatcher(Matcher):
             if row.num_filling:
                 slots += [slot for slot in row.slots if self._movement.is_prepared(slot)]
         search.prepared = []
-        if slots:
-            load = search.load or self._load_of(search, slots[0].nbytes)
-            self._movement.start(load, slots, len(bounds.parts))
+        load = search.load or self._load_of(search, slots[0].nbytes if slots else 0)
+        for start in range(0, len(slots), SLICE_STARTS):
+            if start:
+                yield None
+            self._movement.start(load, slots[start : start + SLICE_STARTS], len(bounds.parts))
 
     def _note_uses(self, search: Search, bounds: Bounds) -> Work[None]:
         # Tails before heads: what is used last is evicted last.
