@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import signal
 import socket
 import ssl
@@ -24,6 +23,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from kvstrata import descriptors
 from kvstrata.config import Config, load_config
 from kvstrata.config.api import ApiConfig
 from kvstrata.control import app as application
@@ -87,7 +87,7 @@ def serve(
         options.load()
     except (OSError, ssl.SSLError) as error:
         raise ConfigError("api.tls_certificate", f"cannot be used: {error}") from error
-    _allow_files(MAX_CONNECTIONS + OTHER_FILES)
+    descriptors.allow(MAX_CONNECTIONS + OTHER_FILES)
     server = Server(options)
     with _listening(config.api) as (listener, url):
         uvloop.run(_run(server, listener, lambda: on_ready(url), ended))
@@ -154,15 +154,6 @@ def _listening(config: ApiConfig) -> Iterator[tuple[socket.socket, str]]:
     finally:
         listener.close()
         where.unlink(missing_ok=True)
-
-
-def _allow_files(wanted: int) -> None:
-    """Raise the soft limit of descriptors to what the hard one allows of it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def _main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import aiohttp
 from yarl import URL
@@ -13,6 +13,7 @@ from kvstrata.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+AUTHORIZATION = "Authorization"
 CHECK_EVERY_S = 1.0
 CHECK_TIMEOUT_S = 10.0
 """A busy engine may answer late; one that is dead refuses at once."""
@@ -45,6 +46,11 @@ class Engine:
         self.silent = asyncio.Event()
         """Set while it does not answer in time, though it lets one connect: what it was asked is
         not answered either."""
+
+    def headers(self, given: Mapping[str, str]) -> dict[str, str]:
+        """A client's, for it: where its URL has a password, that is who asks."""
+        known = self.url.user is not None or self.url.password is not None
+        return {name: given[name] for name in given if not (known and name == AUTHORIZATION)}
 
     def failed(self, why: str) -> None:
         """It cannot be used for now; its restarted self may have another node."""
@@ -100,7 +106,9 @@ async def _watch(engine: Engine, session: aiohttp.ClientSession) -> None:
 async def _check(engine: Engine, session: aiohttp.ClientSession) -> None:
     timeout = aiohttp.ClientTimeout(total=CHECK_TIMEOUT_S)
     try:
-        async with session.get(engine.url / "health", timeout=timeout) as response:
+        async with session.get(
+            engine.url / "health", timeout=timeout, allow_redirects=False
+        ) as response:
             status = response.status
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
         if isinstance(error, asyncio.TimeoutError):

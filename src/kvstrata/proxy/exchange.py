@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -19,6 +20,8 @@ NOT_FOR_PREFILL = (
 )  # fmt: skip
 """Fields that say how to answer, and nothing about the prompt."""
 CONNECT_S = 5.0
+SILENT_S = 600.0
+"""Between two pieces of an answer: for an engine to make one, and for a client to take it."""
 
 
 class EngineFailed(Exception):
@@ -62,11 +65,17 @@ class Answer:
         """All of it.
 
         Raises:
-            EngineFailed: the engine was lost in the middle.
+            EngineFailed: the engine was lost, or fell silent, in the middle.
         """
         yield self._first
+        content = self._response.content
+        late = aiohttp.ServerTimeoutError(f"silent for {SILENT_S:g} s in the middle of an answer")
         try:
-            async for piece in self._response.content.iter_any():
+            while True:
+                with within(SILENT_S, lambda: content.set_exception(late)):
+                    piece = await content.readany()
+                if not piece:
+                    return
                 yield piece
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             raise _failed(self.engine, error) from error
@@ -182,16 +191,38 @@ class Exchange:
         return self._body.get("kv_transfer_params")
 
     async def _open(self, engine: Engine, body: Mapping[str, Any]) -> Answer:
-        """Send a body to an engine; returns once the first piece of its answer is here."""
+        """Send a body to an engine; returns once the first piece of its answer is here.
+
+        Raises:
+            EngineFailed: it is of no use, or falls silent before.
+        """
+        opening = asyncio.ensure_future(self._opened(engine, body))
+        silent = asyncio.ensure_future(engine.silent.wait())
+        try:
+            await asyncio.wait({opening, silent}, return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                raise EngineFailed(engine, "it is silent")
+        except BaseException:
+            opening.cancel()
+            await asyncio.wait({opening})
+            if not opening.cancelled() and opening.exception() is None:
+                opening.result().close()
+            raise
+        finally:
+            silent.cancel()
+        return opening.result()
+
+    async def _opened(self, engine: Engine, body: Mapping[str, Any]) -> Answer:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
         response = None
         try:
             response = await self._session.post(
-                engine.url.with_path(self._path), json=body, headers=self._headers, timeout=timeout
-            )
+                engine.url.with_path(self._path), json=body, timeout=timeout,
+                headers=engine.headers(self._headers), allow_redirects=False,
+            )  # fmt: skip
             streams = body.get("stream") is True and response.status == 200
             first = await (response.content.readany() if streams else response.read())
-            if response.status >= 500:
+            if response.status >= 500 or 300 <= response.status < 400:
                 raise EngineFailed(engine, f"status {response.status}")
             if not first:
                 raise EngineFailed(engine, "it answers nothing")
@@ -204,6 +235,16 @@ class Exchange:
                 response.close()
             raise
         return Answer(engine, response, first)
+
+
+@contextmanager
+def within(seconds: float, late: Callable[[], object]) -> Iterator[None]:
+    """Do something, and this if it takes longer."""
+    timer = asyncio.get_running_loop().call_later(seconds, late)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _failed(engine: Engine, error: Exception) -> EngineFailed:

@@ -36,7 +36,9 @@ async def watch_queues(
 async def _ask(engine: Engine, session: aiohttp.ClientSession) -> int | None:
     timeout = aiohttp.ClientTimeout(total=LOOK_TIMEOUT_S)
     try:
-        async with session.get(engine.url / "metrics", timeout=timeout) as response:
+        async with session.get(
+            engine.url / "metrics", timeout=timeout, allow_redirects=False
+        ) as response:
             if response.status != 200:
                 return None
             text = bytearray()

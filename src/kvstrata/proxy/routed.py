@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -54,7 +53,7 @@ class Routed(Way):
             engine = self._by_name[choice.node]
             running = self.loads.begin(choice.node, prompt.num_tokens - choice.hit_tokens)
             try:
-                answer = await _unless_silent(exchange, engine)
+                answer = await exchange.whole(engine)
             except EngineFailed as error:
                 self.loads.end(running)
                 logger.warning("a request goes on elsewhere: %s", error)
@@ -85,26 +84,3 @@ class Routed(Way):
             load = self.loads.of(name)
             lines.append(f'kvstrata_proxy_engine_load_tokens{{engine="{name}"}} {load:.0f}')
         return lines
-
-
-async def _unless_silent(exchange: Exchange, engine: Engine) -> Answer:
-    """The beginning of an engine's answer, unless it falls silent before.
-
-    Raises:
-        EngineFailed: it does, or is of no use.
-    """
-    opening = asyncio.ensure_future(exchange.whole(engine))
-    silent = asyncio.ensure_future(engine.silent.wait())
-    try:
-        await asyncio.wait({opening, silent}, return_when=asyncio.FIRST_COMPLETED)
-        if not opening.done():
-            raise EngineFailed(engine, "it is silent")
-    except BaseException:
-        opening.cancel()
-        await asyncio.wait({opening})
-        if not opening.cancelled() and opening.exception() is None:
-            opening.result().close()
-        raise
-    finally:
-        silent.cancel()
-    return opening.result()

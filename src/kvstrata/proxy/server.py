@@ -8,22 +8,29 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
-from kvstrata.proxy.engines import CHECK_TIMEOUT_S, watch
-from kvstrata.proxy.exchange import Answer, EngineFailed, Exchange
+from kvstrata import descriptors
+from kvstrata.proxy.bodies import Bodies, NotTaken
+from kvstrata.proxy.engines import AUTHORIZATION, CHECK_TIMEOUT_S, watch
+from kvstrata.proxy.exchange import SILENT_S, Answer, EngineFailed, Exchange, within
 from kvstrata.proxy.way import Way
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
 RETRY_AFTER_S = 1
-UNREADABLE = (ValueError, LookupError, RecursionError, web.RequestPayloadError)
-"""What comes of bodies that are no JSON: of its words, charset, nesting, compression."""
-FORWARDED = ("Authorization", "X-Request-Id", "X-Session-Id", "traceparent", "tracestate")
+IDLE_S = 75.0
+"""How long a connection may stand without a request."""
+MAX_FILES = 1 << 16
+"""Descriptors, two for each request under way."""
+KINDS = {400: "BadRequestError", 503: "ServiceUnavailableError"}
+"""What vLLM calls its errors; others have the words of their status."""
+FORWARDED = (AUTHORIZATION, "X-Request-Id", "X-Session-Id", "traceparent", "tracestate")
 """Headers of a client's that engines get."""
 
 
@@ -37,11 +44,12 @@ class Proxy:
     def __init__(self, way: Way) -> None:
         self.way = way
         self.outcomes: Counter[str] = Counter()
+        self.bodies = Bodies()
         self._session: aiohttp.ClientSession
 
     def app(self) -> web.Application:
         """What an HTTP server runs."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app = web.Application()
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_get("/v1/models", self._models)
@@ -52,7 +60,9 @@ class Proxy:
 
     async def _life(self, app: web.Application) -> AsyncIterator[None]:
         connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector) as self._session:
+        # What an engine sets for one client is not for the next one.
+        cookies = aiohttp.DummyCookieJar()
+        async with aiohttp.ClientSession(connector=connector, cookie_jar=cookies) as self._session:
             watching = {
                 asyncio.ensure_future(watch(self.way.engines, self._session)),
                 asyncio.ensure_future(self.way.look(self._session)),
@@ -64,18 +74,9 @@ class Proxy:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         try:
-            body = await request.json()
-        except UNREADABLE as error:
-            return self._refuse(400, f"the body is no JSON: {error}")
-        if not isinstance(body, dict):
-            return self._refuse(400, "the body is no JSON object")
-        headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
-        if not all(value.isascii() and value.isprintable() for value in headers.values()):
-            return self._refuse(400, "a header is no printable ASCII")
-        headers.setdefault("X-Request-Id", uuid.uuid4().hex)
-        exchange = Exchange(self._session, request.path, body, headers)
-        try:
-            answer, how = await self.way.answer(exchange)
+            answer, how = await self._begin(request)
+        except NotTaken as error:
+            return self._refuse(error.status, str(error))
         except EngineFailed as error:
             logger.error("a request fails: %s", error)
             return self._refuse(503, "no engine could answer; try again")
@@ -83,13 +84,18 @@ class Proxy:
             return self._refuse(400, "the body is nested too deeply")
         try:
             self.outcomes[how if answer.status < 400 else "refused"] += 1
-            return await self._relay(request, exchange, answer)
+            return await self._relay(request, answer)
         finally:
             answer.close()
 
-    async def _relay(
-        self, request: web.Request, exchange: Exchange, answer: Answer
-    ) -> web.StreamResponse:
+    async def _begin(self, request: web.Request) -> tuple[Answer, str]:
+        """The beginning of an answer: once it is there the request's body is needed no more."""
+        headers = _forwarded(request)
+        headers.setdefault("X-Request-Id", uuid.uuid4().hex)
+        async with self.bodies.of(request) as body:
+            return await self.way.answer(Exchange(self._session, request.path, body, headers))
+
+    async def _relay(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         """Pass an answer on as it comes; one that breaks off ends with an error of its own."""
         response = web.StreamResponse(
             status=answer.status, headers={"Content-Type": answer.content_type}
@@ -97,22 +103,32 @@ class Proxy:
         await response.prepare(request)
         try:
             async for piece in answer.pieces():
-                await response.write(piece)
+                with _patience(request):
+                    await response.write(piece)
         except EngineFailed as error:
             logger.error("an answer breaks off: %s", error)
             self.outcomes["broken off"] += 1
             event = {"error": _error(503, "the engine was lost in the middle; try again")}
             # The engine may have been lost within an event: that one ends here.
-            await response.write(f"\n\ndata: {json.dumps(event)}\n\n".encode())
-        await response.write_eof()
+            with _patience(request):
+                await response.write(f"\n\ndata: {json.dumps(event)}\n\n".encode())
+        with _patience(request):
+            await response.write_eof()
         return response
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         timeout = aiohttp.ClientTimeout(total=CHECK_TIMEOUT_S)
+        try:
+            headers = _forwarded(request)
+        except NotTaken as error:
+            return self._refuse(error.status, str(error))
         for engine in sorted(self.way.engines, key=lambda engine: not engine.up):
             try:
                 async with self._session.get(
-                    engine.url / "v1" / "models", timeout=timeout
+                    engine.url / "v1" / "models",
+                    timeout=timeout,
+                    headers=engine.headers(headers),
+                    allow_redirects=False,
                 ) as response:
                     return web.Response(
                         body=await response.read(),
@@ -146,9 +162,32 @@ class Proxy:
         return web.json_response({"error": _error(status, why)}, status=status, headers=headers)
 
 
+def _forwarded(request: web.Request) -> dict[str, str]:
+    """Headers of a client's for engines.
+
+    Raises:
+        NotTaken: one is nothing that can be passed on.
+    """
+    found = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+    if not all(value.isascii() and value.isprintable() for value in found.values()):
+        raise NotTaken(400, "a header is no printable ASCII")
+    return found
+
+
+def _patience(request: web.Request) -> AbstractContextManager[None]:
+    """Hang up on a client that takes nothing for long."""
+
+    def hang_up() -> None:
+        if request.transport is not None:
+            request.transport.abort()
+
+    return within(SILENT_S, hang_up)
+
+
 def _error(status: int, why: str) -> dict[str, Any]:
-    kind = "engine_failed" if status >= 500 else "invalid_request_error"
-    return {"message": why, "type": kind, "code": status}
+    """As vLLM says it."""
+    kind = KINDS.get(status) or HTTPStatus(status).phrase
+    return {"message": why, "type": kind, "param": None, "code": status}
 
 
 async def serve(proxy: Proxy, host: str, port: int) -> web.AppRunner:
@@ -157,7 +196,10 @@ async def serve(proxy: Proxy, host: str, port: int) -> web.AppRunner:
     Raises:
         OSError: one cannot listen there.
     """
-    runner = web.AppRunner(proxy.app(), handler_cancellation=True, access_log=None)
+    descriptors.allow(MAX_FILES)
+    runner = web.AppRunner(
+        proxy.app(), handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_S
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()
