@@ -11,36 +11,60 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from benchmarks.common import Options, Row, disk_folder, expect, main, say
-from benchmarks.soak.driving import Documents, Driver, Engine, Operator, Settings
+from benchmarks.soak.documents import Documents, tokens_of
+from benchmarks.soak.driving import Driver, Engine, Settings
+from benchmarks.soak.operating import Operator, scrubbed
+from benchmarks.soak.serving import EVERY_S as CHECK_EVERY_S
 
+from kvstrata.cli.counting import total
 from kvstrata.config import load_config
+from kvstrata.control.client import Client
 from kvstrata.testing.engine import engine_environment
+from kvstrata.wire.client import NodeClient
 from kvstrata.wire.launch import connect
 
 NAME = "soak"
 SECONDS, QUICK_SECONDS = 3600, 60
-ENGINES, OPERATORS = 3, 2
+TENANTS = ("a", "a", "b")
+"""Of each engine."""
+OPERATORS = 2
 EVERY_S = 5.0
+REST_S = 60.0
 MOST = 1.05
+MORE_THREADS = 8
+"""Pools of threads grow as far as calls coincide, which may come late."""
+NEVER = ("bugs_total", "corrupt_objects_total", "disconnects_total", "incompatible_objects_total")
 
 
 class Held(NamedTuple):
-    """What a process holds: MiB of memory of its own, and descriptors."""
+    """What a process holds: MiB of memory of its own, descriptors, threads, children."""
 
     mib: float
     files: int
+    threads: int
+    children: int
 
     @classmethod
     def by(cls, pid: int) -> Held:
         status = Path(f"/proc/{pid}/status").read_text()
         resident = int(status.partition("RssAnon:")[2].split()[0])
-        return cls(resident / 1024, len(os.listdir(f"/proc/{pid}/fd")))
+        threads = int(status.partition("Threads:")[2].split()[0])
+        return cls(resident / 1024, len(os.listdir(f"/proc/{pid}/fd")), threads, len(children(pid)))
+
+
+class Seen(NamedTuple):
+    """At one moment: what both processes hold, and what engines asked and loaded so far."""
+
+    node: Held
+    api: Held
+    asked: int
+    loaded: int
 
 
 class Told:
@@ -84,7 +108,29 @@ def serving(settings: Settings) -> Iterator[tuple[subprocess.Popen[str], Told]]:
 
 def children(pid: int) -> list[int]:
     """The processes that a process started."""
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # that thread has ended
+            found += [int(one) for one in (task / "children").read_text().split()]
+    return found
+
+
+def api_of(pid: int) -> int:
+    """The process of a node's API."""
+    (found,) = [
+        child
+        for child in children(pid)
+        if b"kvstrata.control.run" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+    return found
+
+
+def until(true: Callable[[], bool], message: str) -> None:
+    """Wait for something that has to come to be."""
+    end = time.monotonic() + REST_S
+    while not true():
+        expect(time.monotonic() < end, message)
+        time.sleep(0.2)
 
 
 def measure(options: Options) -> list[Row]:
@@ -106,61 +152,116 @@ def measure(options: Options) -> list[Row]:
         process, told = ends.enter_context(serving(settings))
         client = connect(load_config(environ={}, overrides=settings))
         ends.callback(client.close)
-        documents = Documents(client.hello.secret, options.seed)
-        (api,) = children(process.pid)
+        tokens = tokens_of(options.seed)
+        tenants = {name: Documents(client.hello.secret, tokens, name) for name in set(TENANTS)}
+        api = api_of(process.pid)
         ending = threading.Event()
-        drivers: list[Driver] = [
-            *(Engine(settings, documents, 1 + number, ending) for number in range(ENGINES)),
-            *(Operator(told.url, documents, number, ending) for number in range(OPERATORS)),
+        engines = [
+            Engine(settings, tenants[tenant], number, ending)
+            for number, tenant in enumerate(TENANTS, 1)
         ]
+        operators = [
+            Operator(told.url, list(tenants.values()), number, ending)
+            for number in range(OPERATORS)
+        ]
+        drivers: list[Driver] = [*engines, *operators]
         for one in drivers:
             one.start()
-        seen: list[tuple[Held, Held]] = []
+        seen: list[Seen] = []
         end = time.monotonic() + seconds
         while time.monotonic() < end and not ending.wait(EVERY_S):
             expect(process.poll() is None, "the node ended: a law is broken, or a bug was hit")
-            seen.append((Held.by(process.pid), Held.by(api)))
+            expect(api in children(process.pid), "the API ended")
+            asked = sum(engine.asked for engine in engines)
+            loaded = sum(engine.came.total() for engine in engines)
+            seen.append(Seen(Held.by(process.pid), Held.by(api), asked, loaded))
             if len(seen) % 60 == 0:
-                say(f"{len(seen) * EVERY_S:.0f} s: node {seen[-1][0]}, API {seen[-1][1]}")
+                say(f"{len(seen) * EVERY_S:.0f} s: node {seen[-1].node}, API {seen[-1].api}")
         ending.set()
         for one in drivers:
             one.join(120.0)
             expect(not one.is_alive() and not one.wrong, one.wrong or f"{one.name} hangs")
-        counters = client.status()["counters"]
-        expect(process.poll() is None, "the node ended")
-        bugs = [name for name in counters if name.startswith("bugs_")]
-        expect(not bugs, f"bugs were hit: {bugs}")
-        done, refused = Counter[str](), Counter[str]()
+        done, refused, came = Counter[str](), Counter[str](), Counter[str]()
         for one in drivers:
             done += one.done
             refused += one.refused
+        for engine in engines:
+            came += engine.came
         say(f"done: {dict(done.most_common())}")
+        say(f"loaded and compared: {dict(came)}")
         say(f"refused: {dict(refused.most_common(12))}")
-        return rows(seen, done, told.num_checks)
+        never = [name for name in ("left", "killed", *operators[0].verbs) if not done[name]]
+        expect(not never, f"what was never done: {never}")
+        at_rest(client, told.url, settings, tenants["b"])
+        expect(process.poll() is None, "the node ended")
+        return rows(seen, done, came, told.num_checks * CHECK_EVERY_S / seconds)
 
 
-def rows(seen: list[tuple[Held, Held]], done: Counter[str], num_checks: int) -> list[Row]:
+def at_rest(client: NodeClient, url: str, settings: Settings, documents: Documents) -> None:
+    """Nothing is left of whoever has gone, all that is held is whole, and there is room again."""
+
+    def state() -> dict[str, Any]:
+        return client.status()
+
+    until(
+        lambda: not state()["leases"]["count"] and not state()["leases"]["reservations"],
+        "leases or reservations of those who have gone are left",
+    )
+    with Client(url) as operator:
+        until(lambda: all(job.state != "running" for job in operator.jobs().jobs), "a job hangs")
+        operator.undrain()
+        operator.flush()
+        for tier in ("host", "disk"):
+            say(f"{scrubbed(operator, tier)} objects in {tier} are whole")
+        operator.clear(everything=True)
+    until(lambda: state()["host"]["num_chunks"] == 0, "chunks are left after a clear of everything")
+    engine = Engine(settings, documents, 99, threading.Event())
+    try:
+        longest = max(range(len(documents.keys)), key=lambda number: len(documents.keys[number]))
+        for _ in range(2):
+            engine.prompt(longest)
+        expect(engine.came["host"] > 0, "what was stored at the end did not come back")
+    finally:
+        engine.close()
+    counters = state()["counters"]
+    found = {name: total(counters, name) for name in NEVER if total(counters, name)}
+    expect(not found, f"what must never be counted: {found}")
+
+
+def rows(seen: Sequence[Seen], done: Counter[str], came: Counter[str], checked: float) -> list[Row]:
     """What was seen as rows: the last quarter beside the second one."""
     quarter = len(seen) // 4
+    early, late = seen[quarter : 2 * quarter], seen[3 * quarter :]
     found = []
-    for who, held in (
-        ("the node", [one for one, _ in seen]),
-        ("the API", [one for _, one in seen]),
-    ):
-        early, late = held[quarter : 2 * quarter], held[3 * quarter :]
-        mib, mib_late = (float(np.median([one.mib for one in some])) for some in (early, late))
-        files, files_late = (min(one.files for one in some) for some in (early, late))
+    for who in ("node", "api"):
+        before, after = ([getattr(one, who) for one in some] for some in (early, late))
+        mib, mib_late = (float(np.median([one.mib for one in some])) for some in (before, after))
         detail = f"{mib:.1f} MiB in the second quarter, {mib_late:.1f} MiB in the last"
         found.append(Row(NAME, f"memory of {who}, last quarter / second", mib_late / mib, MOST,
                          detail=detail))  # fmt: skip
-        detail = f"{files} in the second quarter, {files_late} in the last"
-        found.append(Row(NAME, f"descriptors of {who}, more", files_late - files, 0, detail=detail))
-    detail = f"{done['prompts']} prompts, {done.total() - done['prompts']} other things"
-    found.append(
-        Row(NAME, "checks of the node's laws that held", num_checks, 1, at_most=False,
-            detail=detail)
-    )  # fmt: skip
+        for what, most in (("files", 0), ("threads", MORE_THREADS), ("children", 0)):
+            first, last = (min(getattr(one, what) for one in some) for some in (before, after))
+            name = "descriptors" if what == "files" else what
+            detail = f"{first} in the second quarter, {last} in the last"
+            found.append(Row(NAME, f"{name} of {who}, more", last - first, most, detail=detail))
+    share, share_late = hits(early), hits(late)
+    compared = f"{share:.2f} in the second quarter, {share_late:.2f} in the last"
+    others = f"{done['prompts']} prompts, {done.total() - done['prompts']} other things"
+    found += [
+        Row(NAME, "hits of what was asked, last quarter / second",
+            share_late / share if share else float("nan"), 0.5, at_most=False, detail=compared),
+        *(Row(NAME, f"chunks from {tier} that were compared", came[tier], 1, at_most=False)
+          for tier in ("host", "disk")),
+        Row(NAME, "checks of the node's laws that held, of those that were due", checked, 0.5,
+            at_most=False, detail=others),
+    ]  # fmt: skip
     return found
+
+
+def hits(seen: Sequence[Seen]) -> float:
+    """Share of the chunks that were asked for within this time and came."""
+    first, last = seen[0], seen[-1]
+    return (last.loaded - first.loaded) / max(1, last.asked - first.asked)
 
 
 if __name__ == "__main__":

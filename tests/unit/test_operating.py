@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.support.nodes import (
     NAMESPACE,
     ORDER,
+    OTHER,
     RAW,
     SLOT,
     GatedTier,
@@ -254,6 +255,43 @@ class TestScrub:
             await done(node, o.Scrub(1, tier))
 
         on_node(test, tier=faulty)
+
+    @pytest.mark.parametrize("what", ["cleared", "replaced"])
+    def test_what_goes_meanwhile_is_not_bad(self, what: str) -> None:
+        tier, keys = GatedTier(), chunk_keys(1)
+
+        async def test(node: Node) -> None:
+            store_small(node, ME, keys)
+            await flush(node, ME)
+            tier.shut("read")
+            scrub = await begun(node, o.Scrub(1, "memory"))
+            await until(lambda: tier.waiting > 0)
+            clearing: Awaitable[object] = asyncio.ensure_future(asyncio.sleep(0))
+            if what == "cleared":
+                clearing = asyncio.ensure_future(clear(node, ME, keys))
+                await until(lambda: not len(owned(node).index))
+            else:  # by a larger one, which is read in vain into the room of the one before
+                store_small(node, ME, keys, order=OTHER, nbytes=2 * RAW)
+                await until(lambda: owned(node).find(keys[0], 0, [OTHER]) is not None)
+            tier.open()
+            await clearing
+            job = await ended(node, scrub)
+            assert (job.state, job.failed, job.troubles) == ("done", 0, [])
+
+        on_node(test, tier=tier)
+
+    def test_what_is_lost_is_bad(self) -> None:
+        tier, keys = MemoryTier(), chunk_keys(3)
+
+        async def test(node: Node) -> None:
+            store_small(node, ME, keys)
+            await flush(node, ME)
+            tier.delete([identity(keys[1], 0)])
+            job = await ended(node, await begun(node, o.Scrub(1, "memory")))
+            assert (job.failed, len(job.troubles)) == (1, 1)
+            assert identity(keys[1], 0).hex() in job.troubles[0]
+
+        on_node(test, tier=tier)
 
 
 class TestInspect:

@@ -108,12 +108,13 @@ class Looker:
         if backing is None:
             slot = self._places.host.get(key, part)
             seen = await self._look_in_host(key, part)
-            nbytes, good = seen.nbytes, not seen.problem
-            if slot is not None and not good and self._places.host.get(key, part) is slot:
+            nbytes = seen.nbytes
+            good = not seen.problem or self._places.host.get(key, part) is not slot
+            if slot is not None and not good:
                 self._places.host.drop_object(key, part, Cause.CORRUPT)
         else:
             nbytes = backing.find(key, part, None) or 0
-            good = not nbytes or await backing.verify(key, part, nbytes)
+            good = not nbytes or await backing.verify(key, part, nbytes) is not False
         job.done += 1
         job.nbytes += nbytes
         if nbytes and not good:

@@ -157,21 +157,6 @@ class Carrier(Backing):
         except TierUnavailable as error:
             self.trip(error)
 
-    async def verify(self, key: bytes, part: int, nbytes: int) -> bool:
-        """Read one object as it is stored; whether it is good. Nobody waits for it."""
-        name, stored_as = identity(key, part), self._name(key, part)
-
-        def work() -> Read:
-            if stored_as is None:
-                return Read(Outcome.MISS)
-            with self._scratch.buffer(nbytes) as stored:
-                length = self._ask(stored_as, stored)  # alone, so it says nothing of the link
-                if isinstance(length, Outcome):
-                    return Read(length)
-                return Read(HIT, self._checked(stored[:length], name), length)
-
-        return await self._judge(key, part, lambda: self._calls.call("check", work)) is not None
-
     def _restored(self, data: memoryview, name: bytes, into: memoryview) -> Read:
         begun = time.perf_counter()
         header = restored_object(data, name, into, self._keys, self._scratch)

@@ -383,6 +383,9 @@ class OwnedBacking(Singly):
     def _seen(self, key: bytes, part: int) -> int | None:
         return self.index.get(key, part)
 
+    def _stands(self, key: bytes, part: int, seen: Any) -> bool:
+        return same_object(self.index.get(key, part), seen)
+
     def _reject(self, key: bytes, part: int, seen: Any) -> None:
         self._take_out(key, part, seen, Cause.CORRUPT, lambda ids: self.tier.reject(ids))
 

@@ -26,7 +26,7 @@ async def scrub(backing: OwnedBacking) -> None:
                     all_read = all_read and backing.index.get(key, part) is None
                 else:
                     known = await backing.verify(key, part, nbytes)
-                    all_read = all_read and (known or backing.index.get(key, part) is None)
+                    all_read = all_read and (bool(known) or backing.index.get(key, part) is None)
                     await asyncio.sleep(nbytes / (backing.scrub_bytes_per_s or nbytes))
         under_way = set(backing.under_way)
         await asyncio.sleep(IDLE_S)

@@ -59,6 +59,40 @@ class Singly(Carrier):
         """What tells the object that is there now from all others of its name."""
         return self._seen(key, part)
 
+    async def verify(self, key: bytes, part: int, nbytes: int) -> bool | None:
+        """Read one object as it is stored; whether it is good. Nobody waits for it.
+
+        None: it went meanwhile or was cleared, or the tier cannot be read.
+        """
+        name, stored_as = identity(key, part), self._name(key, part)
+        seen, bad = self._seen(key, part), False
+
+        def work() -> Read:
+            if stored_as is None:
+                return Read(Outcome.MISS)
+            with self._scratch.buffer(nbytes) as stored:
+                length = self._ask(stored_as, stored)  # alone, so it says nothing of the link
+                if isinstance(length, Outcome):
+                    return Read(length)
+                return Read(Outcome.HIT, self._checked(stored[:length], name), length)
+
+        async def read() -> Read:
+            nonlocal bad
+            try:
+                found = await self._calls.call("check", work)
+            except (CorruptObject, Incompatible):
+                bad = self._stands(key, part, seen)
+                raise
+            bad = found.header is None and self._stands(key, part, seen)
+            return found
+
+        good = await self._judge(key, part, read) is not None
+        return good or (False if bad else None)
+
+    def _stands(self, key: bytes, part: int, seen: object) -> bool:
+        """Whether that object is still there."""
+        return self._seen(key, part) == seen
+
     async def take(self, key: bytes, part: int, most_bytes: int) -> Taken | None:
         """Read one object as it is raw, verified; None when it cannot be had, which is counted.
 
