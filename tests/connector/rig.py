@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -99,8 +99,6 @@ class Rig:
         with_node: whether there is a node at all.
         make_node: builds the node, `Node.create` if None.
         events: how vLLM publishes its KV events.
-        ends: when a step of a worker ends: `at once`; `late`, as where a model drafts, so that its
-            results are taken before; or `never`, as in the first ranks of a pipeline then.
     """
 
     def __init__(
@@ -115,7 +113,6 @@ class Rig:
         with_node: bool = True,
         make_node: Callable[[Config], Node] | None = None,
         events: KVEventsConfig | None = None,
-        ends: Literal["at once", "late", "never"] = "at once",
         **scheduling: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +140,6 @@ class Rig:
         self.vllm_config = vllm_config(self.extra, num_blocks, **scheduling)
         self.vllm_config.kv_events_config = events
         self.ranks = ranks
-        self._ends = ends
         self.vllm_config.parallel_config.world_size = ranks
         caches = kv_cache_config(num_blocks)
         make = AsyncScheduler if pipelined else Scheduler
@@ -416,13 +412,10 @@ class Rig:
         answers = [self._compute(memory, name, output, worker._invalid) for name in names]
         if not output.has_sync_kv_loads:
             worker.load_sync()
-        if self._ends == "at once":
-            worker.after_forward()
+        worker.after_forward()
         result.finished_recving, result.failed_recving = worker.loads_ended()
         result.invalid_block_ids = worker.invalid_blocks()
         result.kv_connector_worker_meta = worker.report()
-        if self._ends == "late":
-            worker.after_forward()
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: i for i, name in enumerate(names)},

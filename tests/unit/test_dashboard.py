@@ -14,6 +14,8 @@ from playwright.sync_api import Browser, expect
 from tests.support.apis import CHUNK, Engine, Rig
 from tests.support.browsers import CHROMIUM, LOOK_MS, Look, chromium
 
+from kvstrata.wire.operator import Operator
+
 MARKUP = "<img src=x onerror=document.title=1>"
 
 expect.set_options(timeout=LOOK_MS)
@@ -76,6 +78,31 @@ def test_what_it_shows(browser: Browser, rig: Rig, options: dict[str, Any]) -> N
     violations = found.response["violations"]
     serious = [one for one in violations if one["impact"] in ("serious", "critical")]
     assert not serious, found.generate_report()
+    assert page.title() == "KVStrata"
+    assert not look.wrong
+    page.close()
+
+
+def test_what_clients_say_is_text_whatever_it_is(browser: Browser, rig: Rig) -> None:
+    with rig.engine() as engine:
+        engine.tell(name=MARKUP)
+        keys = engine.store(list(range(2 * CHUNK)))
+        owner = bytes.fromhex(engine.owner_of(keys[0]))
+        Operator(engine.client).pin(keys, owner, MARKUP, 60.0)
+        engine.client.record({
+            "request": MARKUP, "outcome": MARKUP, "prompt_tokens": MARKUP, "load_s": [MARKUP],
+            "loaded_tokens": float("nan"), "local_tokens": {MARKUP: MARKUP}, MARKUP: None,
+            "reasons": [{"why": "capped", "tokens": 3, "tier": MARKUP, "detail": MARKUP}],
+        })  # fmt: skip
+    look = Look(browser, rig.url)
+    page = look.page
+    expect(page.locator("#pins code")).to_have_text(MARKUP)
+    expect(page.locator("#requests summary")).to_contain_text(MARKUP)
+    expect(page.locator("#state")).to_have_text("all is well")
+    page.locator("#requests summary").click()
+    expect(page.locator("#requests .reasons")).to_contain_text(MARKUP)
+    page.locator("#order").select_option("slowest")
+    assert page.locator("img").count() == 0
     assert page.title() == "KVStrata"
     assert not look.wrong
     page.close()

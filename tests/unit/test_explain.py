@@ -115,6 +115,13 @@ def test_a_request(serving: Serving, command: Any) -> None:
     assert json.loads(out)["record"]["reasons"][0] == evicted
 
 
+def test_a_record_of_no_numbers(serving: Serving, command: Any) -> None:
+    serving.client.record({"request": "a", "prompt_tokens": "many", "local_tokens": [], "x": None})
+    status, out, _ = command("explain", "a", serving.node)
+    assert status == 0
+    assert out.startswith("request a: 0 prompt tokens, of them 0 from")
+
+
 def test_a_request_that_nobody_knows(serving: Serving, command: Any) -> None:
     serving.records("one")
     status, out, err = command("explain", "another", serving.node)

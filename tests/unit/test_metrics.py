@@ -30,10 +30,10 @@ from tests.support.nodes import (
 )
 
 from kvstrata.node.node import Node
-from kvstrata.node.operating.requests import MOST
 from kvstrata.node.slots.clients import Client
 from kvstrata.observe.catalogue import ENGINE, GROUPS, NODE, NODE_PREFIX, Kind, by_name
 from kvstrata.observe.counters import Counters
+from kvstrata.observe.records import MOST
 from kvstrata.observe.rendering import render
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import operating as o

@@ -41,6 +41,8 @@ def test_one_look(rig: Rig) -> None:
             "loaded_tokens": 35, "tier_tokens": {"host": 35}, "seconds": 1.5,
             "reasons": [{"why": "evicted", "tokens": 35}],
         })  # fmt: skip
+        for number, seconds in enumerate(("slow", -1, [2], float("nan"))):
+            engine.client.record({"request": f"odd-{number}", "seconds": seconds})
         engine.client.status()
     arguments = [f"--set={name}={value}" for name, value in rig.options.items()]
     found = CliRunner().invoke(build_app(), ["top", "--once", *arguments])
@@ -49,6 +51,7 @@ def test_one_look(rig: Rig) -> None:
     assert "50% hit since it started" in words
     for expected in ("host 48KiB 16MiB", "KiB 64MiB", "cmpl-1 1.50 80 35 evicted"):
         assert expected in words, found.output
+    assert "odd" not in words
     prefixes = words.partition("begins with")[2]
     assert " 4 " in prefixes.partition("slowest")[0]
 

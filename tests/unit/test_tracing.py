@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from tests.support.nodes import NAMESPACE, ORDER, RAW, at_once, chunk_keys, template, until, write
 from tests.support.real_nodes import on_real_node
-from tests.support.traces import Traced
+from tests.support.traces import Collector, Traced, collecting
 
 from kvstrata.errors import ConfigError, UsageError
 from kvstrata.node.node import Node
@@ -183,48 +180,10 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 # a collector
 
 
-class Collector(ThreadingHTTPServer):
-    """Takes spans by OTLP, as a collector does."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Receiver)
-        self.spans: list[tuple[str, str, Any]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1/traces"
-
-
-class _Receiver(BaseHTTPRequestHandler):
-    server: Collector
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        assert self.headers["Content-Type"] == "application/x-protobuf"
-        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            (service,) = [
-                one.value.string_value
-                for one in resource.resource.attributes
-                if one.key == "service.name"
-            ]
-            for scope in resource.scope_spans:
-                self.server.spans += [(service, span.name, span) for span in scope.spans]
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    server = Collector()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with collecting() as started:
+        yield started
 
 
 def test_spans_come_to_a_collector_before_a_node_ends(collector: Collector, tmp_path: Path) -> None:
@@ -232,12 +191,15 @@ def test_spans_come_to_a_collector_before_a_node_ends(collector: Collector, tmp_
         await store(node, chunk_keys(2), PARENT)
 
     on_real_node(test, {**options(tmp_path), "tracing.endpoint": collector.url})
-    assert {(service, name) for service, name, _ in collector.spans} == {
+    assert {(one.service, one.name) for one in collector.spans} == {
         ("kvstrata-node", "kvstrata.node.commit"),
         ("kvstrata-node", "kvstrata.disk.write"),
     }
-    for _, _, span in collector.spans:
-        assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, SPAN)
+    for one in collector.spans:
+        assert (one.span.trace_id.hex(), one.span.parent_span_id.hex()) == (TRACE, SPAN)
+        assert 0 < one.span.start_time_unix_nano <= one.span.end_time_unix_nano
+    (written,) = [one for one in collector.spans if one.name == "kvstrata.disk.write"]
+    assert (written.about["kvstrata.objects"], written.about["kvstrata.bytes"]) == (2, 2 * 12288)
 
 
 def test_the_environment_may_say_where(
@@ -248,8 +210,8 @@ def test_the_environment_may_say_where(
     assert tracer is not None
     tracer.start("kvstrata.x").end(tokens=3)
     tracer.close()
-    ((service, name, span),) = collector.spans
-    assert (service, name, span.attributes[0].key) == ("test", "kvstrata.x", "kvstrata.tokens")
+    (one,) = collector.spans
+    assert (one.service, one.name, one.about) == ("test", "kvstrata.x", {"kvstrata.tokens": 3})
 
 
 def test_nobody_at_the_other_end_keeps_no_node_from_ending(

@@ -82,15 +82,16 @@ def render(told: dict[str, Any]) -> str:
 
 
 def _request(client: NodeClient, request: str, *, across: bool) -> dict[str, Any]:
+    from kvstrata.observe.records import number
     from kvstrata.wire.explaining import explain_request
 
     explained = explain_request(client, request, TIMEOUT_S, across=across)
     record = explained.record
-    own, loaded = record.get("local_tokens", 0), record.get("loaded_tokens", 0)
-    prompt = record.get("prompt_tokens", 0)
+    own, loaded = number(record, "local_tokens"), number(record, "loaded_tokens")
+    prompt = number(record, "prompt_tokens")
     about = (
-        f"request {record.get('request')}: {prompt:,} prompt tokens, of them {own:,} from the "
-        f"engine's own cache, {loaded:,} loaded"
+        f"request {record.get('request')}: {prompt:,.0f} prompt tokens, of them {own:,.0f} from "
+        f"the engine's own cache, {loaded:,.0f} loaded"
     )
     if other := [reason for reason in explained.reasons if reason.detail]:
         about += f"; somebody else has the same beginning now ({other[0].detail})"

@@ -14,6 +14,7 @@ from kvstrata.cli.counting import total
 from kvstrata.cli.join import NodeOption, configured, fail, join
 from kvstrata.cli.plain import plain, shown
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable
+from kvstrata.observe.records import number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -136,7 +137,7 @@ def render(
         parts.append(tenants)
     if chunks:
         parts.append(_prefixes(chunks))
-    if records := [one for one in state["requests"] if one.get("seconds")]:
+    if records := [one for one in state["requests"] if number(one, "seconds")]:
         parts.append(_requests(records))
     return parts
 
@@ -171,8 +172,8 @@ def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="ellipsis")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", overflow="ellipsis")
     return table
 
 
@@ -247,7 +248,7 @@ def _requests(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     table = _table(
         "slowest of the last requests", "request", "s", "tokens", "loaded", "why not more"
     )
-    for one in sorted(records, key=lambda record: -record["seconds"])[:SHOWN]:
+    for one in sorted(records, key=lambda record: -number(record, "seconds"))[:SHOWN]:
         reasons = [str(reason.get("why", "")) for reason in one.get("reasons", ())]
         table.add_row(
             shown(str(one.get("request", ""))[:ID_CHARS]), f"{one['seconds']:.2f}",

@@ -7,10 +7,9 @@ from typing import Any
 
 from kvstrata.observe.counters import Counters
 from kvstrata.observe.reasons import Why
+from kvstrata.observe.records import number
 
 WHYS = frozenset(why.value for why in Why)
-MOST = 1e9
-"""Tokens or seconds of one request; a record that says more says nothing."""
 
 
 class RequestCounts:
@@ -28,33 +27,26 @@ class RequestCounts:
     def note(self, record: Mapping[str, Any]) -> None:
         """Count one request."""
         counters = self._counters
-        counters.add("asked_tokens_total", _number(record, "prompt_tokens"))
-        counters.add("engine_tokens_total", _number(record, "local_tokens"))
+        counters.add("asked_tokens_total", number(record, "prompt_tokens"))
+        counters.add("engine_tokens_total", number(record, "local_tokens"))
         by_tier = record.get("tier_tokens")
         if isinstance(by_tier, dict):
             for tier in self._tiers:
-                if tokens := _number(by_tier, tier):
+                if tokens := number(by_tier, tier):
                     counters.add("hit_tokens_total", tokens, tier=tier)
         reasons = record.get("reasons")
         for reason in reasons if isinstance(reasons, list) else ():
             why = reason.get("why") if isinstance(reason, dict) else None
             if isinstance(why, str) and why in WHYS:
-                counters.add("computed_tokens_total", _number(reason, "tokens"), why=why)
-        how, took = record.get("load"), _number(record, "load_s")
+                counters.add("computed_tokens_total", number(reason, "tokens"), why=why)
+        how, took = record.get("load"), number(record, "load_s")
         if how in ("sync", "async") and took:
             counters.observe("load_seconds", took, load=how)
-            if (computing := _number(record, "load_instead_s")) > 0:
+            if (computing := number(record, "load_instead_s")) > 0:
                 saved = computing - took
                 counters.add("ttft_saved_seconds_total", max(0.0, saved))
                 counters.add("ttft_lost_seconds_total", max(0.0, -saved))
-            if (expected := _number(record, "load_s_expected")) > 0:
+            if (expected := number(record, "load_s_expected")) > 0:
                 counters.add("load_predicted_seconds_total", expected)
                 counters.add("load_measured_seconds_total", took)
                 counters.observe("load_error_ratio", took / expected)
-
-
-def _number(record: Mapping[str, Any], name: str) -> float:
-    value = record.get(name, 0)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST:
-        return value
-    return 0
