@@ -17,6 +17,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from kvstrata.errors import UsageError
+from kvstrata.objects import MARK_BYTES, MARK_TOKENS
 from kvstrata.secret import SECRET_BYTES
 
 KEY_BYTES = 32
@@ -26,6 +27,7 @@ Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 _NAMESPACE_VERSION = "kvstrata namespace 1"
 _CHAIN_CONTEXT = "KVStrata 1 chunk keys"
+_MARK_CONTEXT = "KVStrata 1 marks"
 _OWNER_CONTEXT = "KVStrata 1 owners"
 _MAX_TOKEN = 2**31 - 1
 
@@ -119,9 +121,8 @@ class KeyChain:
         self.chunk_tokens = chunk_tokens
         self._namespace = bytes(namespace)
         material = secret + _utf8(salt)
-        self._hasher = blake3(
-            key=blake3(material, derive_key_context=_CHAIN_CONTEXT).digest(), max_threads=1
-        )
+        self._hasher = _hasher(material, _CHAIN_CONTEXT)
+        self._marker = _hasher(material, _MARK_CONTEXT)
 
     def keys(
         self,
@@ -148,28 +149,7 @@ class KeyChain:
         size = self.chunk_tokens
         key = self._parent_key(start, parent)
         ids = token_ids(tokens)
-        count = len(ids) // size
-        if not count:
-            return []
-        # One row a chunk: number of tokens, tokens, number of media items.
-        rows = np.zeros((count, size + 2), "<u4")
-        rows[:, 0] = size
-        rows[:, 1:-1] = ids[: count * size].reshape(count, size)
-        items = media_by_chunk(media, start, size, count) if media else {}
-        for chunk, (number, _) in items.items():
-            rows[chunk, -1] = number
-        messages = rows.data.cast("B")
-        row_bytes = rows.itemsize * (size + 2)
-        keys: list[bytes] = []
-        for chunk in range(count):
-            hasher = self._hasher.copy()
-            hasher.update(key)
-            hasher.update(messages[chunk * row_bytes : (chunk + 1) * row_bytes])
-            if chunk in items:
-                hasher.update(items[chunk][1])
-            key = hasher.digest()
-            keys.append(key)
-        return keys
+        return _chained(self._hasher, ids, size, key, media, start)
 
     def tail(
         self,
@@ -197,6 +177,36 @@ class KeyChain:
         hasher.update(key + row + encoded)
         return hasher.digest()
 
+    def marks(
+        self,
+        tokens: Tokens,
+        parents: Sequence[bytes | None],
+        media: Sequence[MediaItem] = (),
+        start: int = 0,
+    ) -> list[bytes]:
+        """Marks of chunks that follow each other, and of the beginning of one behind them.
+
+        About 1 us a mark.
+
+        Args:
+            tokens: ids from the first of these chunks on; of the last one there may be fewer.
+            parents: for each of them the key of the chunk before it; None before the first of all.
+            media, start: as of `keys`.
+        Returns:
+            For each of ``parents`` 12 bytes for every 16 tokens that there are.
+        Raises:
+            UsageError: as `keys` does.
+        """
+        ids, size = token_ids(tokens), self.chunk_tokens
+        marks = []
+        for number, parent in enumerate(parents):
+            begin = start + number * size
+            chunk = ids[number * size : (number + 1) * size]
+            key = self._parent_key(begin, parent)
+            steps = _chained(self._marker, chunk, MARK_TOKENS, key, media, begin)
+            marks.append(b"".join([step[:MARK_BYTES] for step in steps]))
+        return marks
+
     def _parent_key(self, start: int, parent: bytes | None) -> bytes:
         """What a chunk that begins at ``start`` is chained to."""
         size = self.chunk_tokens
@@ -208,6 +218,49 @@ class KeyChain:
         if len(key) != KEY_BYTES:
             raise UsageError(f"parent of {len(key)} bytes, not {KEY_BYTES}")
         return key
+
+
+def _hasher(material: bytes, context: str) -> blake3:
+    """A keyed hash, whose key is derived in this context."""
+    return blake3(key=blake3(material, derive_key_context=context).digest(), max_threads=1)
+
+
+def _chained(
+    hasher: blake3,
+    ids: npt.NDArray[np.integer[Any]],
+    size: int,
+    key: bytes,
+    media: Sequence[MediaItem],
+    start: int,
+) -> list[bytes]:
+    """The chain of whole pieces of ``size`` tokens, each hashed behind the one before it.
+
+    Args:
+        key: what the first of them is chained to.
+        start: position of the first token.
+    """
+    count = len(ids) // size
+    if not count:
+        return []
+    # One row a piece: number of tokens, tokens, number of media items.
+    rows = np.zeros((count, size + 2), "<u4")
+    rows[:, 0] = size
+    rows[:, 1:-1] = ids[: count * size].reshape(count, size)
+    items = media_by_chunk(media, start, size, count) if media else {}
+    for number, (num_items, _) in items.items():
+        rows[number, -1] = num_items
+    messages = rows.data.cast("B")
+    row_bytes = rows.itemsize * (size + 2)
+    chain: list[bytes] = []
+    for number in range(count):
+        piece = hasher.copy()
+        piece.update(key)
+        piece.update(messages[number * row_bytes : (number + 1) * row_bytes])
+        if number in items:
+            piece.update(items[number][1])
+        key = piece.digest()
+        chain.append(key)
+    return chain
 
 
 def owner_digest(secret: bytes, tenant: str, salt: str) -> bytes:

@@ -327,6 +327,12 @@ def saved_s(page: Buffer, chunk_s: float, *, alone: bool) -> float:
     return float(chunk_s * boundary / chunk_tokens) if alone else 0.0
 
 
+def marks_of(page: Buffer) -> tuple[int, int, bytes]:
+    """Tokens, tokens of a whole chunk, and marks, out of a page that has been checked before."""
+    _, chunk_tokens, _, _, _, _, num_marks, marks = _SINCE_2.unpack_from(page, _PAGE.size)
+    return kinship(page).num_tokens, chunk_tokens, marks[: num_marks * MARK_BYTES]
+
+
 def _fields_since_2(page: bytes) -> dict[str, Any]:
     owner, chunk_tokens, group_kind, boundary, key, positions, num_marks, marks = (
         _SINCE_2.unpack_from(page, _PAGE.size)

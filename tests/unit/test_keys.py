@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from kvstrata.errors import UsageError
 from kvstrata.keys import KeyChain, MediaItem, Namespace, owner_digest
+from kvstrata.wire.protocol import split
 
 SECRET = bytes(range(32))
 NAMESPACE = Namespace(model="5f3a", layout="full/30x3x64x2/bfloat16", chunk_tokens=4)
@@ -288,3 +289,65 @@ def test_wrong_chains_and_namespaces() -> None:
         dataclasses.replace(NAMESPACE, model="")
     with pytest.raises(UsageError, match="UTF-8"):
         dataclasses.replace(NAMESPACE, tenant="\udc80").digest()
+
+
+MARKED = KeyChain(SECRET, NAMESPACE.digest(), 64)
+pieces = st.lists(st.integers(0, 3), max_size=200)
+pictures = st.builds(
+    MediaItem, identifier=st.text("ab", max_size=2), offset=st.integers(0, 200),
+    length=st.integers(1, 60),
+)  # fmt: skip
+
+
+def marks_by_the_page(tokens: list[int], media: list[MediaItem], salt: str = "") -> list[bytes]:
+    """Of each chunk of 64, as docs/keys.md words it: a chain of chunks of 16 from its parent."""
+    hash_key = blake3(SECRET + salt.encode(), derive_key_context="KVStrata 1 marks").digest()
+    keys, found = KeyChain(SECRET, NAMESPACE.digest(), 64, salt).keys(tokens, media), []
+    for start in range(0, len(tokens), 64):
+        key, marks = [NAMESPACE.digest(), *keys][start // 64], b""
+        for at in range(start, min(start + 64, len(tokens)) - 15, 16):
+            message = key + struct.pack("<17I", 16, *tokens[at : at + 16])
+            inside = [
+                item
+                for item in sorted(media, key=lambda i: (i.offset, i.length, i.identifier))
+                if item.offset < at + 16 and item.offset + item.length > at
+            ]
+            message += struct.pack("<I", len(inside))
+            for item in inside:
+                name = item.identifier.encode()
+                message += struct.pack("<I", len(name)) + name
+                message += struct.pack("<qQ", item.offset - at, item.length)
+            key = blake3(message, key=hash_key).digest()
+            marks += key[:12]
+        found.append(marks)
+    return found
+
+
+@given(pieces, st.lists(pictures, max_size=3), st.sampled_from(["", "alice"]), st.integers(0, 2))
+def test_marks_are_the_pages(
+    tokens: list[int], media: list[MediaItem], salt: str, first: int
+) -> None:
+    chain = KeyChain(SECRET, NAMESPACE.digest(), 64, salt)
+    parents = [None, *chain.keys(tokens, media)][: -(-len(tokens) // 64)]
+    expected = marks_by_the_page(tokens, media, salt)
+    assert chain.marks(tokens, parents, media) == expected
+    rest = chain.marks(tokens[first * 64 :], parents[first:], media, first * 64)
+    assert rest == expected[first:]
+
+
+@given(pieces, pieces)
+def test_marks_agree_exactly_as_far_as_tokens_do(one: list[int], other: list[int]) -> None:
+    same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
+                min(len(one), len(other)))  # fmt: skip
+    marks = [MARKED.marks(tokens[:64], [None])[0] for tokens in (one, other)]
+    equal = [pair[0] == pair[1] for pair in zip(*(split(one, 12) for one in marks), strict=False)]
+    assert (equal.index(False) if False in equal else len(equal)) == min(same, 64) // 16
+
+
+def test_marks_of_wrong_chunks_are_refused() -> None:
+    with pytest.raises(UsageError, match="given together"):
+        MARKED.marks(range(128), [None, None])
+    with pytest.raises(UsageError, match="not a multiple"):
+        MARKED.marks(range(16), [bytes(32)], start=16)
+    with pytest.raises(UsageError, match="token 3 is -1"):
+        MARKED.marks([1, 2, 3, -1], [None])

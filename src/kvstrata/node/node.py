@@ -25,8 +25,8 @@ from kvstrata.node.arriving import arrival
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.changes import Changes
 from kvstrata.node.common.slices import in_slices
-from kvstrata.node.common.wall import WallClock
 from kvstrata.node.grouped import GroupMatcher
+from kvstrata.node.insides import Insides
 from kvstrata.node.lending import Lender
 from kvstrata.node.locating import presence
 from kvstrata.node.opening import open_backings
@@ -98,7 +98,6 @@ class Node:
     ) -> None:
         self.config = config
         self.left_out = left_out or {}
-        self.wall = WallClock()
         self.address = ""  # where other nodes find this one; empty: nowhere
         self.counters, self.backings = counters, backings
         capacity = pool.capacity_bytes
@@ -110,7 +109,6 @@ class Node:
         for backing in backings:
             if isinstance(backing, OwnedBacking):
                 backing.index.tell(backing.name, self.changes)
-                backing.wall = self.wall
         self.watching = Watching(self.changes, ["host", *(one.name for one in backings)])
         self.fleet_state: Callable[[], dict[str, Any]] | None = None
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
@@ -126,6 +124,9 @@ class Node:
             self._expecting, backings, counters, Answers(backings, counters, reasons),
             planning=config.planner == "on", describe=self.records.described,
         )  # fmt: skip
+        self.insides = Insides(self.host, self.leases, self.movement, self._matcher, self._sampler,
+                               backings, counters, self.changes,
+                               lambda: self.operations.drainer.closing)  # fmt: skip
         self._explainer = Explainer(self.records.find, self._matcher.look, reasons)
         self.lender = Lender(self.host, per_client, counters, clock)
         self.nixl, self._tracer = nixl, tracer
@@ -137,8 +138,7 @@ class Node:
         )  # fmt: skip
         self._matcher.used = self.operations.lineage.used
         self.tenants = Tenants(self.host, self.reservations, self.movement, self.operations,
-                               backings, config.pins, journal or Journal(), counters,
-                               self.wall)  # fmt: skip
+                               backings, config.pins, journal or Journal(), counters)  # fmt: skip
         self.changes.watch(self.tenants.pinning)
         self._clock, self._started = clock, clock()
         self.canary = Canary(self.host, backings, counters)
@@ -150,6 +150,7 @@ class Node:
         self._tasks = Tasks(counters)
         self._handlers: dict[type, Callable[[Client, Any], Answer]] = {
             p.Match: self.match,
+            p.Inside: self.insides.inside,
             p.Await: self.await_arrival,
             p.Release: self.release,
             p.Reserve: self.reserve,
@@ -307,6 +308,7 @@ class Node:
             if reservation.lend:
                 self.lender.keep(key, reservation.part)
             self.host.unhold(slot)
+            self.insides.replace(key)
         self.counters.add("stored_objects_total", len(written))
         return p.Done(id, len(written))
 
@@ -344,7 +346,6 @@ class Node:
                 "release": kvstrata.__version__,
                 "pid": os.getpid(),
                 "uptime_s": round(self._clock() - self._started, 1),
-                "now": self.wall() / 1e9,
                 **held,
                 "num_pins": len(self.tenants.pinning),
                 "tiers_left_out": self.left_out,
@@ -365,6 +366,7 @@ class Node:
             [*self.reservations.filling(), *self.movement.filling(), *self.operations.filling()]
         )
         self.leases.check_integrity(self.movement.under_way())
+        self.insides.children.check_integrity()
         self.movement.check_integrity()
         self.reservations.check_integrity()
         self.tenants.pinning.check_integrity()
@@ -387,7 +389,7 @@ class Node:
 
     def _date(self, whose: Whose) -> int:
         """When what is stored now was created: behind everything that was cleared."""
-        now = self.wall()
+        now = time.time_ns()
         return max([one.marks.date(whose, now) for one in self.backings], default=now)
 
     async def _run(self, backing: Backing) -> None:

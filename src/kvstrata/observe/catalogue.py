@@ -88,6 +88,10 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
             "Chunks that matches found, by the slowest tier of each.",
             "tier",
         ),
+        _counter(
+            "inside_tokens_total",
+            "Tokens found inside a chunk or tail that a prompt parts from.",
+        ),
         _counter("missed_chunks_total", "Chunks that matches asked for and did not lease."),
         _counter(
             "matches_cut_total",

@@ -212,6 +212,7 @@ class NodeClient:
         traceparent: str = "",
         priority: int = 0,
         tiers: Sequence[str] = (),
+        marks: bytes = b"",
     ) -> Call:
         """Begin to reserve slots for ``prefix[first:]``; answers `Reserved`.
 
@@ -228,9 +229,11 @@ class NodeClient:
             traceparent: as of `match`.
             priority: what it matters more or less than others, -1 to 3.
             tiers: names of those it may be written behind to; none: all.
+            marks: of the chunks to write, see `kvstrata.keys.KeyChain.marks`; none: they are found
+                whole or not at all.
         """
         fields = (namespace, b"".join(prefix), first, part, template, cost, weights, owner, lend,
-                  traceparent, priority, list(tiers))  # fmt: skip
+                  traceparent, priority, list(tiers), marks)  # fmt: skip
         return self.begin(p.Reserve, p.Reserved, *fields)
 
     def commit(self, reservation: int, checksums: Sequence[bytes]) -> Call:
@@ -385,6 +388,8 @@ class NodeClient:
     def _give_back(self, reply: p.Reply) -> None:
         if isinstance(reply, p.Matched):
             self.release(reply.lease)
+        elif isinstance(reply, p.Nearest):
+            self.release(reply.lease, reply.have)
         elif isinstance(reply, p.Reserved):
             with contextlib.suppress(NodeUnavailable):
                 self.send(p.Commit(0, reply.reservation, bytes(2 * len(reply.offsets))))

@@ -134,6 +134,30 @@ class Release(Message, tag="release", frozen=True):
     keep: int = 0
 
 
+class Inside(Message, tag="inside", frozen=True):
+    id: int
+    lease: int
+    marks: bytes
+    parts: Numbers
+    orders: Strings
+    lengths: Numbers
+    block_tokens: int
+    owner: bytes = NOBODY
+    token_s: float = 0.0
+    tiers: Strings = msgspec.field(default_factory=list)
+
+
+class Nearest(Message, tag="nearest", frozen=True):
+    id: int
+    lease: int
+    have: int
+    key: bytes = b""
+    num_tokens: int = 0
+    good_tokens: int = 0
+    tier: int = 0
+    offsets: bytes = b""
+
+
 class Template(Message, frozen=True):
     """What the headers of one reservation share; fields as in `kvstrata.objects.ObjectHeader`."""
 
@@ -163,6 +187,7 @@ class Reserve(Message, tag="reserve", frozen=True):
     traceparent: str = ""
     priority: int = 0
     tiers: Strings = msgspec.field(default_factory=list)
+    marks: bytes = b""
 
 
 class Reserved(Message, tag="reserved", frozen=True):
@@ -192,8 +217,8 @@ class Failed(Message, tag="failed", frozen=True):
     message: str
 
 
-Request = Match | Await | Release | Reserve | Commit | operating.Request | Bye
-Reply = Hello | Matched | Arrived | Reserved | Done | operating.Reply | Failed
+Request = Match | Inside | Await | Release | Reserve | Commit | operating.Request | Bye
+Reply = Hello | Matched | Nearest | Arrived | Reserved | Done | operating.Reply | Failed
 
 # What msgspec raises beside its own error: text that is not UTF-8, depth, a map as a map's key.
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)

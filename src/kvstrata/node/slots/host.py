@@ -201,6 +201,13 @@ class HostMemory:
         self.drop(victim, Cause.EVICTED)
         return True
 
+    def is_held(self, key: bytes) -> bool:
+        """Whether somebody needs a chunk's bytes to stay."""
+        rows = [of.get(key) for of in self._rows.values()]
+        if any(row is not None and row.num_leases for row in rows):
+            return True
+        return any(slot.holds for _, slot in self.index.objects(key))
+
     def created_ns(self, slot: Slot) -> int:
         """When the object in a ready slot was created, nanoseconds since 1970."""
         view = self.pool.view(slot.offset, CREATED_FIELD.stop)

@@ -17,7 +17,15 @@ from kvstrata.errors import UsageError
 from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Slot
-from kvstrata.objects import HEADER_BYTES, GroupKind, ObjectHeader, saved_s, stored_bytes
+from kvstrata.objects import (
+    HEADER_BYTES,
+    MARK_BYTES,
+    MARK_TOKENS,
+    GroupKind,
+    ObjectHeader,
+    saved_s,
+    stored_bytes,
+)
 from kvstrata.observe.tracing import checked
 from kvstrata.parts import MAX_PART, order_name
 from kvstrata.policies.base import PRIORITIES
@@ -44,7 +52,7 @@ class Reservation:
     """
 
     __slots__ = (
-        "chunk_tokens", "client", "cost", "distinct", "first", "id", "lend", "namespace",
+        "chunk_tokens", "client", "cost", "distinct", "first", "id", "lend", "marks", "namespace",
         "order", "owner", "part", "prefix", "priority", "slots", "template", "tiers", "trace",
         "unwanted", "weights", "whose",
     )  # fmt: skip
@@ -66,6 +74,7 @@ class Reservation:
         self.trace = checked(message.traceparent)
         self.priority = message.priority
         self.tiers = frozenset(message.tiers)
+        self.marks = message.marks
         self.slots: list[Slot | None] = []
         self.unwanted: set[bytes] = set()
         if not 0 <= self.first < len(self.prefix):
@@ -91,6 +100,9 @@ class Reservation:
                              f"which is of group {self.part >> 16}")  # fmt: skip
         if self.template.kind == "native" and self.template.order == "portable":
             raise UsageError("no native byte order may be called portable")
+        num_marks = self.num_marks * (len(self.prefix) - self.first)
+        if self.marks and len(self.marks) != num_marks * MARK_BYTES:
+            raise UsageError(f"{len(self.marks)} bytes of marks, not {num_marks} marks")
         # Keys are 32 bytes each, so what holds for the last chunk's header holds for all.
         if problem := self.header(len(self.prefix) - 1, bytes(16), 0).problem():
             raise UsageError(f"object header: {problem}")
@@ -99,6 +111,16 @@ class Reservation:
     def is_tail(self) -> bool:
         """Whether it is of the end of a prompt, which is shorter than a chunk."""
         return self.template.num_tokens < self.chunk_tokens
+
+    @property
+    def num_marks(self) -> int:
+        """Of each of its objects."""
+        return self.template.num_tokens // MARK_TOKENS
+
+    def marks_of(self, number: int) -> bytes:
+        """Of chunk ``prefix[number]``."""
+        size = self.num_marks * MARK_BYTES
+        return self.marks[(number - self.first) * size :][:size]
 
     def header(self, number: int, checksum: bytes, now_ns: int) -> ObjectHeader:
         """The header of chunk ``prefix[number]``; each tier puts its own epoch into it."""
@@ -128,6 +150,7 @@ class Reservation:
             owner=self.owner,
             group_kind=cast("GroupKind", template.group_kind),
             boundary=start + template.num_tokens if is_state else template.boundary,
+            marks=self.marks_of(number),
         )
 
 

@@ -1,0 +1,150 @@
+"""What begins like a prompt: chunks and tails by their first mark, so by their first 16 tokens.
+
+A mark is a keyed hash of an object's parent and its tokens so far, so whoever has the first mark in
+common has the parent in common, the model, the tenant and the salt. Nothing here does I/O, and
+nothing here says whether the object is still anywhere.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kvstrata.objects import MARK_BYTES, MARK_TOKENS
+
+MAX_CHILDREN = 1 << 17
+"""Those that are remembered, the last ones that came or were of use: 50 MB, 17 million tokens."""
+MAX_ALIKE = 64
+"""Of one parent and the same first 16 tokens, the last ones that came or were of use."""
+
+_SIZES = struct.Struct("<HH")
+
+
+class Child(NamedTuple):
+    """An object, and how much of it a prompt has, too.
+
+    Args:
+        key: of its chunk.
+        num_tokens: that it has.
+        good_tokens: of these the first ones, as far as marks tell: a multiple of 16.
+        is_tail: whether it is shorter than a chunk.
+    """
+
+    key: bytes
+    num_tokens: int
+    good_tokens: int
+    is_tail: bool
+
+    @property
+    def may_be_whole(self) -> bool:
+        """Whether the prompt may have all of it: no mark says that it has not."""
+        return self.good_tokens == self.num_tokens // MARK_TOKENS * MARK_TOKENS
+
+
+class Children:
+    """All that is remembered.
+
+    Args:
+        most: how many.
+    """
+
+    def __init__(self, most: int = MAX_CHILDREN) -> None:
+        self._most = most
+        # Tokens, tokens of a whole chunk, marks: one bytes object costs a third of a tuple.
+        self._known: dict[bytes, bytes] = {}
+        self._alike: dict[bytes, bytes | tuple[bytes, ...]] = {}  # the one key, or several
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._known
+
+    def enter(self, key: bytes, num_tokens: int, chunk_tokens: int, marks: bytes) -> None:
+        """Remember an object; one without marks is nothing that could be found."""
+        if not marks or key in self._known:
+            return
+        self._known[key] = _SIZES.pack(num_tokens, chunk_tokens) + marks
+        first = marks[:MARK_BYTES]
+        alike = (*self._keys(first), key)
+        self._alike[first] = key if len(alike) == 1 else alike
+        if len(alike) > MAX_ALIKE:
+            self.leave(alike[0])
+        elif len(self._known) > self._most:
+            self.leave(next(iter(self._known)))
+
+    def leave(self, key: bytes) -> None:
+        """Remember it no more, if it was."""
+        known = self._known.pop(key, None)
+        if known is not None:
+            first = known[_SIZES.size :][:MARK_BYTES]
+            alike = tuple(one for one in self._keys(first) if one != key)
+            if alike:
+                self._alike[first] = alike[0] if len(alike) == 1 else alike
+            else:
+                del self._alike[first]
+
+    def use(self, key: bytes) -> None:
+        """It was of use: others are forgotten before it."""
+        known = self._known.get(key)
+        if known is not None:
+            self.leave(key)
+            num_tokens, chunk_tokens = _SIZES.unpack_from(known)
+            self.enter(key, num_tokens, chunk_tokens, known[_SIZES.size :])
+
+    def clear(self) -> None:
+        """Remember nothing any more."""
+        self._known.clear()
+        self._alike.clear()
+
+    def alike(self, marks: bytes) -> list[Child]:
+        """What begins as a prompt goes on, the most of it first, the latest first of equals.
+
+        Args:
+            marks: of the prompt's next tokens behind the parent.
+        """
+        found = []
+        for key in reversed(self._keys(marks[:MARK_BYTES])):
+            known = self._known[key]
+            num_tokens, chunk_tokens = _SIZES.unpack_from(known)
+            good = MARK_TOKENS * _in_common(known[_SIZES.size :], marks)
+            found.append(Child(key, num_tokens, good, num_tokens < chunk_tokens))
+        found.sort(key=lambda child: (-child.good_tokens, not child.may_be_whole))
+        return found
+
+    def tails_begun(self, key: bytes) -> Iterator[bytes]:
+        """Tails that an object begins with, as far as marks tell, but for less than 16 tokens."""
+        known = self._known.get(key)
+        if known is not None and len(self._keys(known[_SIZES.size :][:MARK_BYTES])) > 1:
+            num_tokens, _ = _SIZES.unpack_from(known)
+            for child in self.alike(known[_SIZES.size :]):
+                if child.is_tail and child.may_be_whole and child.num_tokens < num_tokens:
+                    yield child.key
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless both tables say the same, within their bounds."""
+        assert len(self._known) <= self._most
+        listed = [key for first in self._alike for key in self._keys(first)]
+        assert len(listed) == len(set(listed))
+        assert set(listed) == self._known.keys()
+        for first in self._alike:
+            assert 0 < len(self._keys(first)) <= MAX_ALIKE
+            assert all(self._known[key][_SIZES.size :].startswith(first)
+                       for key in self._keys(first))  # fmt: skip
+
+    def _keys(self, first: bytes) -> tuple[bytes, ...]:
+        alike = self._alike.get(first, ())
+        return (alike,) if isinstance(alike, bytes) else alike
+
+
+def _in_common(these: bytes, those: bytes) -> int:
+    """How many leading marks are the same."""
+    end = min(len(these), len(those))
+    if these[:end] == those[:end]:
+        return end // MARK_BYTES
+    return next(
+        place
+        for place in range(end // MARK_BYTES)
+        if these[place * MARK_BYTES :][:MARK_BYTES] != those[place * MARK_BYTES :][:MARK_BYTES]
+    )

@@ -1,0 +1,238 @@
+"""What a prompt parts from inside it: found by its marks, leased and brought like a match's chunk.
+
+A prompt goes on behind its last whole chunk that is stored, and what is stored goes on otherwise:
+the same document with another question, a tail that has become longer. Whatever they have in common
+is as good as a chunk, since the marks cover the tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from kvstrata.errors import UsageError
+from kvstrata.keys import OWNER_BYTES
+from kvstrata.node.common.changes import Cause, Changes
+from kvstrata.node.common.children import Child, Children
+from kvstrata.node.common.index import Index
+from kvstrata.node.locating import Located, with_slots
+from kvstrata.node.matching import Matcher
+from kvstrata.node.searching import check_tiers, checked_parts
+from kvstrata.node.service.backing import Backing
+from kvstrata.node.service.movement import Movement
+from kvstrata.node.service.owned import OwnedBacking
+from kvstrata.node.service.promotions import Load
+from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.host import HostMemory
+from kvstrata.node.slots.leases import Lease, LeaseTable
+from kvstrata.node.slots.sampling import Sampler
+from kvstrata.node.slots.slot import Row, Slot, offsets_of_rows
+from kvstrata.objects import (
+    HEADER_BYTES,
+    MARK_BYTES,
+    MARK_TOKENS,
+    MAX_CHUNK_TOKENS,
+    marks_of,
+    stored_bytes,
+)
+from kvstrata.observe.counters import Counters
+from kvstrata.parts import PORTABLE
+from kvstrata.wire import protocol as p
+
+
+class _Asked(NamedTuple):
+    """What is asked, checked."""
+
+    parts: tuple[int, ...]
+    orders: frozenset[str]
+    lengths: list[int]
+    block_tokens: int
+    owner: bytes
+    token_s: float
+    among: frozenset[str]
+
+    def sizes_of(self, child: Child) -> dict[int, int]:
+        """Bytes of each of its objects when it is raw: it has as few blocks as hold its tokens."""
+        num_blocks = -(-child.num_tokens // self.block_tokens)
+        sizes = [stored_bytes(length * num_blocks) for length in self.lengths]
+        return dict(zip(self.parts, sizes, strict=True))
+
+
+class Insides:
+    """Answers what begins like the rest of a prompt; watches what comes into host memory.
+
+    Args:
+        host: host memory.
+        leases: of its rows.
+        movement: promotes.
+        matcher: knows where chunks are, and whether loading is weighed against computing.
+        sampler: verifies some of what is found.
+        backings: the slower tiers, fastest first.
+        counters: the node's.
+        changes: of its own tiers.
+        ending: whether the node gives out nothing any more.
+    """
+
+    def __init__(
+        self,
+        host: HostMemory,
+        leases: LeaseTable,
+        movement: Movement,
+        matcher: Matcher,
+        sampler: Sampler,
+        backings: Sequence[Backing],
+        counters: Counters,
+        changes: Changes,
+        ending: Callable[[], bool],
+    ) -> None:
+        self._host = host
+        self._leases = leases
+        self._movement = movement
+        self._matcher = matcher
+        self._sampler = sampler
+        self._backings = backings
+        owned = [one.index for one in backings if isinstance(one, OwnedBacking)]
+        self._indexes: list[Index[Any]] = [host.index, *owned]
+        self._counters = counters
+        self._ending = ending
+        self.children = Children()
+        changes.watch(self)
+
+    def inside(self, client: Client, message: p.Inside) -> p.Nearest:
+        """Lease the object that has most in common with the rest of a prompt, and bring it.
+
+        Raises:
+            UsageError: the request makes no sense.
+        """
+        check_tiers(message.tiers, self._backings)
+        asked = _checked(message)
+        lease = self._lease(client, message.lease)
+        have = 0 if lease is None else lease.num_chunks
+        for child, located in self._candidates(message.marks, asked):
+            if (
+                client.ended
+                or self._ending()
+                or not self._pays(located, child.good_tokens * asked.token_s)
+            ):
+                continue
+            taken = self._take(client, child, located, asked, lease)
+            if taken is not None:
+                self._note_use(child)
+                lease, row = taken
+                return p.Nearest(
+                    message.id, lease.id, have, child.key, child.num_tokens, child.good_tokens,
+                    located.tier, offsets_of_rows([row]),
+                )  # fmt: skip
+        return p.Nearest(message.id, 0, have)
+
+    def _candidates(self, marks: bytes, asked: _Asked) -> Iterator[tuple[Child, Located]]:
+        """What is somewhere, the most good tokens first; of equals what is in the fastest tier."""
+        children = self.children.alike(marks)
+        for _, equals in itertools.groupby(children, lambda child: child.good_tokens):
+            found = [(child, self._locate(child, asked)) for child in equals]
+            here = [(child, located) for child, located in found if located is not None]
+            yield from sorted(here, key=lambda pair: pair[1].tier)
+
+    def replace(self, key: bytes) -> None:
+        """What was stored now begins with shorter tails: these need not be kept."""
+        for tail in list(self.children.tails_begun(key)):
+            if not self._host.is_held(tail):
+                self._host.drop(tail, Cause.EVICTED)
+
+    # of `kvstrata.node.common.changes.Watcher`
+
+    def entered(self, tier: str, key: bytes, part: int) -> None:
+        """See `Watcher`."""
+        if tier == "host" and key not in self.children:
+            slot = self._host.get(key, part)
+            assert slot is not None
+            page = self._host.pool.view(slot.offset, HEADER_BYTES)
+            self.children.enter(key, *marks_of(page))
+
+    def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
+        """See `Watcher`."""
+        if key in self.children and not any(key in index for index in self._indexes):
+            self.children.leave(key)
+
+    def emptied(self, tier: str) -> None:
+        """See `Watcher`. What no tier has any more is found nowhere, and forgotten in its turn."""
+        if not any(len(index) for index in self._indexes):
+            self.children.clear()
+
+    # how
+
+    def _lease(self, client: Client, number: int) -> Lease | None:
+        """The lease that is to have it, too; None: one of its own."""
+        if not number:
+            return None
+        lease = self._leases.get(number)
+        if lease is None or lease.client is not client or not lease.whole or lease.shape:
+            raise UsageError(
+                f"lease {number} is none of this connection, or of another kind of match"
+            )
+        return lease
+
+    def _locate(self, child: Child, asked: _Asked) -> Located | None:
+        sizes = asked.sizes_of(child)
+        return self._matcher.locate(child.key, asked.parts, asked.orders, sizes, asked.among)
+
+    def _pays(self, located: Located, compute_s: float) -> bool:
+        """Whether it is brought sooner than its good tokens are computed, as far as one knows."""
+        if not (compute_s and self._matcher.planning):
+            return True
+        links = [(self._movement.link(one.backing), one.size) for one in located.wanted]
+        return all(link.seconds(size) <= compute_s for link, size in links)
+
+    def _take(
+        self, client: Client, child: Child, located: Located, asked: _Asked, lease: Lease | None
+    ) -> tuple[Lease, Row] | None:
+        """Lease it, and begin to bring what of it is in slower tiers; None: there is no room."""
+        if located.new_bytes > self._leases.room_for(client):
+            return None
+        new: list[Slot] = []
+        chunk_s = asked.token_s * child.num_tokens or math.inf
+        load = Load(chunk_s, PORTABLE in asked.orders, asked.owner, tiers=asked.among)
+        if located.wanted:
+            with self._host.sparing({child.key}):
+                given = self._movement.promote(load, [located.wanted])
+            if not given:
+                return None
+            new = given[0]
+        row = self._host.row(child.key, asked.parts, with_slots(located.places, new))
+        if lease is None:
+            lease = self._leases.grant(client, asked.orders)
+            lease.whole = True
+        self._leases.extend(lease, [row])
+        self._movement.start(load, new, len(asked.parts))
+        self._sampler.note_hits([child.key], asked.parts, [row])
+        return lease, row
+
+    def _note_use(self, child: Child) -> None:
+        self.children.use(child.key)
+        self._host.index.touch([child.key])
+        for backing in self._backings:
+            backing.use([child.key])
+        self._counters.add("inside_tokens_total", child.good_tokens)
+
+
+def _checked(message: p.Inside) -> _Asked:
+    """Raises `UsageError` or `Incompatible` for what makes no sense."""
+    parts = tuple(checked_parts(message.parts))
+    if not 0 < p.count(message.marks, MARK_BYTES) <= MAX_CHUNK_TOKENS // MARK_TOKENS:
+        raise UsageError(f"{len(message.marks)} bytes of marks, not of up to a chunk's tokens")
+    if len(message.lengths) != len(parts):
+        raise UsageError(f"{len(parts)} parts, but the lengths of {len(message.lengths)}")
+    if not 0 < message.block_tokens <= MAX_CHUNK_TOKENS:
+        raise UsageError(f"{message.block_tokens} is no number of a block's tokens")
+    if not all(0 < length < 1 << 36 for length in message.lengths):
+        raise UsageError("a block has at least one byte, and less than 2^36")
+    if len(message.owner) != OWNER_BYTES:
+        raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
+    if not 0 <= message.token_s < math.inf:
+        raise UsageError(f"{message.token_s} s is no time that a token takes")
+    return _Asked(
+        parts, frozenset(message.orders), message.lengths, message.block_tokens, message.owner,
+        message.token_s, frozenset(message.tiers),
+    )  # fmt: skip
