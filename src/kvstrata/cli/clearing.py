@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -50,13 +51,13 @@ def digest(namespace: str | None) -> bytes:
     return found
 
 
-def age_ns(older_than: str | None) -> int | None:
-    """How old what is cleared has to be, in nanoseconds; None: of any age. Raises `UsageError`."""
+def before_ns(older_than: str | None) -> int:
+    """When that was, in nanoseconds since 1970; 0 for no bound. Raises `UsageError`."""
     from kvstrata.units import parse_duration
 
     if older_than is None:
-        return None
+        return 0
     try:
-        return int(1e9 * parse_duration(older_than))
+        return time.time_ns() - int(1e9 * parse_duration(older_than))
     except ValueError as error:
         raise UsageError(f"--older-than: {error}") from error

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstrata.cli.plain import json_text
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,18 +31,13 @@ def read_config(file: Path | None, settings: list[str] | None) -> Config:
     """
     from kvstrata.config import load_config
 
-    return load_config(file, overrides=pairs(settings or [], "--set "))
-
-
-def pairs(settings: Iterable[str], option: str = "") -> dict[str, str]:
-    """What several ``KEY=VALUE`` say, the last of one key. Raises `ConfigError` for another."""
-    given: dict[str, str] = {}
-    for setting in settings:
+    overrides: dict[str, str] = {}
+    for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ConfigError(key, f"expected {option}KEY=VALUE, such as host.capacity=8GiB")
-        given[key] = value
-    return given
+            raise ConfigError(key, "expected --set KEY=VALUE, such as host.capacity=8GiB")
+        overrides[key] = value
+    return load_config(file, overrides=overrides)
 
 
 def run(
@@ -71,7 +65,7 @@ def run(
             "socket": str(socket),
             "host_capacity_bytes": capacity,
         }
-        typer.echo(json_text(answer))
+        typer.echo(json.dumps(answer, indent=2))
         return
     typer.echo(effective(config))
     typer.echo(f"# socket: {socket}")

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
+from kvstrata.connectors.vllm import beginnings
 from kvstrata.connectors.vllm.events import Events, NodeWatch
 from kvstrata.connectors.vllm.fingerprint import Namespaces
 from kvstrata.connectors.vllm.link import Link
@@ -151,9 +152,8 @@ class Lookups:
             return state.matched
         state.rehash()
         if not state.asked:
-            state.matched, state.miss = True, "shorter than a chunk"
-            if state.keys:
-                state.miss = "left out by a hint"
+            state.miss = "left out by a hint" if state.keys else "shorter than a chunk"
+            state.matched = not self._ask_inside(state)
             return True
         self._begin(state, client, by_other=state.other_first)
         return True
@@ -171,13 +171,16 @@ class Lookups:
                 if state.call.reply is not None:
                     self._hear(state, state.call)
                     self._go_on(state)
+                elif state.asked_inside and busy and not self._is_worth_a_step(state):
+                    self.abandon(state)
                 elif time.monotonic() - state.asked_at < self._config.deadlines.request:
                     return False
                 else:
                     self.abandon(state)
                     if state.reckoned is None:
                         state.trouble = Why.DEADLINE
-                    state.miss = "the match missed its deadline"
+                    if not state.asked_inside:
+                        state.miss = "the match missed its deadline"
             except KVStrataError as error:
                 state.call = None
                 state.missed(Why.FAILED, f"the match failed: {error}")
@@ -258,6 +261,9 @@ class Lookups:
             KVStrataError: there is none.
         """
         state.call = None
+        if state.asked_inside:
+            beginnings.hear(state, call, self.client)
+            return
         reply: p.Matched = call.wait(0)
         if not state.by_other:
             state.num_kept = min(len(reply.tiers), len(state.keys))
@@ -295,6 +301,30 @@ class Lookups:
             and state.reckoned.found < len(state.question)
         ):
             self._begin(state, self.client, by_other=not state.by_other)
+        else:
+            self._ask_inside(state)
+
+    def _ask_inside(self, state: RequestState) -> bool:
+        """Ask what begins as a prompt goes on behind what was found; whether that was of use."""
+        if self.client is None or not beginnings.is_next(state):
+            return False
+        token_s, pair_s = self.pace.computing.speeds()
+        per_chunk, at = self._chunk // self._block, len(state.tiers) * self._chunk
+        with contextlib.suppress(NodeUnavailable):
+            state.call = beginnings.ask(
+                state, self.client, self.parts, self.orders,
+                [length // per_chunk for length in self.lengths], self._block,
+                token_s + pair_s * at,
+            )  # fmt: skip
+            state.asked_inside = True
+            state.asked_at = state.seen_at = time.monotonic()
+            self.looking.add(state.request.request_id)
+        return state.asked_inside
+
+    def _is_worth_a_step(self, state: RequestState) -> bool:
+        """Whether what is inside may save more than the step that it costs to ask again."""
+        token_s, _ = self.pace.computing.speeds()
+        return token_s * beginnings.num_tokens(state) > self.pace.step_s()
 
     def _tail_lengths(self, state: RequestState) -> list[int]:
         """Payload bytes of each part of a prompt's end: so many of a chunk's blocks."""
@@ -347,7 +377,8 @@ class Lookups:
         """Wait for a match as long as that costs less than to ask again a step later."""
         patience = self.pace.patience_s(busy=busy)
         # Whoever runs is held up once by a match, not in every step by a node that hangs.
-        if state.call is None or self.client is None or not patience or (busy and state.waited):
+        may_not = busy and state.waited and not state.asked_inside
+        if state.call is None or self.client is None or not patience or may_not:
             return
         state.waited = True
         begun = self.pace.clock()

@@ -45,7 +45,8 @@ class Load:
         keys: the chunks' keys.
         blocks: target blocks, from the first one of ``first_chunk`` on; -1 for one that vLLM
             has already and that must not be written.
-        tail_tokens: of the last key, where it is a prompt's end; 0: all are whole chunks.
+        tail_tokens: of the last object, where it is no whole chunk of the prompt: the prompt's end,
+            or something that begins as the prompt goes on; 0: all are whole chunks.
         followed: whether they are still being computed elsewhere, so that its deadline is one for
             each of them.
     """
@@ -78,6 +79,7 @@ class Store:
         trace: traceparent of the request; empty: it is not traced.
         priority: what it matters more or less than others.
         tiers: names of those it may be written behind to; none: all.
+        marks: of the objects, equally many bytes of each; none: they get none.
     """
 
     namespace: bytes
@@ -92,12 +94,19 @@ class Store:
     trace: str = ""
     priority: int = 0
     tiers: list[str] = field(default_factory=list)
+    marks: bytes = b""
 
     def computed(self) -> Store:
         """The same without what was not computed; perhaps nothing."""
-        per_chunk = len(self.blocks) // (len(self.prefix) - self.first)
+        count = len(self.prefix) - self.first
         first = min(max(self.first, self.given), len(self.prefix))
-        return replace(self, first=first, blocks=self.blocks[(first - self.first) * per_chunk :])
+        gone = first - self.first
+        return replace(
+            self,
+            first=first,
+            blocks=self.blocks[gone * len(self.blocks) // count :],
+            marks=self.marks[gone * len(self.marks) // count :],
+        )
 
 
 @dataclass

@@ -6,7 +6,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -16,7 +16,7 @@ from kvstrata.connectors.vllm.reasons import Account
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.heads import heads
 from kvstrata.keys import KeyChain, MediaItem
-from kvstrata.objects import NOBODY
+from kvstrata.objects import MARK_TOKENS, NOBODY
 from kvstrata.observe.reasons import Reason, Why
 from kvstrata.observe.tracing import Span, Tracer
 from kvstrata.wire import protocol as p
@@ -24,6 +24,18 @@ from kvstrata.wire.client import Call
 
 MAX_ID = 256
 """Characters of a request's id in its record: a client chooses it, of any length."""
+
+
+class Beginning(NamedTuple):
+    """The last object of what was found, of which only the first tokens are the prompt's.
+
+    Args:
+        num_tokens: that it has.
+        good_tokens: that are the prompt's.
+    """
+
+    num_tokens: int
+    good_tokens: int
 
 
 class RequestState:
@@ -34,6 +46,7 @@ class RequestState:
         bypass: why nothing of it is cached; empty if it is.
         tracer: of those requests that are traced.
         allowed: the hints that clients may give.
+        inside: whether chunks are reused that it parts from, and its end is stored.
     """
 
     def __init__(
@@ -42,6 +55,7 @@ class RequestState:
         bypass: str,
         tracer: Tracer | None = None,
         allowed: Collection[str] = (),
+        inside: bool = False,
     ) -> None:
         self.request = request
         self.bypass = bypass
@@ -71,6 +85,9 @@ class RequestState:
         self.found: list[bytes] = []
         self.tiers = b""
         self.offsets: array[int] = array("q")
+        self.beginning: Beginning | None = None  # what of the last of these is no chunk of it
+        self.inside = inside
+        self.asked_inside = False
         self.matched = False
         self.reckoned: p.Matched | None = None  # with what the node thought it would take
         self.why: Sequence[Reason] = ()  # what the node said of the chunks behind those
@@ -88,6 +105,7 @@ class RequestState:
         self.arrived_at = time.monotonic()
         self.hit_chunks: Counter[str] = Counter()  # by the tier's name
         self.loaded_tokens = 0
+        self.inside_tokens = 0  # of them, of an object that only begins like the prompt
         self.loaded_how = ""
         self.other_tokens = 0  # of those loaded, found by the other secret
         self.stored_chunks = 0
@@ -118,7 +136,8 @@ class RequestState:
         num_chunks = min(len(self.keys), self._most_chunks())
         tokens = self.request.all_token_ids[: num_chunks * self.other_chain.chunk_tokens]
         keys = self.other_chain.keys(tokens, self._media())
-        return self._with_end(keys, self._end_of(self.other_chain, keys) if self.tail else b"")
+        end = self.request.num_prompt_tokens
+        return self._with_end(keys, self._end_of(self.other_chain, keys, end) if self.tail else b"")
 
     def _most_chunks(self) -> int:
         """Leading chunks that the request's hints let it load."""
@@ -128,13 +147,33 @@ class RequestState:
     def nothing_is_left(self, num_computed: int, chunk_tokens: int) -> bool:
         """Whether vLLM itself has all that could be found for the request."""
         request = self.request
+        if self.parts_inside and not num_computed:
+            return bool(request.num_tokens - 1 <= MARK_TOKENS)
         if num_computed // chunk_tokens < request.num_tokens // chunk_tokens:
             return False
         may_have_tail = self.roles.peer and request.num_tokens == request.num_prompt_tokens
         return not may_have_tail or num_computed >= request.num_tokens - 1
 
+    @property
+    def parts_inside(self) -> bool:
+        """Whether it is asked what begins like it; of a peer it has its end, whole."""
+        return self.inside and not self.roles.peer
+
+    @property
+    def num_whole(self) -> int:
+        """Leading objects that were found and are the prompt's, whole."""
+        return len(self.tiers) - (self.beginning is not None)
+
+    def last_tokens(self, last: int, chunk_tokens: int) -> int:
+        """Of the last of so many objects, where it is no whole chunk of the prompt; 0: it is."""
+        if self.beginning is not None and last == len(self.tiers):
+            return self.beginning.num_tokens
+        return self.request.num_prompt_tokens % chunk_tokens if last > len(self.keys) else 0
+
     def num_found(self, chunk_tokens: int) -> int:
         """Tokens that were found."""
+        if self.beginning is not None:
+            return self.num_whole * chunk_tokens + self.beginning.good_tokens
         if len(self.tiers) > len(self.keys):
             return int(self.request.num_prompt_tokens)
         return len(self.tiers) * chunk_tokens
@@ -158,8 +197,21 @@ class RequestState:
         if rewritten:
             self._heads = b""
         if (self.roles.peer or self.roles.lends) and (rewritten or not known):
-            self.tail = self._end_of(self.chain, self.keys)
+            self.tail = self.end_at(request.num_prompt_tokens)
         return self.keys != before
+
+    def end_at(self, stop: int) -> bytes:
+        """Key of the tail that ends at this position; empty where a chunk does."""
+        assert self.chain is not None
+        return self._end_of(self.chain, self.keys, stop)
+
+    def marks(self, chunks: range, stop: int) -> bytes:
+        """Marks of these chunks, as far as they lie before position ``stop``."""
+        assert self.chain is not None
+        size = self.chain.chunk_tokens
+        tokens = self.request.all_token_ids[chunks.start * size : min(stop, chunks.stop * size)]
+        parents = [self.keys[number - 1] if number else None for number in chunks]
+        return b"".join(self.chain.marks(tokens, parents, self._media(), chunks.start * size))
 
     def heads_by(self, secret: bytes) -> bytes:
         """How the prompt begins, whatever the namespace; see `kvstrata.heads`."""
@@ -181,7 +233,7 @@ class RequestState:
         if self.bypass or self.request.skip_reading_prefix_cache:
             trouble, detail = Why.BYPASSED, self.bypass or "the request reads no cache"
         granted = self.own_tokens + num_external
-        found = len(self.tiers)
+        found = self.num_whole
         cap = "hints" if self.hints.load_limit < self.request.num_prompt_tokens else "message"
         self.account = Account(self.own_tokens, granted, found, self.why, trouble, detail, cap)
 
@@ -196,6 +248,7 @@ class RequestState:
         # What it was thought to have is not there: store what is recomputed.
         came_tokens = came * chunk_tokens - self.local_tokens
         self.loaded_tokens = max(0, min(self.loaded_tokens, came_tokens))
+        self.inside_tokens = 0
         self.num_stored = min(self.num_stored, came)
         self.num_given = came
 
@@ -212,12 +265,10 @@ class RequestState:
         is_prompt = is_prompt and num_tokens <= self.hints.load_limit
         return [*keys, end] if end and self.roles.peer and is_prompt else keys
 
-    def _end_of(self, chain: KeyChain, keys: list[bytes]) -> bytes:
-        """Key of the prompt's end; empty where that fills a chunk."""
-        request, size = self.request, chain.chunk_tokens
-        whole = request.num_prompt_tokens // size * size
-        tokens = request.all_token_ids[whole : request.num_prompt_tokens]
-        parent = keys[whole // size - 1] if whole else None
+    def _end_of(self, chain: KeyChain, keys: list[bytes], stop: int) -> bytes:
+        whole = stop // chain.chunk_tokens * chain.chunk_tokens
+        tokens = self.request.all_token_ids[whole:stop]
+        parent = keys[whole // chain.chunk_tokens - 1] if whole else None
         return chain.tail(tokens, self._media(), whole, parent) if tokens else b""
 
     def forget_match(self) -> None:
@@ -226,6 +277,8 @@ class RequestState:
         self.found = []
         self.tiers = b""
         self.offsets = array("q")
+        self.beginning = None
+        self.asked_inside = False
         self.num_kept = 0
         self.matched = False
         self.sync = False
@@ -248,6 +301,7 @@ class RequestState:
             "local_tokens": self.local_tokens,
             "loaded_tokens": self.loaded_tokens,
             "other_secret_tokens": self.other_tokens,
+            "inside_tokens": self.inside_tokens,
             "tier_tokens": self.tier_tokens(chunk_tokens),
             "load": self.loaded_how if self.loaded_tokens else "",
             "load_instead_s": round(self._instead_s(chunk_tokens), 4),

@@ -61,7 +61,7 @@ class SchedulerSide:
         self._worker_nodes: set[bytes] = set()
         self._copy_rate = 0.0  # bytes per second of the slowest worker; 0: unknown
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._allowed = config.hints
+        self._allowed, self._inside = config.hints, config.inside == "on"
         self._states: dict[str, RequestState] = {}
         self._active: set[str] = set()  # run or load, so that the engine is not idle
         self._admitted: set[str] = set()  # of them, run by no step yet: a wait holds none up
@@ -102,7 +102,7 @@ class SchedulerSide:
     def on_new_request(self, request: Any) -> None:
         """Begin to look a request up."""
         bypass, tracer = self._bypass(request), self._lookups.tracer
-        state = RequestState(request, bypass, tracer, self._allowed)
+        state = RequestState(request, bypass, tracer, self._allowed, self._inside)
         self._states[request.request_id] = state
         # Those that wait already come first, whether they have asked or not.
         if not state.bypass and len(self._states) - len(self._active) <= LOOK_AHEAD:
@@ -143,9 +143,11 @@ class SchedulerSide:
         if found <= num_computed_tokens:
             return 0, False
         first = num_computed_tokens // self._chunk
-        if self._loading_chunks.get(state.asked[first], request.request_id) != request.request_id:
-            # Somebody loads this very chunk: wait, and find it in vLLM's own prefix cache.
-            return None, False
+        if first < state.num_whole:
+            other = self._loading_chunks.get(state.asked[first], request.request_id)
+            if other != request.request_id:
+                # It loads this very chunk: wait, and find it in vLLM's own prefix cache.
+                return None, False
         state.local_tokens = num_computed_tokens
         state.sync = self._may_load_sync(state, first)
         if state.sync:
@@ -174,8 +176,6 @@ class SchedulerSide:
             return
         end = state.local_tokens + num_external_tokens
         first, last = state.local_tokens // self._chunk, -(-end // self._chunk)
-        keys = state.asked
-        has_tail = last > len(state.keys)
         if last < len(state.tiers) and self._lookups.client is not None:
             self._lookups.client.release(state.lease, keep=last)
         load = Load(
@@ -197,22 +197,25 @@ class SchedulerSide:
                 self._block,
                 self._chunk,
             ),
-            tail_tokens=state.request.num_prompt_tokens % self._chunk if has_tail else 0,
+            tail_tokens=state.last_tokens(last, self._chunk),
             followed=state.roles.running,
         )
         slower = self._lookups.client.hello.tiers if self._lookups.client is not None else []
         names = state.tier_names = dict(enumerate(["host", *slower]))
         state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
-        state.num_given = max(state.num_given, min(last, len(state.keys)))
-        if state.found[first] != keys[first]:
+        state.num_given = max(state.num_given, last)
+        state.inside_tokens = max(0, end - state.num_whole * self._chunk)
+        chunk = state.asked[first] if first < state.num_whole else b""
+        if chunk and state.found[first] != chunk:
             state.other_tokens += num_external_tokens
         state.loaded_how = "sync" if state.sync else "async"
         state.load_began = time.monotonic()
         if state.sync:
             self._pace.copies(self._copy_s(last - first))
-        self._loads[request.request_id] = (state.lease, keys[first])
-        self._loading_chunks[keys[first]] = request.request_id
+        self._loads[request.request_id] = (state.lease, chunk)
+        if chunk:
+            self._loading_chunks[chunk] = request.request_id
         (self._next.sync_loads if state.sync else self._next.async_loads).append(load)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
@@ -286,6 +289,8 @@ class SchedulerSide:
                 store = self._stores.whole(state, known // self._chunk, block_ids)
                 if len(store.blocks) == (len(store.prefix) - store.first) * self._blocks_per_chunk:
                     self._next.late_stores.append(store)
+            if state.chain is not None and self._lookups.client is not None:
+                self._next.late_stores += self._stores.last(state, known, block_ids)
         self._stores.pin(state)
         self._record(state)
         return answer

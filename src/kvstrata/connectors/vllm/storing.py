@@ -11,6 +11,7 @@ from kvstrata.connectors.vllm.lookups import Lookups
 from kvstrata.connectors.vllm.messages import Store
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError
+from kvstrata.objects import MARK_TOKENS
 from kvstrata.secret import secret_check
 from kvstrata.wire import protocol as p
 
@@ -50,7 +51,9 @@ class Stores:
             return []
         blocks = resolve.get_block_ids(state.request.request_id)[0]
         stores = [self.whole(state, known // self._chunk, blocks)] if whole else []
-        return [*stores, self._end(state, blocks)] if end else stores
+        if end:
+            stores.append(self._tail(state, state.request.num_prompt_tokens, blocks))
+        return stores
 
     def whole(self, state: RequestState, done: int, block_ids: list[int]) -> Store:
         """Store the chunks from the first unstored one up to number ``done``."""
@@ -72,6 +75,7 @@ class Stores:
             lend=state.roles.lends,
             given=state.num_given,
             trace=state.trace,
+            marks=state.marks(range(first, done), done * self._chunk) if state.inside else b"",
         )
 
     def _end_is_next(self, state: RequestState, known: int) -> bool:
@@ -84,24 +88,39 @@ class Stores:
             and state.request.max_tokens == 1
         )
 
-    def _end(self, state: RequestState, block_ids: list[int]) -> Store:
-        """Store a prompt's end for another engine."""
+    def last(self, state: RequestState, known: int, block_ids: list[int]) -> list[Store]:
+        """Store the end of a request that has ended, if it fills no chunk and can be found again.
+
+        Args:
+            known: as of `of_step`.
+            block_ids: the request's.
+        """
+        num_tokens = known % self._chunk
+        if not state.inside or state.tail_stored or num_tokens < MARK_TOKENS:
+            return []
+        store = self._tail(state, known, block_ids)
+        return [store] if len(store.blocks) == -(-num_tokens // self._block) else []
+
+    def _tail(self, state: RequestState, stop: int, block_ids: list[int]) -> Store:
+        """Store what lies between the last whole chunk before a position and this."""
+        state.rehash()
         state.tail_stored = True
-        num_tokens = state.request.num_prompt_tokens
-        whole = num_tokens // self._chunk
-        first, last = whole * self._per_chunk, -(-num_tokens // self._block)
+        whole = stop // self._chunk
+        marks = state.marks(range(whole, whole + 1), stop) if state.inside else b""
         return Store(
             namespace=state.namespace,
-            prefix=[*state.keys[:whole], state.tail],
+            prefix=[*state.keys[:whole], state.end_at(stop)],
             first=whole,
-            blocks=list(block_ids[first:last]),
+            blocks=list(block_ids[whole * self._per_chunk : -(-stop // self._block)]),
             weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
             priority=state.hints.priority,
             tiers=state.hints.tiers,
-            tail_tokens=num_tokens % self._chunk,
-            lend=True,
+            tail_tokens=stop % self._chunk,
+            lend=state.roles.lends,
+            given=state.num_given,
             trace=state.trace,
+            marks=marks,
         )
 
     def pin(self, state: RequestState) -> None:

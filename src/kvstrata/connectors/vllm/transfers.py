@@ -350,6 +350,7 @@ class Transfers:
             trace,
             store.priority,
             store.tiers,
+            store.marks,
         ).wait(patience)
         offsets = offsets_of(reserved.offsets)
         given = [i for i, offset in enumerate(offsets) if offset >= 0]

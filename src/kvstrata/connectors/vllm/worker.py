@@ -17,7 +17,7 @@ from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.vllm.copies import Copier, copy_runs, make_copier
 from kvstrata.connectors.vllm.link import Link
-from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello, WorkerReport
+from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.pace import WAIT_SHARE
 from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe
 from kvstrata.connectors.vllm.proof import self_test
@@ -148,15 +148,7 @@ class WorkerSide:
         for load in self._meta.sync_loads:
             self._sync_loaded[load.request_id] = 1
             try:
-                plan, kept = self._transfers.plan(
-                    load, self._client, load.offsets, 0, len(load.keys)
-                )
-                self._sync_bytes += plan.nbytes
-                if self._pages.device.type != "cpu":
-                    begun = time.perf_counter()
-                    self._copier.load(plan, self._copier.mark())
-                    self._sync_s += time.perf_counter() - begun
-                    continue
+                self._begin_sync(load)
             except Exception as error:
                 logger.error(
                     "KVStrata: request %s is computed: %s", load.request_id, error,
@@ -164,9 +156,29 @@ class WorkerSide:
                 )  # fmt: skip
                 self._invalid.update(block for block in load.blocks if block >= 0)
                 self._num_doubtful = self._num_in_flight
-                continue
+
+    def _begin_sync(self, load: Load) -> None:
+        """Prepare one synchronous load's copies; do those that cannot wait for their layer.
+
+        vLLM writes a layer's new KV before it asks for the layer. So what shares a block with that,
+        the end of a load that ends inside one, is copied before the forward.
+        """
+        count, on_cpu = len(load.keys), self._pages.device.type == "cpu"
+        waiting = count - bool(load.tail_tokens) if on_cpu else 0
+        plans = [
+            self._transfers.plan(load, self._client, load.offsets, first, last)
+            for first, last in ((0, waiting), (waiting, count))
+            if first < last
+        ]
+        self._sync_bytes += sum(plan.nbytes for plan, _ in plans)
+        if waiting:
+            plan, kept = plans.pop(0)
             self._sync_kept.append(kept)
             self._sync_runs.append([plan.runs(i) for i in range(len(self._layer_numbers))])
+        for plan, _ in plans:
+            begun = time.perf_counter()
+            self._copier.load(plan, self._copier.mark())
+            self._sync_s += time.perf_counter() - begun
 
     def load_layer(self, layer_name: str) -> None:
         """Copy one layer of the synchronous loads, just before attention reads it."""

@@ -1,0 +1,99 @@
+"""What of a prompt lies in an object that begins as the prompt goes on behind its whole chunks.
+
+Only where vLLM itself has none of it, and for models with one group of full attention. What it
+brings is less than a chunk, so a step is spent on it only where that is the shorter one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from kvstrata.connectors.vllm.requests import Beginning, RequestState
+from kvstrata.errors import KVStrataError
+from kvstrata.objects import MARK_TOKENS
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import Call, NodeClient, offsets_of
+
+logger = logging.getLogger(__name__)
+
+
+def is_next(state: RequestState) -> bool:
+    """Whether the node is to be asked what begins as a prompt goes on, behind what was found."""
+    if not state.parts_inside or state.asked_inside or state.chain is None or state.failed:
+        return False
+    num_chunks = len(state.tiers)
+    if num_chunks > len(state.keys) or state.found[:num_chunks] != state.keys[:num_chunks]:
+        return False  # by the other secret
+    if state.reckoned is not None and num_chunks < state.reckoned.found:
+        return False  # computing is faster
+    return num_tokens(state) > MARK_TOKENS
+
+
+def num_tokens(state: RequestState) -> int:
+    """Tokens that may be found behind what was found, and that vLLM has not."""
+    assert state.chain is not None
+    start, size = len(state.tiers) * state.chain.chunk_tokens, state.chain.chunk_tokens
+    return min(_end(state), start + size) - max(state.own_tokens, start)
+
+
+def ask(
+    state: RequestState,
+    client: NodeClient,
+    parts: list[int],
+    orders: list[str],
+    lengths: Sequence[int],
+    block_tokens: int,
+    token_s: float,
+) -> Call:
+    """Begin to ask, see `kvstrata.wire.protocol.Inside`.
+
+    Args:
+        lengths: payload bytes of each part of a block.
+        token_s: seconds that computing a token takes.
+
+    Raises:
+        NodeUnavailable: the node has gone.
+    """
+    assert state.chain is not None
+    number, size = len(state.tiers), state.chain.chunk_tokens
+    stop = min(_end(state), (number + 1) * size)
+    marks = state.marks(range(number, number + 1), stop)
+    return client.begin(
+        p.Inside, p.Nearest, state.lease, marks, parts, orders, list(lengths), block_tokens,
+        state.owner, token_s, state.hints.tiers,
+    )  # fmt: skip
+
+
+def hear(state: RequestState, call: Call, client: NodeClient | None) -> None:
+    """Take in what was found, if it is of use."""
+    assert state.chain is not None
+    try:
+        reply: p.Nearest = call.wait(0)
+    except KVStrataError as error:
+        logger.debug("KVStrata: request %s: %s", state.request.request_id, error)
+        return
+    if not reply.lease:
+        return
+    number, size = len(state.tiers), state.chain.chunk_tokens
+    good = reply.good_tokens
+    rest = _end(state) - number * size
+    # No mark covers the last ones of a tail; its key does.
+    end = reply.num_tokens
+    may_be = good < end < min(good + MARK_TOKENS, rest + 1, size)
+    if may_be and state.end_at(number * size + end) == reply.key:
+        good = end
+    if number * size + good <= state.own_tokens:
+        if client is not None:
+            client.release(reply.lease, reply.have)
+        return
+    state.lease = reply.lease
+    state.found = [*state.found[:number], reply.key]
+    state.tiers += bytes([reply.tier])
+    state.offsets.extend(offsets_of(reply.offsets))
+    state.beginning = Beginning(reply.num_tokens, good)
+
+
+def _end(state: RequestState) -> int:
+    """Tokens of the request that may be loaded."""
+    return int(min(state.request.num_tokens, state.hints.load_limit))
