@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import tempfile
 import urllib.request
@@ -10,13 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp
 from tests.support.apis import CHUNK, MODEL, SPACE, Rig, prompt
 
 import kvstrata
+from kvstrata.config import load_config
+from kvstrata.control.app import build
 from kvstrata.control.base import MAX_TOKENS
 from kvstrata.errors import TierUnavailable
 from kvstrata.observe.rendering import CONTENT_TYPE
@@ -314,3 +320,26 @@ def test_leading_chunks_are_those_before_the_first_gap(shared: Rig, there: list[
     assert sum(found["tiers"].values()) == leading
     shown = [run["tier"] is not None for run in found["runs"] for _ in range(run["count"])]
     assert shown == there
+
+
+def test_the_description_is_rendered_once() -> None:
+    guarded, app = build(load_config(environ={}, overrides={"host.capacity": "1MiB"}))
+    told = json.dumps(app.openapi())
+    schema = app.openapi_schema
+    assert schema is not None
+    schema["paths"] = {}  # which a rendering for each request would show
+    answers = [asked(guarded, "/v1/openapi.json") for _ in range(2)]
+    assert [json.loads(body) for _, body in answers] == [json.loads(told)] * 2
+    assert [status for status, _ in answers] == [200, 200]
+
+
+def asked(app: ASGIApp, path: str) -> tuple[int, bytes]:
+    """A GET of an application without a server."""
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get(path)
+
+    answer = asyncio.run(ask())
+    return answer.status_code, answer.content

@@ -297,3 +297,23 @@ def test_a_thousand_connections_that_say_nothing_keep_nobody_out(rig: Rig) -> No
     finally:
         for one in held:
             one.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/lookup", "/v1/health"])
+def test_a_body_whose_length_is_told_in_two_ways_is_refused(rig: Rig, path: str) -> None:
+    """What stands before the API may have read one of them, and it the other."""
+    head = HEAD.replace(b"/v1/lookup", path.encode())
+    body = b"4\r\n{}  \r\n0\r\n\r\n"
+    for both in (
+        b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"transfer-encoding: chunked\r\ncontent-length: 14\r\n\r\n",
+    ):
+        with rig.raw() as raw:
+            raw.sendall(head + both + body)
+            answer = all_of(raw)
+            assert answer.startswith(b"HTTP/1.1 400")
+            assert answer.count(b"HTTP/1.1") == 1, "and nothing more is read from it"
+            assert b"application/problem+json" in answer
+    with rig.raw() as raw:
+        raw.sendall(HEAD + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + body)
+        assert not all_of(raw).startswith(b"HTTP/1.1 400")

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.support.apis import MODEL, SPACE, Rig, prompt
-from tests.support.nodes import template
+from tests.support.apis import MODEL, SPACE, Engine, Rig, prompt
+from tests.support.nodes import owned, template
 
 from kvstrata.control import Client
 from kvstrata.control.client import ApiProblem
@@ -18,6 +18,7 @@ from kvstrata.control.verbs.jobs import Job
 from kvstrata.errors import UsageError
 from kvstrata.keys import owner_digest
 from kvstrata.wire.client import offsets_of
+from kvstrata.wire.operator import Operator
 from kvstrata.wire.protocol import DRAINING
 
 ABSENT, HOST, DISK = 255, 0, 1
@@ -286,3 +287,34 @@ def test_a_clear_takes_what_fits_all_that_is_given(rig: Rig, client: Client) -> 
     with pytest.raises(ApiProblem) as caught:
         client.clear(everything=True, tenant="a")
     assert caught.value.problem.field == "body.everything"
+
+
+def test_a_tenant_is_meant_by_each_of_two_secrets() -> None:
+    """While one takes the other's place, pins and chunks of before are the tenant's, too."""
+    with tempfile.TemporaryDirectory(prefix="kv-") as folder:
+        secret = Path(folder) / "secret"
+        secret.write_bytes(bytes(range(64)))
+        secret.chmod(0o600)
+        rig = Rig(Path(folder))
+        try:
+            assert rig.node is not None
+            with rig.engine() as engine, rig.client() as client:
+                old = Engine(engine.client, engine.client.hello.secrets[1])
+                kept = {one: one.store(prompt(3, start)) for one, start in ((engine, 0), (old, 99))}
+                whose = [bytes.fromhex(one.owner_of(keys[0])) for one, keys in kept.items()]
+                operator = Operator(engine.client)
+                for owner, keys in zip(whose, kept.values(), strict=True):
+                    operator.pin(keys, owner, "manual", 60.0)
+                assert client.unpin("manual", tenant="a").chunks == 6
+                operator.pin(kept[old], whose[1], "manual", 60.0)
+                assert client.unpin("manual", tenant="a").chunks == 3
+                assert list(operator.pins()) == []
+                held = client.quota("disk", 1 << 30, tenant="a")
+                each = [operator.quota(owner, "disk", 1 << 30) for owner in whose]
+                assert (held.owner, held.nbytes) == (whose[0].hex(), sum(each))
+                assert min(each) > 0
+                assert owned(rig.node.node).ledger.quotas == dict.fromkeys(whose, 1 << 30)
+                client.quota("disk", None, tenant="a")
+                assert owned(rig.node.node).ledger.quotas == {}
+        finally:
+            rig.close()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.support.attached import SECRET
 from tests.support.nodes import NAMESPACE as STORED_IN
-from tests.support.nodes import RAW, payload, template
+from tests.support.nodes import RAW, owned, payload, template
 from tests.support.registries import Fleet, fleet_in, until
 from typer.testing import CliRunner, Result
 
 from kvstrata.cli import build_app
 from kvstrata.errors import ConfigError, UsageError
+from kvstrata.fleet import commands
 from kvstrata.fleet.members import Member
 from kvstrata.keys import KeyChain, Namespace, owner_digest
 from kvstrata.objects import HEADER_BYTES, checksum
@@ -22,6 +24,7 @@ from kvstrata.testing.servers.redis import free_port, installed
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
 from kvstrata.wire.namespaces import Described
+from kvstrata.wire.operator import Operator
 
 pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
 
@@ -128,3 +131,148 @@ def test_a_clear_may_be_of_a_tenant_a_namespace_or_an_age(fleet: Fleet) -> None:
     assert a.has(keys) == 0
     for wrong in (["--salt", "s"], ["--namespace", "xy"], ["--older-than", "soon"]):
         assert isinstance(cluster(fleet, "clear", "--yes", *wrong).exception, UsageError)
+
+
+def options_of(fleet: Fleet, name: str) -> dict[str, object]:
+    return {
+        "disk.path": str(fleet.folder / name),
+        "disk.capacity": "1MiB",
+        "pins.per_tenant": "80%",
+        "pins.total": "80%",
+    }
+
+
+def test_pins_go_to_every_node_and_end_on_every_node(fleet: Fleet) -> None:
+    nodes = [fleet.join(name, **options_of(fleet, name)) for name in "ab"]
+    nodes[0].client.record(Described(NAMESPACE, {"name": "org/a-model"}).record())
+    keys = KeyChain(SECRET, NAMESPACE.digest(), 64).keys(TOKENS)
+    nodes[0].store(keys[:3])
+    nodes[0].client.flush()
+    until(lambda: fleet.members()["a"].models)
+    prompt = fleet.folder / "prompt.json"
+    prompt.write_text(json.dumps(TOKENS))
+    for _ in range(2):  # it can be repeated
+        done = cluster(fleet, "pin", str(prompt), "--name", "manual", "--ttl", "1h")
+        assert done.exit_code == 0, done.output
+        assert sorted(done.stdout.splitlines()) == [
+            "a: 3 of 7 chunks are kept: disk 3",
+            "b: 0 of 7 chunks are kept: none here yet",
+        ]
+        for node in nodes:
+            (pin,) = Operator(node.client).pins()
+            assert (pin.name, pin.owner) == ("manual", owner_digest(SECRET, "default", ""))
+            assert pin.num_chunks == 7
+            assert 3500 < pin.until_s - time.time() <= 3600
+    nodes[1].store(keys[:3])  # what comes later is kept, too
+    assert [one.num_kept for one in Operator(nodes[1].client).pins()] == [3]
+    ended = cluster(fleet, "unpin", "manual", "--tenant", "default")
+    assert sorted(ended.stdout.splitlines()) == [
+        "a: 7 chunks are kept no more",
+        "b: 7 chunks are kept no more",
+    ]
+    again = cluster(fleet, "unpin", "manual", "--tenant", "default")
+    assert (again.exit_code, "a: there is no such pin" in again.stdout) == (0, True)
+    wrong = cluster(fleet, "pin", str(prompt), "--name", "x", "--ttl", "soon")
+    assert isinstance(wrong.exception, UsageError)
+
+
+def test_quotas_count_on_every_node_by_each_secret(fleet: Fleet) -> None:
+    nodes = [fleet.join(name, **options_of(fleet, name)) for name in "ab"]
+    other = bytes(reversed(SECRET))
+    (fleet.folder / "secret").write_bytes(SECRET + other)  # one takes the other's place
+    mine = [owner_digest(one, "mine", "s") for one in (SECRET, other)]
+    done = cluster(fleet, "quota", "disk", "64KiB", "--tenant", "mine", "--salt", "s")
+    assert done.exit_code == 0, done.output
+    assert sorted(done.stdout.splitlines()) == sorted(
+        f"{name}: owner {owner.hex()} has 0B in disk" for name in "ab" for owner in mine
+    )
+
+    def quotas() -> list[dict[bytes, int]]:
+        return [dict(owned(node.inprocess.node).ledger.quotas) for node in nodes]
+
+    assert quotas() == [dict.fromkeys(mine, 64 << 10)] * 2
+    one = ["quota", "disk", "none", "--owner", mine[0].hex(), "--only", "b"]
+    assert cluster(fleet, *one).exit_code == 0
+    assert quotas() == [dict.fromkeys(mine, 64 << 10), {mine[1]: 64 << 10}]
+    for wrong in (
+        ["quota", "disk", "1GiB"],
+        ["quota", "disk", "much", "--tenant", "mine"],
+        ["quota", "disk", "1GiB", "--owner", "xy"],
+        ["quota", "disk", "1GiB", "--owner", mine[0].hex(), "--salt", "s"],
+        ["quota", "tape", "1GiB", "--tenant", "mine"],  # nobody has that
+    ):
+        assert isinstance(cluster(fleet, *wrong).exception, UsageError)
+
+
+def test_what_a_node_missed_of_quotas_and_pins_it_does_when_it_is_back(fleet: Fleet) -> None:
+    a, b = (fleet.join(name, **options_of(fleet, name)) for name in "ab")
+    keys, mine = (
+        KeyChain(SECRET, NAMESPACE.digest(), 64).keys(TOKENS),
+        owner_digest(SECRET, "m", ""),
+    )
+    b.close()
+    for name, ttl_s in (("kept", 3600.0), ("over", 0.5)):
+        request = p.Pin(0, b"".join(keys), mine, name, ttl_s)
+        assert commands.give(fleet.registry, request, 0.5).answered.keys() == {"a"}
+    assert cluster(fleet, "quota", "disk", "64KiB", "--owner", mine.hex()).exit_code == 0
+    given = time.time()
+    until(lambda: time.time() > given + 1.5)  # every command's time is over, and one pin's
+    b = fleet.join("b", **options_of(fleet, "b"))
+    assert b.fleet.shown()["seen"] == 3
+    (pin,) = Operator(b.client).pins()
+    assert pin.name == "kept"
+    assert pin.until_s < given + 3600, "its time ran while the node was away"
+    assert owned(b.inprocess.node).ledger.quotas == {mine: 64 << 10}
+    assert a.good
+
+
+def test_options_change_on_every_node_and_the_others_stay(fleet: Fleet) -> None:
+    a = fleet.join("a", **options_of(fleet, "a"))
+    b = fleet.join("b", **{"host.verify_every": 5})
+
+    def verified() -> list[int]:
+        return [node.inprocess.node._sampler.every for node in (a, b)]
+
+    for answer in ("changed: host.verify_every", "changed: nothing"):
+        done = cluster(fleet, "reload", "host.verify_every=7")
+        assert done.exit_code == 0, done.output
+        assert sorted(done.stdout.splitlines()) == [f"a: {answer}", f"b: {answer}"]
+        assert verified() == [7, 7]
+    refused = cluster(fleet, "reload", "disk.scrub_rate=1MiB/s", "host.verify_every=9")
+    assert refused.exit_code == 1
+    assert "a: changed: host.verify_every, disk.scrub_rate" in refused.stdout
+    assert "b: ConfigError: disk" in refused.stdout  # it has none
+    assert verified() == [9, 7]
+    assert "there is no such option" in cluster(fleet, "reload", "host.color=red").stdout
+    restart = cluster(fleet, "reload", "host.capacity=2MiB", "--only", "a")
+    assert (restart.exit_code, "restart it" in restart.stdout) == (1, True)
+    assert isinstance(cluster(fleet, "reload", "host.verify_every").exception, ConfigError)
+
+
+def test_who_is_gone_has_not_done_what_cannot_wait(fleet: Fleet) -> None:
+    fleet.registry.renew(Member("mute", 1, "r", p.PROTOCOL_VERSION, 1), 0.5, None)
+    assert cluster(fleet, "flush").stdout == "mute: gone; it has not done it\n"
+    fleet.registry.renew(Member("mute", 1, "r", p.PROTOCOL_VERSION, 1), 0.5, None)
+    cleared = cluster(fleet, "clear", "--yes")
+    assert cleared.stdout == "mute: gone; it does it when it comes back, before it takes part\n"
+    assert cluster(fleet, "flush").stdout == "no node is registered\n"
+    assert "one that comes" in cluster(fleet, "unpin", "x", "--tenant", "t").stdout
+
+
+def test_an_age_is_by_the_registrys_clock(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = fleet.join("a")
+    keys = KeyChain(SECRET, NAMESPACE.digest(), 64).keys(TOKENS)
+    a.store(keys)
+    wrong = time.time_ns() + 7200 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: wrong)  # the operator's
+    assert cluster(fleet, "clear", "--yes", "--older-than", "1h").exit_code == 0
+    assert a.has(keys) == 7
+    assert cluster(fleet, "clear", "--yes", "--older-than", "0s").exit_code == 0
+    assert a.has(keys) == 0
+
+
+@pytest.mark.parametrize("seconds", ["-5", "nan", "inf", "1e9"])
+def test_a_wait_is_a_time(fleet: Fleet, seconds: str) -> None:
+    refused = cluster(fleet, "flush", "--timeout", seconds)
+    assert refused.exit_code == 2
+    assert "expected 0 to 604800" in refused.stderr

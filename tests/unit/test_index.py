@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstrata.node.common import index as index_module
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
-from kvstrata.policies import create_policy
+from kvstrata.policies import POLICIES, create_policy
+from kvstrata.policies.lru import LRU
+from kvstrata.tiers.marks import Whose
 
 KEYS = [bytes([number]) * 32 for number in range(6)]
 CAPACITY = 20
@@ -139,3 +144,67 @@ def test_against_a_dictionary(steps: list[tuple[str, bytes, int, int]], policy: 
         assert index.used_bytes == sum(model.values()) <= CAPACITY
         assert {(k, q): e for k in index.keys() for q, e in index.objects(k)} == model  # noqa: SIM118
         index.check_integrity()
+
+
+ANNA, BERT = Whose(b"a" * 16, b"n" * 32), Whose(b"b" * 16, b"n" * 32)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(6))
+def test_a_quota_orders_all_that_its_owner_has_while_others_go_on(
+    policy: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "SLICE", 4)
+    draw = random.Random(seed)
+    index: Index[int] = Index(1000, create_policy(policy, 1000), lambda entry: entry)
+    keys = [number.to_bytes(32, "big") for number in range(200)]
+    whose = {key: draw.choice([ANNA, BERT]) for key in keys}
+
+    def act() -> None:
+        key, action = draw.choice(keys), draw.randrange(4)
+        if action <= 1 and index.claim(1):
+            index.put(key, 0, 1, whose=whose[key])
+        elif action == 2:
+            first = draw.randrange(190)
+            index.touch([one for one in keys[first : first + 10] if whose[one] == whose[key]])
+        elif action == 3:
+            index.pop_chunk(key, Cause.EVICTED)
+
+    def of_anna() -> list[bytes]:
+        return [one for one in list(index._policy.keys()) if whose[one] == ANNA]
+
+    for key in keys:
+        assert index.claim(1)
+        index.put(key, 0, 1, whose=whose[key])
+    for _ in range(100):
+        act()
+    account = index.set_quota(ANNA.owner, 1000)
+    assert account.policy is not None
+    known = steps = 0
+    for _ in index.order_for_quota(account):
+        steps += 1
+        assert len(account.policy) <= known + 4, "more than a slice at once"
+        for _ in range(draw.randrange(3)):
+            act()
+        known = len(account.policy)
+    assert steps > 20
+    assert set(account.policy.keys()) == set(of_anna())
+    assert len(account.policy) == account.num_chunks
+    if policy == "lru":
+        assert list(account.policy.keys()) == of_anna(), "in the order of all chunks"
+    assert account.meanwhile is None
+    assert list(index.order_for_quota(account)) == [], "there is nothing left to do"
+    index.check_integrity()
+
+
+def test_lru_is_walked_step_by_step() -> None:
+    policy = LRU(CAPACITY)
+    for key in KEYS:
+        policy.insert(key, 1)
+    walk = policy.walk()
+    for number, key in enumerate(KEYS, 1):
+        assert next(walk) == key
+        assert len(policy._passed) == number
+    assert [one for one in walk if one is not None] == []
+    assert list(policy.keys()) == KEYS
+    assert len(policy._passed) == 0

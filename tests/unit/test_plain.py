@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from pydantic import BaseModel
 from rich.console import Console
 from tests.support.apis import Rig
 from typer.testing import CliRunner
@@ -14,7 +17,8 @@ from typer.testing import CliRunner
 from kvstrata.cli import build_app
 from kvstrata.cli.cluster import table
 from kvstrata.cli.join import fail
-from kvstrata.cli.plain import plain
+from kvstrata.cli.plain import json_text, plain
+from kvstrata.control import Client as Api
 from kvstrata.errors import UsageError
 from kvstrata.fleet.members import Holding, Member
 
@@ -64,3 +68,41 @@ def test_an_error_of_such_words(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Exception, match="1"):
         fail(UsageError(HOSTILE))
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_json_for_programs_is_printable_ascii_and_says_the_same() -> None:
+    value = {HOSTILE: [HOSTILE + "\x7f\u0085 é 漢", 1.5, None, True]}
+    for indent in (None, 2):
+        text = json_text(value, indent)
+        assert text.replace("\n", "").isascii()
+        assert text.replace("\n", "").isprintable()
+        assert json.loads(text) == value
+
+
+class Told(BaseModel):
+    name: str = HOSTILE + "\x7f"
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("lookup", ["lookup", "text", "--json"]),
+        ("inspect", ["inspect", "00" * 32, "--json"]),
+        ("jobs", ["jobs", "--json"]),
+        ("chunks", ["ls", "--json"]),
+    ],
+)
+def test_so_print_the_commands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str, words: list[str]
+) -> None:
+    told = Told()
+    page = SimpleNamespace(
+        jobs=[told], chunks=[told], next="", model_dump=told.model_dump, problem="", nbytes=1
+    )
+    monkeypatch.setattr(Api, verb, lambda *given, **named: page)
+    node = f"--node=unix:{tmp_path}/none.sock"
+    found = CliRunner().invoke(build_app(), [*words, node])
+    assert found.exit_code == 0, found.output
+    assert found.stdout.replace("\n", "").isascii()
+    assert found.stdout.replace("\n", "").isprintable()
+    assert json.loads(found.stdout) == {"name": told.name}

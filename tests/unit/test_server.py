@@ -19,7 +19,7 @@ from tests.support.nodes import NAMESPACE, ORDER, RAW, chunk_keys, make_node, pa
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import Incompatible, KVStrataError, NodeUnavailable, UsageError
-from kvstrata.node.common.journal import MOST_WAITING
+from kvstrata.node.operating.watching import MOST_OF_ONE
 from kvstrata.node.process import server as server_module
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.server import MAX_AWAITS, MAX_LATE, MAX_LATE_BYTES
@@ -488,9 +488,9 @@ class TestMany:
 
     def test_who_has_gone_watches_no_more(self, node: InProcessNode) -> None:
         client, raw = node.connect(), raw_client(node)
-        raw.sendall(p.encode(p.Watch(1, -1, 60.0)) * MOST_WAITING)
+        raw.sendall(p.encode(p.Watch(1, -1, 60.0)) * MOST_OF_ONE)
         watching = node.run(lambda: node.node.watching)
-        while node.run(lambda: len(watching.journal._waiting)) < MOST_WAITING:
+        while node.run(lambda: len(watching.journal._waiting)) < MOST_OF_ONE:
             pass
         raw.close()
         while node.run(lambda: len(node.server.tasks)):

@@ -12,9 +12,11 @@ from tests.support.nodes import chunk_keys
 from kvstrata.config import load_config
 from kvstrata.errors import UsageError
 from kvstrata.node.common import journal
-from kvstrata.node.common.changes import Cause
+from kvstrata.node.common.changes import Cause, Changes
 from kvstrata.node.common.journal import Journal
+from kvstrata.node.operating.watching import MOST_OF_ONE, Watching
 from kvstrata.node.process.inprocess import InProcessNode
+from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.wire import protocol as p
 
 KEYS = chunk_keys(5)
@@ -88,5 +90,33 @@ def test_only_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         await kept.wait(0, 60.0)  # which is there already
         await kept.wait(1, 0.0)
         assert not kept._waiting
+
+    asyncio.run(main())
+
+
+def test_of_one_process_only_so_many_wait_and_others_still_may() -> None:
+    async def main() -> None:
+        watching = Watching(Changes(), ["host"])
+        greedy = Holder()
+        first, second, other = Client("a", greedy), Client("b", greedy), Client("c")
+
+        def watch(client: Client) -> asyncio.Future[p.Watched]:
+            return asyncio.ensure_future(watching.watch(client, p.Watch(1, -1, 60.0)))
+
+        waits = [watch(first) for _ in range(MOST_OF_ONE)]
+        await asyncio.sleep(0)
+        for client in (first, second):  # another connection of the process is no other process
+            with pytest.raises(UsageError, match="of this process"):
+                await watch(client)
+        waits.append(watch(other))
+        await asyncio.sleep(0)
+        waits.pop(0).cancel()  # its connection has ended
+        await asyncio.sleep(0)
+        waits.append(watch(second))
+        await asyncio.sleep(0)
+        watching.journal.entered("host", KEYS[0], 0)
+        answers = await asyncio.wait_for(asyncio.gather(*waits), 10.0)
+        assert [len(one.changes) for one in answers] == [1] * len(waits)
+        assert greedy.num_watches == 0
 
     asyncio.run(main())

@@ -27,7 +27,6 @@ from kvstrata.cli import (
     lookup,
     ls,
     metrics,
-    move,
     pin,
     prefetch,
     proxy,
@@ -70,8 +69,8 @@ def build_app() -> typer.Typer:
     app.command("lookup")(lookup.run)
     app.command("warm")(warm.run)
     app.command("prefetch")(prefetch.run)
-    app.command("copy")(copying.run)
-    app.command("move")(move.run)
+    app.command("copy")(copying.copy)
+    app.command("move")(copying.move)
     app.command("send")(send.run)
     app.command("transcode")(transcode.run)
     app.command("ls")(ls.run)

@@ -13,7 +13,7 @@ from kvstrata.cli.clearing import (
     OlderOption,
     SaltOption,
     TenantOption,
-    before_ns,
+    age_ns,
     digest,
     owners,
 )
@@ -63,12 +63,14 @@ def run(
 
     client = join_or_exit(configured(config_file, settings, node))
     try:
-        stored = _stored(client.status())
+        state = client.status()
+        stored = _stored(state)
         names = tiers or list(stored)
         if missing := [name for name in names if name not in stored]:
             raise UsageError(f"this node has no {missing[0]} tier; it has {', '.join(stored)}")
         whose = owners(client.hello.secrets, tenant, salt)
-        where, before = digest(namespace), before_ns(older_than)
+        where, age = digest(namespace), age_ns(older_than)
+        before = 0 if age is None else int(1e9 * state["now"]) - age  # by the clock of its dates
         given = {"tenant": tenant, "salt": salt, "namespace": namespace, "older than": older_than}
         only = ", ".join(f"{name} {value}" for name, value in given.items() if value)
         if not yes:

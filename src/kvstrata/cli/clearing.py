@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -51,13 +50,13 @@ def digest(namespace: str | None) -> bytes:
     return found
 
 
-def before_ns(older_than: str | None) -> int:
-    """When that was, in nanoseconds since 1970; 0 for no bound. Raises `UsageError`."""
+def age_ns(older_than: str | None) -> int | None:
+    """How old what is cleared has to be, in nanoseconds; None: of any age. Raises `UsageError`."""
     from kvstrata.units import parse_duration
 
     if older_than is None:
-        return 0
+        return None
     try:
-        return time.time_ns() - int(1e9 * parse_duration(older_than))
+        return int(1e9 * parse_duration(older_than))
     except ValueError as error:
         raise UsageError(f"--older-than: {error}") from error

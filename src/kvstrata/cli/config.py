@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvstrata.cli.plain import json_text
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,13 +32,18 @@ def read_config(file: Path | None, settings: list[str] | None) -> Config:
     """
     from kvstrata.config import load_config
 
-    overrides: dict[str, str] = {}
-    for setting in settings or []:
+    return load_config(file, overrides=pairs(settings or [], "--set "))
+
+
+def pairs(settings: Iterable[str], option: str = "") -> dict[str, str]:
+    """What several ``KEY=VALUE`` say, the last of one key. Raises `ConfigError` for another."""
+    given: dict[str, str] = {}
+    for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ConfigError(key, "expected --set KEY=VALUE, such as host.capacity=8GiB")
-        overrides[key] = value
-    return load_config(file, overrides=overrides)
+            raise ConfigError(key, f"expected {option}KEY=VALUE, such as host.capacity=8GiB")
+        given[key] = value
+    return given
 
 
 def run(
@@ -65,7 +71,7 @@ def run(
             "socket": str(socket),
             "host_capacity_bytes": capacity,
         }
-        typer.echo(json.dumps(answer, indent=2))
+        typer.echo(json_text(answer))
         return
     typer.echo(effective(config))
     typer.echo(f"# socket: {socket}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, join, join_or_exit
-from kvstrata.cli.plain import echo, plain
+from kvstrata.cli.plain import echo, json_text, plain
 from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def run(
             }
             for check in checks
         ]
-        typer.echo(json.dumps({"ok": not bad, "checks": lines}, indent=2))
+        typer.echo(json_text({"ok": not bad, "checks": lines}))
     elif bad:
         echo(f"{len(bad)} of {len(checks)} checks failed; the page Troubleshooting goes on")
     else:

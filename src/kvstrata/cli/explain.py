@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
-from kvstrata.cli.plain import plain
+from kvstrata.cli.plain import json_text, plain
 from kvstrata.cli.prompting import read, token_ids
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable, UsageError
 
@@ -68,7 +67,7 @@ def run(
         fail(error)
     finally:
         client.close()
-    typer.echo(json.dumps(told, indent=2) if as_json else render(told))
+    typer.echo(json_text(told) if as_json else render(told))
 
 
 def render(told: dict[str, Any]) -> str:

@@ -107,8 +107,8 @@ def check_peer(address: Address, known: Secrets, tls: ssl.SSLContext | None) -> 
             name,
             "warn",
             f"its clock is {skew_s:.1f} s {ahead} ours: the logs of the two cannot be compared, "
-            "and an object store refuses requests with a time that is far off; let both follow one "
-            "time server",
+            "without a registry a clear may miss what the one ahead has stored, and an object "
+            "store refuses requests with a time that is far off; let both follow one time server",
             measured,
         )
     if channel.hello.release != __version__:

@@ -10,7 +10,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
-from kvstrata.cli.plain import echo
+from kvstrata.cli.plain import echo, json_text
 
 
 def run(
@@ -21,7 +21,10 @@ def run(
         str, typer.Option("--tier", metavar="TIER", help="Where it lies; host is host memory.")
     ] = "host",
     part: Annotated[
-        int, typer.Option("--part", help="Which of the chunk's objects: its rank.")
+        int,
+        typer.Option(
+            "--part", min=0, max=(1 << 32) - 1, help="Which of the chunk's objects: its rank."
+        ),
     ] = 0,
     config_file: ConfigFile = None,
     settings: Settings = None,
@@ -36,7 +39,7 @@ def run(
     with asking(config_file, settings, node, api) as client:
         found = client.inspect(tier, key, part)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        typer.echo(json_text(found.model_dump(mode="json")))
     elif not found.nbytes:
         echo(f"{tier} does not have it")
     else:

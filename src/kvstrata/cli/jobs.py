@@ -9,7 +9,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
-from kvstrata.cli.plain import echo
+from kvstrata.cli.plain import echo, json_text
 
 
 def run(
@@ -30,7 +30,7 @@ def run(
         found = [client.cancel(cancel)] if cancel else client.jobs(limit=1000).jobs
     for job in found:
         if as_json:
-            typer.echo(job.model_dump_json())
+            typer.echo(json_text(job.model_dump(mode="json"), None))
             continue
         failed = f", {job.failed} failed" if job.failed else ""
         note = f"; {job.note}" if job.note else ""

@@ -9,7 +9,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
-from kvstrata.cli.plain import echo
+from kvstrata.cli.plain import echo, json_text
 from kvstrata.cli.prompting import (
     FileOption,
     MessagesOption,
@@ -47,7 +47,7 @@ def run(
     with asking(config_file, settings, node, api) as client:
         found = client.lookup(**prompt)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        typer.echo(json_text(found.model_dump(mode="json")))
         return
     echo(
         f"{found.leading_tokens} of {found.tokens} tokens would hit: {found.leading_chunks} of "

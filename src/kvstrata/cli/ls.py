@@ -9,7 +9,7 @@ import typer
 from kvstrata.cli.asking import ApiOption, asking
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption
-from kvstrata.cli.plain import echo
+from kvstrata.cli.plain import echo, json_text
 
 PAGE = 1000
 
@@ -38,7 +38,7 @@ def run(
             page = client.chunks(tier, after, min(PAGE, most - shown))
             for one in page.chunks:
                 if as_json:
-                    typer.echo(one.model_dump_json())
+                    typer.echo(json_text(one.model_dump(mode="json"), None))
                 else:
                     held = ", ".join(f"{name} {size}" for name, size in one.tiers.items())
                     position = f"{one.start}+{one.num_tokens}" if one.num_tokens else "-"

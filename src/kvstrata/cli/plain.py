@@ -6,6 +6,7 @@ direction of text, or means something to rich.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,12 @@ def plain(text: object) -> str:
 def echo(text: object, *, err: bool = False) -> None:
     """Print one line of it."""
     typer.echo(plain(text), err=err)
+
+
+def json_text(value: object, indent: int | None = 2) -> str:
+    """The same as JSON for programs, in printable ASCII: what is none of it is escaped."""
+    text = json.dumps(value, indent=indent, default=str)
+    return text.replace("\x7f", r"\u007f")
 
 
 def shown(text: object, style: str = "") -> Text:

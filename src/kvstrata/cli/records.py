@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvstrata.cli.bounds import seconds
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.join import NodeOption, configured, fail, join, join_or_exit
-from kvstrata.cli.plain import echo
+from kvstrata.cli.plain import echo, json_text
 from kvstrata.errors import DeadlineExceeded, KVStrataError, NodeUnavailable
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def run(
         typer.Option(metavar="FILE", help="Append to this file instead; it may be rotated."),
     ] = None,
     every: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.05, help="How often --follow asks.")
+        float,
+        typer.Option(metavar="SECONDS", callback=seconds(0.05), help="How often --follow asks."),
     ] = 1.0,
 ) -> None:
     """Print the records of the requests that a node remembers, oldest first, as JSON lines.
@@ -116,7 +117,7 @@ class Follower:
         lines: list[dict[str, Any]] = [{"missed": missed}] if missed and self._last else []
         lines += records
         if lines:
-            self._write([json.dumps(line) for line in lines])
+            self._write([json_text(line, None) for line in lines])
         if records:
             self._last = records[-1]["number"]
 

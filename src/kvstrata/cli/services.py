@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from kvstrata.tiers.redis.client import Client
 
 ANSWER_S = 3.0
+OF_STORE = (
+    "where the fleet has no registry a clear by age, and one that a node has not heard of, go by "
+    "the nodes' own clocks with a margin of 60 s: it misses what one further ahead has stored"
+)
+OF_REGISTRY = (
+    "what is stored is dated by the registry's, so that no clear misses any of it, but pins end by "
+    "this machine's"
+)
 
 Clock = Callable[[], float]
 
@@ -42,13 +50,16 @@ def check_services(
         yield check_api(config, state)
 
 
-def check_clock(name: str, ask: Callable[[], float], clock: Clock = time.time) -> Check:
+def check_clock(
+    name: str, ask: Callable[[], float], clock: Clock = time.time, matters: str = OF_STORE
+) -> Check:
     """By how much this machine's clock and a server's differ.
 
     Args:
         name: the server's.
         ask: its time, in seconds since 1970.
         clock: ours.
+        matters: what comes of it where they differ.
     """
     before = clock()
     there = ask()
@@ -62,9 +73,8 @@ def check_clock(name: str, ask: Callable[[], float], clock: Clock = time.time) -
     return Check(
         f"{name} clock",
         "warn",
-        f"it is {skew_s:.1f} s {ahead} ours: a clear by age, and one that a node has not heard of, "
-        "go by clocks with a margin of 60 s, and logs cannot be compared. Let both follow one time "
-        "server (chronyc tracking says what this machine follows)",
+        f"it is {skew_s:.1f} s {ahead} ours: {matters}, and logs cannot be compared. Let both "
+        "follow one time server (chronyc tracking says what this machine follows)",
         measured,
     )
 
@@ -101,7 +111,7 @@ def _of_registry(config: Config, state: Mapping[str, Any], clock: Clock) -> Iter
         return
     try:
         yield _check_members(registry.members(), name)
-        yield check_clock("registry", lambda: _time_of(registry.client), clock)
+        yield check_clock("registry", lambda: registry.now_ns() / 1e9, clock, OF_REGISTRY)
     except KVStrataError as error:
         yield Check(
             "registry",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.counting import label_values, labelled, total, troubles
 from kvstrata.cli.join import NodeOption, configured, fail, join_or_exit
-from kvstrata.cli.plain import shown
+from kvstrata.cli.plain import json_text, shown
 from kvstrata.errors import DeadlineExceeded, NodeUnavailable
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def run(
     finally:
         client.close()
     if as_json:
-        typer.echo(json.dumps(state, indent=2, default=str))
+        typer.echo(json_text(state))
         return
     from rich.console import Console
 

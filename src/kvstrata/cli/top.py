@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvstrata.cli.bounds import seconds
 from kvstrata.cli.config import ConfigFile, Settings
 from kvstrata.cli.counting import total
 from kvstrata.cli.join import NodeOption, configured, fail, join
@@ -35,7 +36,12 @@ def run(
     settings: Settings = None,
     node: NodeOption = None,
     every: Annotated[
-        float, typer.Option(min=0.2, max=60.0, help="Seconds from one look to the next.")
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            callback=seconds(0.2, 60.0),
+            help="Seconds from one look to the next.",
+        ),
     ] = 2.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print one look, and end: for scripts.")

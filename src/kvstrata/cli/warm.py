@@ -30,7 +30,8 @@ def run(
     ],
     model: Annotated[str, typer.Option("--model", help="As that server calls it.")],
     at_once: Annotated[
-        int, typer.Option("--at-once", help="How many prompts it is given at a time.")
+        int,
+        typer.Option("--at-once", min=1, max=64, help="How many prompts it is given at a time."),
     ] = 2,
     config_file: ConfigFile = None,
     settings: Settings = None,

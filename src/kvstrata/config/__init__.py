@@ -1,6 +1,7 @@
 """One strict configuration for nodes, clients and commands: `load_config` makes it."""
 
 from kvstrata.config.environment import OTHER_VARIABLES
+from kvstrata.config.loading import load_config
 from kvstrata.config.options import (
     MAY_BE_MISSING,
     OPTIONS,
@@ -10,7 +11,6 @@ from kvstrata.config.options import (
     default_secret_file,
     differing,
     effective,
-    load_config,
 )
 from kvstrata.config.owned import DiskConfig, MemoryConfig
 from kvstrata.config.parts import DeadlineConfig, HostConfig, LeaseConfig, PinConfig

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import kvstrata
@@ -61,6 +63,8 @@ ROUTERS = tuple(
 READS = (*lookup.READS, *explain.READS, *route.READS, *holdings.READS)
 """What is posted and yet changes nothing that the node holds."""
 
+DESCRIPTION = "/v1/openapi.json"
+
 ABOUT = """\
 The HTTP API of a KVStrata node. Every error is a problem (RFC 9457, `application/problem+json`)
 with the name of the field that is wrong. Everything may be repeated.
@@ -94,7 +98,7 @@ def build(config: Config) -> tuple[ASGIApp, FastAPI]:
         title="KVStrata",
         version=kvstrata.__version__,
         description=ABOUT,
-        openapi_url="/v1/openapi.json",
+        openapi_url=None,  # FastAPI would render it anew for each request
         docs_url=None,  # these pages would load scripts from other hosts
         redoc_url=None,
         redirect_slashes=False,
@@ -105,6 +109,8 @@ def build(config: Config) -> tuple[ASGIApp, FastAPI]:
         app.include_router(router)
     app.include_router(dashboard.router)
     app.openapi_schema = described(app)
+    rendered = JSONResponse(app.openapi_schema)
+    app.router.routes.append(Route(DESCRIPTION, rendered, methods=["GET"]))
     return Guard(app, tokens, config.api.is_local, READS, dashboard.PATHS), app
 
 

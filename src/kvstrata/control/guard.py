@@ -131,6 +131,12 @@ class Guard:
 
     def _check(self, method: str, path: str, headers: Headers) -> bool:
         """Whether who asks may write; raises `Refused` for who may not ask this."""
+        if "transfer-encoding" in headers and "content-length" in headers:
+            raise refuse(
+                400,
+                "Content-Length and Transfer-Encoding say two things of one body",
+                Connection="close",
+            )
         if len(headers.getlist("host")) != 1 or misdirected(headers["host"], self._local):
             raise refuse(
                 421, "this API is asked by an address of loopback or as localhost, not by the name "

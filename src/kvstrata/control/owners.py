@@ -37,8 +37,8 @@ def owners_of(node: NodeClient, whose: Whose) -> list[bytes]:
     return []
 
 
-def owner_of(node: NodeClient, whose: Whose) -> bytes:
-    """The owner's digest, as stores have it.
+def named_owners(node: NodeClient, whose: Whose) -> list[bytes]:
+    """The same of an owner that has to be named.
 
     Raises:
         Invalid: none is named, or as of `owners_of`.
@@ -46,4 +46,4 @@ def owner_of(node: NodeClient, whose: Whose) -> bytes:
     found = owners_of(node, whose)
     if not found:
         raise Invalid("tenant", "expected tenant, or owner")
-    return found[0]
+    return found

@@ -24,6 +24,8 @@ MAX_COMMANDS = 256
 ANSWERS_S = 86400
 """For how long answers are kept."""
 POLL_S = 0.05
+LASTING: tuple[type, ...] = (p.Clear, p.Pin, p.Unpin, p.Quota)
+"""Requests that a node which was away carries out when it is back, before it takes part."""
 
 _POST = """
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
@@ -60,9 +62,9 @@ class Command(Message, frozen=True):
     Args:
         protocol: of the request.
         posted: when it was given, seconds since 1970 by the registry's clock.
-        until: likewise; nothing but a clear is carried out later.
+        until: likewise; only what is `LASTING` is carried out later.
         nodes: for these alone; empty: for all.
-        request: as a frame's body.
+        request: as a frame's body. A reload names the options alone that change, by their paths.
     """
 
     protocol: int
@@ -139,18 +141,18 @@ def post(
     Args:
         registry: of the fleet.
         request: a message that a node takes as a command; its ``id`` plays no part.
-        timeout_s: nodes that come to it later leave it, unless it is a clear.
+        timeout_s: nodes that come to it later leave it, unless it is `LASTING`.
         nodes: for these alone; empty: for all.
     Raises:
         TierUnavailable: the registry cannot be used; whether it was given is not known.
-        UsageError: one of the nodes is not there, or a clear names a tier that none of them has.
+        UsageError: one of the nodes is not there, or the request names a tier that none of them
+            has.
     """
     there = registry.members()
     members = {member.name for member in there}
     if missing := set(nodes) - members:
         raise UsageError(f"no node {min(missing)!r} is registered; there are {sorted(members)}")
-    if isinstance(request, p.Clear):
-        _check_tiers(request, [one for one in there if not nodes or one.name in nodes])
+    _check_tiers(request, [one for one in there if not nodes or one.name in nodes])
     names = registry.names
     with registry.call():
         now = registry.run("TIME")
@@ -172,10 +174,18 @@ def post(
     return Posted(number, generation, frozenset(nodes or present), not nodes, young_s)
 
 
-def _check_tiers(request: p.Clear, members: Sequence[Member]) -> None:
-    known = sorted({tier.tier for one in members for tier in one.tiers})
-    if known and (missing := set(request.tiers) - set(known)):
-        raise UsageError(f"no node has a tier {min(missing)!r}; there are {', '.join(known)}")
+def _check_tiers(request: p.Request, members: Sequence[Member]) -> None:
+    match request:
+        case p.Clear(tiers=named):
+            there = {tier.tier for one in members for tier in one.tiers}
+        case p.Quota(tier=tier):
+            named = [tier]
+            there = {tier.tier for one in members for tier in one.tiers if not tier.shared}
+        case _:
+            return
+    if there and (missing := set(named) - there):
+        known = ", ".join(sorted(there))
+        raise UsageError(f"no node has a tier {min(missing)!r}; there are {known}")
 
 
 def wait(

@@ -147,6 +147,16 @@ class Registry:
             raise Incompatible(f"something else than a registry has the key {command[1]!r}")
         return reply
 
+    def now_ns(self) -> int:
+        """Nanoseconds since 1970, by its clock.
+
+        Raises:
+            TierUnavailable: the registry cannot be used.
+        """
+        with self.call():
+            seconds, micros = self.run("TIME")
+        return (int(seconds) * 10**6 + int(micros)) * 1000
+
     def script(self, text: str, keys: Sequence[bytes], *arguments: Any) -> Any:
         """A script of the server's, at once for all."""
         return self.run("EVAL", text, len(keys), *keys, *arguments)

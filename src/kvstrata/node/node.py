@@ -25,6 +25,7 @@ from kvstrata.node.arriving import arrival
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.changes import Changes
 from kvstrata.node.common.slices import in_slices
+from kvstrata.node.common.wall import WallClock
 from kvstrata.node.grouped import GroupMatcher
 from kvstrata.node.insides import Insides
 from kvstrata.node.lending import Lender
@@ -98,6 +99,7 @@ class Node:
     ) -> None:
         self.config = config
         self.left_out = left_out or {}
+        self.wall = WallClock()
         self.address = ""  # where other nodes find this one; empty: nowhere
         self.counters, self.backings = counters, backings
         capacity = pool.capacity_bytes
@@ -109,6 +111,7 @@ class Node:
         for backing in backings:
             if isinstance(backing, OwnedBacking):
                 backing.index.tell(backing.name, self.changes)
+                backing.wall = self.wall
         self.watching = Watching(self.changes, ["host", *(one.name for one in backings)])
         self.fleet_state: Callable[[], dict[str, Any]] | None = None
         self.leases = LeaseTable(self.host, per_client, int(config.leases.total * capacity))
@@ -138,7 +141,8 @@ class Node:
         )  # fmt: skip
         self._matcher.used = self.operations.lineage.used
         self.tenants = Tenants(self.host, self.reservations, self.movement, self.operations,
-                               backings, config.pins, journal or Journal(), counters)  # fmt: skip
+                               backings, config.pins, journal or Journal(), counters,
+                               self.wall)  # fmt: skip
         self.changes.watch(self.tenants.pinning)
         self._clock, self._started = clock, clock()
         self.canary = Canary(self.host, backings, counters)
@@ -346,6 +350,7 @@ class Node:
                 "release": kvstrata.__version__,
                 "pid": os.getpid(),
                 "uptime_s": round(self._clock() - self._started, 1),
+                "now": self.wall() / 1e9,
                 **held,
                 "num_pins": len(self.tenants.pinning),
                 "tiers_left_out": self.left_out,
@@ -389,7 +394,7 @@ class Node:
 
     def _date(self, whose: Whose) -> int:
         """When what is stored now was created: behind everything that was cleared."""
-        now = time.time_ns()
+        now = self.wall()
         return max([one.marks.date(whose, now) for one in self.backings], default=now)
 
     async def _run(self, backing: Backing) -> None:

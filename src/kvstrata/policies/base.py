@@ -97,6 +97,15 @@ class Policy(ABC):
     def keys(self) -> Iterator[bytes]:
         """All keys, each once, roughly in eviction order (`lru`: exactly)."""
 
+    def walk(self) -> Iterator[bytes | None]:
+        """All keys that stay, roughly in eviction order, while others may change the policy.
+
+        One that is used, or comes in, while this goes on may be told or not, and any of them twice.
+        None tells nothing. The order of eviction is the same as without it. One walk at a time.
+        This one lists them at once; a policy that may hold millions goes step by step.
+        """
+        yield from list(self.keys())
+
     @property
     def total_bytes(self) -> int:
         """The sum of the sizes of all keys."""

@@ -24,6 +24,9 @@ class LRU(Policy):
         # Not a plain dictionary: that one gets slow at its front as keys are taken from there.
         self._sizes: OrderedDict[bytes, int] = OrderedDict()
         self._first: OrderedDict[bytes, int] = OrderedDict()  # those of priority -1
+        # What a walk has passed: older than all in `_sizes`, to which it goes back.
+        self._passed: OrderedDict[bytes, int] = OrderedDict()
+        self._turned: list[bytes] | None = None  # what went round since a walk began
 
     def insert(self, key: bytes, nbytes: int, cost: float = 0.0, priority: int = 0) -> None:
         check_arguments(nbytes, cost, priority)
@@ -39,7 +42,7 @@ class LRU(Policy):
         if key in queue:
             queue.move_to_end(key)
             return
-        nbytes = self.parking.discard(key)
+        nbytes = self._passed.pop(key, None) or self.parking.discard(key)
         if nbytes is None:
             raise unknown_key(key)
         queue[key] = nbytes
@@ -57,22 +60,54 @@ class LRU(Policy):
                 self.touch(key)
 
     def remove(self, key: bytes) -> None:
-        nbytes = self._queue_for(key).pop(key, None) or self.parking.discard(key)
+        nbytes = (
+            self._queue_for(key).pop(key, None)
+            or self._passed.pop(key, None)
+            or self.parking.discard(key)
+        )
         if nbytes is not None:
             self._total_bytes -= nbytes
             self._forget_priority(key)
 
     def __len__(self) -> int:
-        return len(self._sizes) + len(self._first) + len(self.parking)
+        return len(self._sizes) + len(self._first) + len(self._passed) + len(self.parking)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._sizes or key in self._first or key in self.parking
+        return (
+            key in self._sizes or key in self._first or key in self._passed or key in self.parking
+        )
 
     def keys(self) -> Iterator[bytes]:
         for key, _ in self.parking.items():
             yield key
         yield from self._first
+        yield from self._passed
         yield from self._sizes
+
+    def walk(self) -> Iterator[bytes | None]:
+        yield from self._rejoin()  # of a walk that was left
+        turned: list[bytes] = []
+        self._turned = turned
+        try:
+            yield from [key for key, _ in self.parking.items()] + list(self._first)
+            for _ in range(len(self._sizes)):
+                if not self._sizes:
+                    break
+                key, nbytes = self._sizes.popitem(last=False)
+                self._passed[key] = nbytes
+                yield key
+            # What was next to go meanwhile, and did not, was perhaps not passed.
+            yield from [key for key, _ in self.parking.items()] + turned
+        finally:
+            self._turned = None
+        yield from self._rejoin()
+
+    def _rejoin(self) -> Iterator[None]:
+        while self._passed:
+            key, nbytes = self._passed.popitem()
+            self._sizes[key] = nbytes
+            self._sizes.move_to_end(key, last=False)
+            yield None
 
     def _queue_for(self, key: bytes) -> OrderedDict[bytes, int]:
         return self._first if self._priorities.get(key, 0) < 0 else self._sizes
@@ -81,20 +116,23 @@ class LRU(Policy):
         if self._first:
             return self._first.popitem(last=False)
         rounds_left = ROUNDS_PER_POP if self._priorities else 0
-        while self._sizes:
-            key, nbytes = self._sizes.popitem(last=False)
+        while queue := self._passed or self._sizes:
+            key, nbytes = queue.popitem(last=False)
             if not rounds_left or not self._goes_round(key):
                 return key, nbytes
             rounds_left -= 1
             self._sizes[key] = nbytes
+            if self._turned is not None:
+                self._turned.append(key)
         return None
 
     def check_integrity(self) -> None:
         super().check_integrity()
         parked = dict(self.parking.items())
-        places = [parked.keys(), self._first.keys(), self._sizes.keys()]
+        queues = (self._first, self._passed, self._sizes)
+        places = [parked.keys(), *(queue.keys() for queue in queues)]
         assert len(set().union(*places)) == len(self), "a key stands in two places"
         assert all(self.priority_of(key) < 0 for key in self._first)
-        assert not any(self.priority_of(key) < 0 for key in self._sizes)
-        total = sum(sum(place.values()) for place in (parked, self._first, self._sizes))
+        assert not any(self.priority_of(key) < 0 for key in (*self._passed, *self._sizes))
+        total = sum(sum(place.values()) for place in (parked, *queues))
         assert total == self._total_bytes, f"{total} bytes held, {self._total_bytes} counted"

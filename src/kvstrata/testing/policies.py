@@ -360,3 +360,63 @@ class PolicyContract(ABC):
         policy.check_integrity()
         assert set(policy.keys()) == model.keys()
         assert all(one in policy for one in model)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_walk_tells_all_that_stay_and_changes_nothing(
+        self, policy: Policy, seed: int
+    ) -> None:
+        """A twin has the same history without walks: both evict the same, in the same order."""
+        twin = self.make_policy(100 * NBYTES, ManualClock())
+        draw, leased = random.Random(seed), set[bytes]()
+
+        def is_free(one: bytes) -> bool:
+            return one not in leased
+
+        def act() -> bytes | None:
+            """Something that happens to both; the key that it was about."""
+            one, action = key(draw.randrange(80)), draw.randrange(6)
+            if action <= 1:
+                nbytes, cost = draw.randrange(1, 3 * NBYTES), draw.random()
+                priority = draw.choice(PRIORITIES)
+                for each in (policy, twin):
+                    each.insert(one, nbytes, cost, priority)
+            elif action == 2 and one in policy:
+                for each in (policy, twin):
+                    each.touch(one)
+            elif action == 3:
+                for each in (policy, twin):
+                    each.remove(one)
+            elif action == 4:
+                leased.symmetric_difference_update({one})
+                if one not in leased:
+                    for each in (policy, twin):
+                        each.unpark(one)
+                return None
+            elif action == 5:
+                victim = policy.evict(is_free)
+                assert victim == twin.evict(is_free)
+                return victim
+            return one
+
+        for _ in range(300):
+            act()
+        for number in range(20):
+            stay, told = set(policy.keys()), set[bytes | None]()
+            walk = policy.walk()
+            for one in walk:
+                told.add(one)
+                for _ in range(draw.randrange(3)):
+                    stay.discard(act() or b"")
+                if number % 4 == 3 and draw.random() < 0.1:
+                    break  # it is left in the middle
+            else:
+                assert stay <= told
+                assert told <= {None, *map(key, range(80))}
+            policy.check_integrity()
+            assert len(policy) == len(twin)
+        for one in leased:
+            policy.unpark(one)
+            twin.unpark(one)
+        while (victim := twin.evict(anything)) is not None:
+            assert policy.evict(anything) == victim
+        assert policy.evict(anything) is None

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from kvstrata.control.base import PROBLEMS, Here, Hex16, Text, Told
-from kvstrata.control.owners import Whose, owner_of
+from kvstrata.control.owners import Whose, named_owners
 from kvstrata.control.prompts import Prompt, chunks_of
 from kvstrata.wire import operating as o
 from kvstrata.wire.client import NodeClient
@@ -85,8 +85,8 @@ class Quota(Whose):
 class Held(Told):
     """The quota counts."""
 
-    owner: Hex16
-    nbytes: int = Field(description="What the owner has there now.")
+    owner: Hex16 = Field(description="By the secret that stores use.")
+    nbytes: int = Field(description="What is there now of the owner, by each of the secrets.")
 
 
 @router.post("/v1/pin", operation_id="pin")
@@ -114,10 +114,14 @@ async def pin(asked: Pin, here: Here) -> Pinned:
 
 @router.post("/v1/unpin", operation_id="unpin")
 async def unpin(asked: Unpin, here: Here) -> Unpinned:
-    """End a pin, which the tenant may have given with a salt."""
+    """End a pin, which the tenant may have given with a salt.
+
+    By each of the deployment's secrets: a pin of before the present one ends, too.
+    """
 
     def work(node: NodeClient) -> int:
-        return Operator(node).unpin(owner_of(node, asked), asked.name)
+        operator = Operator(node)
+        return sum(operator.unpin(owner, asked.name) for owner in named_owners(node, asked))
 
     return Unpinned(chunks=await here.link.ask(work))
 
@@ -148,11 +152,15 @@ async def quota(asked: Quota, here: Here) -> Held:
     """Let a tenant have so many bytes in one of the node's own tiers.
 
     Beyond that its own chunks go first, never another's; what is too much now goes at once.
+    While the deployment knows two secrets, the tenant may have so many by each of them.
     """
 
-    def work(node: NodeClient) -> tuple[bytes, int]:
-        owner = owner_of(node, asked)
-        return owner, Operator(node).quota(owner, asked.tier, asked.nbytes)
+    def work(node: NodeClient) -> list[tuple[bytes, int]]:
+        operator = Operator(node)
+        return [
+            (owner, operator.quota(owner, asked.tier, asked.nbytes))
+            for owner in named_owners(node, asked)
+        ]
 
-    owner, nbytes = await here.link.ask(work, long=True)
-    return Held(owner=owner.hex(), nbytes=nbytes)
+    held = await here.link.ask(work, long=True)
+    return Held(owner=held[0][0].hex(), nbytes=sum(nbytes for _, nbytes in held))

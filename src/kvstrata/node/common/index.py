@@ -7,17 +7,21 @@ of no use.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Generic, TypeVar
 
 from kvstrata.node.common.changes import Cause, Changes
 from kvstrata.node.common.owners import Account, Owners, Tag
 from kvstrata.node.common.pinned import Pinned
+from kvstrata.node.common.slices import Work
 from kvstrata.node.common.spares import Name, Spares
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.marks import UNKNOWN, Whose
 
 E = TypeVar("E")
+
+SLICE = 64
 
 
 class Index(Generic[E]):
@@ -156,6 +160,8 @@ class Index(Generic[E]):
             tag.account.ceiling_bytes = max(tag.account.ceiling_bytes, tag.account.used_bytes)
         for policy in self._policies(tag):
             policy.insert(key, weight, cost, priority)
+        if tag.account.meanwhile is not None:
+            tag.account.used((key,))
         self._changes.entered(self._tier, key, part)
         return replaced  # type: ignore[return-value]
 
@@ -180,6 +186,7 @@ class Index(Generic[E]):
         self._chunks[key] = (tag, *flat[1:])
         if tag.account.policy is not None:
             tag.account.policy.insert(key, nbytes, self.cost_of(key), self.priority_of(key))
+            tag.account.used((key,))
             # It was here before anybody knew that it counts.
             tag.account.ceiling_bytes = max(tag.account.ceiling_bytes, tag.account.used_bytes)
 
@@ -250,9 +257,10 @@ class Index(Generic[E]):
         if self.owners.num_quotas:
             # A prefix is one owner's.
             first = next((key for key in keys if key in self._chunks), None)
-            own = None if first is None else _tag(self._chunks[first]).account.policy
-            if own is not None:
-                own.touch_all(reversed(keys))
+            account = None if first is None else _tag(self._chunks[first]).account
+            if account is not None and account.policy is not None:
+                account.policy.touch_all(reversed(keys))
+                account.used(reversed(keys))
 
     def note_needs(self, keys: Iterable[bytes], needed: Set[int], passed: Set[int]) -> None:
         """Note which parts of these chunks a match has needed, and which it has passed over."""
@@ -310,23 +318,35 @@ class Index(Generic[E]):
             account.policy = account.policy or self._policy.emptied()
         return account
 
-    def order(self) -> list[bytes]:
-        """All chunks, those to be evicted first first, as far as the policy knows already."""
-        return list(self._policy.keys())
+    def order_for_quota(self, account: Account) -> Work[None]:
+        """Let the owner's policy know of all that the owner has, in the order of all chunks.
 
-    def order_for_quota(self, account: Account, keys: Iterable[bytes]) -> None:
-        """Let the owner's policy know of those of these chunks that are the owner's.
-
-        Args:
-            account: of an owner with a quota.
-            keys: of chunks, those to be evicted first first.
+        One at a time in an index. What comes, goes or is used meanwhile is in its place at the end.
         """
-        own = account.policy
-        for key in keys if own is not None else ():
-            flat = self._chunks.get(key)
-            if own is None or flat is None or _tag(flat).account is not account or key in own:
-                continue
-            own.insert(key, self.nbytes(key), self.cost_of(key), self.priority_of(key))
+        if account.policy is None or len(account.policy) == account.num_chunks:
+            return
+        account.meanwhile, number = OrderedDict(), 0
+        try:
+            for number, key in enumerate(self._policy.walk(), 1):
+                if key is not None and account.policy is not None and key not in account.policy:
+                    self._order(account, key)
+                if number % SLICE == 0:
+                    yield None
+            while account.meanwhile:
+                key, _ = account.meanwhile.popitem(last=False)
+                self._order(account, key)
+                number += 1
+                if number % SLICE == 0:
+                    yield None
+        finally:
+            account.meanwhile = None
+
+    def _order(self, account: Account, key: bytes) -> None:
+        """Tell the owner's policy of a chunk, as one that was used last, if it is this owner's."""
+        flat = self._chunks.get(key)
+        if account.policy is not None and flat is not None and _tag(flat).account is account:
+            cost, priority = self.cost_of(key), self.priority_of(key)
+            account.policy.insert(key, self.nbytes(key), cost, priority)
 
     def _left(self, key: bytes, tag: Tag, nbytes: int, count: int, *, gone: bool) -> None:
         """Objects of a chunk have left; with the last of them it has gone."""

@@ -7,7 +7,8 @@ namespace share. There are never more of these than chunks; one that no chunk ha
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvstrata.policies.base import Policy
@@ -22,11 +23,12 @@ class Account:
 
     ``nbytes`` are in the index, ``filling_bytes`` are on their way into it. With a quota the two
     never exceed ``ceiling_bytes``: the quota, or what there was when it was set lower, as far as
-    that has not gone since. ``policy`` orders the owner's chunks, where there is a quota.
+    that has not gone since. ``policy`` orders the owner's chunks, where there is a quota;
+    ``meanwhile`` has what was used or came in while that order is being made, last use last.
     """
 
-    __slots__ = ("ceiling_bytes", "filling_bytes", "nbytes", "num_chunks", "owner", "policy",
-                 "quota_bytes")  # fmt: skip
+    __slots__ = ("ceiling_bytes", "filling_bytes", "meanwhile", "nbytes", "num_chunks", "owner",
+                 "policy", "quota_bytes")  # fmt: skip
 
     def __init__(self, owner: bytes) -> None:
         self.owner = owner
@@ -34,6 +36,7 @@ class Account:
         self.quota_bytes: int | None = None
         self.ceiling_bytes = 0
         self.policy: Policy | None = None
+        self.meanwhile: OrderedDict[bytes, None] | None = None
 
     @property
     def used_bytes(self) -> int:
@@ -43,6 +46,13 @@ class Account:
     def lacks(self, nbytes: int) -> bool:
         """Whether so many bytes more would be too many."""
         return self.quota_bytes is not None and self.used_bytes + nbytes > self.quota_bytes
+
+    def used(self, keys: Iterable[bytes]) -> None:
+        """These chunks of the owner's were used, or came in, in this order."""
+        if self.meanwhile is not None:
+            for key in keys:
+                self.meanwhile[key] = None
+                self.meanwhile.move_to_end(key)
 
     def lowered(self) -> None:
         """Something has gone: what is above the quota does not come back."""

@@ -79,6 +79,7 @@ class Membership:
         self._obeying: asyncio.Task[None] | None = None
         self._clears = 0  # number of the last command that made this node forget something
         self._absent_since = self._expires = 0.0  # by the registry's clock
+        self._clock_offset_s = 0.0  # by how much the machine's clock is ahead of the registry's
         self._trouble = ""
         self._own = {"host": node.host.index} | {
             one.name: one.index for one in node.backings if isinstance(one, OwnedBacking)
@@ -146,14 +147,14 @@ class Membership:
             "seen": self._seen or 0,
             "events_behind": self.telling.behind,
             "event_gaps": self.telling.lost,
-            "clock_offset_s": round(self._obey.clock_offset_s, 4),
+            "clock_offset_s": round(self._clock_offset_s, 4),
         }
 
     def _gauges(self) -> Iterable[Value]:
         return (
             Value("fleet_ok", {}, float(self.standing.good())),
             Value("fleet_untold_chunks", {}, self.telling.behind),
-            Value("fleet_clock_offset_seconds", {}, self._obey.clock_offset_s),
+            Value("fleet_clock_offset_seconds", {}, self._clock_offset_s),
         )
 
     # how
@@ -233,7 +234,8 @@ class Membership:
         is_new, self._generation = renewal.generation != self._generation, renewal.generation
         self._expires = renewal.now + self._lasts_s
         self.standing.until = begun + SURE * self._lasts_s
-        self._obey.clock_offset_s = renewal.clock_offset_s
+        self._clock_offset_s = renewal.clock_offset_s
+        self._node.wall.heard(renewal.now, (begun + time.monotonic()) / 2)
         if is_new and seen is not None:
             return
         if self._seen is None:
@@ -320,7 +322,7 @@ class Membership:
         return Member(
             self.name, self._boot, kvstrata.__version__, p.PROTOCOL_VERSION, os.getpid(),
             self._socket, node.address, self._api, self._state, self._seen or 0,
-            round(self._obey.clock_offset_s, 4), tiers,
+            round(self._clock_offset_s, 4), tiers,
             [_model(one) for one in shown],
         )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -31,13 +30,14 @@ from kvstrata.wire import protocol as p
 logger = logging.getLogger(__name__)
 
 TAKEN: tuple[type, ...] = (
-    p.Clear, p.Flush, o.Drain, o.Undrain, o.Scrub, o.Prefetch, o.Copy, o.Move, o.Transcode,
+    p.Clear, p.Pin, p.Unpin, p.Quota, p.Flush, o.Drain, o.Undrain, o.Scrub, o.Prefetch, o.Copy,
+    o.Move, o.Transcode, o.Reload,
 )  # fmt: skip
 """The requests that a fleet may be told to carry out."""
 LOOK_S = 0.05
 """Between two looks at a job."""
 FORGETTING: tuple[type, ...] = (p.Clear,)
-"""Those of them that are carried out however late."""
+"""Those of them after which a node reads from no other until all have done it."""
 
 
 class Obeying:
@@ -56,7 +56,6 @@ class Obeying:
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
     ) -> None:
         self.name = node.config.fleet.name
-        self.clock_offset_s = 0.0
         self._node = node
         self._registry = registry
         self._in_thread = in_thread
@@ -87,14 +86,22 @@ class Obeying:
             request = p.decode_request(command.request)
             if not isinstance(request, TAKEN):
                 raise UsageError(f"a {type(request).__name__.lower()} is nothing for a fleet")
-            left_s = command.until - (time.time() - self.clock_offset_s)
-            if not isinstance(request, FORGETTING):
-                if left_s <= 0:
-                    raise DeadlineExceeded("the command came too late, and was left")
-                return await asyncio.wait_for(self._work(request), left_s), []
-            assert isinstance(request, p.Clear)
-            late = absent_since is not None and command.posted > absent_since
-            return await self._clear(number, request, late)
+            now_s = self._node.wall() / 1e9
+            match request:
+                case p.Clear():
+                    late = absent_since is not None and command.posted > absent_since
+                    return await self._clear(number, request, late)
+                case p.Pin():  # its time runs from when it was given, for every node
+                    left_s = request.ttl_s - max(0.0, now_s - command.posted)
+                    if left_s <= 0:
+                        return p.Pinned(0, len(request.keys) // 32, 0, {}, {}), []
+                    request = msgspec.structs.replace(request, ttl_s=left_s)
+            if isinstance(request, commands.LASTING):
+                return await self._answer(request), []
+            left_s = command.until - now_s
+            if left_s <= 0:
+                raise DeadlineExceeded("the command came too late, and was left")
+            return await asyncio.wait_for(self._work(request), left_s), []
         except asyncio.TimeoutError:
             return p.Failed(0, "DeadlineExceeded", "it was not done in time"), []
         except KVStrataError as error:
@@ -113,6 +120,8 @@ class Obeying:
 
     async def _work(self, request: p.Request) -> p.Reply | None:
         """Do it; of a job the answer is how it ended."""
+        if isinstance(request, o.Reload):
+            return await self._node.operations.amend(request.config)
         answer = await self._answer(request)
         if not isinstance(answer, o.Started):
             return answer

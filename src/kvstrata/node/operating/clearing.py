@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
@@ -203,6 +203,7 @@ class Clearing:
         pinning: whose pins end with it.
         backings: the slower tiers.
         keeping: where the marks of tiers are that are not the node's own, and may not be told.
+        wall: nanoseconds since 1970, by the clock that dates go by.
     """
 
     def __init__(
@@ -211,7 +212,9 @@ class Clearing:
         pinning: Pinning,
         backings: Sequence[Backing],
         keeping: Keeping,
+        wall: Callable[[], int] = time.time_ns,
     ) -> None:
+        self._wall = wall
         self._clearer = clearer
         self._pinning = pinning
         self._backings = backings
@@ -223,7 +226,7 @@ class Clearing:
                 "the node's journal is damaged, so nobody knows what was cleared: what was stored "
                 "so far in tiers that others write to counts as that"
             )
-            marks.append(Mark(b"", b"", time.time_ns()))
+            marks.append(Mark(b"", b"", wall()))
         for backing in self._others:
             for mark in marks:
                 backing.marks.add(mark)
@@ -299,8 +302,9 @@ class Clearing:
             raise UsageError(f"an owner of {len(message.owner)} bytes, not 16")
         if len(message.namespace) not in (0, 32):
             raise UsageError(f"a namespace of {len(message.namespace)} bytes, not 32")
-        now_ns = time.time_ns()
-        if not 0 <= message.before_ns <= now_ns:
+        now_ns = self._wall()
+        # Who reckons a time from an age may have asked another clock, or the same a moment later.
+        if not 0 <= message.before_ns <= now_ns + MARGIN_NS:
             raise UsageError(f"{message.before_ns} ns is no time until now")
         if not (message.owner or message.namespace or message.before_ns):
             return None

@@ -225,12 +225,23 @@ class Operations:
         same = msgspec.structs.replace(message, end=False)
         return self._started("drain", "until nothing is left to write", same, self.drainer.run)
 
+    async def amend(self, options: dict[str, Any]) -> o.Reloaded:
+        """Hold the node to the configuration that it has, but for these options, by their paths.
+
+        Raises:
+            ConfigError: as of `Reloader.check`.
+        """
+        async with self._reloading:
+            return await self._hold_to(self._reloader.amended(options), 0)
+
     async def _reload(self, message: o.Reload) -> p.Reply:
         async with self._reloading:
-            check = partial(self._reloader.check, message.config)
-            new, changed, engines = await self._copier.do(check)
-            self._reloader.apply(new, changed)
-        return o.Reloaded(message.id, changed, engines)
+            return await self._hold_to(message.config, message.id)
+
+    async def _hold_to(self, config: dict[str, Any], id: int) -> o.Reloaded:
+        new, changed, engines = await self._copier.do(partial(self._reloader.check, config))
+        self._reloader.apply(new, changed)
+        return o.Reloaded(id, changed, engines)
 
     def _started(self, kind: str, about: str, message: o.Working, work: Work) -> o.Started:
         """Begin a job, or say which one does that already."""

@@ -7,12 +7,12 @@ socket: it belongs to the node and not to a configuration, which says nothing of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
 from kvstrata.errors import UsageError
 from kvstrata.node.common.index import Index
-from kvstrata.node.common.owners import Account
+from kvstrata.node.common.slices import in_slices
 from kvstrata.node.operating.pinning import checked_owner
 from kvstrata.node.service.ledger import MAX_QUOTAS, Keeping, Quota
 from kvstrata.node.service.owned import OwnedBacking
@@ -20,7 +20,6 @@ from kvstrata.node.slots.host import HostMemory
 from kvstrata.objects import NOBODY
 from kvstrata.wire import protocol as p
 
-SLICE = 64
 EVICT_SLICE = 8
 
 
@@ -37,6 +36,7 @@ class Quotas:
         self._host = host
         self._ledger = keeping.ledger
         self._keeping = keeping
+        self._ordering = asyncio.Lock()
         self._backings = {backing.name: backing for backing in backings}
         for owner, nbytes in self._ledger.quotas.items():
             host.index.set_quota(owner, nbytes)
@@ -70,19 +70,14 @@ class Quotas:
         keep = self._host.quotas.keep_to_quota if backing is None else backing.quotas.keep_to_quota
         account = index.set_quota(message.owner, message.nbytes)
         if message.nbytes is not None:
-            await _lower(index, account, keep)
+            async with self._ordering:
+                ordered = in_slices(index.order_for_quota(account))
+                if ordered is not None:
+                    await ordered
+            while keep(account, EVICT_SLICE):
+                await asyncio.sleep(0)
         if backing is None:
             await self._keeping.save(asyncio.to_thread)
         else:
             await backing.save()
         return p.Done(message.id, account.used_bytes)
-
-
-async def _lower(index: Index[Any], account: Account, keep: Callable[[Account, int], bool]) -> None:
-    """Bring the owner's chunks into the order that a quota needs, and evict what is too much."""
-    keys = index.order()
-    for start in range(0, len(keys), SLICE):
-        index.order_for_quota(account, keys[start : start + SLICE])
-        await asyncio.sleep(0)
-    while keep(account, EVICT_SLICE):
-        await asyncio.sleep(0)

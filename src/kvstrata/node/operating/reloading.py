@@ -69,6 +69,20 @@ class Reloader:
         """What may change while the node runs."""
         return [path for path in OPTIONS if path in self._changing]
 
+    def amended(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration as a file has it, but for these options, by their paths.
+
+        Raises:
+            ConfigError: there is no such option.
+        """
+        given = self.config.to_dict()
+        for path, value in options.items():
+            if path not in OPTIONS:
+                raise ConfigError(path, "there is no such option")
+            part, _, name = path.rpartition(".")
+            (given.setdefault(part, {}) if part else given)[name] = value
+        return given
+
     def check(self, given: dict[str, Any]) -> tuple[Config, list[str], list[str]]:
         """A whole new configuration, what of it changes here, and what engines alone read.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Tenants:
         journal: where outlives the process what is said of host memory, and of tiers that are not
             the node's own.
         counters: the node's.
+        wall: nanoseconds since 1970, by the clock that dates go by.
     """
 
     def __init__(
@@ -49,12 +51,13 @@ class Tenants:
         bounds: PinConfig,
         journal: Journal,
         counters: Counters,
+        wall: Callable[[], int] = time.time_ns,
     ) -> None:
         own = [one for one in backings if isinstance(one, OwnedBacking)]
         self.pinning = Pinning(host, backings, bounds.per_tenant, bounds.total, counters)
         clearer = Clearer(host, reservations, movement, operations, backings)
         keeping = Keeping(Ledger(journal), "host")
-        self.clearing = Clearing(clearer, self.pinning, backings, keeping)
+        self.clearing = Clearing(clearer, self.pinning, backings, keeping, wall)
         self.quotas = Quotas(host, keeping, own)
 
     @property

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Sequence
 from kvstrata.errors import UsageError
 from kvstrata.node.common.changes import Cause, Changes
 from kvstrata.node.common.journal import Journal
-from kvstrata.node.slots.clients import Client
+from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.wire import protocol as p
 
 MOST_AT_ONCE = 1024
 LONGEST_WAIT_S = 60.0
+MOST_OF_ONE = 8
+"""That wait of one process, so that it leaves others some of `journal.MOST_WAITING`."""
 ENTERED, EMPTIED = "entered", "emptied"
 
 
@@ -43,6 +45,9 @@ class Watching:
 
         Raises:
             UsageError: a wait that is none.
+
+        Awaiting it raises:
+            UsageError: as many of the client's process wait already as may, or of all.
         """
         if not 0.0 <= message.wait_s <= LONGEST_WAIT_S:
             raise UsageError(f"a wait of {message.wait_s:g} s; expected 0 to {LONGEST_WAIT_S:g}")
@@ -51,7 +56,7 @@ class Watching:
 
         async def answer() -> p.Watched:
             if since == journal.next:
-                await journal.wait(since, message.wait_s)
+                await self._wait(client.holder, since, message.wait_s)
             read = journal.read(since, MOST_AT_ONCE)
             changes = [
                 p.Change(self._numbers[one.tier], _what(one.key, one.cause), one.key, one.part)
@@ -60,6 +65,15 @@ class Watching:
             return p.Watched(message.id, read.next, read.lost, changes)
 
         return answer()
+
+    async def _wait(self, holder: Holder, since: int, wait_s: float) -> None:
+        if holder.num_watches >= MOST_OF_ONE:
+            raise UsageError(f"{MOST_OF_ONE} of this process wait for changes already")
+        holder.num_watches += 1
+        try:
+            await self.journal.wait(since, wait_s)
+        finally:
+            holder.num_watches -= 1
 
 
 def _what(key: bytes, cause: Cause | None) -> str:

@@ -79,6 +79,7 @@ class OwnedBacking(Singly):
         self.capacity_bytes = capacity_bytes
         self.scrub_bytes_per_s = scrub_bytes_per_s
         self.index: Index[int] = Index(capacity_bytes, policy, size_of)
+        self.wall: Callable[[], int] = time.time_ns  # the node's
         self.ledger = Ledger(tier.journal)
         self.marks = self.ledger.marks
         self._keeping = Keeping(self.ledger, self.name)
@@ -443,7 +444,7 @@ class OwnedBacking(Singly):
 
     def _entry(self, nbytes: int, order: int = 0) -> int:
         generation = next(self._generations)
-        self._striking.ages.note(generation, time.time_ns())
+        self._striking.ages.note(generation, self.wall())
         return entry_of(nbytes, order, generation)
 
     def _when_off(self) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 
 class Holder:
-    """A process, and the bytes that its connections hold together: the caps are for these.
+    """A process, and what its connections hold together, in bytes and watches: caps are for these.
 
     A process that could have the caps anew with each connection would have none, since what a
     connection that was dropped still holds stays in force. A cap may be lowered below what is held
     already: what counts is the one that was in force when something was granted last.
     """
 
-    __slots__ = ("leased_bytes", "leased_cap_bytes", "reserved_bytes", "reserved_cap_bytes")
+    __slots__ = (
+        "leased_bytes",
+        "leased_cap_bytes",
+        "num_watches",
+        "reserved_bytes",
+        "reserved_cap_bytes",
+    )
 
     def __init__(self) -> None:
         self.leased_bytes = self.leased_cap_bytes = 0
         self.reserved_bytes = self.reserved_cap_bytes = 0
+        self.num_watches = 0
 
 
 class Client:
