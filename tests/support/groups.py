@@ -48,10 +48,11 @@ async def store_part(
     first: int = 0,
     stop: int | None = None,
     cost: float = 0.0,
+    namespace: bytes = NAMESPACE,
 ) -> int:
     """Store one part of some chunks of a prompt; how many were written."""
     prefix = keys[:stop]
-    request = p.Reserve(1, NAMESPACE, b"".join(prefix), first, part, group_template(part), cost)
+    request = p.Reserve(1, namespace, b"".join(prefix), first, part, group_template(part), cost)
     reserved = await answered(node.reserve(client, request))
     sums = write(node, prefix[first:], list(offsets_of(reserved.offsets)), part)
     commit = p.Commit(1, reserved.reservation, b"".join(sums))

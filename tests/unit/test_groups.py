@@ -40,7 +40,6 @@ from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.objects import decode
 from kvstrata.observe.reasons import Why
 from kvstrata.parts import identity
-from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
 from kvstrata.wire.namespaces import Described
@@ -342,22 +341,3 @@ def test_a_record_of_needs_that_do_not_go_with_the_parts_is_refused() -> None:
                 node.record(ME, p.Record(wrong.record()))
 
     on_node(test)
-
-
-def test_a_prefetch_brings_what_the_longest_boundary_needs() -> None:
-    async def test(node: Node) -> None:
-        keys = chunk_keys(6)
-        await store_part(node, ME, keys, FULL)
-        await store_part(node, ME, keys, WINDOW, first=2)
-        await flush(node, ME)
-        await clear(node, ME, tiers=["host"])
-        # The namespace of the tests' objects is no digest of parts, so it is told as it is.
-        node.records._namespaces._known[NAMESPACE] = TOLD
-        started = node.handle(ME, o.Prefetch(1, b"".join(keys), [], [], []))
-        assert isinstance(started, o.Started)
-        await until(lambda: not node.operations.jobs.running)
-        there = {(number, part) for number, key in enumerate(keys)
-                 for part in WINDOWED if node.host.get(key, part)}  # fmt: skip
-        assert there == {*((number, FULL) for number in range(6)), (4, WINDOW), (5, WINDOW)}
-
-    on_node(test, slots=20, tier=GatedTier())

@@ -12,8 +12,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from msgspec.structs import replace
-
 from kvstrata.node.bounds import Bounds
 from kvstrata.node.common.planner import plan
 from kvstrata.node.common.slices import Work, in_slices
@@ -48,11 +46,6 @@ class GroupMatcher(Matcher):
     ) -> None:
         super().__init__(*args, **more)
         self._describe = describe
-
-    def match_as_told(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
-        """A match of somebody who knows the namespace alone: its engine has told the rest."""
-        needs = self._needs_told(message.namespace, message.parts)
-        return self.match(client, replace(message, needs=needs) if needs else message)
 
     def lookup(self, message: p.Lookup) -> p.Found | Awaitable[p.Found]:
         """Say where each chunk is that a match would lease, or where each is; changes nothing."""

@@ -135,7 +135,7 @@ class Node:
         self.nixl, self._tracer = nixl, tracer
         self.operations = Operations(
             config, self.host, self.leases, self.reservations, self.movement, backings, counters,
-            match=self._matcher.match_as_told, release=self._matcher.release, plan=self._plan,
+            match=self._matcher.match, release=self._matcher.release, plan=self._plan,
             describe=self.records.described,
             sampler=self._sampler, changes=self.changes, address=lambda: self.address,
         )  # fmt: skip

@@ -99,7 +99,8 @@ class Fetch(_Message, tag="fetch", frozen=True):
     """Ask it to fetch chunks from the node at ``address``, which is the one that asks.
 
     ``parts`` make up a chunk, ``orders`` are those that they are in, ``lengths`` the bytes of each
-    part's payload before any encoding. Asked again while it is at it, it answers for the same job.
+    part's payload before any encoding, ``needs`` as of a match. Asked again while it is at it, it
+    answers for the same job.
     """
 
     address: Annotated[str, msgspec.Meta(max_length=256)]
@@ -108,6 +109,7 @@ class Fetch(_Message, tag="fetch", frozen=True):
     parts: Annotated[list[int], msgspec.Meta(max_length=MAX_NAMES)]
     orders: _Orders
     lengths: Annotated[list[int], msgspec.Meta(max_length=MAX_NAMES)]
+    needs: Annotated[list[int], msgspec.Meta(max_length=MAX_NAMES)] = []
 
 
 class Watch(_Message, tag="watch", frozen=True):

@@ -196,6 +196,10 @@ class Copier:
         """Bring one chunk; ``absent``, ``there`` already, ``failed`` or ``done``."""
         parts = made.parts or tuple(self._places.parts_of(key, source))
         seen = {part: self._seen(key, part, source, made) for part in parts}
+        for part in made.optional:
+            if seen[part] is None:
+                del seen[part]
+        parts = tuple(seen)
         answers: list[str] = []
         with self.on_way(key) as way:
             for part in parts:

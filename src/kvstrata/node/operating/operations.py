@@ -93,7 +93,7 @@ class Operations:
         changes.watch(self.lineage)
         self.drainer = Drainer(reservations, leases, movement, self._end_others)
         self._threads = Threads(THREADS, "kvstrata-operating", NICE)
-        self._places = places
+        self._places, self._describe = places, describe
         self._copier = Copier(places, self._threads)
         self._looker = Looker(places, self._threads, self.directory, self.lineage)
         self._prefetcher = Prefetcher(places, leases, self._copier, match, release, describe)
@@ -156,7 +156,7 @@ class Operations:
         address, why = self._places.peers.named(request.address)
         if address is None:
             raise UsageError(why)
-        made = Made.checked(request.parts, request.orders, request.namespace)
+        made = Made.checked(request.parts, request.orders, request.namespace, request.needs)
         made.check_for(self._places.peers)
         sought = Sought(made, tuple(request.lengths), peer=address)
         packed = b"".join(request.keys)
@@ -177,12 +177,17 @@ class Operations:
 
     def _prefetch(self, client: Client, message: o.Prefetch) -> o.Started:
         about = f"{_count(message.keys)} chunks into {HOST}"
-        sought = Sought(_made(message), tuple(message.lengths), message.owner)
+        sought = Sought(self._made(message), tuple(message.lengths), message.owner)
         return self._started("prefetch", about, message,
             lambda job: self._prefetcher.run(job, message.keys, sought))  # fmt: skip
 
+    def _made(self, message: o.Prefetch | o.Copy | o.Send | o.Transcode) -> Made:
+        told = self._describe(message.namespace)
+        needs = told.needs_of(message.parts) if told is not None else ()
+        return Made.checked(message.parts, message.orders, message.namespace, needs)
+
     def _copy(self, client: Client, message: o.Copy) -> o.Started:
-        made = _made(message)
+        made = self._made(message)
         kind = "move" if isinstance(message, o.Move) else "copy"
         self._copier.check(message.source, message.target, made, moves=kind == "move")
         about = f"{_count(message.keys)} chunks from {message.source} to {message.target}"
@@ -197,12 +202,12 @@ class Operations:
 
     def _send(self, client: Client, message: o.Send) -> o.Started:
         peer: Address = self._sender.checked(message.peer)
-        sought = Sought(_made(message), tuple(message.lengths))
+        sought = Sought(self._made(message), tuple(message.lengths))
         return self._started("send", f"{_count(message.keys)} chunks to {peer}", message,
             lambda job: self._sender.run(job, message.keys, peer, sought))  # fmt: skip
 
     def _transcode(self, client: Client, message: o.Transcode) -> Awaitable[p.Reply]:
-        made = _made(message)
+        made = self._made(message)
         backing = self._transcoder.check(message.tier, message.keys, made)
         what = "all" if message.keys is None else f"{_count(message.keys)} chunks"
         about = f"{what} of {message.tier} to {message.codec or 'its own codec'}"
@@ -262,10 +267,6 @@ class Operations:
         for job in others:
             job.stop()
         return bool(others)
-
-
-def _made(message: o.Prefetch | o.Copy | o.Send | o.Transcode) -> Made:
-    return Made.checked(message.parts, message.orders, message.namespace)
 
 
 def _count(keys: bytes) -> int:

@@ -25,20 +25,35 @@ class Made(NamedTuple):
         parts: that make up a chunk; empty: those that the tier knows of.
         orders: that will do; empty: any.
         namespace: without which, and orders and parts, shared tiers cannot be asked.
+        needs: of each part, how many of the last chunks a boundary needs; 0, and empty: all.
     """
 
     parts: tuple[int, ...]
     orders: tuple[str, ...]
     namespace: bytes
+    needs: tuple[int, ...] = ()
 
     @classmethod
-    def checked(cls, parts: Sequence[int], orders: Sequence[str], namespace: bytes) -> Made:
+    def checked(
+        cls,
+        parts: Sequence[int],
+        orders: Sequence[str],
+        namespace: bytes,
+        needs: Sequence[int] = (),
+    ) -> Made:
         """Raises `UsageError` for what nothing can be made of."""
         if len(set(parts)) != len(parts) or not all(0 <= part <= MAX_PART for part in parts):
             raise UsageError(f"{list(parts)} are no parts, each once: group << 16 | rank")
         if len(namespace) not in (0, 32):
             raise UsageError(f"a namespace of {len(namespace)} bytes, not 32")
-        return cls(tuple(parts), tuple(dict.fromkeys(orders)), namespace)
+        if needs and (len(needs) != len(parts) or min(needs) < 0):
+            raise UsageError(f"needs of {list(needs)} do not go with {len(parts)} parts")
+        return cls(tuple(parts), tuple(dict.fromkeys(orders)), namespace, tuple(needs))
+
+    @property
+    def optional(self) -> tuple[int, ...]:
+        """The parts that a chunk may be without."""
+        return tuple(part for part, need in zip(self.parts, self.needs, strict=False) if need)
 
     def check_for(self, backing: Singly) -> None:
         """Raises `UsageError` where more has to be said, since a tier is known only by asking."""
@@ -119,5 +134,10 @@ class Places:
         shared = [one for one in backings if isinstance(one, SharedBacking)]
         if not (shared and made.parts and made.orders and made.namespace):
             return
-        question = Question(made.namespace, keys, made.parts, made.orders)
-        await asyncio.gather(*[one.ask(question) for one in shared])
+        every = tuple(part for part in made.parts if part not in made.optional)
+        questions = [Question(made.namespace, keys, every, made.orders)] if every else []
+        if made.optional:  # of each of them any chunk may be there
+            needs = (len(keys),) * len(made.optional)
+            some = Question(made.namespace, keys, made.optional, made.orders, needs=needs)
+            questions.append(some)
+        await asyncio.gather(*[one.ask(each) for one in shared for each in questions])

@@ -99,7 +99,7 @@ class Prefetcher:
         client = Client(f"job {job.id}", self._holder)
         message = p.Match(
             job.id, b"".join(keys), list(made.parts), list(made.orders), list(sought.lengths),
-            sought.owner, made.namespace, peer=str(peer or ""),
+            sought.owner, made.namespace, peer=str(peer or ""), needs=list(made.needs),
         )  # fmt: skip
         answer = self._match(client, message)
         matched = await answer if isinstance(answer, Awaitable) else answer
@@ -139,7 +139,12 @@ class Prefetcher:
         assert self._places.peers is not None
         made = sought.made
         question = Question(made.namespace, keys, made.parts, made.orders, sought.peer)
-        await self._places.peers.ask(question)
+        if made.optional:
+            # What their boundary needs the match asks for, once it knows where that is.
+            every = tuple(part for part in made.parts if part not in made.optional)
+            question = question._replace(parts=every)
+        if question.parts:
+            await self._places.peers.ask(question)
 
     async def found_out(self, key: bytes, sought: Sought) -> Sought:
         """What chunks like this one are made of, read off it where it was not said.
@@ -150,6 +155,8 @@ class Prefetcher:
         made = sought.made
         if made.parts and made.orders and sought.lengths:
             return sought
+        if (told := self._as_told(sought, made.namespace)) is not None:
+            return told
         name = next((one for one in self._places.owned if self._places.parts_of(key, one)), None)
         if name is None:
             raise UsageError(
@@ -167,27 +174,32 @@ class Prefetcher:
                 if not made.orders:
                     orders[order_name(header.kind, header.order)] = None
                 namespace = namespace or header.namespace
-        told = self._describe(namespace)
-        if told is not None and any(told.needs) and not made.parts:
-            # Of a window or a state the first chunk need have nothing.
-            made = Made(tuple(told.objects), made.orders or tuple(told.orders), namespace)
-            return sought._replace(made=made, lengths=tuple(told.lengths))
+            if (told := self._as_told(sought, namespace)) is not None:
+                return told
         return sought._replace(
             made=Made(parts, tuple(orders), namespace), lengths=sought.lengths or tuple(lengths)
         )
 
+    def _as_told(self, sought: Sought, namespace: bytes) -> Sought | None:
+        """The same as an engine told it, of a model whose first chunk need not have all parts."""
+        made, told = sought.made, self._describe(namespace)
+        if told is None or not any(told.needs) or made.parts not in ((), tuple(told.objects)):
+            return None
+        orders = made.orders or tuple(told.orders)
+        made = Made(tuple(told.objects), orders, namespace, tuple(told.needs))
+        return sought._replace(made=made, lengths=sought.lengths or tuple(told.lengths))
+
     def _why(self, key: bytes, sought: Sought) -> str:
         """Why a prefetch ended before its last chunk."""
-        for name in self._places.names:
-            backing = self._places.named(name)
-            for part in sought.made.parts:
-                if backing is None:
-                    found = self._places.host.get(key, part) is not None
-                else:
-                    found = backing.find(key, part, sought.made.orders or None) is not None
-                if found:
-                    return f"no room in {HOST} for more of it at once"
-        return "nobody has the next chunk"
+        made, places = sought.made, self._places
+        if made.optional:
+            return f"nobody has what more of it needs, or {HOST} has no room for that"
+        there = all(
+            places.host.get(key, part) is not None
+            or any(one.find(key, part, made.orders or None) is not None for one in places.backings)
+            for part in made.parts
+        )
+        return f"no room in {HOST} for more of it at once" if there else "nobody has the next chunk"
 
 
 class Sender:
@@ -239,7 +251,7 @@ class Sender:
         made, tell = sought.made, self._places.peers.tell
         request = peers_protocol.Fetch(
             self._address(), made.namespace, keys, list(made.parts), list(made.orders),
-            list(sought.lengths),
+            list(sought.lengths), list(made.needs),
         )  # fmt: skip
         state = await job.wait(tell(peer, request))
         clock, quiet_since = asyncio.get_running_loop().time, 0.0
