@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from tests.support.groups import FULL, STATE, WINDOW, load_needs, match_needs, store_part
@@ -24,7 +25,7 @@ def nothing_of_the_last_test() -> None:
     ME.__init__("pid 1")  # type: ignore[misc]
 
 
-def numbers(index: Index[object], keys: Sequence[bytes], part: int) -> list[int]:
+def numbers(index: Index[Any], keys: Sequence[bytes], part: int) -> list[int]:
     """Of the chunks that have a part."""
     return [number for number, key in enumerate(keys) if index.get(key, part) is not None]
 
