@@ -45,18 +45,20 @@ class LayerGroup:
 
     Args:
         index: position in ``KVLayout.groups``; part of the object id.
-        kind: ``full`` needs every chunk of a prefix, ``sliding`` those in its window,
-            ``recurrent`` only the state at the last boundary.
+        kind: ``full`` needs every chunk of a prefix, ``sliding`` those in its window, ``chunked``
+            those of the piece that the next token lies in, ``recurrent`` only the state at the last
+            boundary.
         num_layers, num_kv_heads, head_dim: of this rank.
         states: 2 for key and value, 1 for a latent (then head_dim is the latent's width).
         dtype: a key of ``ITEM_BYTES``.
-        window: tokens a sliding layer looks back, 0 for the other kinds.
+        window: tokens a sliding layer looks back, or of the pieces of a chunked one; 0 for the
+            other kinds.
     Raises:
         UsageError: a value outside these.
     """
 
     index: int
-    kind: Literal["full", "sliding", "recurrent"]
+    kind: Literal["full", "sliding", "chunked", "recurrent"]
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -65,15 +67,15 @@ class LayerGroup:
     window: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("full", "sliding", "recurrent"):
-            raise UsageError(f"kind {self.kind!r}: expected full, sliding or recurrent")
+        if self.kind not in ("full", "sliding", "chunked", "recurrent"):
+            raise UsageError(f"kind {self.kind!r}: expected full, sliding, chunked or recurrent")
         if self.dtype not in ITEM_BYTES:
             raise UsageError(f"dtype {self.dtype!r}: expected one of {', '.join(ITEM_BYTES)}")
         if self.states not in (1, 2):
             raise UsageError(f"states {self.states}: expected 2 (key, value) or 1 (latent)")
         if self.index < 0 or min(self.num_layers, self.num_kv_heads, self.head_dim) < 1:
             raise UsageError(f"sizes of a layer group must be positive: {self}")
-        if (self.window > 0) != (self.kind == "sliding"):
+        if (self.window > 0) != (self.kind in ("sliding", "chunked")):
             raise UsageError(f"window {self.window} does not fit the kind {self.kind}")
 
     @property

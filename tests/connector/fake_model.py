@@ -1,20 +1,68 @@
-"""A model that anybody can check: its KV and its tokens are digests of all tokens before."""
+"""A model that anybody can check: its KV and its tokens are digests of all tokens before.
+
+Its layer groups share one memory, as vLLM's do: a block belongs to one group at a time.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
+from kvstrata.connectors.vllm.groups import Group
 from kvstrata.connectors.vllm.pages import Pages
-from kvstrata.layout import LayerGroup, native_order
+from kvstrata.layout import LayerGroup, NativeOrder, native_order
 
 BLOCK, CHUNK, LAYERS, WORD = 16, 32, 2, 8
 NAMES = tuple(f"model.layers.{i}.self_attn" for i in range(LAYERS))
+PAGE = BLOCK * WORD
+STATE = 12 * WORD
+"""Bytes of a state: the end of its page is never read."""
+
+_ATTENTION: dict[str, Any] = {
+    "block_size": BLOCK, "num_kv_heads": 1, "head_size": 2, "dtype": torch.bfloat16,
+}  # fmt: skip
+SPECS: dict[str, Any] = {
+    "full": FullAttentionSpec(**_ATTENTION),
+    "latent": MLAAttentionSpec(**{**_ATTENTION, "head_size": 4}),
+    "window": SlidingWindowSpec(**_ATTENTION, sliding_window=40),
+    "long window": SlidingWindowSpec(**_ATTENTION, sliding_window=97),
+    "piece": ChunkedLocalAttentionSpec(**_ATTENTION, attention_chunk_size=64),
+    "state": MambaSpec(
+        block_size=BLOCK,
+        shapes=((16,), (16,)),
+        dtypes=(torch.bfloat16, torch.float32),
+        page_size_padded=PAGE,
+        mamba_cache_mode="align",
+    ),
+}
+"""Of the kinds of layer groups."""
+
+
+def kv_cache_config(num_blocks: int, kinds: Sequence[str] = ("full",)) -> KVCacheConfig:
+    """vLLM's groups, one of each of these kinds."""
+    return KVCacheConfig(
+        num_blocks=num_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[
+            KVCacheGroupSpec([f"{name}.{i}" if i else name for name in NAMES], SPECS[kind])
+            for i, kind in enumerate(kinds)
+        ],
+    )
 
 
 class Memory:
@@ -23,27 +71,48 @@ class Memory:
     def __init__(self, num_blocks: int, rank: int = 0) -> None:
         self.kv = np.zeros((LAYERS, num_blocks, BLOCK, WORD), np.uint8)
         self._rank = rank
+
+    def pages(self, group: Group) -> Pages:
+        """Where a group's pages are."""
         base, layer, block = self.kv.ctypes.data, self.kv.strides[0], self.kv.strides[1]
-        self.pages = Pages(
+        stateful, latent = group.kind == "recurrent", group.replicated
+        order = native_order(f"vllm/strided-NHC/b{BLOCK}/bfloat16")
+        if stateful:
+            order = NativeOrder("vllm/state-fake/1", BLOCK, "float32", ("D", "D"))
+        return Pages(
             group=LayerGroup(
-                index=0, kind="full", num_layers=LAYERS, num_kv_heads=1, head_dim=2, states=2,
-                dtype="bfloat16",
+                index=group.index, kind=group.kind, num_layers=LAYERS, num_kv_heads=1,
+                head_dim=STATE // 4 if stateful else 4 if latent else 2,
+                states=1 if stateful or latent else 2,
+                dtype=order.dtype, window=group.reach,
             ),
-            order=native_order(f"vllm/strided-NHC/b{BLOCK}/bfloat16"),
+            order=order,
             layer_names=NAMES,
             block_tokens=BLOCK,
-            page_bytes=block,
-            num_blocks=num_blocks,
+            page_bytes=STATE if stateful else PAGE,
+            num_blocks=self.kv.shape[1],
             bases=np.array([base + i * layer for i in range(LAYERS)], np.int64),
             strides=np.full(LAYERS, block, np.int64),
             device=torch.device("cpu"),
             compute_dtype=torch.bfloat16,
         )  # fmt: skip
 
-    def words(self, digests: Sequence[bytes]) -> npt.NDArray[np.uint8]:
-        """What the blocks must hold: (L, tokens, 8)."""
+    def words(
+        self, digests: Sequence[bytes], group: int = 0, *, replicated: bool = False
+    ) -> npt.NDArray[np.uint8]:
+        """What the blocks must hold: (L, tokens, 8); the same on every rank, if replicated."""
+        rank = 0 if replicated else self._rank
         plain = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, WORD)
-        return np.stack([plain ^ np.uint8(i * 16 + self._rank + 1) for i in range(LAYERS)])
+        salts = [np.uint8(group * 37 + i * 16 + rank + 1) for i in range(LAYERS)]
+        return np.stack([plain ^ salt for salt in salts])
+
+    def state(self, digest: bytes, group: int) -> npt.NDArray[np.uint8]:
+        """The state after the tokens of this digest: (L, 96)."""
+        return np.tile(self.words([digest], group)[:, 0], (1, STATE // WORD))
+
+    def blocks(self) -> npt.NDArray[np.uint8]:
+        """The blocks as bytes: (L, blocks, 128)."""
+        return self.kv.reshape(LAYERS, -1, PAGE)
 
 
 def digests(tokens: Sequence[int], salt: bytes = b"") -> list[bytes]:

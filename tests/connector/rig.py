@@ -17,8 +17,16 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
-from tests.connector.fake_model import BLOCK, CHUNK, NAMES, Memory, digests, sampled
+from tests.connector.fake_model import (
+    BLOCK,
+    CHUNK,
+    NAMES,
+    STATE,
+    Memory,
+    digests,
+    kv_cache_config,
+    sampled,
+)
 from tests.connector.gates import TIMEOUT_S, Gate
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
@@ -29,13 +37,14 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvstrata.config import Config, load_config
 from kvstrata.connectors.vllm.connector import KVStrataConnector
+from kvstrata.connectors.vllm.groups import Group, groups_of
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
@@ -77,15 +86,6 @@ def vllm_config(extra: dict[str, Any], num_blocks: int, **scheduling: Any) -> An
     return config
 
 
-def kv_cache_config(num_blocks: int, num_groups: int = 1) -> KVCacheConfig:
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=2, dtype=torch.bfloat16)
-    return KVCacheConfig(
-        num_blocks=num_blocks,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(list(NAMES), spec) for _ in range(num_groups)],
-    )
-
-
 class Rig:
     """An engine of vLLM's scheduler, the connector, and workers whose arithmetic is checkable.
 
@@ -99,6 +99,7 @@ class Rig:
         with_node: whether there is a node at all.
         make_node: builds the node, `Node.create` if None.
         events: how vLLM publishes its KV events.
+        kinds: of the model's layer groups, see `SPECS`.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Rig:
         with_node: bool = True,
         make_node: Callable[[Config], Node] | None = None,
         events: KVEventsConfig | None = None,
+        kinds: Sequence[str] = ("full",),
         **scheduling: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,11 @@ class Rig:
         self.vllm_config.kv_events_config = events
         self.ranks = ranks
         self.vllm_config.parallel_config.world_size = ranks
-        caches = kv_cache_config(num_blocks)
+        caches = kv_cache_config(num_blocks, kinds)
+        self.groups = groups_of(caches, self.config)
+        if "state" in kinds:
+            self.vllm_config.cache_config.mamba_cache_mode = "align"
+            self.vllm_config.cache_config.mamba_block_size = BLOCK
         make = AsyncScheduler if pipelined else Scheduler
         self.scheduler = make(
             vllm_config=self.vllm_config,
@@ -311,6 +317,8 @@ class Rig:
         meta = output.kv_connector_metadata
         meta.num_external = sum(
             sum(block >= 0 for block in load.blocks) * BLOCK
+            if self.groups.prefix_only
+            else len(load.keys) * self.groups.chunk_tokens
             for load in (*meta.sync_loads, *meta.async_loads)
         )
         meta.has_sync = output.has_sync_kv_loads
@@ -393,18 +401,21 @@ class Rig:
         # The self-test needs a model; what it proves, tests/engine/test_pages.py shows.
         with patch.multiple(
             "kvstrata.connectors.vllm.worker",
-            describe=lambda *_: memory.pages,
+            describe=lambda *args: memory.pages(self.groups.each[args[-1]]),
+            describe_states=lambda *args: memory.pages(self.groups.each[args[-1]]),
             self_test=lambda *_: None,
+            prove_states=lambda *_: None,
             attention_layers=lambda *_: {},
         ):
             link = Link(self.config, f"worker {rank}")
             link.start()
-            return WorkerSide(config, caches, {}, link, self.config, CHUNK)
+            return WorkerSide(config, caches, {}, link, self.config, self.groups)
 
     def _execute(self, rank: int, output: Any, meta: Any) -> ModelRunnerOutput:
         worker, memory = self.workers[rank], self.memories[rank]
         worker.before_step(meta)
         worker.bind(meta)
+        self._carry_states(memory, output)  # vLLM does so before any synchronous load
         result = KVConnectorOutput()
         if output.has_sync_kv_loads:
             worker.load_sync()
@@ -430,30 +441,42 @@ class Rig:
 
     def _write(self, memory: Memory, name: str, output: Any, invalid: set[int]) -> None:
         """Write what the forward would write."""
-        wanted, blocks, places, start = self._kv(memory, name, output)
-        # What attention makes of garbage is garbage.
-        written = wanted if invalid.isdisjoint(blocks) else ~wanted
-        memory.kv[:, places[0][start:], places[1][start:]] = written[:, start:]
+        done, start, all_blocks = self._done(name, output)
+        for group, blocks in zip(self.groups.each, all_blocks, strict=True):
+            if group.kind == "recurrent":
+                continue
+            wanted = memory.words(done, group.index, replicated=group.replicated)
+            # What attention makes of garbage is garbage.
+            written = wanted if invalid.isdisjoint(blocks) else ~wanted
+            where, within = _places(blocks, start, len(done))
+            memory.kv[:, where, within] = written[:, start:]
 
-    def _kv(self, memory: Memory, name: str, output: Any) -> tuple[Any, list[int], Any, int]:
-        """A request's KV as it has to be, its blocks, where each token is, the first new one."""
+    def _done(self, name: str, output: Any) -> tuple[list[bytes], int, tuple[list[int], ...]]:
+        """Digests of a request's tokens, the number of the first new one, its blocks."""
         request = self.scheduler.requests[name]
         end, tokens = request.num_computed_tokens, self.tokens[name]
         assert end <= len(tokens)
-        wanted = memory.words(digests(tokens[:end], (request.cache_salt or "").encode()))
-        blocks = self.scheduler.kv_cache_manager.get_block_ids(name)[0]
-        places = np.array(blocks, np.int64)[np.arange(end) // BLOCK], np.arange(end) % BLOCK
-        assert places[0].all(), "the null block"
-        return wanted, blocks, places, end - output.num_scheduled_tokens[name]
+        done = digests(tokens[:end], (request.cache_salt or "").encode())
+        all_blocks = self.scheduler.kv_cache_manager.get_block_ids(name)
+        return done, end - output.num_scheduled_tokens[name], all_blocks
 
     def _compute(self, memory: Memory, name: str, output: Any, invalid: set[int]) -> list[int]:
         """Read what attention would read, sample."""
-        wanted, blocks, places, start = self._kv(memory, name, output)
-        tokens, end = self.tokens[name], wanted.shape[1]
-        broken = not invalid.isdisjoint(blocks)
-        if not broken:
-            right = (memory.kv[:, places[0], places[1]] == wanted).all(axis=(0, 2))
-            assert right.all(), f"{name}: wrong KV at tokens {np.flatnonzero(~right)} of {start}"
+        done, start, all_blocks = self._done(name, output)
+        tokens, end = self.tokens[name], len(done)
+        broken = not invalid.isdisjoint(all_blocks[0])
+        for group, blocks in zip(self.groups.each, all_blocks, strict=True):
+            if group.kind == "recurrent":
+                self._advance(memory, group, blocks, done, start)
+            elif not broken:
+                wanted = memory.words(done, group.index, replicated=group.replicated)
+                read = self._first_read(group, start)
+                where, within = _places(blocks, read, end)
+                right = (memory.kv[:, where, within] == wanted[:, read:]).all(axis=(0, 2))
+                assert right.all(), (
+                    f"{name}: wrong KV in group {group.index} at tokens "
+                    f"{read + np.flatnonzero(~right)} of {start}"
+                )
         if end < len(tokens):
             return []
         if broken:
@@ -464,15 +487,51 @@ class Rig:
             self.answers[name].append(answer)
         return [answer]
 
+    def _first_read(self, group: Group, start: int) -> int:
+        """The first token that layers of a group look back to from token number ``start``."""
+        if group.kind == "sliding":
+            return max(0, start - group.reach + 1)
+        return start // group.reach * group.reach if group.kind == "chunked" else 0
+
+    def _carry_states(self, memory: Memory, output: Any) -> None:
+        """As vLLM's runner: a state goes on in the block that this step ends in."""
+        for name, count in output.num_scheduled_tokens.items():
+            end = self.scheduler.requests[name].num_computed_tokens
+            last, now = (end - count - 1) // BLOCK, (end - 1) // BLOCK
+            all_blocks = self.scheduler.kv_cache_manager.get_block_ids(name)
+            for group, blocks in zip(self.groups.each, all_blocks, strict=True):
+                if group.kind == "recurrent" and end > count and last != now:
+                    assert blocks[last], "the null block"
+                    assert blocks[now], "the null block"
+                    memory.blocks()[:, blocks[now]] = memory.blocks()[:, blocks[last]]
+
+    def _advance(
+        self, memory: Memory, group: Group, blocks: list[int], done: list[bytes], start: int
+    ) -> None:
+        """Read the state that a step begins with, write the one that it ends with."""
+        place = memory.blocks()[:, blocks[(len(done) - 1) // BLOCK], :STATE]
+        if start:
+            right = (place == memory.state(done[start - 1], group.index)).all()
+            assert right, f"wrong state in group {group.index} after {start} tokens"
+        place[:] = memory.state(done[-1], group.index)
+
     def _hear(self) -> None:
         output, answer = self._queue.pop(0)
         self.scheduler.update_from_output(output, answer)
 
 
+def _places(blocks: list[int], first: int, end: int) -> tuple[Any, Any]:
+    """Block and place in it of each of these tokens."""
+    at = np.arange(first, end)
+    where = np.array(blocks, np.int64)[at // BLOCK], at % BLOCK
+    assert where[0].all(), "the null block"
+    return where
+
+
 def replace_rank(parallel: Any, rank: int, world: int) -> Any:
     """A worker's own view of the parallel configuration."""
     mine = copy.copy(parallel)
-    mine.rank, mine.world_size = rank, world
+    mine.rank, mine.world_size, mine.tensor_parallel_size = rank, world, world
     return mine
 
 

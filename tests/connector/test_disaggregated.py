@@ -52,19 +52,19 @@ def prefill(pair: Pair, tokens: list[int]) -> dict[str, Any] | None:
     """Compute a prompt for another engine; what that one is to be told, if it can be."""
     rig = pair.prefill
     said: list[Any] = []
-    finished = rig.connector.request_finished
+    finished = rig.connector.request_finished_all_groups
 
     def hear(request: Any, block_ids: Any) -> Any:
         answer = finished(request, block_ids)
         said.append(answer)
         return answer
 
-    rig.connector.request_finished = hear  # type: ignore[method-assign]
+    rig.connector.request_finished_all_groups = hear  # type: ignore[method-assign]
     try:
         rig.add(tokens, **params(rig, dict(COMPUTE_FOR_ANOTHER)))
         rig.run()
     finally:
-        rig.connector.request_finished = finished  # type: ignore[method-assign]
+        rig.connector.request_finished_all_groups = finished  # type: ignore[method-assign]
     (answer,) = said
     assert answer[0] is False, "no block waits for anybody"
     return None if answer[1] is None else dict(answer[1])

@@ -177,7 +177,9 @@ def test_placeholders_and_drafts_are_not_stored(make_rig: Make) -> None:
         output = SimpleNamespace(
             total_num_scheduled_tokens=count,
             num_scheduled_tokens={"drafting": count},
-            kv_connector_block_state=SimpleNamespace(get_block_ids=lambda _: ([1, 2, 3, 4],)),
+            kv_connector_block_state=SimpleNamespace(
+                get_block_ids=lambda _: ([1, 2, 3, 4],), boundary_state_offloads={}
+            ),
             new_block_ids_to_zero=None,
             scheduled_new_reqs=[],
             scheduled_cached_reqs=SimpleNamespace(req_ids=[]),

@@ -235,7 +235,7 @@ def state_of(rig: Rig, tokens: list[int]) -> RequestState:
 
 def as_portable(rig: Rig, pool: Any, offset: int) -> None:
     """Have a slot hold the same KV as if a lossy codec had been there."""
-    pages = rig.workers[0]._pages
+    pages = rig.workers[0].payloads[0].pages
     header = decode_header(pool.array(offset, HEADER_BYTES).tobytes())
     payload = pool.array(offset + HEADER_BYTES, header.raw_length)
     native = payload.reshape(*header.shape[:2], -1)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.connector.rig import (
-    Rig,
-    kv_cache_config,
-    prompt,
-    vllm_config,
-)
+from tests.connector.fake_model import SPECS, kv_cache_config
+from tests.connector.rig import Rig, prompt, vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, SupportsHMA
 
 from kvstrata.connectors.vllm import connector as connector_module
 from kvstrata.connectors.vllm.connector import KVStrataConnector
-from kvstrata.connectors.vllm.messages import WorkerHello
+from kvstrata.connectors.vllm.groups import chunk_of
+from kvstrata.connectors.vllm.messages import Held, WorkerHello
 from kvstrata.errors import ConfigError
 
 Make = Callable[..., Rig]
@@ -46,16 +44,27 @@ def test_vllm_sees_the_mended_policy(make_rig: Make) -> None:
     assert make_rig().scheduler.recompute_kv_load_failures is True
 
 
-def test_several_groups_are_left_alone_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
-    for groups, why in ((2, "2 KV cache groups"), (1, "not causal")):
+UNKNOWN = [
+    ("full", {"non_causal": True}, "not causal"),
+    ("state", {"mamba_cache_mode": "none"}, "enable prefix caching"),
+    ("state", {"num_speculative_blocks": 1}, "speculative decoding"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "why"), UNKNOWN)
+def test_a_group_of_no_use_leaves_the_model_alone_and_is_named(
+    caplog: pytest.LogCaptureFixture, kind: str, change: dict[str, Any], why: str
+) -> None:
+    for before in ([], ["full"]):
         caplog.clear()
-        caches = kv_cache_config(64, groups)
-        if groups == 1:
-            spec = caches.kv_cache_groups[0].kv_cache_spec
-            object.__setattr__(spec, "non_causal", True)
+        caches = kv_cache_config(64, [*before, kind])
+        last = caches.kv_cache_groups[-1]
+        last.kv_cache_spec = dataclasses.replace(SPECS[kind], **change)
+        why_named = f"KV cache group {len(before)}"
         config = vllm_config({}, 64)
         connector = KVStrataConnector(config, KVConnectorRole.SCHEDULER, caches)
         assert why in caplog.text
+        assert why_named in caplog.text
         request: Any = SimpleNamespace(request_id="r")
         connector.on_new_request(request)
         assert connector.get_num_new_matched_tokens(request, 0) == (0, False)
@@ -86,7 +95,7 @@ def test_it_keeps_the_hybrid_manager_and_delivers_nothing_for_sure(make_rig: Mak
     ("hellos", "why"),
     [
         ([WorkerHello(problem="an order nobody knows")], "an order nobody knows"),
-        ([WorkerHello(order="a"), WorkerHello(order="b")], "different orders"),
+        ([WorkerHello((Held(0, "a"),)), WorkerHello((Held(1, "b"),))], "different orders"),
     ],
 )
 def test_workers_that_cannot_take_part_turn_it_off(
@@ -112,7 +121,7 @@ def test_a_model_without_identity_is_not_cached(
         raise ValueError("a model of no kind")
 
     monkeypatch.setattr(rig.side._lookups.namespaces, "identify", unknown)
-    rig.side.introduce({(0, 0): WorkerHello(order="x")})
+    rig.side.introduce({(0, 0): WorkerHello((Held(0, "x"),))})
     assert rig.ask(prompt(100), 3) == 0
     rig.check()
 
@@ -127,7 +136,7 @@ def test_a_chunk_is_a_whole_number_of_blocks(
 
     overrides = {} if configured is None else {"chunk_tokens": configured}
     config = load_config(environ={}, overrides=overrides)
-    assert connector_module._chunk_tokens(config, block) == chunk
+    assert chunk_of(config, block) == chunk
 
 
 def test_a_chunk_that_cuts_a_block_is_refused() -> None:
@@ -135,7 +144,7 @@ def test_a_chunk_that_cuts_a_block_is_refused() -> None:
 
     config = load_config(environ={}, overrides={"chunk_tokens": 64})
     with pytest.raises(ConfigError, match="no multiple of the engine's blocks of 48"):
-        connector_module._chunk_tokens(config, 48)
+        chunk_of(config, 48)
 
 
 def test_resetting_the_cache_forgets_what_was_stored(make_rig: Make) -> None:

@@ -109,7 +109,7 @@ def test_a_second_handshake_with_other_workers_lets_go_of_what_was_asked(make_ri
     gate = rig.gate(p.Match)
     asking = rig.add(waiting, 2)
     (rank, hello), *_ = hellos(rig).items()
-    other = replace(hello, order="some other")
+    other = replace(hello, held=(replace(hello.held[0], order="some other"),))
     rig.connector.set_xfer_handshake_metadata_pp_aware({rank: other})
     assert {rig.side._states[name].bypass for name in (loading, asking)} == {
         "the workers have changed"

@@ -74,7 +74,7 @@ def test_what_is_asked_hit_and_stored(make_rig: Make, monkeypatch: pytest.Monkey
     assert sums["loads_total|sync|ok"] == 1
     (took,) = heard.total.data["values"]["load_seconds|sync"]
     assert 0 < took < 60
-    each = rig.workers[0]._template.raw_length
+    each = rig.workers[0].payloads[0].template.raw_length
     assert sums["stored_bytes_total"] == 2 * 3 * each, "of both ranks"
     assert not any(name.startswith("stores_dropped") for name in sums)
     rig.check()

@@ -18,7 +18,8 @@ from vllm.v1.request import RequestStatus
 from kvstrata.connectors.vllm import worker as worker_module
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.pace import COPY_SHARE, WAIT_SHARE, Pace
-from kvstrata.connectors.vllm.transfers import STORE_NICENESS, StoreJob
+from kvstrata.connectors.vllm.threads import STORE_NICENESS
+from kvstrata.connectors.vllm.transfers import StoreJob
 from kvstrata.testing.clock import ManualClock
 from kvstrata.wire import protocol as p
 

@@ -353,6 +353,7 @@ def test_a_slot_with_another_object_is_refused(make_rig: Make) -> None:
     for change in (
         {"key": bytes([7] * 32)},
         {"rank": 1},
+        {"group": 1},
         {"dtype": "float16"},
         {"shape": (LAYERS, 1, *header.shape[2:5], header.shape[5] * 2)},
     ):
@@ -416,7 +417,7 @@ def test_objects_say_whose_they_are_without_saying_who(make_rig: Make) -> None:
 def test_a_portable_payload_is_packed_for_the_engine(make_rig: Make) -> None:
     rig = make_rig()
     worker, load = stored(rig, 64)
-    client, pages = worker._client, worker._pages
+    client, pages = worker._client, worker.payloads[0].pages
     assert client is not None
     offset = load.offsets[0][0]
     header = decode(client.pool.array(offset, HEADER_BYTES).tobytes())
@@ -429,7 +430,7 @@ def test_a_portable_payload_is_packed_for_the_engine(make_rig: Make) -> None:
     client.pool.array(offset + HEADER_BYTES, header.raw_length)[:] = (
         portable.reshape(-1).view(np.uint8)
     )  # fmt: skip
-    plan, kept = worker._transfers.plan(load, client, load.offsets, 0, 1)
+    (plan,), kept = worker._transfers.plan(load, client, load.offsets, 0, 1)
     CpuCopier().load(plan, None)
     assert kept
     copied = rig.memories[0].kv[:, load.blocks[:2]]

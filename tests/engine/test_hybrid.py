@@ -1,4 +1,4 @@
-"""What must not be cached, or not be shared: hybrid models, adapters, embeddings, other weights."""
+"""Hybrid models of real weights; what must not be shared: adapters, embeddings, other weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from kvstrata.testing import models
 pytestmark = pytest.mark.engine
 
 
-def test_hybrid_model_is_left_alone(gemma3: Path, engines: Engines) -> None:
-    """Gemma 3 mixes sliding windows with full attention: uncached, said so, and right."""
+def test_windows_beside_full_attention(gemma3: Path, engines: Engines) -> None:
+    """Gemma 3's windows reach back four chunks, its full attention to the beginning."""
     from transformers import AutoTokenizer
 
     prompts = Texts(AutoTokenizer.from_pretrained(gemma3), "gemma").of(100, 700, 1100)
+    cached = [whole_chunks(len(prompt)) for prompt in prompts]
     with Place(gemma3) as place:
         options: dict[str, Any] = {"max_model_len": 2048, "new_tokens": 8}
         plain = engines.plain(gemma3, **options)
@@ -33,13 +34,21 @@ def test_hybrid_model_is_left_alone(gemma3: Path, engines: Engines) -> None:
             assert one["hybrid_off"] is False
             assert one["num_groups"] > 1
         assert about[0] == about[1]
-        assert "KVStrata leaves this engine's KV uncached" in engine.log
-        assert "KV cache groups" in engine.log
-        for _ in range(2):
+        cold = engine.answers(prompts)
+        assert {answer.cached for answer in cold} == {0}
+        assert [answer.tokens for answer in cold] == plain.cold(prompts)
+
+        def hits() -> bool:
             engine.forget()
-            answers = engine.answers(prompts)
-            assert {answer.cached for answer in answers} == {0}
-            assert [answer.tokens for answer in answers] == plain.cold(prompts)
+            answers = engine.answers([request(prompt, 1) for prompt in prompts])
+            return [answer.cached for answer in answers] == cached
+
+        eventually(hits, f"hits of {cached} tokens")
+        engine.forget()
+        warm = engine.answers(prompts)
+        assert [answer.cached for answer in warm] == cached
+        assert [answer.tokens for answer in warm] == plain.warm(prompts)
+        place.check()
 
 
 def adapter(folder: Path, seed: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,16 +16,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from kvstrata.config import Config, load_config
+from kvstrata.config import load_config
 from kvstrata.connectors.vllm.events import Events, events_of
+from kvstrata.connectors.vllm.groups import Groups, groups_of
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
 from kvstrata.connectors.vllm.stats import ConnectorPromMetrics, ConnectorStats
 from kvstrata.connectors.vllm.worker import WorkerSide
-from kvstrata.errors import ConfigError, KVStrataError
+from kvstrata.errors import Incompatible, KVStrataError
 
 logger = logging.getLogger(__name__)
 
@@ -51,23 +50,25 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self._make_worker: Callable[[dict[str, Any]], WorkerSide] | None = None
         self._problem = "vLLM registered no KV caches"
-        reason = _unsupported(kv_cache_config)
+        groups: Groups | None = None
+        reason = ""
+        try:
+            groups = groups_of(kv_cache_config, config)
+        except Incompatible as error:
+            reason = str(error)
         if role is KVConnectorRole.SCHEDULER:
             _greet(transfer, reason)
-        if reason:
+        if groups is None:
             return
-        block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        chunk_tokens = _chunk_tokens(config, block_tokens)
         if role is KVConnectorRole.SCHEDULER:
-            self._events = events_of(vllm_config, kv_cache_config, chunk_tokens, block_tokens)
-            self._scheduler = SchedulerSide(
-                vllm_config, config, chunk_tokens, block_tokens, self._events
-            )
+            _say_stride(groups, vllm_config.scheduler_config.max_num_batched_tokens)
+            self._events = events_of(vllm_config, kv_cache_config, groups)
+            self._scheduler = SchedulerSide(vllm_config, config, groups, self._events)
         else:
             self._link = Link(config, f"worker of rank {vllm_config.parallel_config.rank}")
             self._link.start()
             self._make_worker = lambda kv_caches: WorkerSide(
-                vllm_config, kv_cache_config, kv_caches, self._link, config, chunk_tokens
+                vllm_config, kv_cache_config, kv_caches, self._link, config, groups
             )
 
     @property
@@ -111,14 +112,14 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._scheduler is None:
-            return False, None
-        return False, self._scheduler.request_finished(request, block_ids)
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids[0])
+        if self._scheduler is None:
+            return False, None
+        return False, self._scheduler.request_finished(request, block_ids)
 
     def get_external_cache_hit_sources(
         self, request: Any, num_external_tokens: int
@@ -221,20 +222,6 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler.close()
 
 
-def _unsupported(kv_cache_config: Any) -> str:
-    """Why this model's KV is left uncached; empty if it is cached."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
-        return f"the model has {len(groups)} KV cache groups ({', '.join(kinds)})"
-    spec = groups[0].kv_cache_spec
-    if not isinstance(spec, FullAttentionSpec):
-        return f"the model's KV cache is of the kind {type(spec).__name__}, not full attention"
-    if spec.non_causal:
-        return "the model's attention is not causal, so a chunk depends on what follows it"
-    return ""
-
-
 def _log_as_vllm_does(level: str) -> None:
     """vLLM configures its own logger only; ours would print warnings and keep the rest quiet."""
     ours = logging.getLogger("kvstrata")
@@ -259,13 +246,12 @@ def _greet(transfer: Any, reason: str) -> None:
         logger.warning("KVStrata leaves this engine's KV uncached: %s", reason)
 
 
-def _chunk_tokens(config: Config, block_tokens: int) -> int:
-    """Tokens of a chunk: as configured; the default is rounded up to whole blocks."""
-    if config.chunk_tokens % block_tokens == 0:
-        return config.chunk_tokens
-    if "chunk_tokens" in config.sources:
-        raise ConfigError(
-            "chunk_tokens",
-            f"{config.chunk_tokens} is no multiple of the engine's blocks of {block_tokens} tokens",
-        )
-    return math.ceil(config.chunk_tokens / block_tokens) * block_tokens
+def _say_stride(groups: Groups, most_tokens: int) -> None:
+    """How far apart states are kept: vLLM leaves one where a step's tokens end."""
+    if any(group.kind == "recurrent" for group in groups.each):
+        chunk = groups.chunk_tokens
+        logger.info(
+            "KVStrata keeps a recurrent state every %d tokens of a prompt that is computed alone "
+            "(max_num_batched_tokens %d, in chunks of %d), and at its last whole chunk",
+            max(chunk, most_tokens // chunk * chunk), most_tokens, chunk,
+        )  # fmt: skip

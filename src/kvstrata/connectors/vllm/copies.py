@@ -49,14 +49,6 @@ class Plan:
         self.blocks: Addresses = pages.addresses(ids[wanted])
         self.page_bytes = page
 
-    def joined(self, other: Plan) -> Plan:
-        """This plan and another one of the same pages."""
-        both = object.__new__(Plan)
-        both.slots = np.concatenate([self.slots, other.slots], axis=1)
-        both.blocks = np.concatenate([self.blocks, other.blocks], axis=1)
-        both.page_bytes = self.page_bytes
-        return both
-
     @property
     def nbytes(self) -> int:
         """What it copies in all."""

@@ -20,6 +20,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash, resolve_block_
 from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind
 
 from kvstrata.config import Config
+from kvstrata.connectors.vllm.groups import Groups
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError
 from kvstrata.wire import protocol as p
@@ -68,12 +69,14 @@ class Shape(NamedTuple):
         block_tokens: of a block.
         hash_tokens: that each of a request's hashes is of.
         kind: of the attention, in vLLM's words.
+        group: number of the layer group that is told of.
     """
 
     chunk_tokens: int
     block_tokens: int
     hash_tokens: int
     kind: str
+    group: int = 0
 
 
 class Events:
@@ -91,8 +94,13 @@ class Events:
         self._out: list[tuple[int, BlockStored | BlockRemoved]] = []
         self._lock = threading.Lock()
 
+    @property
+    def group(self) -> int:
+        """The layer group that is told of."""
+        return self._shape.group
+
     def learn(self, parts: Iterable[int]) -> None:
-        """These objects make up a chunk."""
+        """These objects make up a chunk of the group."""
         with self._lock:
             self._parts = {part: 1 << number for number, part in enumerate(parts)}
 
@@ -227,7 +235,7 @@ class Events:
             lora_id=adapter,
             medium=medium,
             lora_name=name,
-            group_idx=0,
+            group_idx=self._shape.group,
             kv_cache_spec_kind=self._shape.kind,
             locality=LOCALITY,
             ownership=OWNERSHIP,
@@ -244,7 +252,7 @@ class Events:
         return BlockRemoved(
             block_hashes=hashes,
             medium=medium,
-            group_idx=0,
+            group_idx=self._shape.group,
             locality=LOCALITY,
             ownership=OWNERSHIP,
         )
@@ -324,13 +332,19 @@ class NodeWatch:
                 self.watching.set()
 
 
-def events_of(
-    vllm_config: Any, kv_cache_config: Any, chunk_tokens: int, block_tokens: int
-) -> Events | None:
-    """As vLLM is configured: None where it publishes no KV events."""
+def events_of(vllm_config: Any, kv_cache_config: Any, groups: Groups) -> Events | None:
+    """As vLLM is configured: None where it publishes no KV events.
+
+    They are of the first group that needs every chunk: of the others it depends on the boundary
+    whether a chunk is of use.
+    """
     wanted = getattr(vllm_config, "kv_events_config", None)
-    if wanted is None or not wanted.enable_kv_cache_events:
+    group = groups.full
+    if wanted is None or not wanted.enable_kv_cache_events or group is None:
         return None
-    hash_tokens = getattr(kv_cache_config, "hash_block_size", None) or block_tokens
-    kind = get_kv_cache_spec_kind(kv_cache_config.kv_cache_groups[0].kv_cache_spec)
-    return Events(Shape(chunk_tokens, block_tokens, hash_tokens, str(kind.value)))
+    hash_tokens = getattr(kv_cache_config, "hash_block_size", None) or group.block_tokens
+    kind = get_kv_cache_spec_kind(kv_cache_config.kv_cache_groups[group.index].kv_cache_spec)
+    shape = Shape(
+        groups.chunk_tokens, group.block_tokens, hash_tokens, str(kind.value), group.index
+    )
+    return Events(shape)

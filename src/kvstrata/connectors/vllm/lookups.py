@@ -19,6 +19,7 @@ from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.vllm import beginnings
 from kvstrata.connectors.vllm.events import Events, NodeWatch
 from kvstrata.connectors.vllm.fingerprint import Namespaces
+from kvstrata.connectors.vllm.groups import Groups
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import WorkerHello
 from kvstrata.connectors.vllm.pace import Pace
@@ -49,8 +50,7 @@ class Lookups:
     Args:
         vllm_config: the engine's configuration.
         config: KVStrata's.
-        chunk_tokens: tokens of a chunk.
-        block_tokens: of one of vLLM's blocks.
+        groups: the engine's KV cache groups, and the chunks they are cut into.
         pace: of the engine's steps, which says how long a match may be waited for.
         states: all requests.
         loading: those of them whose lease the workers use, so that it is not given up here.
@@ -61,16 +61,15 @@ class Lookups:
         self,
         vllm_config: Any,
         config: Config,
-        chunk_tokens: int,
-        block_tokens: int,
+        groups: Groups,
         pace: Pace,
         states: Mapping[str, RequestState],
         loading: Container[str],
         events: Events | None = None,
     ) -> None:
         self._config = config
-        self._chunk = chunk_tokens
-        self._block = block_tokens
+        self._groups = groups
+        self._chunk = groups.chunk_tokens
         self._model = vllm_config.model_config.model
         self._states = states
         self._loading = loading
@@ -82,12 +81,15 @@ class Lookups:
         self._watch = None if events is None else NodeWatch(config, events)
         #: the node, if there was one when it was needed last
         self.client: NodeClient | None = None
-        self.namespaces = Namespaces(vllm_config, chunk_tokens, config.tenant)
+        self.namespaces = Namespaces(vllm_config, groups.chunk_tokens, config.tenant)
         self._told: set[tuple[bytes, Namespace]] = set()
-        #: the byte orders that the workers read, the parts of a chunk, the bytes of each
+        #: the byte orders that the workers read, the parts of a chunk; of each its bytes, and how
+        #: many of the last chunks a boundary needs (none given: every one of each)
         self.orders: list[str] = []
         self.parts: list[int] = []
         self.lengths: list[int] = []
+        self.needs: list[int] = []
+        self.num_workers = 0
         #: requests that have asked or hold a lease, and have not been scheduled
         self.looking: set[str] = set()
 
@@ -98,14 +100,20 @@ class Lookups:
             Exception: whatever keeps the model from being identified.
         """
         before = self.orders, self.parts, self.lengths
-        self.orders = [ranked[0].order, PORTABLE]
-        self.parts = list(range(len(ranked)))
-        self.lengths = [hello.payload_bytes for hello in ranked]
+        # What several ranks hold alike is one part.
+        held = {one.part: one for hello in ranked for one in hello.held}
+        self.parts = sorted(held)
+        each = [held[part] for part in self.parts]
+        self.orders = [*dict.fromkeys(one.order for one in each), PORTABLE]
+        self.lengths = [one.payload_bytes for one in each]
+        self.needs = [one.needs for one in each] if any(one.needs for one in each) else []
+        self.num_workers = len(ranked)
         self.namespaces.identify("; ".join(hello.layout for hello in ranked), IDENTITY_WAIT_S)
         self.namespaces.when_weighed(self._explain_auto)
         self._link.wait(self._config.deadlines.attach)
         if self.events is not None and self._watch is not None:
-            self.events.learn(self.parts)
+            group = self.events.group
+            self.events.learn(part for part in self.parts if part >> 16 == group)
             self._watch.start()
         return before == (self.orders, self.parts, self.lengths)
 
@@ -152,7 +160,7 @@ class Lookups:
             return state.matched
         state.rehash()
         if not state.asked:
-            state.miss = "left out by a hint" if state.keys else "shorter than a chunk"
+            state.miss = "left out by a hint" if state.left_out else "shorter than a chunk"
             state.matched = not self._ask_inside(state)
             return True
         self._begin(state, client, by_other=state.other_first)
@@ -246,6 +254,7 @@ class Lookups:
                 b"" if by_other else state.heads_by(client.hello.secret),
                 state.look_up(),
                 state.hints.tiers,
+                self.needs,
             )  # fmt: skip
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()
@@ -282,7 +291,7 @@ class Lookups:
                 state.miss = "computing is faster"
             elif len(reply.tiers) < len(state.question):
                 state.miss = "not stored" if not reply.tiers else "partly stored"
-            elif len(state.question) < len(state.keys):
+            elif state.left_out:
                 state.miss = "left out by a hint"
         if self.client is not None:
             self.client.release(left_out)
@@ -309,11 +318,12 @@ class Lookups:
         if self.client is None or not beginnings.is_next(state):
             return False
         token_s, pair_s = self.pace.computing.speeds()
-        per_chunk, at = self._chunk // self._block, len(state.tiers) * self._chunk
+        (group,) = self._groups.each
+        per_chunk, at = self._groups.width(group), len(state.tiers) * self._chunk
         with contextlib.suppress(NodeUnavailable):
             state.call = beginnings.ask(
                 state, self.client, self.parts, self.orders,
-                [length // per_chunk for length in self.lengths], self._block,
+                [length // per_chunk for length in self.lengths], group.block_tokens,
                 token_s + pair_s * at,
             )  # fmt: skip
             state.asked_inside = True
@@ -329,12 +339,13 @@ class Lookups:
     def _tail_lengths(self, state: RequestState) -> list[int]:
         """Payload bytes of each part of a prompt's end: so many of a chunk's blocks."""
         tokens = state.request.num_prompt_tokens % self._chunk
-        num_blocks, per_chunk = -(-tokens // self._block), self._chunk // self._block
+        (group,) = self._groups.each
+        num_blocks, per_chunk = -(-tokens // group.block_tokens), self._groups.width(group)
         return [length // per_chunk * num_blocks for length in self.lengths]
 
     def _expected_s(self, state: RequestState) -> float:
         """How long to wait for each chunk more that the peer of a request has yet to store."""
-        if not state.roles.peer:
+        if not state.has_tail:  # nor is what has several groups waited for
             return 0.0
         return self._config.deadlines.load if state.roles.running else WRITTEN_S
 
@@ -369,7 +380,10 @@ class Lookups:
             return
         if (described := self.namespaces.describe(parts)) is not None:
             self._told.add(told)
-            described = replace(described, orders=self.orders, objects=self.parts)
+            described = replace(
+                described, orders=self.orders, objects=self.parts, needs=self.needs,
+                lengths=self.lengths,
+            )  # fmt: skip
             with contextlib.suppress(KVStrataError):  # a request is served without it
                 client.record(described.record())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -14,21 +15,36 @@ from kvstrata.objects import NOBODY
 
 
 @dataclass(frozen=True)
+class Held:
+    """What the scheduler's side must know of a worker's objects of one layer group.
+
+    Args:
+        part: which object of a chunk it is.
+        order: name of the byte order its payloads have.
+        payload_bytes: of one chunk.
+        needs: how many of the last chunks a boundary needs of it; 0: every one.
+    """
+
+    part: int
+    order: str
+    payload_bytes: int = 0
+    needs: int = 0
+
+
+@dataclass(frozen=True)
 class WorkerHello(KVConnectorHandshakeMetadata):
     """What the scheduler must know of a worker's KV, once, at start.
 
     Args:
-        order: name of the byte order its payloads have.
+        held: its objects, one for each layer group.
         layout: logical layout of its layers, in one canonical text.
         node: identity of the node it is attached to; empty if to none.
-        payload_bytes: of one chunk.
         problem: why the worker cannot take part; empty if it can.
     """
 
-    order: str = ""
+    held: tuple[Held, ...] = ()
     layout: str = ""
     node: bytes = b""
-    payload_bytes: int = 0
     problem: str = ""
 
 
@@ -41,10 +57,13 @@ class Load:
         node: identity of the node whose pool the slots are in.
         lease: the lease that holds the slots still; the scheduler's side releases it.
         first_chunk: number of the first chunk to copy, counted from the start of the prompt.
-        offsets: for each chunk to copy, the slot of each rank; -1 while it is still arriving.
-        keys: the chunks' keys.
-        blocks: target blocks, from the first one of ``first_chunk`` on; -1 for one that vLLM
-            has already and that must not be written.
+        offsets: for each chunk to copy, the slot of each part; `ARRIVING` while it is on its way,
+            `NEEDLESS` where the boundary does not need it.
+        keys: the chunks' keys; none: nothing can be loaded, and vLLM has to hear that it failed.
+        blocks: target blocks, chunk by chunk, in each chunk those of each layer group; -1 for one
+            that must not be written: vLLM has it already, or no layer looks back to it.
+        parts: what makes up a chunk, as ``offsets`` has it.
+        whole: whether it has failed if any of it does not come.
         tail_tokens: of the last object, where it is no whole chunk of the prompt: the prompt's end,
             or something that begins as the prompt goes on; 0: all are whole chunks.
         followed: whether they are still being computed elsewhere, so that its deadline is one for
@@ -58,6 +77,8 @@ class Load:
     offsets: list[list[int]]
     keys: list[bytes]
     blocks: list[int]
+    parts: list[int]
+    whole: bool = False
     tail_tokens: int = 0
     followed: bool = False
 
@@ -71,6 +92,7 @@ class Store:
         prefix: keys of the prompt's chunks from the first to the last one to store.
         first: number of the first chunk to store.
         blocks: the source blocks of the chunks ``first`` and later.
+        group: which layer group's.
         weights: identity of what computed it; "": unknown, or not the model alone.
         owner: `kvstrata.keys.owner_digest` of who it was computed for.
         tail_tokens: of the one object to store, where that is a prompt's end; 0: it is not.
@@ -86,6 +108,7 @@ class Store:
     prefix: list[bytes]
     first: int
     blocks: list[int]
+    group: int = 0
     weights: str = ""
     owner: bytes = NOBODY
     tail_tokens: int = 0
@@ -166,3 +189,12 @@ class WorkerReport(KVConnectorWorkerMetadata):
             came,
             min(rates, default=0.0),
         )
+
+
+def differing_orders(hellos: Sequence[WorkerHello]) -> list[str]:
+    """The byte orders of a layer group that not all workers keep alike; none: they do."""
+    orders: dict[int, set[str]] = {}
+    for hello in hellos:
+        for held in hello.held:
+            orders.setdefault(held.part >> 16, set()).add(held.order)
+    return next((sorted(names) for names in orders.values() if len(names) > 1), [])

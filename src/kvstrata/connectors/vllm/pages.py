@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
     MLAAttentionSpec,
-    SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
 
+from kvstrata.connectors.vllm.groups import KINDS
 from kvstrata.errors import Incompatible, LayoutMismatch, UsageError
 from kvstrata.layout import LayerGroup, NativeOrder, native_order
+from kvstrata.objects import GroupKind
 
 _CPU_ORDERS = {"vec": "cpu-vec", "vec16": "cpu-vec", "amx": "cpu-amx"}
 """Byte order of each instruction set of vLLM's CPU attention; those missing were never checked."""
@@ -123,11 +123,7 @@ def describe(
     """
     _refuse_context_parallel(vllm_config.parallel_config)
     spec = kv_cache_config.kv_cache_groups[group]
-    # A layer that shares another's cache is registered too, but owns no bytes.
-    owned = {name for tensor in kv_cache_config.kv_cache_tensors for name in tensor.layers}
-    names = tuple(sorted((n for n in spec.layer_names if n in owned), key=_model_order))
-    if not names:
-        raise LayoutMismatch(f"KV cache group {group} has no layers of its own")
+    names = owned_layers(kv_cache_config, group)
     context = vllm_config.compilation_config.static_forward_context
     found = []
     for name in names:
@@ -147,11 +143,11 @@ def describe(
                 f"layers {names[0]} and {name} of one group keep different pages: "
                 f"{found[0][:-2]}, {found[-1][:-2]}. {REMEDY}"
             )
-    order, shape, window, block_tokens, page_bytes, *_ = found[0]
+    order, shape, kind, window, block_tokens, page_bytes, *_ = found[0]
     heads, head_dim, states = shape
     layer_group = LayerGroup(
         index=group,
-        kind="sliding" if window else "full",
+        kind=kind,
         num_layers=len(names),
         num_kv_heads=heads,
         head_dim=head_dim,
@@ -182,18 +178,35 @@ def describe(
     )
 
 
+def owned_layers(kv_cache_config: Any, group: int) -> tuple[str, ...]:
+    """Names of the layers of a group that own bytes, in model order.
+
+    A layer that shares another's cache is registered too, but owns none.
+
+    Raises:
+        LayoutMismatch: there is no such layer.
+    """
+    owned = {name for tensor in kv_cache_config.kv_cache_tensors for name in tensor.layers}
+    names = kv_cache_config.kv_cache_groups[group].layer_names
+    found = tuple(sorted((name for name in names if name in owned), key=_model_order))
+    if not found:
+        raise LayoutMismatch(f"KV cache group {group} has no layers of its own")
+    return found
+
+
 def attention_layers(pages: Pages, vllm_config: Any) -> dict[str, Any]:
-    """The engine's attention layers behind the pages, by name."""
+    """The engine's layers behind the pages, by name."""
     context = vllm_config.compilation_config.static_forward_context
     return {name: context[name] for name in pages.layer_names}
 
 
 def _layer(
     cache: torch.Tensor, layer: Any, spec: Any, num_blocks: int
-) -> tuple[NativeOrder, tuple[int, int, int], int, int, int, int, int]:
-    """(order, (H, D, S), window, block tokens, page bytes, address of block 0, block stride)."""
-    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec):
+) -> tuple[NativeOrder, tuple[int, int, int], GroupKind, int, int, int, int, int]:
+    """(order, (H, D, S), kind, window, block tokens, page bytes, address of block 0, stride)."""
+    if type(spec) not in KINDS:
         raise Incompatible(f"a KV cache of kind {type(spec).__name__} is not known")
+    kind, window = KINDS[type(spec)]
     states = 1 if type(spec) is MLAAttentionSpec else 2
     if (
         spec.num_head_slots is not None
@@ -233,7 +246,8 @@ def _layer(
     return (
         native_order(f"vllm/{letters}/b{tokens}/{dtype}"),
         (heads, spec.head_size, states),
-        getattr(spec, "sliding_window", 0) if type(spec) is SlidingWindowSpec else 0,
+        kind,
+        getattr(spec, window) if window else 0,
         spec.block_size,
         kernel_page * ratio,
         cache.data_ptr(),

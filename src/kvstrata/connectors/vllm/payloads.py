@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from kvstrata.connectors.vllm.copies import Plan
-from kvstrata.connectors.vllm.messages import Load, Store
+from kvstrata.connectors.vllm.groups import Group, Groups
+from kvstrata.connectors.vllm.messages import Held, Load, Store
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.errors import CorruptObject
 from kvstrata.objects import HEADER_BYTES, decode
@@ -14,24 +15,37 @@ from kvstrata.wire.client import NodeClient
 
 
 class Payloads:
-    """What this worker's objects look like.
+    """What this worker's objects of one layer group look like.
 
     Args:
-        pages: the worker's pages, proven by their self-test.
-        template: what the headers of this worker's whole chunks share.
-        rank: this worker's.
+        pages: the worker's pages of the group, proven by their self-test.
+        groups: all of the engine's.
+        group: the one.
+        part: which object of a chunk is this worker's.
+        stores: whether this worker stores it, or another that holds the same.
     """
 
-    def __init__(self, pages: Pages, template: p.Template, rank: int) -> None:
-        self._pages = pages
-        self._template = template
-        self._rank = rank
+    def __init__(
+        self, pages: Pages, groups: Groups, group: Group, part: int, *, stores: bool = True
+    ) -> None:
+        self.pages = pages
+        self.part = part
+        self.stores = stores
+        self.template = _template(pages, groups, group)
+        self.needs = group.needs(groups.chunk_tokens)
         self.read_portable = False
+        self._per_chunk = groups.num_blocks
+        self._column = groups.column(group.index)
+        self._width = groups.width(group)
 
-    def plan(
+    def held(self) -> Held:
+        """What the scheduler's side must know."""
+        return Held(self.part, self.pages.order.name, self.template.raw_length, self.needs)
+
+    def plans(
         self, load: Load, client: NodeClient, offsets: list[list[int]], first: int, last: int
-    ) -> tuple[Plan, list[object]]:
-        """How chunks ``first`` to ``last`` of a load get into their blocks.
+    ) -> tuple[list[Plan], list[object]]:
+        """How chunks ``first`` to ``last`` of a load get into the blocks of this group.
 
         Args:
             offsets: the slots of the load's chunks, as far as they are known by now.
@@ -42,39 +56,44 @@ class Payloads:
         Raises:
             CorruptObject: a slot holds something else than what was leased.
         """
-        per_chunk = len(load.blocks) // len(load.keys)
-        has_tail = bool(load.tail_tokens) and last == len(load.keys)
-        payloads, kept = [], []
+        number = load.parts.index(self.part)
+        whole: tuple[list[int], list[int]] = ([], [])  # addresses, blocks
+        tail: tuple[list[int], list[int]] = ([], [])
+        kept = []
         for i in range(first, last):
-            tokens = load.tail_tokens if has_tail and i == last - 1 else self._template.num_tokens
-            address, keep = self._payload(client, offsets[i][self._rank], load.keys[i], tokens)
-            payloads.append(address)
+            begin = i * self._per_chunk + self._column
+            blocks = load.blocks[begin : begin + self._width]
+            if max(blocks) < 0:
+                continue  # vLLM has it, or a window does not reach it
+            is_tail = bool(load.tail_tokens) and i == len(load.keys) - 1
+            tokens = load.tail_tokens if is_tail else self.template.num_tokens
+            address, keep = self._payload(client, offsets[i][number], load.keys[i], tokens)
             kept.append(keep)
-        blocks = load.blocks[first * per_chunk : last * per_chunk]
-        if not has_tail:
-            return Plan(self._pages, payloads, blocks), kept
-        tail = blocks[-per_chunk:][: self._num_blocks(load.tail_tokens)]
-        plan = Plan(self._pages, payloads[-1:], tail)
-        if len(payloads) > 1:
-            plan = Plan(self._pages, payloads[:-1], blocks[:-per_chunk]).joined(plan)
-        return plan, kept
+            addresses, ids = tail if is_tail else whole
+            addresses.append(address)
+            ids += blocks[: self._num_blocks(tokens)]
+        return [Plan(self.pages, *some) for some in (whole, tail) if some[0]], kept
 
     def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._pages.block_tokens)
+        if self.template.group_kind == "recurrent":
+            return 1
+        return -(-num_tokens // self.pages.block_tokens)
 
     def _shape(self, num_tokens: int) -> tuple[int, ...]:
         """Of the native payload of so many tokens."""
-        layers, _, *rest = self._template.shape
-        return (layers, self._num_blocks(num_tokens), *rest)
+        layers, blocks, *rest = self.template.shape
+        if num_tokens != self.template.num_tokens:
+            blocks = self._num_blocks(num_tokens)
+        return (layers, blocks, *rest)
 
     def template_of(self, store: Store) -> p.Template:
         """What the headers of a store's objects share."""
         if not store.tail_tokens:
-            return self._template
+            return self.template
         shape = self._shape(store.tail_tokens)
-        raw_length = self._template.raw_length // self._template.shape[1] * shape[1]
+        raw_length = self.template.raw_length // self.template.shape[1] * shape[1]
         return msgspec.structs.replace(
-            self._template,
+            self.template,
             num_tokens=store.tail_tokens,
             shape=list(shape),
             raw_length=raw_length,
@@ -84,17 +103,20 @@ class Payloads:
         self, client: NodeClient, offset: int, key: bytes, num_tokens: int
     ) -> tuple[int, object]:
         """Address of a chunk's bytes in the engine's own order, and what keeps them there."""
+        if offset < 0:
+            raise CorruptObject("vLLM has blocks for what is not needed at this boundary")
         header = decode(client.pool.view(offset, HEADER_BYTES))
-        if header.key != key or header.rank != self._rank or header.dtype != self._template.dtype:
+        part = header.group << 16 | header.rank
+        if header.key != key or part != self.part or header.dtype != self.template.dtype:
             raise CorruptObject("a slot holds another object than the one that was leased")
-        if header.codec != "raw" or header.order not in ("", self._template.order):
+        if header.codec != "raw" or header.order not in ("", self.template.order):
             raise CorruptObject(f"a payload in codec {header.codec!r}, order {header.order!r}")
         payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
-        group = self._pages.group
+        group = self.pages.group
         if header.kind == "native":
             expected = self._shape(num_tokens)
         else:
-            expected = group.portable_shape(self._template.num_tokens)
+            expected = group.portable_shape(self.template.num_tokens)
         if header.shape != expected or header.num_tokens != num_tokens:
             raise CorruptObject(
                 f"a payload of shape {header.shape}, {header.num_tokens} tokens; not {expected}, "
@@ -103,5 +125,28 @@ class Payloads:
         if header.kind == "portable":
             self.read_portable = True
             portable = payload.view(f"u{group.item_bytes}").reshape(header.shape)
-            payload = self._pages.order.pack_layers(portable, group).reshape(-1)
+            payload = self.pages.order.pack_layers(portable, group).reshape(-1)
         return int(payload.ctypes.data), payload
+
+
+def _template(pages: Pages, groups: Groups, group: Group) -> p.Template:
+    kept, order = pages.group, pages.order
+    if group.kind == "recurrent":
+        shape = [kept.num_layers, 1, kept.head_dim]
+        raw_length = kept.num_layers * pages.page_bytes
+    else:
+        layers, blocks, nbytes = pages.native_shape(groups.chunk_tokens)
+        shape = [layers, blocks, kept.states, kept.num_kv_heads, order.block_tokens, kept.head_dim]
+        raw_length = layers * blocks * nbytes
+    return p.Template(
+        kind="native",
+        order=order.name,
+        dtype=kept.dtype,
+        shape=shape,
+        num_tokens=groups.chunk_tokens,
+        raw_length=raw_length,
+        chunk_tokens=groups.chunk_tokens,
+        group=group.index,
+        group_kind=group.kind,
+        boundary=group.reach,
+    )

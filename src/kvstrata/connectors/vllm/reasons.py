@@ -20,6 +20,7 @@ class Account:
         trouble: why no answer of the node counted; None where one did.
         detail: of the trouble.
         cap: what kept the node from being asked for more.
+        always: tokens at the prompt's end that no load may reach.
     """
 
     own: int
@@ -29,6 +30,7 @@ class Account:
     trouble: Why | None = None
     detail: str = ""
     cap: str = "message"
+    always: int = 0
     came: int | None = None
     """Leading tokens there were when the load ended early; None: it did not."""
     key: str = ""
@@ -54,7 +56,7 @@ class Account:
                 reasons.append(Unloaded(why, tokens, tier, detail, ago_s, key))
                 at += tokens
 
-        whole = prompt_tokens // chunk_tokens * chunk_tokens
+        whole = (prompt_tokens - self.always) // chunk_tokens * chunk_tokens
         if self.came is not None:
             until(self.granted, Why.FAILED, Reason(Why.FAILED, 1, self.tier), self.key)
         if self.trouble is not None:

@@ -47,6 +47,8 @@ class RequestState:
         tracer: of those requests that are traced.
         allowed: the hints that clients may give.
         inside: whether chunks are reused that it parts from, and its end is stored.
+        prefix_only: whether any part of a prefix can be loaded. If not, only whole chunks that end
+            before the last token can: a state cannot be taken back by a token.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class RequestState:
         tracer: Tracer | None = None,
         allowed: Collection[str] = (),
         inside: bool = False,
+        prefix_only: bool = True,
     ) -> None:
         self.request = request
         self.bypass = bypass
         self.roles = roles(request.kv_transfer_params)
         self.hints = hints(request.kv_transfer_params, allowed)
+        self._prefix_only = prefix_only
         self.namespace = b""
         self.owner = NOBODY
         self.chain: KeyChain | None = None
@@ -101,6 +105,7 @@ class RequestState:
         self.num_stored = 0
         self.num_kept = 0  # that were found by the secret that stores use
         self.num_given = 0  # that vLLM had or that were loaded, so not computed
+        self.num_states = 0  # of which the newest state is stored, or was loaded
         # for the record
         self.arrived_at = time.monotonic()
         self.hit_chunks: Counter[str] = Counter()  # by the tier's name
@@ -140,18 +145,29 @@ class RequestState:
         return self._with_end(keys, self._end_of(self.other_chain, keys, end) if self.tail else b"")
 
     def _most_chunks(self) -> int:
-        """Leading chunks that the request's hints let it load."""
+        """Leading chunks that may be loaded: as the request's hints let it."""
         assert self.chain is not None
-        return self.hints.load_limit // self.chain.chunk_tokens
+        return min(self.hints.load_limit, self._reach) // self.chain.chunk_tokens
+
+    @property
+    def _reach(self) -> int:
+        """Leading tokens that a load may end at."""
+        return int(self.request.num_tokens) - (not self._prefix_only)
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the request's hints keep chunks from being loaded."""
+        assert self.chain is not None
+        return self.hints.load_limit // self.chain.chunk_tokens < len(self.keys)
 
     def nothing_is_left(self, num_computed: int, chunk_tokens: int) -> bool:
         """Whether vLLM itself has all that could be found for the request."""
         request = self.request
         if self.parts_inside and not num_computed:
             return bool(request.num_tokens - 1 <= MARK_TOKENS)
-        if num_computed // chunk_tokens < request.num_tokens // chunk_tokens:
+        if num_computed // chunk_tokens < self._reach // chunk_tokens:
             return False
-        may_have_tail = self.roles.peer and request.num_tokens == request.num_prompt_tokens
+        may_have_tail = self.has_tail and request.num_tokens == request.num_prompt_tokens
         return not may_have_tail or num_computed >= request.num_tokens - 1
 
     @property
@@ -196,7 +212,8 @@ class RequestState:
         self._hashed = version
         if rewritten:
             self._heads = b""
-        if (self.roles.peer or self.roles.lends) and (rewritten or not known):
+        ends = self.has_tail or (self.roles.lends and self._prefix_only)
+        if ends and (rewritten or not known):
             self.tail = self.end_at(request.num_prompt_tokens)
         return self.keys != before
 
@@ -212,6 +229,11 @@ class RequestState:
         tokens = self.request.all_token_ids[chunks.start * size : min(stop, chunks.stop * size)]
         parents = [self.keys[number - 1] if number else None for number in chunks]
         return b"".join(self.chain.marks(tokens, parents, self._media(), chunks.start * size))
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the prompt's end may be found that fills no chunk."""
+        return bool(self.roles.peer) and self._prefix_only
 
     def heads_by(self, secret: bytes) -> bytes:
         """How the prompt begins, whatever the namespace; see `kvstrata.heads`."""
@@ -235,7 +257,10 @@ class RequestState:
         granted = self.own_tokens + num_external
         found = self.num_whole
         cap = "hints" if self.hints.load_limit < self.request.num_prompt_tokens else "message"
-        self.account = Account(self.own_tokens, granted, found, self.why, trouble, detail, cap)
+        self.account = Account(
+            self.own_tokens, granted, found, self.why, trouble, detail, cap,
+            always=0 if self._prefix_only else 1,
+        )  # fmt: skip
 
     def ended_early(self, came: int, chunk_tokens: int) -> None:
         """The load brought nothing from chunk number ``came`` on; what was found is still known."""
@@ -250,6 +275,7 @@ class RequestState:
         self.loaded_tokens = max(0, min(self.loaded_tokens, came_tokens))
         self.inside_tokens = 0
         self.num_stored = min(self.num_stored, came)
+        self.num_states = min(self.num_states, came)
         self.num_given = came
 
     def _media(self) -> list[MediaItem]:
@@ -263,7 +289,7 @@ class RequestState:
         num_tokens = self.request.num_prompt_tokens
         is_prompt = len(keys) == num_tokens // self.chain.chunk_tokens
         is_prompt = is_prompt and num_tokens <= self.hints.load_limit
-        return [*keys, end] if end and self.roles.peer and is_prompt else keys
+        return [*keys, end] if end and self.has_tail and is_prompt else keys
 
     def _end_of(self, chain: KeyChain, keys: list[bytes], stop: int) -> bytes:
         whole = stop // chain.chunk_tokens * chain.chunk_tokens

@@ -11,16 +11,22 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.config import Config
-from kvstrata.connectors.vllm.blocks import fresh_blocks, target_blocks
 from kvstrata.connectors.vllm.events import Events
+from kvstrata.connectors.vllm.groups import Groups
+from kvstrata.connectors.vllm.loads import load_of
 from kvstrata.connectors.vllm.lookups import LOOK_AHEAD, Lookups
-from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
+from kvstrata.connectors.vllm.messages import (
+    StepMetadata,
+    WorkerHello,
+    WorkerReport,
+    differing_orders,
+)
 from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.connectors.vllm.stats import Tally
@@ -41,8 +47,7 @@ class SchedulerSide:
     Args:
         vllm_config: the engine's configuration.
         config: KVStrata's.
-        chunk_tokens: tokens of a chunk, a whole number of blocks.
-        block_tokens: tokens of one of vLLM's blocks.
+        groups: the engine's KV cache groups, and the chunks they are cut into.
         events: that vLLM publishes, if it does.
     """
 
@@ -50,18 +55,18 @@ class SchedulerSide:
         self,
         vllm_config: Any,
         config: Config,
-        chunk_tokens: int,
-        block_tokens: int,
+        groups: Groups,
         events: Events | None = None,
     ) -> None:
         self.tally = Tally()  # for vLLM's own metrics
-        self._chunk = chunk_tokens
-        self._block = block_tokens
+        self._groups = groups
+        self._chunk = groups.chunk_tokens
         self._off = "the workers have not introduced themselves"
         self._worker_nodes: set[bytes] = set()
         self._copy_rate = 0.0  # bytes per second of the slowest worker; 0: unknown
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._allowed, self._inside = config.hints, config.inside == "on"
+        self._allowed = config.hints
+        self._inside = config.inside == "on" and groups.prefix_only
         self._states: dict[str, RequestState] = {}
         self._active: set[str] = set()  # run or load, so that the engine is not idle
         self._admitted: set[str] = set()  # of them, run by no step yet: a wait holds none up
@@ -70,10 +75,9 @@ class SchedulerSide:
         self._next = StepMetadata()
         self._pace = Pace(config.deadlines.match)
         self._lookups = Lookups(
-            vllm_config, config, chunk_tokens, block_tokens, self._pace, self._states, self._loads,
-            events,
+            vllm_config, config, groups, self._pace, self._states, self._loads, events,
         )  # fmt: skip
-        self._stores = Stores(self._lookups, chunk_tokens, block_tokens)
+        self._stores = Stores(self._lookups, groups)
 
     def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
         """Learn of the workers' KV: before the first request, and when vLLM wakes from sleep."""
@@ -82,8 +86,8 @@ class SchedulerSide:
         same = False
         if problems:
             self._off = problems[0]
-        elif len({hello.order for hello in ranked}) != 1:
-            self._off = f"the workers keep KV in different orders: {[h.order for h in ranked]}"
+        elif orders := differing_orders(ranked):
+            self._off = f"the workers keep KV in different orders: {orders}"
         else:
             self._off = ""
             self._worker_nodes = {hello.node for hello in ranked}
@@ -102,7 +106,9 @@ class SchedulerSide:
     def on_new_request(self, request: Any) -> None:
         """Begin to look a request up."""
         bypass, tracer = self._bypass(request), self._lookups.tracer
-        state = RequestState(request, bypass, tracer, self._allowed, self._inside)
+        state = RequestState(
+            request, bypass, tracer, self._allowed, self._inside, self._groups.prefix_only
+        )
         self._states[request.request_id] = state
         # Those that wait already come first, whether they have asked or not.
         if not state.bypass and len(self._states) - len(self._active) <= LOOK_AHEAD:
@@ -174,37 +180,15 @@ class SchedulerSide:
         if num_external_tokens == 0:
             self._lookups.give_up(state)
             return
-        end = state.local_tokens + num_external_tokens
-        first, last = state.local_tokens // self._chunk, -(-end // self._chunk)
-        if last < len(state.tiers) and self._lookups.client is not None:
-            self._lookups.client.release(state.lease, keep=last)
-        load = Load(
-            request_id=request.request_id,
-            node=self._lookups.client.hello.node if self._lookups.client is not None else b"",
-            lease=state.lease,
-            first_chunk=first,
-            offsets=[
-                state.offsets[
-                    i * len(self._lookups.parts) : (i + 1) * len(self._lookups.parts)
-                ].tolist()
-                for i in range(first, last)
-            ],
-            keys=state.found[first:last],
-            blocks=target_blocks(
-                blocks.get_block_ids()[0],
-                range(state.local_tokens, end),
-                range(first, last),
-                self._block,
-                self._chunk,
-            ),
-            tail_tokens=state.last_tokens(last, self._chunk),
-            followed=state.roles.running,
-        )
+        load = load_of(state, self._lookups, self._groups, blocks, num_external_tokens)
+        first, last = load.first_chunk, load.first_chunk + len(load.keys)
         slower = self._lookups.client.hello.tiers if self._lookups.client is not None else []
         names = state.tier_names = dict(enumerate(["host", *slower]))
         state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
         state.num_given = max(state.num_given, last)
+        state.num_states = max(state.num_states, last)
+        end = state.local_tokens + num_external_tokens
         state.inside_tokens = max(0, end - state.num_whole * self._chunk)
         chunk = state.asked[first] if first < state.num_whole else b""
         if chunk and state.found[first] != chunk:
@@ -225,7 +209,7 @@ class SchedulerSide:
         self._admitted.clear()
         meta.node = client.hello.node if client is not None else b""
         meta.num_tokens = scheduler_output.total_num_scheduled_tokens
-        meta.fresh_blocks = fresh_blocks(scheduler_output, self._block)
+        meta.fresh_blocks = self._groups.fresh(scheduler_output)
         resolve = scheduler_output.kv_connector_block_state
         storing = client is not None and not self._doubtful()
         num_pairs = 0.0
@@ -255,13 +239,19 @@ class SchedulerSide:
                     # Of several ranks the one that has least counts.
                     state.came = first if state.came is None else min(first, state.came)
             for request_id, count in report.sync_loaded.items():
-                if count >= len(self._lookups.parts):
+                if count >= self._lookups.num_workers:
                     self._end_load(request_id, failed=False)
         for request_id in output.finished_recving or ():
             self._end_load(request_id, failed=request_id in output.failed_recving)
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> dict[str, Any] | None:
+    def request_finished(
+        self, request: Any, block_ids: Sequence[list[int]]
+    ) -> dict[str, Any] | None:
         """Forget a request; what it computed last is stored before its blocks are overwritten.
+
+        Args:
+            request: that has ended.
+            block_ids: its blocks, of each group.
 
         Returns:
             What a proxy hands to the engine that goes on with it, where it was to be one.
@@ -286,11 +276,9 @@ class SchedulerSide:
                 and self._lookups.client is not None
                 and known // self._chunk > state.num_stored
             ):
-                store = self._stores.whole(state, known // self._chunk, block_ids)
-                if len(store.blocks) == (len(store.prefix) - store.first) * self._blocks_per_chunk:
-                    self._next.late_stores.append(store)
+                self._next.late_stores += self._stores.whole(state, known // self._chunk, block_ids)
             if state.chain is not None and self._lookups.client is not None:
-                self._next.late_stores += self._stores.last(state, known, block_ids)
+                self._next.late_stores += self._stores.last(state, known, block_ids[0])
         self._stores.pin(state)
         self._record(state)
         return answer
@@ -333,10 +321,6 @@ class SchedulerSide:
             self.tally.add("unrecorded_requests_total", 1)
             logger.debug("KVStrata: a request has no record: %s", error)
 
-    @property
-    def _blocks_per_chunk(self) -> int:
-        return self._chunk // self._block
-
     def _bypass(self, request: Any) -> str:
         """Why nothing of a request is cached; empty if it is."""
         if self._off:
@@ -373,7 +357,8 @@ class SchedulerSide:
         """Whether the load cannot fail and nothing else would be held up by it for long."""
         client = self._lookups.client
         return (
-            client is not None
+            self._groups.prefix_only
+            and client is not None
             and client.alive
             and self._worker_nodes == {client.hello.node}
             and p.ARRIVING not in state.offsets[first * len(self._lookups.parts) :]
@@ -398,7 +383,7 @@ class SchedulerSide:
 
     def _doubtful(self) -> bool:
         """Whether a rank may have failed to load what the others compute with."""
-        return len(self._lookups.parts) > 1 and any(
+        return self._lookups.num_workers > 1 and any(
             name in self._states and self._states[name].sync for name in self._loads
         )
 

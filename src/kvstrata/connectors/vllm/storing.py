@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from kvstrata.connectors.naming import decode_elsewhere
+from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.lookups import Lookups
 from kvstrata.connectors.vllm.messages import Store
 from kvstrata.connectors.vllm.requests import RequestState
@@ -23,19 +25,14 @@ class Stores:
 
     Args:
         lookups: know the node, and who the model is.
-        chunk_tokens: tokens of a chunk.
-        block_tokens: tokens of one of vLLM's blocks.
+        groups: the engine's KV cache groups, and the chunks they are cut into.
     """
 
-    def __init__(self, lookups: Lookups, chunk_tokens: int, block_tokens: int) -> None:
+    def __init__(self, lookups: Lookups, groups: Groups) -> None:
         self._lookups = lookups
-        self._chunk = chunk_tokens
-        self._block = block_tokens
+        self._groups = groups
+        self._chunk = groups.chunk_tokens
         self._told = False  # that nobody can be told where this node is
-
-    @property
-    def _per_chunk(self) -> int:
-        return self._chunk // self._block
 
     def of_step(self, state: RequestState, known: int, resolve: Any) -> list[Store]:
         """What is to be stored after a step.
@@ -43,31 +40,75 @@ class Stores:
         Args:
             state: of the request.
             known: tokens whose KV is there after the step, and whose ids are known.
-            resolve: vLLM's own, gives a request's blocks.
+            resolve: vLLM's own, gives a request's blocks, and those that hold a state.
         """
         known = min(known, state.hints.store_limit)
         whole, end = known // self._chunk > state.num_stored, self._end_is_next(state, known)
+        states = resolve.boundary_state_offloads.get(state.request.request_id, ())
+        stores = self._states(state, known, states) if states else []
         if not (whole or end):
-            return []
-        blocks = resolve.get_block_ids(state.request.request_id)[0]
-        stores = [self.whole(state, known // self._chunk, blocks)] if whole else []
+            return stores
+        block_ids = resolve.get_block_ids(state.request.request_id)
+        if whole:
+            stores += self.whole(state, known // self._chunk, block_ids)
         if end:
-            stores.append(self._tail(state, state.request.num_prompt_tokens, blocks))
+            stores.append(self._tail(state, state.request.num_prompt_tokens, block_ids[0]))
         return stores
 
-    def whole(self, state: RequestState, done: int, block_ids: list[int]) -> Store:
-        """Store the chunks from the first unstored one up to number ``done``."""
+    def whole(
+        self, state: RequestState, done: int, block_ids: Sequence[Sequence[int]]
+    ) -> list[Store]:
+        """Store the chunks from the first unstored one up to number ``done``.
+
+        Of a group that lets go of blocks, those are stored that vLLM still has all blocks of.
+
+        Args:
+            block_ids: the request's, of each group from its first token on.
+        """
         state.rehash()
-        first, per_chunk = state.num_stored, self._per_chunk
+        first = state.num_stored
         if self._lookups.events is not None:
             self._lookups.events.note(state, first, done)
         state.num_stored = done
         state.stored_chunks += done - first
+        return [
+            self._store(state, group, run, ids)
+            for group, ids in zip(self._groups.each, block_ids, strict=True)
+            if group.kind != "recurrent"
+            for run in self._groups.stored(group, ids, first, done)
+        ]
+
+    def _states(
+        self, state: RequestState, known: int, offers: Sequence[tuple[int, int, int]]
+    ) -> list[Store]:
+        """Store the states that this step leaves at the end of a chunk.
+
+        Args:
+            offers: of vLLM: a group, a block that keeps its state, after how many tokens.
+        """
+        state.rehash()
+        stores, newest = [], state.num_states
+        for index, block, tokens in offers:
+            done = tokens // self._chunk
+            if tokens % self._chunk or tokens > known or done <= state.num_states:
+                continue
+            newest = max(newest, done)
+            run = range(done - 1, done)
+            stores.append(self._store(state, self._groups.each[index], run, [block], run.start))
+        state.num_states = newest
+        return stores
+
+    def _store(
+        self, state: RequestState, group: Group, run: range, ids: Sequence[int], before: int = 0
+    ) -> Store:
+        """Store a run of whole chunks of one group; ``ids`` begin at chunk number ``before``."""
+        width = self._groups.width(group)
         return Store(
             namespace=state.namespace,
-            prefix=state.keys[:done],
-            first=first,
-            blocks=list(block_ids[first * per_chunk : done * per_chunk]),
+            prefix=state.keys[: run.stop],
+            first=run.start,
+            blocks=list(ids[(run.start - before) * width : (run.stop - before) * width]),
+            group=group.index,
             weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
             priority=state.hints.priority,
@@ -75,7 +116,7 @@ class Stores:
             lend=state.roles.lends,
             given=state.num_given,
             trace=state.trace,
-            marks=state.marks(range(first, done), done * self._chunk) if state.inside else b"",
+            marks=state.marks(run, run.stop * self._chunk) if state.inside else b"",
         )
 
     def _end_is_next(self, state: RequestState, known: int) -> bool:
@@ -88,30 +129,33 @@ class Stores:
             and state.request.max_tokens == 1
         )
 
-    def last(self, state: RequestState, known: int, block_ids: list[int]) -> list[Store]:
+    def last(self, state: RequestState, known: int, block_ids: Sequence[int]) -> list[Store]:
         """Store the end of a request that has ended, if it fills no chunk and can be found again.
 
         Args:
             known: as of `of_step`.
-            block_ids: the request's.
+            block_ids: the request's; only what has one group, that needs every chunk, has an end.
         """
         num_tokens = known % self._chunk
         if not state.inside or state.tail_stored or num_tokens < MARK_TOKENS:
             return []
         store = self._tail(state, known, block_ids)
-        return [store] if len(store.blocks) == -(-num_tokens // self._block) else []
+        (group,) = self._groups.each
+        return [store] if len(store.blocks) == -(-num_tokens // group.block_tokens) else []
 
-    def _tail(self, state: RequestState, stop: int, block_ids: list[int]) -> Store:
+    def _tail(self, state: RequestState, stop: int, block_ids: Sequence[int]) -> Store:
         """Store what lies between the last whole chunk before a position and this."""
         state.rehash()
         state.tail_stored = True
+        (group,) = self._groups.each
         whole = stop // self._chunk
+        first, last = whole * self._groups.width(group), -(-stop // group.block_tokens)
         marks = state.marks(range(whole, whole + 1), stop) if state.inside else b""
         return Store(
             namespace=state.namespace,
             prefix=[*state.keys[:whole], state.end_at(stop)],
             first=whole,
-            blocks=list(block_ids[whole * self._per_chunk : -(-stop // self._block)]),
+            blocks=list(block_ids[first:last]),
             weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
             priority=state.hints.priority,
@@ -152,5 +196,5 @@ class Stores:
             return None
         return decode_elsewhere(
             client.hello.address, client.hello.node, request.request_id,
-            request.num_prompt_tokens, len(self._lookups.parts), secret_check(client.hello.secret),
+            request.num_prompt_tokens, self._lookups.num_workers, secret_check(client.hello.secret),
         )  # fmt: skip

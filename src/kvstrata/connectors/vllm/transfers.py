@@ -8,9 +8,9 @@ read them, or cancels those that have not begun to.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -19,11 +19,10 @@ from kvstrata.config import DeadlineConfig
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address, payload_checksums
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pace import Rate
-from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.payloads import Payloads
 from kvstrata.connectors.vllm.stats import Tally
-from kvstrata.cores import given_cores
-from kvstrata.errors import DeadlineExceeded, KVStrataError, NodeUnavailable
+from kvstrata.connectors.vllm.threads import use_given_cores, yield_to_the_engine
+from kvstrata.errors import DeadlineExceeded, KVStrataError, NodeUnavailable, UsageError
 from kvstrata.observe.tracing import Tracer, spanning
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
@@ -37,9 +36,6 @@ NUM_AWAITING_THREADS = 16
 SLEEP_S = 0.05
 #: stores that may wait for their turn; beyond it they are dropped, loads never are
 MAX_WAITING_STORES = 64
-#: how much nicer than the engine a store is: a tenth of a core that is wanted, not nothing, for it
-#: may hold the GIL, or blocks that a step waits for
-STORE_NICENESS = 10
 NOT_WRITTEN = bytes(16)
 
 
@@ -92,10 +88,9 @@ class Transfers:
     """Copies between a node's slots and this worker's blocks.
 
     Args:
-        pages: the worker's pages, proven by their self-test.
-        copier: copies between them and the pool.
-        template: what the headers of this worker's objects share.
-        rank: this worker's, among ``world``.
+        payloads: the worker's objects of each layer group.
+        copier: copies between the engine's blocks and the pool.
+        world: number of workers.
         deadlines: for a load as a whole, and for each answer of the node to a store.
         tally: counts what is stored.
         tracer: of those stores that are traced.
@@ -103,32 +98,26 @@ class Transfers:
 
     def __init__(
         self,
-        pages: Pages,
+        payloads: Mapping[int, Payloads],
         copier: Copier,
-        template: p.Template,
-        rank: int,
         world: int,
         deadlines: DeadlineConfig,
         tally: Tally,
         tracer: Tracer | None,
     ) -> None:
-        self._pages = pages
+        self._payloads = payloads
         self._copier = copier
-        self._payloads = Payloads(pages, template, rank)
-        self._rank = rank
-        self._world = world
         self._deadlines = deadlines
         self._tally, self._tracer = tally, tracer
-        self._raw_bytes = template.raw_length
-        self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", _use_given_cores)
+        self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", use_given_cores)
         # What waits for a slower tier must not hold up what is there.
-        self._awaiting = ThreadPoolExecutor(NUM_AWAITING_THREADS, "kvstrata-wait", _use_given_cores)
+        self._awaiting = ThreadPoolExecutor(NUM_AWAITING_THREADS, "kvstrata-wait", use_given_cores)
         # Ranks spin while they wait for each other: beside that a thread that yields would starve,
         # and its store be dropped.
-        yields = _yield_to_the_engine if world == 1 else _use_given_cores
+        yields = yield_to_the_engine if world == 1 else use_given_cores
         self._storing = ThreadPoolExecutor(1, "kvstrata-store", yields)
         # The engine that decodes waits for these.
-        self._lending = ThreadPoolExecutor(1, "kvstrata-lend", _use_given_cores)
+        self._lending = ThreadPoolExecutor(1, "kvstrata-lend", use_given_cores)
         self._jobs: list[StoreJob] = []
         self._changed = threading.Condition()
         self._num_loading = 0
@@ -187,7 +176,7 @@ class Transfers:
     def begin_store(self, store: Store, client: NodeClient, cost: float) -> None:
         """Begin a store of blocks that the engine has filled, unless too many are waiting."""
         self._jobs = [job for job in self._jobs if not job.ended.is_set()]
-        if len(self._jobs) < MAX_WAITING_STORES:
+        if len(self._jobs) < MAX_WAITING_STORES * len(self._payloads):
             job = StoreJob(store, self._copier.mark(), cost)
             self._jobs.append(job)
             threads = self._lending if store.lend else self._storing
@@ -216,17 +205,24 @@ class Transfers:
     @property
     def read_portable(self) -> bool:
         """Whether anything was loaded that may have been through a lossy codec."""
-        return self._payloads.read_portable
+        return any(one.read_portable for one in self._payloads.values())
 
     def plan(
         self, load: Load, client: NodeClient | None, offsets: list[list[int]], first: int, last: int
-    ) -> tuple[Plan, list[object]]:
-        """How chunks of a load get into their blocks, see `Payloads.plan`.
+    ) -> tuple[list[Plan], list[object]]:
+        """How chunks of a load get into their blocks, see `Payloads.plans`.
 
         Raises:
             NodeUnavailable: the client is not the one of the node that holds the lease.
         """
-        return self._payloads.plan(load, _of_node(client, load), offsets, first, last)
+        client = _of_node(client, load)
+        plans: list[Plan] = []
+        kept: list[object] = []
+        for payloads in self._payloads.values():
+            some, keep = payloads.plans(load, client, offsets, first, last)
+            plans += some
+            kept += keep
+        return plans, kept
 
     def close(self) -> None:
         """End the threads, and what they do. Repeatable."""
@@ -279,6 +275,8 @@ class Transfers:
         self, load: Load, client: NodeClient | None, after: Any, deadline: float
     ) -> int:
         """Copy chunks as they arrive; how many came before one that will not."""
+        if not load.keys:
+            raise UsageError("vLLM takes less than was found, and part of that is of no use")
         offsets = list(load.offsets)
         done, total = 0, len(offsets)
         if load.followed:
@@ -288,22 +286,27 @@ class Transfers:
             while ready < total and p.ARRIVING not in offsets[ready]:
                 ready += 1
             if ready > done:
-                plan, kept = self.plan(load, client, offsets, done, ready)
+                plans, kept = self.plan(load, client, offsets, done, ready)
                 begun = time.perf_counter()
-                self._copier.load(plan, after)
-                self.rate.note(plan.nbytes, time.perf_counter() - begun)
+                for plan in plans:
+                    self._copier.load(plan, after)
+                seconds = time.perf_counter() - begun
+                self.rate.note(sum(plan.nbytes for plan in plans), seconds)
                 del kept
                 done = ready
                 continue
             have = load.first_chunk + done
             came = self._arrived(load, _of_node(client, load), have, deadline)
+            if not came and load.whole:
+                raise DeadlineExceeded(f"chunk {have} did not come")
             if not came:
                 logger.info("KVStrata: request %s is computed from chunk %d on: it did not come",
                             load.request_id, have)  # fmt: skip
                 break
             if load.followed:
                 deadline = time.monotonic() + self._deadlines.load
-            chunks = [came[i : i + self._world] for i in range(0, len(came), self._world)]
+            stride = len(load.parts)
+            chunks = [came[i : i + stride] for i in range(0, len(came), stride)]
             offsets[done : done + len(chunks)] = chunks[: total - done]
         return done
 
@@ -337,12 +340,13 @@ class Transfers:
 
     def _store_chunks(self, job: StoreJob, client: NodeClient, trace: str) -> None:
         store, patience = job.store, self._deadlines.request
+        payloads = self._payloads[store.group]
         reserved: p.Reserved = client.reserve(
             store.namespace,
             store.prefix,
             store.first,
-            self._rank,
-            self._payloads.template_of(store),
+            payloads.part,
+            payloads.template_of(store),
             job.cost,
             store.weights,
             store.owner,
@@ -359,8 +363,8 @@ class Transfers:
         try:
             if given and job.begin_copy():
                 blocks = [b for i in given for b in store.blocks[i * per_chunk :][:per_chunk]]
-                payloads = [payload_address(client.pool, offsets[i]) for i in given]
-                plan = Plan(self._pages, payloads, blocks)
+                addresses = [payload_address(client.pool, offsets[i]) for i in given]
+                plan = Plan(payloads.pages, addresses, blocks)
                 sums = self._checksums(plan, len(given), before=True)
                 self._copier.store(plan, job.after)
                 # The blocks may go now; what remains reads the slots.
@@ -371,7 +375,8 @@ class Transfers:
         finally:
             if given:
                 done: p.Done = client.commit(reserved.reservation, checksums).wait(patience)
-                self._tally.add("stored_bytes_total", done.count * self._raw_bytes)
+                stored = done.count * payloads.template.raw_length
+                self._tally.add("stored_bytes_total", stored)
 
     def _checksums(self, plan: Plan, count: int, *, before: bool) -> list[bytes]:
         """Of what is meant to be stored, so before the copy; where only a GPU reads the blocks, of
@@ -387,19 +392,3 @@ def _of_node(client: NodeClient | None, load: Load) -> NodeClient:
     if client is None or client.hello.node != load.node:
         raise NodeUnavailable("this worker is not attached to the node of the lease")
     return client
-
-
-def _yield_to_the_engine() -> None:
-    """Nobody waits for what is stored."""
-    _use_given_cores()
-    thread = threading.get_native_id()
-    nice = os.getpriority(os.PRIO_PROCESS, thread)
-    os.setpriority(os.PRIO_PROCESS, thread, min(19, nice + STORE_NICENESS))
-
-
-def _use_given_cores() -> None:
-    """vLLM binds the worker's main thread to one core, and threads inherit that."""
-    try:
-        os.sched_setaffinity(threading.get_native_id(), given_cores())
-    except OSError:
-        logger.debug("KVStrata: a copy thread keeps to the engine's core")

@@ -16,15 +16,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.vllm.copies import Copier, copy_runs, make_copier
+from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.pace import WAIT_SHARE
-from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe
+from kvstrata.connectors.vllm.pages import attention_layers, describe
+from kvstrata.connectors.vllm.payloads import Payloads
 from kvstrata.connectors.vllm.proof import self_test
+from kvstrata.connectors.vllm.states import describe_states, prove_states
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.connectors.vllm.transfers import Transfers
-from kvstrata.errors import Incompatible, KVStrataError
-from kvstrata.wire import protocol as p
+from kvstrata.errors import KVStrataError
+from kvstrata.layout import LayerGroup
 from kvstrata.wire.client import NodeClient
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ class WorkerSide:
         kv_caches: the engine's tensors by layer.
         link: the way to the node, already started.
         config: KVStrata's.
-        chunk_tokens: tokens of a chunk, a whole number of blocks.
+        groups: what these groups are to KVStrata.
 
     Raises:
         Incompatible: the engine keeps KV in a way that is not understood; the reason is readable.
@@ -60,31 +63,31 @@ class WorkerSide:
         kv_caches: dict[str, Any],
         link: Link,
         config: Config,
-        chunk_tokens: int,
+        groups: Groups,
     ) -> None:
-        pages = describe(kv_caches, vllm_config, kv_cache_config)
-        if pages.group.kind != "full":
-            raise Incompatible("only full attention is cached so far")
-        self_test(pages, kv_caches, attention_layers(pages, vllm_config))
         parallel = vllm_config.parallel_config
-        self._pages: Pages = pages
+        self.payloads = {
+            group.index: _payloads(vllm_config, kv_cache_config, kv_caches, groups, group)
+            for group in groups.each
+            if kv_cache_config.kv_cache_groups[group.index].layer_names
+        }
+        pages = next(iter(self.payloads.values())).pages
         self._copier: Copier = make_copier(pages.device)
-        self._template = _template(pages, chunk_tokens)
         #: what is counted for vLLM's own metrics
         self.tally = Tally()
         self._tracer = open_tracer(config.tracing, "kvstrata-worker")
         self._transfers = Transfers(
-            pages,
+            self.payloads,
             self._copier,
-            self._template,
-            parallel.rank,
             parallel.world_size,
             config.deadlines,
             self.tally,
             self._tracer,
         )
+        # Only what has one group is loaded layer by layer.
         self._layer_numbers = {name: i for i, name in enumerate(pages.layer_names)}
-        self._chunk = chunk_tokens
+        self._on_cpu = pages.device.type == "cpu"
+        self._chunk = groups.chunk_tokens
         self._link = link
         self._client: NodeClient | None = None
         # this step's
@@ -109,14 +112,10 @@ class WorkerSide:
 
     def hello(self) -> WorkerHello:
         """What the scheduler's side must know."""
-        group = self._pages.group
+        each = self.payloads.values()
         return WorkerHello(
-            payload_bytes=self._template.raw_length,
-            order=self._pages.order.name,
-            layout=(
-                f"{group.kind} {group.num_layers} layers, {group.states} states, "
-                f"{group.num_kv_heads} heads of {group.head_dim}, {group.dtype}"
-            ),
+            held=tuple(one.held() for one in each),
+            layout=" + ".join(_layout(one.pages.group, one.pages.order.name) for one in each),
             node=self._node,
         )
 
@@ -163,19 +162,15 @@ class WorkerSide:
         vLLM writes a layer's new KV before it asks for the layer. So what shares a block with that,
         the end of a load that ends inside one, is copied before the forward.
         """
-        count, on_cpu = len(load.keys), self._pages.device.type == "cpu"
-        waiting = count - bool(load.tail_tokens) if on_cpu else 0
-        plans = [
-            self._transfers.plan(load, self._client, load.offsets, first, last)
-            for first, last in ((0, waiting), (waiting, count))
-            if first < last
-        ]
-        self._sync_bytes += sum(plan.nbytes for plan, _ in plans)
-        if waiting:
-            plan, kept = plans.pop(0)
-            self._sync_kept.append(kept)
-            self._sync_runs.append([plan.runs(i) for i in range(len(self._layer_numbers))])
-        for plan, _ in plans:
+        count = len(load.keys)
+        waiting = count - bool(load.tail_tokens) if self._on_cpu else 0
+        late, kept = self._transfers.plan(load, self._client, load.offsets, 0, waiting)
+        early, _kept = self._transfers.plan(load, self._client, load.offsets, waiting, count)
+        self._sync_bytes += sum(plan.nbytes for plan in (*late, *early))
+        self._sync_kept.append(kept)
+        num_layers = len(self._layer_numbers)
+        self._sync_runs += [[plan.runs(i) for i in range(num_layers)] for plan in late]
+        for plan in early:
             begun = time.perf_counter()
             self._copier.load(plan, self._copier.mark())
             self._sync_s += time.perf_counter() - begun
@@ -261,6 +256,9 @@ class WorkerSide:
     def _begin_stores(self, stores: list[Any], cost: float) -> None:
         if self._client is not None and self._client.alive:
             for store in stores:
+                payloads = self.payloads.get(store.group)
+                if payloads is None or not payloads.stores:
+                    continue
                 if self._transfers.read_portable:
                     # What was loaded may be lossy, and must not go through a lossy codec again.
                     store = store.computed()
@@ -301,16 +299,31 @@ def chunk_cost(seconds: float) -> float:
     return 2.0 ** round(math.log2(max(seconds, 1e-6)))
 
 
-def _template(pages: Pages, chunk_tokens: int) -> p.Template:
-    layers, blocks, nbytes = pages.native_shape(chunk_tokens)
-    group, order = pages.group, pages.order
-    shape = (layers, blocks, group.states, group.num_kv_heads, order.block_tokens, group.head_dim)
-    return p.Template(
-        kind="native",
-        order=pages.order.name,
-        dtype=pages.group.dtype,
-        shape=list(shape),
-        num_tokens=chunk_tokens,
-        raw_length=layers * blocks * nbytes,
-        chunk_tokens=chunk_tokens,
+def _payloads(
+    vllm_config: Any, kv_cache_config: Any, kv_caches: dict[str, Any], groups: Groups, group: Group
+) -> Payloads:
+    """This worker's objects of one group, whose bytes are proven to be understood.
+
+    Raises:
+        Incompatible: they are not.
+    """
+    stateful = group.kind == "recurrent"
+    find, prove = (describe_states, prove_states) if stateful else (describe, self_test)
+    pages = find(kv_caches, vllm_config, kv_cache_config, group.index)
+    prove(pages, kv_caches, attention_layers(pages, vllm_config))
+    parallel = vllm_config.parallel_config
+    part = group.part(parallel.rank, parallel.tensor_parallel_size)
+    # What all ranks hold is stored by the first of them.
+    stores = part & 0xFFFF == parallel.rank
+    return Payloads(pages, groups, group, part, stores=stores)
+
+
+def _layout(group: LayerGroup, order: str) -> str:
+    """The logical layout of one group, in one canonical text."""
+    about = (
+        f"{group.kind} {group.num_layers} layers, {group.states} states, "
+        f"{group.num_kv_heads} heads of {group.head_dim}, {group.dtype}"
     )
+    if group.kind == "recurrent":
+        return f"{about}, {order}"
+    return f"{about}, {group.window} tokens" if group.window else about
