@@ -75,7 +75,7 @@ class Search:
         self.cut = ""  # by which cap
         self.late: list[str] = []  # tiers that did not answer in time
         self.stop = 0  # in front of which chunk the search ends, once all keys are taken in
-        self.bounds = Bounds.of(message, self.parts)
+        self.bounds = Bounds.of(message, self.parts) if message.needs else None
         self._packed = message.keys
         self._num_keys = p.count(message.keys, 32)
 

@@ -334,7 +334,9 @@ class ReservationTable:
         padding = slot.nbytes - HEADER_BYTES - header.stored_length
         view[HEADER_BYTES + header.stored_length :] = bytes(padding)
         order, whose = reservation.order, reservation.whose
-        cost = saved_s(view, reservation.cost, alone=key not in self._host.index)
+        cost = reservation.cost
+        if header.group_kind == "recurrent":
+            cost = saved_s(view, cost, alone=key not in self._host.index)
         self._host.publish(key, reservation.part, slot, order, cost, whose, reservation.priority)
 
     def abort(self, reservation: Reservation) -> Generator[None, None, None]:
