@@ -60,11 +60,16 @@ async def store_part(
 
 
 async def match_needs(
-    node: Node, client: Client, keys: Sequence[bytes], needs: Needs, tiers: Sequence[str] = ()
+    node: Node,
+    client: Client,
+    keys: Sequence[bytes],
+    needs: Needs,
+    tiers: Sequence[str] = (),
+    chunk_s: float = 0.0,
 ) -> p.Matched:
     answer = node.match(client, p.Match(
         1, b"".join(keys), list(needs), [ORDER], [RAW] * len(needs), namespace=NAMESPACE,
-        tiers=list(tiers), needs=list(needs.values()),
+        tiers=list(tiers), needs=list(needs.values()), chunk_s=chunk_s,
     ))  # fmt: skip
     return await answered(answer)
 

@@ -277,6 +277,38 @@ def test_several_that_ask_for_the_same_at_once_all_get_it(monkeypatch: pytest.Mo
     on_node(test, slots=40, tier=GatedTier())
 
 
+def test_the_planner_leaves_a_boundary_to_the_engine_and_to_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(node: Node) -> None:
+        keys, other, computed = chunk_keys(6), Client("pid 2"), 0
+        for part in WINDOWED:
+            await store_part(node, ME, keys, part)
+        await flush(node, ME)
+        in_small_slices(monkeypatch)
+        bandwidth = owned(node).bandwidth
+        for turns in range(40):
+            await clear(node, ME, tiers=["host"])
+            await load_needs(node, ME, keys[:2], WINDOWED)
+            bandwidth._bytes, bandwidth._seconds = 10.0 * SLOT, 1.0  # ten objects in a second
+            bandwidth.looked()
+            planned = match_needs(node, other, keys, WINDOWED, chunk_s=0.05)
+            asking = asyncio.ensure_future(planned)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            assert await load_needs(node, ME, keys, {FULL: 0}) == 6
+            matched = await asking
+            if len(matched.tiers) == 2:
+                computed += 1
+                assert (matched.found, matched.why[0].why) == (6, Why.PLANNED)
+            node.release(other, p.Release(matched.lease))
+            await until(lambda: not list(node.movement.under_way()))
+            node.check_integrity()
+        assert computed > 5
+
+    on_node(test, slots=40, tier=GatedTier())
+
+
 def test_a_lease_of_a_boundary_is_not_kept_in_part() -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(3)

@@ -26,13 +26,19 @@ from tests.support.nodes import (
 )
 
 from kvstrata.errors import UsageError
+from kvstrata.node import matching
+from kvstrata.node.common import slices
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
 from kvstrata.wire import protocol as p
 
 
 async def ask(
-    node: Node, client: Client, keys: Sequence[bytes], chunk_s: float, pair_s: float = 0.0
+    node: Node,
+    client: Client,
+    keys: Sequence[bytes],
+    chunk_s: float,
+    pair_s: float = 0.0,
 ) -> p.Matched:
     answer = node.match(client, p.Match(
         1, b"".join(keys), [0], [ORDER], [RAW], namespace=NAMESPACE, chunk_s=chunk_s, pair_s=pair_s
@@ -88,6 +94,39 @@ def test_a_fast_one_brings_everything() -> None:
         assert matched.compute_s == pytest.approx(0.3)
         assert (await arrive(node, me, matched.lease, 5)).ready == 6
         release(node, me, matched.lease)
+
+    on_node(test, tier=GatedTier(), slots=20)
+
+
+def test_who_leaves_it_to_the_engine_keeps_it_from_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(node: Node) -> None:
+        me, other = Client("pid 1"), Client("pid 2")
+        keys = await on_disk(node, me, 6)
+        monkeypatch.setattr(slices, "HOLD_S", 0.0)
+        monkeypatch.setattr(matching, "SLICE_OBJECTS", 1)
+        computed = 0
+        for turns in range(30):
+            await clear(node, me, tiers=["host"])
+            speed(node, 10)
+            one = asyncio.ensure_future(ask(node, other, keys, chunk_s=0.05))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            matched = await ask(node, me, keys, chunk_s=0.0)
+            assert len(matched.tiers) == 6
+            left = await one
+            computed += not left.lease
+            release(node, other, left.lease)
+            ready = 0
+            while ready < 6:
+                arrived = await asyncio.wait_for(arrive(node, me, matched.lease, ready), 5)
+                assert not arrived.failed
+                ready = arrived.ready
+            release(node, me, matched.lease)
+            await until(lambda: not list(node.movement.under_way()))
+            node.check_integrity()
+        assert computed > 5
 
     on_node(test, tier=GatedTier(), slots=20)
 

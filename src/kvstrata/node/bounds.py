@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kvstrata.errors import UsageError
 from kvstrata.node.slots.boundaries import Stretch
+from kvstrata.node.slots.slot import Slot
 from kvstrata.wire import protocol as p
 
 
@@ -32,6 +33,7 @@ class Bounds:
         self.boundary = 0  # the longest that was found
         self.hole = -1  # the chunk without which the end is no boundary
         self.shape: list[Stretch] = []  # of what is being leased
+        self.left: list[Slot] = []  # made to bring something into, and let go of
 
     @classmethod
     def of(cls, message: p.Match, parts: tuple[int, ...]) -> Bounds | None:

@@ -22,7 +22,7 @@ from kvstrata.node.service.backing import Backing, Question
 from kvstrata.node.service.promotions import Load
 from kvstrata.node.slots.boundaries import longest, stretches
 from kvstrata.node.slots.clients import Client
-from kvstrata.node.slots.leases import Lease
+from kvstrata.node.slots.leases import Lease, is_wanted
 from kvstrata.node.slots.slot import Row
 from kvstrata.wire import protocol as p
 from kvstrata.wire.namespaces import Described
@@ -206,6 +206,7 @@ class GroupMatcher(Matcher):
             self._leases.extend(search.lease, old.rows[:keep])
         del search.tiers[keep:]
         del search.coming[keep:]
+        bounds.left += [slot for number, some in search.prepared if number >= keep for slot in some]
         search.prepared = [one for one in search.prepared if one[0] < keep]
         self.release(old)
 
@@ -253,8 +254,9 @@ class GroupMatcher(Matcher):
         return best.keep
 
     def _start(self, search: Search, bounds: Bounds) -> Work[None]:
-        """Begin to bring what was leased and is not there."""
-        slots = []
+        """Begin to bring what was leased and is not there, here or by who leased it meanwhile."""
+        mine = [slot for _, some in search.prepared for slot in some]
+        slots = [slot for slot in mine + bounds.left if is_wanted(slot)]
         for number, row in enumerate(search.lease.rows if search.lease is not None else ()):
             if number % SLICE == SLICE - 1:
                 yield None

@@ -25,7 +25,7 @@ from kvstrata.node.service.peers import PeerBacking
 from kvstrata.node.service.promotions import Load, Wanted
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
-from kvstrata.node.slots.leases import Lease, LeaseTable
+from kvstrata.node.slots.leases import Lease, LeaseTable, is_wanted
 from kvstrata.node.slots.reservations import ReservationTable
 from kvstrata.node.slots.sampling import Sampler
 from kvstrata.node.slots.slot import Row, Slot
@@ -331,7 +331,7 @@ class Matcher:
 
     def _decide(self, search: Search) -> Work[None]:
         """Begin to bring what is worth it of the chunks that were found, and let go of the rest."""
-        first, count = search.num_decided, len(search.tiers)
+        first, count, others = search.num_decided, len(search.tiers), list[Slot]()
         search.num_found = count
         if self.planning and not search.expected_s and search.prepared and not search.client.ended:
             links = [self._movement.link(backing) for backing in self._backings]
@@ -341,9 +341,9 @@ class Matcher:
             decision = "load" if keep == count else "part" if best.load_s else "compute"
             self._counters.add("plans_total", decision=decision)
             if keep < count:
-                self._let_go(search, keep)
+                others = self._let_go(search, keep)
         search.num_decided = len(search.tiers)
-        slots = [slot for _, some in search.prepared for slot in some]
+        slots = [slot for _, some in search.prepared for slot in some] + others
         search.prepared = []
         if search.load is not None:
             for start in range(0, len(slots), SLICE_STARTS):
@@ -352,18 +352,19 @@ class Matcher:
                 some = slots[start : start + SLICE_STARTS]
                 self._movement.start(search.load, some, len(search.parts))
 
-    def _let_go(self, search: Search, keep: int) -> None:
-        """Leave all but the first chunks to the engine."""
+    def _let_go(self, search: Search, keep: int) -> list[Slot]:
+        """Leave all but the first chunks to the engine; the slots of these that others wait for."""
         self._counters.add("computed_chunks_total", len(search.tiers) - keep)
         search.ended, search.absent = True, False
-        kept = [(number, slots) for number, slots in search.prepared if number < keep]
-        for slot in next(slots for number, slots in search.prepared if number >= keep)[:1]:
+        left = [slot for number, slots in search.prepared if number >= keep for slot in slots]
+        for slot in left[:1]:
             self._movement.look_again(slot)
-        search.prepared = kept
+        search.prepared = [one for one in search.prepared if one[0] < keep]
         del search.tiers[keep:]
         self.release(search.lease, keep)
         if not keep:
             search.lease = None
+        return [slot for slot in left if is_wanted(slot)]
 
     def _lease(
         self, search: Search, rows: Sequence[Row], tiers: bytes, coming: Sequence[int]
