@@ -41,7 +41,10 @@ def of_fleet(
     async def main() -> None:
         fleet = Fleet()
         nodes = [
-            make_member(FleetTier(fleet, round_objects=round_objects), slots=400, **options)
+            make_member(
+                FleetTier(fleet, round_objects=round_objects),
+                **{"slots": 400, "lookup_timeout_s": 20.0, **options},
+            )
             for _ in range(2)
         ]
         try:
@@ -172,7 +175,7 @@ def test_what_is_said_too_late_is_there_for_the_next() -> None:
 def test_through_a_real_redis(tmp_path: Path) -> None:
     server = RedisServer(tmp_path / "redis")
     config = load_config(environ={}, overrides={
-        "host.capacity": "16MiB", "redis": {"url": server.url, "lookup_timeout": "2s"},
+        "host.capacity": "16MiB", "redis": {"url": server.url, "lookup_timeout": "10s"},
     })  # fmt: skip
 
     async def main() -> None:
