@@ -30,8 +30,7 @@ def echo(text: object, *, err: bool = False) -> None:
 
 def json_text(value: object, indent: int | None = 2) -> str:
     """The same as JSON for programs, in printable ASCII: what is none of it is escaped."""
-    text = json.dumps(value, indent=indent, default=str)
-    return text.replace("\x7f", r"\u007f")
+    return json.dumps(value, indent=indent, ensure_ascii=True, default=str)
 
 
 def shown(text: object, style: str = "") -> Text:
