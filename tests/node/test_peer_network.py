@@ -18,7 +18,8 @@ from tests.support.networks import Link, Network
 from tests.support.nodes import chunk_keys
 from tests.support.services import KEYS, MARGIN_S, NBYTES, Pair, cut_short, two_nodes
 
-from kvstrata.tiers.peer import LONGEST_PAUSE_S, STAT_S, TIMEOUT_S
+from kvstrata.tiers.one_peer import LONGEST_PAUSE_S
+from kvstrata.tiers.peer import STAT_S, TIMEOUT_S
 
 WHY_NOT = networks.missing()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)

@@ -10,7 +10,8 @@ from tests.support import networks
 from tests.support.networks import Network
 from tests.support.services import KEYS, MARGIN_S, NBYTES, Pair, cut_short, two_nodes
 
-from kvstrata.tiers.peer import LONGEST_PAUSE_S, STAT_S, TIMEOUT_S
+from kvstrata.tiers.one_peer import LONGEST_PAUSE_S
+from kvstrata.tiers.peer import STAT_S, TIMEOUT_S
 from kvstrata.transfer.peers import NIXL
 
 pytest.importorskip("nixl_cu12", reason="NIXL is not installed: scripts/install-dev.sh")

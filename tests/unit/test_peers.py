@@ -24,6 +24,7 @@ from kvstrata.config.network import TRUSTED
 from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
 from kvstrata.node.process import loans
 from kvstrata.node.service.names import Where
+from kvstrata.tiers import one_peer
 from kvstrata.tiers import peer as peer_tier
 from kvstrata.tiers.base import Outcome, Stat
 from kvstrata.tiers.peer import PeerTier
@@ -468,7 +469,7 @@ class TestFailures:
     def test_a_call_has_one_deadline(self) -> None:
         """For connecting, the proof and the answer together."""
         slow = Liar(lambda channel, request: channel.send(p.Welcome()), delay_s=0.8)
-        peer = peer_tier.Peer(slow.address, by_tcp)
+        peer = one_peer.Peer(slow.address, by_tcp)
         begun = time.monotonic()
         with pytest.raises(TierUnavailable):
             peer.call(p.Ping(), 1.0)
@@ -507,11 +508,11 @@ class TestFailures:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         good = Liar(lambda channel, request: channel.send(p.Welcome()))
-        peer = peer_tier.Peer(good.address, by_tcp)
+        peer = one_peer.Peer(good.address, by_tcp)
         for _ in range(3):
             peer.call(p.Ping(), 5.0)
         assert len(good.connections) == 1
-        monkeypatch.setattr(peer_tier, "IDLE_S", 0.0)
+        monkeypatch.setattr(one_peer, "IDLE_S", 0.0)
         peer.call(p.Ping(), 5.0)
         assert len(good.connections) == 2
         peer.close()
@@ -520,7 +521,7 @@ class TestFailures:
     def test_a_node_whose_loop_hangs_says_nothing(self, fleet: Callable[..., Member]) -> None:
         a = fleet()
         a.inprocess._loop.call_soon_threadsafe(time.sleep, 1.0)
-        peer = peer_tier.Peer(a.address, by_tcp)
+        peer = one_peer.Peer(a.address, by_tcp)
         with pytest.raises(TierUnavailable):
             peer.call(p.Ping(), 0.5)
         peer.call(p.Ping(), 5.0)
@@ -761,7 +762,7 @@ def borrower(address: Address) -> Channel:
     return channel
 
 
-def peers_of(member: Member) -> list[peer_tier.Peer]:
+def peers_of(member: Member) -> list[one_peer.Peer]:
     tier = member.inprocess.node.backings[-1].tier
     assert isinstance(tier, PeerTier)
     return tier.peers
