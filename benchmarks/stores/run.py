@@ -37,7 +37,7 @@ from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.shared import SharedBacking
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, stored_bytes
 from kvstrata.observe.counters import Counters
-from kvstrata.testing.shared import Server
+from kvstrata.testing.ground import Server
 
 NAME = "stores"
 PAYLOAD_BYTES = CHUNK_TOKENS * BYTES_PER_TOKEN

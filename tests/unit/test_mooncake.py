@@ -17,8 +17,9 @@ import pytest
 from tests.support.mooncakes import LASTS_S, MIB, Borrowed, WithClients, client_of, tier_of
 
 from kvstrata.errors import DeadlineExceeded, TierUnavailable
+from kvstrata.testing.ground import Server
 from kvstrata.testing.servers.mooncake import SEGMENT_BYTES, MooncakeServer, installed
-from kvstrata.testing.shared import Server, SharedTierContract, name
+from kvstrata.testing.shared import SharedTierContract, name
 from kvstrata.testing.stores import (
     FAILED,
     HIT,

@@ -13,8 +13,9 @@ from obstore.exceptions import PreconditionError
 from tests.support.object_stores import SHORT_S, TIMEOUT_S, in_s3, let_in
 
 from kvstrata.errors import TierUnavailable
+from kvstrata.testing.ground import Ground
 from kvstrata.testing.servers.seaweedfs import SeaweedFS
-from kvstrata.testing.shared import Ground, SharedStoreContract, SharedTierContract, name
+from kvstrata.testing.shared import SharedStoreContract, SharedTierContract, name
 from kvstrata.testing.stores import (
     FAILED,
     HIT,

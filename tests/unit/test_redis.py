@@ -14,8 +14,9 @@ import pytest
 import redis
 
 from kvstrata.errors import TierUnavailable
+from kvstrata.testing.ground import Server
 from kvstrata.testing.servers.redis import RedisCluster, RedisServer, installed
-from kvstrata.testing.shared import Server, SharedTierContract, name
+from kvstrata.testing.shared import SharedTierContract, name
 from kvstrata.testing.stores import (
     FAILED,
     HIT,

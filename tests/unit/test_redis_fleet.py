@@ -16,8 +16,8 @@ from tests.support.real_nodes import KEYS, ME, chunk, load_shared, store
 from kvstrata.config import RedisConfig, load_config
 from kvstrata.errors import ConfigError
 from kvstrata.node.node import Node
+from kvstrata.testing.ground import Server
 from kvstrata.testing.servers.redis import RedisCluster, RedisServer, installed
-from kvstrata.testing.shared import Server
 from kvstrata.tiers.base import SharedTier
 from kvstrata.wire import protocol as p
 

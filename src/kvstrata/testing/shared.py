@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.errors import TierUnavailable
+from kvstrata.testing.ground import Ground, Server
 from kvstrata.testing.stores import (
     FAILED,
     HISTORY,
@@ -52,42 +52,6 @@ MARGIN_S = 3.0
 """What a call may take beyond its tier's own limit on a machine that is busy."""
 
 _places = itertools.count()
-
-
-class Ground(ABC):
-    """What the tiers under test stand on, such as a folder or a server."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End it, and remove what it left. Repeatable."""
-
-
-class Server(Ground):
-    """A real server under test: started when made, on loopback, with its own port and folder."""
-
-    @abstractmethod
-    def kill(self) -> None:
-        """End it as kill -9 does. Repeatable."""
-
-    @abstractmethod
-    def restart(self) -> None:
-        """Start it again, at the same address; returns when it answers."""
-
-    @abstractmethod
-    def pause(self) -> None:
-        """Let it hang: connections stand, nothing is answered (SIGSTOP)."""
-
-    @abstractmethod
-    def resume(self) -> None:
-        """Let it go on."""
-
-    def fill(self) -> bool:
-        """Let it have no room for another object; False where that cannot be had here."""
-        return False
-
-    def make_room(self) -> None:
-        """Let it have room again, where `fill` took it."""
-        raise NotImplementedError
 
 
 def name(number: int, epoch: int = 1) -> bytes:

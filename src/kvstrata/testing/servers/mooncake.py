@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvstrata.testing.shared import Server
+from kvstrata.testing.ground import Server
 from kvstrata.tiers.mooncake.client import library
 from kvstrata.tiers.mooncake.settings import Settings, parse_master
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import redis
 
-from kvstrata.testing.shared import Server
+from kvstrata.testing.ground import Server
 
 PROGRAM = "redis-server"
 START_S = 30.0

@@ -17,7 +17,7 @@ from pathlib import Path
 import obstore
 from obstore.store import S3Store
 
-from kvstrata.testing.shared import Server
+from kvstrata.testing.ground import Server
 
 BUCKET = "kvstrata"
 KEY, READER_KEY, SECRET = "node", "reader", "not-a-secret"
