@@ -1,4 +1,4 @@
-"""What tiers under test stand on: a folder, or a real server that can be killed, paused and filled."""
+"""What tiers under test stand on: a folder, or a real server that is killed, paused or filled."""
 
 from __future__ import annotations
 
