@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -100,6 +100,8 @@ class Rig:
         make_node: builds the node, `Node.create` if None.
         events: how vLLM publishes its KV events.
         kinds: of the model's layer groups, see `SPECS`.
+        ends: when a step of a worker ends: `at once`; `late`, as where a model drafts, so that its
+            results are taken before; or `never`, as in the first ranks of a pipeline then.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Rig:
         make_node: Callable[[Config], Node] | None = None,
         events: KVEventsConfig | None = None,
         kinds: Sequence[str] = ("full",),
+        ends: Literal["at once", "late", "never"] = "at once",
         **scheduling: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,6 +147,7 @@ class Rig:
         self.vllm_config = vllm_config(self.extra, num_blocks, **scheduling)
         self.vllm_config.kv_events_config = events
         self.ranks = ranks
+        self._ends = ends
         self.vllm_config.parallel_config.world_size = ranks
         caches = kv_cache_config(num_blocks, kinds)
         self.groups = groups_of(caches, self.config)
@@ -428,10 +432,13 @@ class Rig:
         answers = [self._compute(memory, name, output, worker._invalid) for name in names]
         if not output.has_sync_kv_loads:
             worker.load_sync()
-        worker.after_forward()
+        if self._ends == "at once":
+            worker.after_forward()
         result.finished_recving, result.failed_recving = worker.loads_ended()
         result.invalid_block_ids = worker.invalid_blocks()
         result.kv_connector_worker_meta = worker.report()
+        if self._ends == "late":
+            worker.after_forward()
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: i for i, name in enumerate(names)},

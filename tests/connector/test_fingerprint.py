@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from copy import deepcopy as copy_of
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +133,27 @@ def test_everything_that_decides_the_bytes_decides_the_namespace(tmp_path: Path)
     ]
     assert len(set(different)) == len(different)
     assert of() == of() == different[0]
+
+
+def test_a_draft_model_decides_too(tmp_path: Path) -> None:
+    """Its KV lies in the same objects: another one's would be right, and of no use."""
+    one, other = adapter(tmp_path / "one"), adapter(tmp_path / "other", b"weighty")
+    copy = adapter(tmp_path / "copy")
+
+    def of(folder: Path | str | None, **changes: Any) -> bytes:
+        config = vllm_config({}, 8)
+        if folder is not None:
+            drafts = copy_of(config.model_config)
+            drafts.model = str(folder)
+            for name, value in changes.items():
+                setattr(drafts.hf_config, name, value)
+            config.speculative_config = SimpleNamespace(draft_model_config=drafts)
+        return engine_namespace(config, "layout", 128, "a").digest()
+
+    itself = vllm_config({}, 8).model_config.model
+    assert of(itself) == of(None), "drafts out of the prompt name the model itself"
+    assert of(copy) == of(one)
+    assert len({of(None), of(one), of(other), of(one, rope_theta=12345.0)}) == 4
 
 
 def test_weights_that_are_nowhere_have_no_identity() -> None:

@@ -235,10 +235,18 @@ def test_the_last_chunk_is_stored_although_its_request_has_ended(make_rig: Make)
 # everything at once
 
 
-@pytest.mark.parametrize("pipelined", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "pipelined", "ends"),
+    [
+        (1, False, "at once"),
+        (1, True, "late"),
+        (2, False, "late"),
+        (2, True, "at once"),
+        (2, True, "never"),
+    ],
+)
 def test_random_histories_never_read_a_wrong_byte(
-    make_rig: Make, ranks: int, pipelined: bool
+    make_rig: Make, ranks: int, pipelined: bool, ends: str
 ) -> None:
     """Few blocks, few slots, shared prefixes, aborts, a slow tier, a node that comes and goes."""
     for seed in range(4):
@@ -248,6 +256,7 @@ def test_random_histories_never_read_a_wrong_byte(
             num_blocks=chance.choice([24, 40, 64]),
             ranks=ranks,
             pipelined=pipelined,
+            ends=ends,
             make_node=tiered(tier) if seed % 2 else None,
             max_num_seqs=chance.choice([2, 4, 8]),
             max_num_batched_tokens=chance.choice([48, 256]),

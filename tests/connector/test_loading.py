@@ -413,6 +413,33 @@ def test_a_part_that_is_not_granted_is_released(make_rig: Make) -> None:
     rig.check()
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_load_that_is_granted_nothing_is_none(make_rig: Make, busy: bool) -> None:
+    """vLLM cuts what it was offered for reasons of its own, down to nothing."""
+    rig = make_rig()
+    tokens = prompt(200)
+    rig.warm(tokens)
+    if busy:
+        rig.add(prompt(40, seed=1), 200)
+        rig.step()
+    request = rig.request(tokens, name="cut")
+    rig.connector.on_new_request(request)
+    rig.look_up(request)
+    offered, behind = rig.connector.get_num_new_matched_tokens(request, 0)
+    assert (offered, rig.num_leases()) == (6 * CHUNK, 1)
+    assert behind is busy
+    blocks = SimpleNamespace(get_block_ids=lambda: (list(range(1, 14)),))
+    rig.connector.update_state_after_alloc(request, blocks, 0)
+    rig.until(lambda: rig.num_leases() == 0)
+    assert rig.side._next.sync_loads == rig.side._next.async_loads == []
+    assert rig.side._loads == {}
+    request.status = RequestStatus.FINISHED_ABORTED
+    rig.connector.request_finished(request, [])
+    rig.run()
+    assert rig.ask(tokens) == 6 * CHUNK
+    rig.check()
+
+
 def test_look_ahead_is_bounded_and_everybody_gets_their_turn(make_rig: Make) -> None:
     rig = make_rig(num_blocks=40, max_num_seqs=2)
     shared = [prompt(64, seed=i) for i in range(20)]

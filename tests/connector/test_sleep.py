@@ -135,3 +135,43 @@ def test_a_handshake_can_turn_it_off_and_on_again(make_rig: Make) -> None:
     rig.side.introduce(before)
     assert rig.ask(tokens) == 6 * 32
     rig.check()
+
+
+def sleep_and_wake(rig: Rig) -> None:
+    """What vLLM 0.33 does to its connector, in this order; the blocks hold something else then."""
+    rig.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    for worker, memory in zip(rig.workers, rig.memories, strict=True):
+        worker.drain()
+        memory.kv[:] = 0xEE
+    rig.connector.restore_kv_caches()
+    rig.connector.set_xfer_handshake_metadata_pp_aware(hellos(rig))
+
+
+@pytest.mark.parametrize("reset", ["keep", "forget"])
+def test_what_was_stored_is_kept_over_sleep_where_the_weights_stay(
+    make_rig: Make, reset: str
+) -> None:
+    rig = make_rig(extra={"reset": reset})
+    tokens = prompt(200)
+    rig.warm(tokens)
+    sleep_and_wake(rig)
+    found = 6 * 32 if reset == "keep" else 0
+    assert rig.ask(tokens) == found
+    rig.check()
+
+
+def test_requests_go_on_after_sleep_with_what_was_stored_of_them(make_rig: Make) -> None:
+    rig = make_rig(extra={"reset": "keep"})
+    tokens, other = prompt(200), prompt(100, seed=1)
+    rig.warm(other)
+    name = rig.add(tokens, 60)
+    while len(rig.answers[name]) < 40:
+        rig.step()
+    rig.finish_stores()
+    before = rig.num_external
+    sleep_and_wake(rig)
+    rig.add(other, 3)
+    rig.run()
+    assert rig.num_external > before + 6 * 32, "what it had computed itself came back, too"
+    assert len(rig.answers[name]) == 60
+    rig.check()

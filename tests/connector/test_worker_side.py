@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec import structs
-from tests.connector.fake_model import CHUNK, LAYERS
+from tests.connector.fake_model import CHUNK, LAYERS, NAMES, digests
 from tests.connector.gates import TIMEOUT_S, GatedTier, tiered
 from tests.connector.rig import Rig, prompt
 
@@ -154,6 +154,56 @@ def test_a_dropped_store_never_begins_to_copy(make_rig: Make) -> None:
     assert copier.num_stores == 0
     rig.settle()
     assert rig.state()["host"]["num_objects"] == 0
+
+
+def test_each_layer_is_loaded_once_whoever_reads_it(make_rig: Make) -> None:
+    """A draft model reads its layers several times in a step, and writes between; or never."""
+    rig = make_rig()
+    rig.warm(prompt(200))
+    worker, kv = rig.workers[0], rig.memories[0].kv
+    wanted = rig.memories[0].words(digests(prompt(200)[: 6 * CHUNK])).reshape(LAYERS, -1)
+    kv[:] = 0
+    rig.add(prompt(200))
+    meta = rig.scheduler.schedule().kv_connector_metadata
+    (load,) = meta.sync_loads
+
+    def held(layer: int) -> Any:
+        return kv[layer, load.blocks].reshape(-1)
+
+    worker.before_step(meta)
+    worker.bind(meta)
+    worker.load_sync()
+    worker.load_layer(NAMES[1])
+    assert not held(0).any()
+    assert np.array_equal(held(1), wanted[1])
+    kv[1] = 7
+    worker.load_layer(NAMES[1])
+    worker.load_layer("of another model")
+    assert (held(1) == 7).all(), "what was written since stays"
+    worker.after_forward()
+    assert np.array_equal(held(0), wanted[0]), "nobody has read it, and somebody may"
+    assert (held(1) == 7).all()
+    worker.before_step(StepMetadata(node=worker._node))
+    kv[:] = 0
+    worker.load_layer(NAMES[0])
+    worker.after_forward()
+    assert not kv.any(), "a step has its own loads alone"
+
+
+def test_a_step_that_vllm_does_not_end_is_ended_before_the_next(make_rig: Make) -> None:
+    rig = make_rig(ends="never")
+    tokens = prompt(100)
+    rig.add(tokens, 2)
+    step = rig.step()
+    assert step.stores
+    assert rig.workers[0]._transfers._jobs == []
+    rig.step()
+    (job, *_) = rig.workers[0]._transfers._jobs
+    assert (job.store.blocks, job.cost) == (step.stores[0].blocks, 0.0)
+    rig.run()
+    rig.warm()
+    assert rig.ask(tokens) == 3 * CHUNK
+    rig.check()
 
 
 def test_the_blocks_of_loads_are_fenced_too(make_rig: Make) -> None:

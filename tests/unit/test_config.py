@@ -49,6 +49,7 @@ SAMPLES: Mapping[str, Any] = {
     "inside": "off",
     "canary": "off",
     "hints": "store, pin",
+    "reset": "keep",
     "host.capacity": "3GiB",
     "host.policy": "s3fifo",
     "host.verify_every": 1,
@@ -495,7 +496,7 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
         "object_store.load_target": "1s",
     }
     identity = load(base).node_identity(uid=1)
-    clients = {"node", "chunk_tokens", "tenant", "log", "hints", "inside"}
+    clients = {"node", "chunk_tokens", "tenant", "log", "hints", "inside", "reset"}
     for path, value in SAMPLES.items():
         given = dict(base)
         if path == "network.transport":

@@ -102,6 +102,13 @@ class Config:
         "max_load_tokens, max_store_tokens, store, load",
         "What clients may say of the cache with a request, see docs/hints.md.",
     )
+    reset: str = option(
+        kinds.one_of(("forget", "keep")),
+        "forget",
+        "What a reset of the connector does; vLLM sends one when it falls asleep, too. `forget`: "
+        "what was stored before is not found again by this engine, whose weights may be exchanged. "
+        "`keep`: nothing, for an engine whose weights never are.",
+    )
     host: HostConfig = field(default_factory=HostConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)

@@ -150,6 +150,14 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.drain()
 
+    def restore_kv_caches(self, *_: Any) -> None:
+        """vLLM 0.33 has mapped its blocks again, at the same addresses: there is nothing to do."""
+
+    @classmethod
+    def supports_sleep_mode(cls, *_: Any) -> bool:
+        """vLLM 0.33 may unmap its blocks, as it says by `unregister_kv_caches`."""
+        return True
+
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return (
             self._worker.hello() if self._worker is not None else WorkerHello(problem=self._problem)

@@ -163,18 +163,35 @@ def engine_namespace(vllm_config: Any, layout: str, chunk_tokens: int, tenant: s
 def _effective(vllm_config: Any) -> dict[str, Any]:
     """What the model computes with, beside its weights."""
     model = vllm_config.model_config
-    described = model.hf_config.to_dict()
-    described.pop("_name_or_path", None)
-    described.pop("transformers_version", None)
+    drafting = {}
+    if (draft := _draft(vllm_config)) is not None:
+        weights = _weights_of(draft, vllm_config.load_config)
+        drafting = {"draft": model_fingerprint(_described(draft), weights)}
     return {
-        # dtypes and enums have one text form each; nothing else in a configuration is an object
-        "model": json.loads(json.dumps(described, default=str)),
+        **drafting,
+        "model": _described(model),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
         # LongRoPE picks its factors by it, so keys of one token differ between two lengths
         "max_model_len": model.max_model_len,
     }
+
+
+def _described(model: Any) -> Any:
+    """A model's configuration, without what does not shape what it computes."""
+    described = model.hf_config.to_dict()
+    described.pop("_name_or_path", None)
+    described.pop("transformers_version", None)
+    # dtypes and enums have one text form each; nothing else in a configuration is an object
+    return json.loads(json.dumps(described, default=str))
+
+
+def _draft(vllm_config: Any) -> Any | None:
+    """The model that drafts, whose KV lies beside the target's; None if it is no other one."""
+    drafts = vllm_config.speculative_config
+    model = None if drafts is None else drafts.draft_model_config
+    return None if model is None or model.model == vllm_config.model_config.model else model
 
 
 def _succeeded(future: Future[Any]) -> bool:
@@ -191,8 +208,11 @@ def _found(future: Future[T], what: str) -> T:
 
 
 def _weights(vllm_config: Any) -> str:
-    model = vllm_config.model_config
-    if vllm_config.load_config.load_format == "dummy":
+    return _weights_of(vllm_config.model_config, vllm_config.load_config)
+
+
+def _weights_of(model: Any, load_config: Any) -> str:
+    if load_config.load_format == "dummy":
         # Random weights: nobody else has them, not even this engine after a restart.
         return f"dummy:{os.urandom(16).hex()}"
     if os.path.exists(model.model):

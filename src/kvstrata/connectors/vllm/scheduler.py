@@ -67,6 +67,7 @@ class SchedulerSide:
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._allowed = config.hints
         self._inside = config.inside == "on" and groups.prefix_only
+        self._keeps = config.reset == "keep"
         self._states: dict[str, RequestState] = {}
         self._active: set[str] = set()  # run or load, so that the engine is not idle
         self._admitted: set[str] = set()  # of them, run by no step yet: a wait holds none up
@@ -298,7 +299,13 @@ class SchedulerSide:
         return {source: count for source, count in sources.items() if count}
 
     def reset_cache(self) -> bool:
-        """Begin a new namespace: nothing that was stored so far is found again by this engine."""
+        """Begin a new namespace: nothing that was stored so far is found again by this engine.
+
+        Unless its operator says that its weights stay what they are.
+        """
+        if self._keeps:
+            logger.info("KVStrata keeps what was stored over a reset, since reset = keep")
+            return True
         self._lookups.renew()
         # What runs now has KV of before and after; none of it may be stored.
         self._forsake("the cache was reset")

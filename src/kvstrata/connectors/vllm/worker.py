@@ -93,7 +93,9 @@ class WorkerSide:
         # this step's
         self._meta = StepMetadata()
         self._began = 0.0
+        self._unfinished = False
         self._sync_runs: list[list[tuple[list[int], list[int], list[int]]]] = []
+        self._sync_left: set[int] = set()  # layers that these runs have not been copied to
         self._sync_kept: list[object] = []
         self._sync_s = 0.0
         self._sync_bytes = 0
@@ -123,6 +125,11 @@ class WorkerSide:
 
     def before_step(self, meta: StepMetadata) -> None:
         """Nothing that this step overwrites may still be read by a store."""
+        if self._unfinished:
+            # With drafts and a pipeline vLLM ends its steps on the last rank only. The leases of
+            # loads may be gone by now, but other ranks have no layers that a forward leaves out.
+            self._sync_left.clear()
+            self.after_forward(timed=False)
         self._began = time.monotonic()
         self._follow(meta)
         self._transfers.call_off(meta.called_off)
@@ -135,6 +142,7 @@ class WorkerSide:
     def bind(self, meta: StepMetadata) -> None:
         """Begin this step's asynchronous loads."""
         self._meta = meta
+        self._unfinished = True
         if meta.async_loads:
             self._transfers.begin_loads(meta.async_loads, self._client)
 
@@ -170,23 +178,31 @@ class WorkerSide:
         self._sync_kept.append(kept)
         num_layers = len(self._layer_numbers)
         self._sync_runs += [[plan.runs(i) for i in range(num_layers)] for plan in late]
+        if late:
+            self._sync_left.update(range(num_layers))
         for plan in early:
             begun = time.perf_counter()
             self._copier.load(plan, self._copier.mark())
             self._sync_s += time.perf_counter() - begun
 
     def load_layer(self, layer_name: str) -> None:
-        """Copy one layer of the synchronous loads, just before attention reads it."""
-        if self._sync_runs and (number := self._layer_numbers.get(layer_name)) is not None:
-            begun = time.perf_counter()
-            for runs in self._sync_runs:
-                slots, blocks, lengths = runs[number]
-                copy_runs(blocks, slots, lengths)
-            self._sync_s += time.perf_counter() - begun
+        """Copy one layer of the synchronous loads, just before attention reads it first.
 
-    def after_forward(self) -> None:
-        """Begin this step's stores."""
+        A draft model may read its layers more than once in a step, and writes between.
+        """
+        if self._sync_left and (number := self._layer_numbers.get(layer_name)) in self._sync_left:
+            self._copy_layer(number)
+
+    def after_forward(self, *, timed: bool = True) -> None:
+        """Begin this step's stores.
+
+        Args:
+            timed: whether this is the end of the step, so that its time says what it took.
+        """
         meta = self._meta
+        self._unfinished = False
+        for number in tuple(self._sync_left):  # of a draft model that had nothing to do
+            self._copy_layer(number)
         self._transfers.rate.note(self._sync_bytes, self._sync_s)
         self._sync_bytes, self._sync_s = 0, 0.0
         self._sync_runs.clear()
@@ -198,7 +214,8 @@ class WorkerSide:
             # A step of a few tokens says nothing about what computing a chunk takes.
             seconds = (time.monotonic() - self._began) * self._chunk / max(meta.num_tokens, 1)
             self._begin_stores(
-                meta.stores, chunk_cost(seconds) if meta.num_tokens >= self._chunk else 0.0
+                meta.stores,
+                chunk_cost(seconds) if timed and meta.num_tokens >= self._chunk else 0.0,
             )
         if self._drain_always:
             self._transfers.fence()
@@ -248,6 +265,14 @@ class WorkerSide:
         self._detach()
 
     # how
+
+    def _copy_layer(self, number: int) -> None:
+        begun = time.perf_counter()
+        self._sync_left.discard(number)
+        for runs in self._sync_runs:
+            slots, blocks, lengths = runs[number]
+            copy_runs(blocks, slots, lengths)
+        self._sync_s += time.perf_counter() - begun
 
     @property
     def _node(self) -> bytes:
