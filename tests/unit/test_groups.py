@@ -11,6 +11,7 @@ from tests.support.groups import (
     FULL,
     STATE,
     WINDOW,
+    Needs,
     answered,
     group_template,
     load_needs,
@@ -227,6 +228,7 @@ def in_small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "SLICE_OBJECTS", 2)
     monkeypatch.setattr(grouped, "SLICE", 2)
     monkeypatch.setattr(grouped, "SLICE_STARTS", 1)
+    monkeypatch.setattr(grouped, "NOTE_SLICE", 2)
 
 
 @pytest.mark.parametrize("part", [FULL, WINDOW])
@@ -417,15 +419,20 @@ def test_headers_say_what_group_they_are_of() -> None:
     on_node(test)
 
 
-def test_who_has_died_meanwhile_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("needs", [{FULL: 0, WINDOW: 2}, {WINDOW: 2}])
+@pytest.mark.parametrize("cap", [1, 5, 20])
+def test_who_has_died_meanwhile_gets_nothing(
+    monkeypatch: pytest.MonkeyPatch, needs: Needs, cap: int
+) -> None:
     async def test(node: Node) -> None:
         keys = chunk_keys(6)
         for part in WINDOWED:
             assert await store_part(node, ME, keys, part) == 6
         in_small_slices(monkeypatch)
+        node.leases.per_client_bytes = cap * SLOT
         for turns in range(60):
             client = Client("pid 2", Holder())
-            answer = asyncio.ensure_future(match_needs(node, client, keys, WINDOWED))
+            answer = asyncio.ensure_future(match_needs(node, client, keys, needs))
             for _ in range(turns):
                 await asyncio.sleep(0)
             node.end(client)
@@ -433,6 +440,7 @@ def test_who_has_died_meanwhile_gets_nothing(monkeypatch: pytest.MonkeyPatch) ->
             node.end(client)
             assert client.leased_bytes == 0
             assert not client.leases
+            node.check_integrity()
 
     on_node(test, slots=20)
 

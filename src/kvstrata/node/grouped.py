@@ -29,6 +29,8 @@ from kvstrata.wire.namespaces import Described
 
 WALK_SLICE = 64
 """Chunks that one slice of a walk looks for."""
+NOTE_SLICE = 128
+"""Chunks of which one slice notes what was needed."""
 CUTS = 8
 """So often a boundary that cannot be had gives way to the next one below; then it goes by leaps."""
 
@@ -179,7 +181,7 @@ class GroupMatcher(Matcher):
         """Lease what the boundary needs, or a lower one that can be had, and is worth it."""
         cuts, most = 0, bounds.end
         while not search.client.ended:
-            self._begin_again(search, bounds)
+            yield from self._begin_again(search, bounds)
             yield from self._take(search, bounds)
             got = len(search.tiers)
             if got == bounds.boundary:
@@ -195,7 +197,7 @@ class GroupMatcher(Matcher):
         if (left := search.num_found - len(search.tiers)) > 0:
             self._counters.add("computed_chunks_total", left)
 
-    def _begin_again(self, search: Search, bounds: Bounds) -> None:
+    def _begin_again(self, search: Search, bounds: Bounds) -> Work[None]:
         """Keep of what is leased what the boundary needs, too, and let go of the rest."""
         old, keep, shape = search.lease, 0, stretches(bounds.needs, bounds.boundary)
         if shape and bounds.shape and shape[0].columns == bounds.shape[0].columns:
@@ -203,7 +205,12 @@ class GroupMatcher(Matcher):
         bounds.shape, search.lease = shape, None
         if keep and old is not None:
             search.lease = self._grant(search)
-            self._leases.extend(search.lease, old.rows[:keep])
+            for start in range(0, keep, SLICE):
+                if start:
+                    yield None
+                # Of a client that has ended meanwhile nothing is leased any more.
+                some = old.rows[start : min(start + SLICE, keep)]
+                self._leases.extend(search.lease, some)
         del search.tiers[keep:]
         del search.coming[keep:]
         bounds.left += [slot for number, some in search.prepared if number >= keep for slot in some]
@@ -212,17 +219,21 @@ class GroupMatcher(Matcher):
 
     def _take(self, search: Search, bounds: Bounds) -> Work[None]:
         """Lease what the boundary needs, head first, as far as it is there and may be had."""
+        nothing = Row(())
         for one in bounds.shape:
             search.parts, search.stop = bounds.parts_of(one), one.stop
             search.ended = search.absent = False
-            if not one.columns:
-                count = one.stop - len(search.tiers)
-                self._lease(search, [Row(())] * count, bytes(count), [0] * count)
-                continue
-            while not self._step(search):
+            while not (self._step(search) if one.columns else self._pass(search, nothing)):
                 yield None
             if len(search.tiers) < one.stop:
                 return
+
+    def _pass(self, search: Search, nothing: Row) -> bool:
+        """One slice of chunks of which nothing is needed; whether it was the last."""
+        count = min(SLICE, search.stop - len(search.tiers))
+        if count > 0 and not search.client.ended:
+            self._lease(search, [nothing] * count, bytes(count), [0] * count)
+        return search.client.ended or len(search.tiers) == search.stop
 
     def _load_of(self, search: Search, nbytes: int) -> Load:
         load = super()._load_of(search, nbytes)
@@ -278,10 +289,10 @@ class GroupMatcher(Matcher):
         for one in bounds.shape if search.tiers else ():
             needed = set(bounds.parts_of(one)).difference(bounds.full)
             passed = set(bounds.parts).difference(needed, bounds.full)
-            for start in range(one.start, one.stop, SLICE):
+            for start in range(one.start, one.stop, NOTE_SLICE):
                 if start > one.start:
                     yield None
-                keys = search.keys[start : min(start + SLICE, one.stop)]
+                keys = search.keys[start : min(start + NOTE_SLICE, one.stop)]
                 self._host.index.note_needs(keys, needed, passed)
                 for backing in self._backings:
                     backing.note_needs(keys, needed, passed)
