@@ -15,10 +15,11 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.apis import Rig
+from tests.support.certificates import certificates
 
 from kvstrata.config import load_config
 from kvstrata.config.api import ApiConfig
-from kvstrata.control import Client
+from kvstrata.control import Client, run
 from kvstrata.control.access import Tokens, cross_site, load_tokens, misdirected, own_token
 from kvstrata.control.app import READS, build
 from kvstrata.control.client import ApiProblem
@@ -286,6 +287,24 @@ def test_https_with_a_token(folder: Path) -> None:
             with pytest.raises(ApiProblem) as caught:
                 client.status()
             assert caught.value.problem.status == 401
+    finally:
+        rig.close()
+
+
+def test_a_handshake_that_does_not_come_is_hung_up_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "HEAD_S", 0.2)
+    files = certificates(folder)
+    (folder / "silent").mkdir()
+    options = {
+        "api.tls_certificate": files["network.certificate"],
+        "api.tls_key": files["network.key"],
+    }
+    rig = Rig(folder / "silent", options, lives=False)
+    try:
+        with rig.raw() as silent:
+            assert silent.recv(1) == b""
     finally:
         rig.close()
 

@@ -27,7 +27,7 @@ from kvstrata import descriptors
 from kvstrata.config import Config, load_config
 from kvstrata.config.api import ApiConfig
 from kvstrata.control import app as application
-from kvstrata.control.http import IDLE_S, MAX_CONNECTIONS, MAX_HEAD_BYTES, Connection
+from kvstrata.control.http import HEAD_S, IDLE_S, MAX_CONNECTIONS, MAX_HEAD_BYTES, Connection
 from kvstrata.errors import ConfigError, KVStrataError
 from kvstrata.transfer.tcp import Address
 from kvstrata.wire.sockets import remove_dead
@@ -42,11 +42,28 @@ OTHER_FILES = 256
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which leaves signals to us."""
+    """uvicorn's, which leaves signals to us, and waits for no TLS handshake longer than a head."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on these."""
+        await super().startup([])
+        secure = self.config.ssl
+        for listener in sockets or ():
+            server = await asyncio.get_running_loop().create_server(
+                self._connection,
+                sock=listener,
+                ssl=secure,
+                ssl_handshake_timeout=HEAD_S if secure else None,
+                backlog=BACKLOG,
+            )
+            self.servers.append(server)
+
+    def _connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
 
 
 def serve(
