@@ -148,3 +148,26 @@ def test_a_client_that_takes_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPat
             await until(lambda: sum(engine.gone for engine in place.engines) == 1)
 
     behind_a_proxy(test)
+
+
+def test_what_is_no_http_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(place: Place) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", place.port)
+        writer.write(b"GET /\x00 HTTP/1.1\r\n\r\n")
+        assert b" 400 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+
+    behind_a_proxy(test)
+    assert not caplog.records
+
+
+def test_a_mistake_of_ours_is_in_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(place: Place) -> None:
+        monkeypatch.setattr(place.proxy.way, "answer", None)
+        assert (await place.ask())[0] == 500
+
+    behind_a_proxy(test)
+    assert "TypeError" in caplog.text

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from kvstrata import descriptors
 from kvstrata.proxy.bodies import Bodies, NotTaken
@@ -190,6 +191,12 @@ def _error(status: int, why: str) -> dict[str, Any]:
     return {"message": why, "type": kind, "param": None, "code": status}
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether an error is a mistake of ours: what is no HTTP comes as often as clients like."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
+
+
 async def serve(proxy: Proxy, host: str, port: int) -> web.AppRunner:
     """Listen; `cleanup` on the runner ends it.
 
@@ -197,8 +204,14 @@ async def serve(proxy: Proxy, host: str, port: int) -> web.AppRunner:
         OSError: one cannot listen there.
     """
     descriptors.allow(MAX_FILES)
+    http_logger = logging.getLogger(f"{__name__}.http")
+    http_logger.addFilter(_is_ours)
     runner = web.AppRunner(
-        proxy.app(), handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_S
+        proxy.app(),
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=IDLE_S,
+        logger=http_logger,
     )
     await runner.setup()
     try:
