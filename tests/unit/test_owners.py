@@ -34,7 +34,10 @@ from tests.support.nodes import (
 from kvstrata.config import Config, HostConfig, LeaseConfig, PinConfig
 from kvstrata.errors import TierUnavailable, UsageError
 from kvstrata.memory.pool import Pool
+from kvstrata.node.common import index as index_module
+from kvstrata.node.common.slices import Work
 from kvstrata.node.node import Node
+from kvstrata.node.operating import quotas
 from kvstrata.node.service.ledger import Ledger
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum
@@ -302,6 +305,34 @@ class TestQuotas:
             assert keep(node, chunk_keys(6, 3), ANNA) == 6
 
         on_node(test, slots=20)
+
+    def test_several_that_are_set_at_once_miss_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def step_by_step(work: Work[None]) -> None:
+            for _ in work:
+                await asyncio.sleep(0)
+
+        monkeypatch.setattr(quotas, "in_slices", step_by_step)
+        monkeypatch.setattr(index_module, "SLICE", 2)
+
+        async def test(node: Node) -> None:
+            keep(node, chunk_keys(30, 1), ANNA)
+            keep(node, chunk_keys(30, 2), BERT)
+            sets = [quota(node, ANNA, "host", 50), quota(node, BERT, "host", 50)]
+            setting = asyncio.gather(*sets, quota(node, ANNA, "host", 20))
+            for number in range(3, 8):
+                await asyncio.sleep(0)
+                keep(node, chunk_keys(2, number), BERT)
+            assert (await setting)[2] == 20 * SLOT
+            assert [held(node, one) for one in (ANNA, BERT)] == [20, 40]
+            for account in node.host.index.owners:
+                assert account.policy is not None
+                assert len(account.policy) == account.num_chunks
+            # Of a prompt that was there before the quota the head stays.
+            assert there(node, chunk_keys(30, 1)) == list(range(20))
+
+        on_node(test, slots=120)
 
     def test_they_outlive_the_node(self) -> None:
         tier, journal = Lasting(), Journal()
