@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -211,17 +212,21 @@ def test_what_a_node_missed_of_quotas_and_pins_it_does_when_it_is_back(fleet: Fl
         owner_digest(SECRET, "m", ""),
     )
     b.close()
-    for name, ttl_s in (("kept", 3600.0), ("over", 0.5)):
-        request = p.Pin(0, b"".join(keys), mine, name, ttl_s)
-        assert commands.give(fleet.registry, request, 0.5).answered.keys() == {"a"}
-    assert cluster(fleet, "quota", "disk", "64KiB", "--owner", mine.hex()).exit_code == 0
-    given = time.time()
-    until(lambda: time.time() > given + 1.5)  # every command's time is over, and one pin's
+    given: list[p.Request] = [
+        p.Pin(0, b"".join(keys), mine, "kept", 3600.0),
+        p.Pin(0, b"".join(keys), mine, "over", 0.5),
+        p.Quota(0, mine, "disk", 64 << 10),
+    ]
+    for request in given:
+        posted = commands.post(fleet.registry, request, 0.0)
+        assert commands.wait(fleet.registry, posted, 20.0).answered.keys() == {"a"}
+    now = time.time()
+    until(lambda: time.time() > now + 1.5)  # every command's time is over, and one pin's
     b = fleet.join("b", **options_of(fleet, "b"))
     assert b.fleet.shown()["seen"] == 3
     (pin,) = Operator(b.client).pins()
     assert pin.name == "kept"
-    assert pin.until_s < given + 3600, "its time ran while the node was away"
+    assert pin.until_s < now + 3600, "its time ran while the node was away"
     assert owned(b.inprocess.node).ledger.quotas == {mine: 64 << 10}
     assert a.good
 
@@ -250,13 +255,35 @@ def test_options_change_on_every_node_and_the_others_stay(fleet: Fleet) -> None:
 
 
 def test_who_is_gone_has_not_done_what_cannot_wait(fleet: Fleet) -> None:
-    fleet.registry.renew(Member("mute", 1, "r", p.PROTOCOL_VERSION, 1), 0.5, None)
-    assert cluster(fleet, "flush").stdout == "mute: gone; it has not done it\n"
-    fleet.registry.renew(Member("mute", 1, "r", p.PROTOCOL_VERSION, 1), 0.5, None)
-    cleared = cluster(fleet, "clear", "--yes")
-    assert cleared.stdout == "mute: gone; it does it when it comes back, before it takes part\n"
+    mute = Member("mute", 1, "r", p.PROTOCOL_VERSION, 1)
+
+    def given(*words: str) -> str:
+        """What is printed of a node that goes after the command was given, and does not do it."""
+        fleet.registry.renew(mute, 60.0, None)
+        stream, admin = fleet.registry.names.commands, fleet.server.admin()
+        before = admin.xlen(stream)
+        with ThreadPoolExecutor(1) as threads:
+            giving = threads.submit(cluster, fleet, *words)
+            until(lambda: admin.xlen(stream) > before)
+            fleet.registry.leave(mute)
+            return giving.result().stdout
+
+    assert given("flush") == "mute: gone; it has not done it\n"
+    later = "mute: gone; it does it when it comes back, before it takes part\n"
+    assert given("clear", "--yes") == later
+    assert given("unpin", "x", "--tenant", "t") == later
     assert cluster(fleet, "flush").stdout == "no node is registered\n"
     assert "one that comes" in cluster(fleet, "unpin", "x", "--tenant", "t").stdout
+
+
+def test_a_clock_that_is_wrong_is_said(fleet: Fleet) -> None:
+    for name, ahead_s in (("right", 1.0), ("wrong", -75.0)):
+        one = Member(name, 1, "r", p.PROTOCOL_VERSION, 1, clock_offset_s=ahead_s)
+        fleet.registry.renew(one, 60.0, None)
+    said = cluster(fleet, "members").stdout
+    assert "-75000 ms" in said
+    assert "wrong: its clock is wrong" in said
+    assert "right: its clock" not in said
 
 
 def test_an_age_is_by_the_registrys_clock(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,6 +268,8 @@ def test_a_fleet(fleet: Fleet, folder: Path) -> None:
         assert wrong[name].result == "warn"
         assert "100.0 s ahead of ours" in wrong[name].message
         assert "one time server" in wrong[name].message
+    assert "dated by the registry's" in wrong["registry clock"].message
+    assert "has no registry" in wrong["redis clock"].message
 
     other = msgspec.structs.replace(fleet.members()["one"], name="two", release="9.9.9")
     fleet.registry.renew(other, 30.0, 0)
