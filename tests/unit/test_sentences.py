@@ -55,6 +55,13 @@ def test_a_sentence(why: Why) -> None:
     assert not any(said in other for other in others)
 
 
+def test_what_is_there_in_part() -> None:
+    text, advice = sentence(Unloaded(Why.NEVER, 2, "host", "parts"))
+    assert "not all that is needed" in text
+    assert "stores what was missing" in advice
+    assert "nobody has stored it" in sentence(Unloaded(Why.NEVER, 2, "host")).text
+
+
 @pytest.mark.parametrize("part", ["salt", "tenant", "weights", "layout", "chunk_tokens", "reset"])
 def test_which_part_differs(part: str) -> None:
     text = sentence(Unloaded(Why.NAMESPACE, 128, "", part)).text

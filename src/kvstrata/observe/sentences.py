@@ -45,6 +45,11 @@ _LATE_MATCH = (
     "the node had not answered when the request could wait no longer",
     "see whether the node has cores of its own and what it logs; raise deadlines.request",
 )
+_IN_PART = (
+    "some of it is stored, but not all that is needed there: of a rank, a window or a recurrent "
+    "state nobody has",
+    "nothing, if a prompt parts there for the first time: this request stores what was missing",
+)
 _WORDS: Mapping[Why, tuple[str, str]] = {
     Why.NEVER: (
         "nobody has stored it, as far as this node knows",
@@ -158,6 +163,8 @@ def _of(reason: Unloaded) -> tuple[str, str]:
         return _CAPS.get(reason.detail, (reason.detail, "raise it"))
     if reason.why is Why.DEADLINE:
         return _DEADLINES.get(reason.detail, _LATE_MATCH)
+    if reason.why is Why.NEVER and reason.detail == "parts":
+        return _IN_PART
     if reason.why is not Why.NAMESPACE:
         return _WORDS[reason.why]
     parts = reason.detail.split(", ")
