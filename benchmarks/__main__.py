@@ -116,6 +116,7 @@ def node_rows(output: str) -> list[Row]:
 
 BENCHMARKS: Mapping[str, Runner] = {
     "long_document_qa": ours("long_document_qa"),
+    "inside": ours("inside"),
     "under_load": ours("under_load"),
     "lmcache_client": ours("lmcache_client"),
     "encoded_disk": ours("encoded_disk"),
