@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from kvstrata.keys import KeyChain, Namespace, owner_digest
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum, decode
+from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
@@ -433,3 +435,25 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(UsageError, match="12 bytes of marks, not 4"):
         node.handle(engine.client, request)
     node.host.close()
+
+
+@pytest.mark.parametrize("codec", ["raw", "lossless"])
+def test_after_a_restart_what_the_scrub_has_read_is_found(tmp_path: Path, codec: str) -> None:
+    async def store(node: Node) -> None:
+        engine = Engine(node)
+        engine.store(FIRST)
+        await flush(node, engine.client)
+
+    async def ask(node: Node) -> None:
+        engine = Engine(node)
+        await until(lambda: len(node.insides.children) == 2)
+        nearest = engine.inside(parting(100), chunks=1)
+        assert (nearest.tier, nearest.good_tokens) == (1, 32)
+        arrived = await arrive(node, engine.client, nearest.lease)
+        (offset,) = offsets_of(arrived.offsets)
+        data = payload(nearest.key, nbytes=PER_CHUNK * BLOCK_BYTES)
+        assert stored_payload(node, offset, PER_CHUNK * BLOCK_BYTES) == data
+        engine.release(nearest.lease)
+
+    on_node(store, tier=DiskTier(tmp_path), codec=codec)
+    on_node(ask, tier=DiskTier(tmp_path), codec=codec, scrub_bytes_per_s=1e9)

@@ -34,6 +34,7 @@ from kvstrata.objects import (
     MARK_BYTES,
     MARK_TOKENS,
     MAX_CHUNK_TOKENS,
+    ObjectHeader,
     marks_of,
     stored_bytes,
 )
@@ -93,12 +94,14 @@ class Insides:
         self._matcher = matcher
         self._sampler = sampler
         self._backings = backings
-        owned = [one.index for one in backings if isinstance(one, OwnedBacking)]
-        self._indexes: list[Index[Any]] = [host.index, *owned]
+        owned = [one for one in backings if isinstance(one, OwnedBacking)]
+        self._indexes: list[Index[Any]] = [host.index, *(one.index for one in owned)]
         self._counters = counters
         self._ending = ending
         self.children = Children()
         changes.watch(self)
+        for backing in owned:
+            backing.heard = self._heard
 
     def inside(self, client: Client, message: p.Inside) -> p.Nearest:
         """Lease the object that has most in common with the rest of a prompt, and bring it.
@@ -160,6 +163,10 @@ class Insides:
         """See `Watcher`. What no tier has any more is found nowhere, and forgotten in its turn."""
         if not any(len(index) for index in self._indexes):
             self.children.clear()
+
+    def _heard(self, key: bytes, header: ObjectHeader) -> None:
+        """A header was read in a slower tier: by a load, or by the scrub."""
+        self.children.enter(key, header.num_tokens, header.chunk_tokens, header.marks)
 
     # how
 

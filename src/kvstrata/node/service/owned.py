@@ -106,6 +106,8 @@ class OwnedBacking(Singly):
         self._orders = Orders()
         self._generations = itertools.count(1)
         self._uses = Uses()
+        # Hears of the header of each object that was read.
+        self.heard: Callable[[bytes, ObjectHeader], None] = lambda key, header: None
 
     # what it holds
 
@@ -412,6 +414,8 @@ class OwnedBacking(Singly):
             order = self._orders.number(order_name(header.kind, header.order))
             self.index.amend(key, part, entry | order)
         self.quotas.keep_learnt(header.owner)
+        if entry is not None:
+            self.heard(key, header)
 
     def _take_out(self, key: bytes, part: int, seen: Any, cause: Cause, verb: Verb) -> None:
         """Delete an object unless it has been replaced since it was seen; nobody waits for it."""
