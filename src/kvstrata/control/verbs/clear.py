@@ -39,7 +39,8 @@ class Clear(Whose):
         None,
         ge=1,
         lt=1e10,
-        description="What was stored before, in seconds since 1970.",
+        description="What was stored before, in seconds since 1970 by the clock that the node goes "
+        "by (`now` of its status): in a fleet the registry's.",
         strict=False,
     )
     tiers: Tiers | None = Field(None, description="In these tiers only; left out: in all.")
