@@ -45,6 +45,8 @@ _PREFIX = struct.Struct("<8sH")
 _PAGE = struct.Struct("<8sHBBHH 16s 32s32s32s QII QQ16s16s QQ 8Q 64s32s32s 256s")
 _SINCE_2 = struct.Struct("<16s IB3x Q16s16s I300x 3072s")
 _CHECKSUM = slice(16, 32)
+_KIN, _PARENT = struct.Struct("<32sQI"), 96
+_INT, _OF_MARKS, _MARKS = struct.Struct("<I"), (136, 672, 720), 1024
 NAMESPACE_FIELD = slice(32, 64)
 """Of a header page: what the object belongs to."""
 CREATED_FIELD = slice(200, 208)
@@ -307,7 +309,7 @@ def decode(buffer: Buffer) -> ObjectHeader:
 
 def kinship(page: Buffer) -> Kinship:
     """Out of a header page that has been checked before; nothing is checked here."""
-    return Kinship(*_PAGE.unpack_from(page)[9:12])
+    return Kinship(*_KIN.unpack_from(page, _PARENT))
 
 
 def saved_s(page: Buffer, chunk_s: float, *, alone: bool) -> float:
@@ -329,8 +331,8 @@ def saved_s(page: Buffer, chunk_s: float, *, alone: bool) -> float:
 
 def marks_of(page: Buffer) -> tuple[int, int, bytes]:
     """Tokens, tokens of a whole chunk, and marks, out of a page that has been checked before."""
-    _, chunk_tokens, _, _, _, _, num_marks, marks = _SINCE_2.unpack_from(page, _PAGE.size)
-    return kinship(page).num_tokens, chunk_tokens, marks[: num_marks * MARK_BYTES]
+    num_tokens, chunk_tokens, num_marks = (_INT.unpack_from(page, at)[0] for at in _OF_MARKS)
+    return num_tokens, chunk_tokens, bytes(page[_MARKS : _MARKS + num_marks * MARK_BYTES])
 
 
 def _fields_since_2(page: bytes) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class Insides:
 
     def replace(self, key: bytes) -> None:
         """What was stored now begins with shorter tails: these need not be kept."""
-        for tail in list(self.children.tails_begun(key)):
+        for tail in self.children.tails_begun(key):
             if not self._host.is_held(tail):
                 self._host.drop(tail, Cause.EVICTED)
 

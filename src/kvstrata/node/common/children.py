@@ -8,7 +8,6 @@ nothing here says whether the object is still anywhere.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvstrata.objects import MARK_BYTES, MARK_TOKENS
@@ -19,6 +18,7 @@ MAX_ALIKE = 64
 """Of one parent and the same first 16 tokens, the last ones that came or were of use."""
 
 _SIZES = struct.Struct("<HH")
+_FIRST = slice(_SIZES.size, _SIZES.size + MARK_BYTES)
 
 
 class Child(NamedTuple):
@@ -67,10 +67,14 @@ class Children:
             return
         self._known[key] = _SIZES.pack(num_tokens, chunk_tokens) + marks
         first = marks[:MARK_BYTES]
-        alike = (*self._keys(first), key)
-        self._alike[first] = key if len(alike) == 1 else alike
-        if len(alike) > MAX_ALIKE:
-            self.leave(alike[0])
+        oldest = b""
+        if first in self._alike:
+            alike = self._alike[first] = (*self._keys(first), key)
+            oldest = alike[0] if len(alike) > MAX_ALIKE else b""
+        else:
+            self._alike[first] = key
+        if oldest:
+            self.leave(oldest)
         elif len(self._known) > self._most:
             self.leave(next(iter(self._known)))
 
@@ -78,7 +82,7 @@ class Children:
         """Remember it no more, if it was."""
         known = self._known.pop(key, None)
         if known is not None:
-            first = known[_SIZES.size :][:MARK_BYTES]
+            first = known[_FIRST]
             alike = tuple(one for one in self._keys(first) if one != key)
             if alike:
                 self._alike[first] = alike[0] if len(alike) == 1 else alike
@@ -113,14 +117,17 @@ class Children:
         found.sort(key=lambda child: (-child.good_tokens, not child.may_be_whole))
         return found
 
-    def tails_begun(self, key: bytes) -> Iterator[bytes]:
+    def tails_begun(self, key: bytes) -> list[bytes]:
         """Tails that an object begins with, as far as marks tell, but for less than 16 tokens."""
         known = self._known.get(key)
-        if known is not None and len(self._keys(known[_SIZES.size :][:MARK_BYTES])) > 1:
-            num_tokens, _ = _SIZES.unpack_from(known)
-            for child in self.alike(known[_SIZES.size :]):
-                if child.is_tail and child.may_be_whole and child.num_tokens < num_tokens:
-                    yield child.key
+        if known is None or isinstance(self._alike[known[_FIRST]], bytes):
+            return []
+        num_tokens, _ = _SIZES.unpack_from(known)
+        return [
+            child.key
+            for child in self.alike(known[_SIZES.size :])
+            if child.is_tail and child.may_be_whole and child.num_tokens < num_tokens
+        ]
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless both tables say the same, within their bounds."""
