@@ -326,3 +326,13 @@ def test_the_same_prompt_again_leaves_one_token(
     assert told["loaded_tokens"] in ((length - 1,) if told["load"] == "sync" else (length,))
     assert len(rig.answers[name]) == 3
     rig.check()
+
+
+def test_what_is_shorter_than_a_chunk_is_no_miss(make_rig: Make) -> None:
+    rig = make_rig(extra=ON)
+    rig.ask(prompt(25))
+    assert record(rig)["miss"] == "shorter than a chunk"
+    rig.reset()
+    rig.ask([*prompt(25), 1, 2, 3])
+    assert (record(rig)["miss"], record(rig)["loaded_tokens"]) == ("partly stored", 25)
+    rig.check()

@@ -92,6 +92,8 @@ def hear(state: RequestState, call: Call, client: NodeClient | None) -> None:
     state.tiers += bytes([reply.tier])
     state.offsets.extend(offsets_of(reply.offsets))
     state.beginning = Beginning(reply.num_tokens, good)
+    if state.miss in ("not stored", "shorter than a chunk"):
+        state.miss = "partly stored"
 
 
 def _end(state: RequestState) -> int:
