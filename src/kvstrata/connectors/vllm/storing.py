@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from kvstrata.connectors.naming import decode_elsewhere
-from kvstrata.connectors.vllm.groups import Group, Groups
+from kvstrata.connectors.vllm.groups import NULL_BLOCK, Group, Groups
 from kvstrata.connectors.vllm.lookups import Lookups
 from kvstrata.connectors.vllm.messages import Store
 from kvstrata.connectors.vllm.requests import RequestState
@@ -32,6 +32,7 @@ class Stores:
         self._lookups = lookups
         self._groups = groups
         self._chunk = groups.chunk_tokens
+        self._recurrent = [group for group in groups.each if group.kind == "recurrent"]
         self._told = False  # that nobody can be told where this node is
 
     def of_step(self, state: RequestState, known: int, resolve: Any) -> list[Store]:
@@ -45,10 +46,13 @@ class Stores:
         known = min(known, state.hints.store_limit)
         whole, end = known // self._chunk > state.num_stored, self._end_is_next(state, known)
         states = resolve.boundary_state_offloads.get(state.request.request_id, ())
-        stores = self._states(state, known, states) if states else []
-        if not (whole or end):
-            return stores
+        stop = bool(self._recurrent) and known % self._chunk == 0 < known
+        if not (whole or end or states or stop):
+            return []
         block_ids = resolve.get_block_ids(state.request.request_id)
+        if stop:
+            states = dict.fromkeys([*states, *self._left(known, block_ids)])
+        stores = self._states(state, known, states) if states else []
         if whole:
             stores += self.whole(state, known // self._chunk, block_ids)
         if end:
@@ -78,13 +82,28 @@ class Stores:
             for run in self._groups.stored(group, ids, first, done)
         ]
 
+    def _left(
+        self, known: int, block_ids: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, int, int]]:
+        """The states of so many tokens, a whole number of chunks, in the form of vLLM's offers.
+
+        vLLM offers those that its own prefix cache keeps, by default the last one of a prompt. A
+        step that ends at a block's end leaves one, too, in the last block, and keeps it for two
+        steps.
+        """
+        for group in self._recurrent:
+            number = known // group.block_tokens - 1
+            ids = block_ids[group.index]
+            if number < len(ids) and ids[number] != NULL_BLOCK:
+                yield group.index, ids[number], known
+
     def _states(
-        self, state: RequestState, known: int, offers: Sequence[tuple[int, int, int]]
+        self, state: RequestState, known: int, offers: Iterable[tuple[int, int, int]]
     ) -> list[Store]:
         """Store the states that this step leaves at the end of a chunk.
 
         Args:
-            offers: of vLLM: a group, a block that keeps its state, after how many tokens.
+            offers: a group, a block that keeps its state, after how many tokens.
         """
         state.rehash()
         stores, newest = [], state.num_states
