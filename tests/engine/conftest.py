@@ -13,7 +13,7 @@ from tests.engine.engine import Prompt
 from tests.engine.plain import LENGTHS, Plain, Texts
 from tests.engine.shared import Engines, Shared
 
-from kvstrata.testing import models
+from kvstrata.testing import models, vision
 
 # vLLM reads these when it is imported, in this process and in those that it starts.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,6 +59,12 @@ def gemma3() -> Path:
 def tiny_llama() -> Path:
     """Folder of the random Llama that two tensor-parallel ranks can share."""
     return models.tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_llava() -> Path:
+    """Folder of the random LLaVA, which looks at images."""
+    return vision.tiny_llava()
 
 
 @pytest.fixture(scope="package")

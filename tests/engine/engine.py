@@ -35,7 +35,11 @@ class Answer(NamedTuple):
 
 
 def request(prompt: Sequence[int], max_tokens: int = NEW_TOKENS, **more: Any) -> dict[str, Any]:
-    """One request as `Engine.ask` takes it; ``more``: ``salt``, ``lora``, ``embeds``."""
+    """One request as `Engine.ask` takes it.
+
+    Args:
+        more: ``salt``, ``lora``, ``embeds``, ``regex`` of the answer, ``images`` (seeds of them).
+    """
     return {"prompt": list(prompt), "max_tokens": max_tokens, **more}
 
 

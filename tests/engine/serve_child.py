@@ -109,6 +109,26 @@ class Child:
                 self._engine.abort_request([number])
         return self.finish()
 
+    def embed(self, prompts: list[list[int]]) -> Reply:
+        """What a model that pools makes of these prompts, one after the other."""
+        vectors = []
+        for prompt in prompts:
+            (output,) = self._llm.embed({"prompt_token_ids": prompt}, use_tqdm=False)
+            vectors.append(output.outputs.embedding)
+        return {"vectors": vectors}
+
+    def drafts(self) -> Reply:
+        """How many tokens were drafted and how many accepted, as vLLM has counted so far."""
+        counted = {metric.name: metric for metric in self._llm.get_metrics()}
+        return {
+            name: counted[f"vllm:spec_decode_num_{name}_tokens"].value
+            for name in ("draft", "accepted")
+        }
+
+    def try_reset(self) -> Reply:
+        """Reset vLLM's prefixes and the connector once, whatever holds blocks; whether it did."""
+        return {"done": self._llm.reset_prefix_cache(reset_connector=True)}
+
     def reset(self, connector: bool = False, tries: int = 200) -> Reply:
         """vLLM's own prefix cache, forgotten; says how often that was refused."""
         for refused in range(tries):
@@ -206,9 +226,15 @@ class Child:
         params = self._vllm.SamplingParams(
             temperature=0, max_tokens=request["max_tokens"], ignore_eos=True
         )
+        if regex := request.get("regex"):
+            from vllm.sampling_params import StructuredOutputsParams
+
+            params.structured_outputs = StructuredOutputsParams(regex=regex)
         prompt: Reply = {"prompt_token_ids": request["prompt"]}
         if request.get("embeds"):
             prompt = {"prompt_embeds": self._embed(request["prompt"])}
+        if images := request.get("images"):
+            prompt["multi_modal_data"] = {"image": [self._draw(seed) for seed in images]}
         if request.get("salt"):
             prompt["cache_salt"] = request["salt"]
         lora = None
@@ -230,6 +256,13 @@ class Child:
     def _unfinished(self) -> list[str]:
         states = self._engine.output_processor.request_states
         return [state.external_req_id for state in states.values()]
+
+    def _draw(self, seed: int) -> Any:
+        """An image that no other seed draws."""
+        import numpy as np
+        from PIL import Image
+
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), np.uint8))
 
     def _embed(self, tokens: list[int]) -> Any:
         import torch

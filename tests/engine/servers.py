@@ -54,9 +54,15 @@ class Site(Serviced):
     Args:
         model: folder of the model.
         settings: KVStrata's options.
+        options: of the server, beside those of every one.
     """
 
-    def __init__(self, model: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        settings: Mapping[str, Any],
+        options: Mapping[str, object] | None = None,
+    ) -> None:
         common = {"host.capacity": "256MiB", "planner": "off", "deadlines.request": "10s"}
         super().__init__(model, {**common, **settings}, CODE)
         self.server = Server(
@@ -67,6 +73,7 @@ class Site(Serviced):
                 "dtype": "float32",
                 "num-gpu-blocks-override": BLOCKS,
                 "kv-transfer-config": json.dumps(self.connector),
+                **(options or {}),
             },
         )
 

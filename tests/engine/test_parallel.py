@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,20 @@ def test_speculative_decoding(smollm2: Path, texts: Texts) -> None:
     # shortly before a chunk does, and the answer goes beyond it.
     prompts = [text * 2 for text in texts.of(50, 114, 178, 242)]
     with Place(smollm2) as place:
-        engine = place.engine(speculative_config=drafts)
+        engine = place.engine(speculative_config=drafts, disable_log_stats=False)
         check_cold_and_warm(place, engine, Plain(engine), prompts)
+        # As many drafts are accepted from the node as upon vLLM's own hit.
+        counts = [engine.call("drafts")]
+        for _ in range(2):
+            engine.answers(prompts)
+            counts.append(engine.call("drafts"))
+        warm, local = (
+            {name: after[name] - before[name] for name in after}
+            for before, after in pairwise(counts)
+        )
+        assert warm == local
+        assert 0 < warm["accepted"] < warm["draft"]
+        engine.forget()
         # What decode stored is right too: the next turn hits on it.
         for prompt in prompts:
             with detached(engine):
