@@ -13,7 +13,7 @@ from tests.engine.engine import Prompt
 from tests.engine.plain import LENGTHS, Plain, Texts
 from tests.engine.shared import Engines, Shared
 
-from kvstrata.testing import models, vision
+from kvstrata.testing import models
 
 # vLLM reads these when it is imported, in this process and in those that it starts.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -62,9 +62,9 @@ def tiny_llama() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_llava() -> Path:
-    """Folder of the random LLaVA, which looks at images."""
-    return vision.tiny_llava()
+def tiny_idefics3() -> Path:
+    """Folder of the random Idefics 3, which looks at images."""
+    return models.tiny_idefics3()
 
 
 @pytest.fixture(scope="package")

@@ -17,7 +17,7 @@ from tests.engine.plain import Plain, Texts
 from tests.engine.servers import Site
 from tests.engine.shared import Shared
 
-from kvstrata.testing.vision import IMAGE_TOKEN, IMAGE_TOKENS
+from kvstrata.testing.models.vision import IMAGE_TOKEN, IMAGE_TOKENS
 
 pytestmark = pytest.mark.engine
 
@@ -108,11 +108,11 @@ def test_a_draft_model_is_as_good_warm_as_cold(tiny_llama: Path, texts: Texts) -
         place.check()
 
 
-def test_images_are_told_apart(tiny_llava: Path, texts: Texts) -> None:
+def test_images_are_told_apart(tiny_idefics3: Path, texts: Texts) -> None:
     """The placeholders of two images are alike; what comes before an image is shared."""
     from transformers import AutoTokenizer
 
-    mark = AutoTokenizer.from_pretrained(tiny_llava).convert_tokens_to_ids(IMAGE_TOKEN)
+    mark = AutoTokenizer.from_pretrained(tiny_idefics3).convert_tokens_to_ids(IMAGE_TOKEN)
     text, other = texts.of(400, 60)
     late = [*text[:150], mark, *text[150:]]
     early = [*other, mark, *text[:200], mark, *text[200:300]]
@@ -125,7 +125,7 @@ def test_images_are_told_apart(tiny_llava: Path, texts: Texts) -> None:
         ]
 
     lengths = [len(late) + IMAGE_TOKENS - 1, len(early) + 2 * (IMAGE_TOKENS - 1)]
-    with Place(tiny_llava) as place:
+    with Place(tiny_idefics3) as place:
         engine, second = place.engine(**options), place.engine(**options)
         first = three_times(place, engine, ask(1, 2), sum(n // CHUNK for n in lengths))
         assert [answer.cached for answer in first.cold] == [0, 0]

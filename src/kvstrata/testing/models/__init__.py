@@ -16,6 +16,7 @@ from kvstrata.testing.models.building import cache_folder
 from kvstrata.testing.models.packaged import gemma3, smollm2
 from kvstrata.testing.models.texts import Tokenizer, documents
 from kvstrata.testing.models.tiny import TINY, tiny_llama
+from kvstrata.testing.models.vision import tiny_idefics3
 
 __all__ = [
     "MODELS",
@@ -25,6 +26,7 @@ __all__ = [
     "documents",
     "gemma3",
     "smollm2",
+    "tiny_idefics3",
     "tiny_llama",
 ]
 
