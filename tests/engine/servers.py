@@ -63,7 +63,8 @@ class Site(Serviced):
         settings: Mapping[str, Any],
         options: Mapping[str, object] | None = None,
     ) -> None:
-        common = {"host.capacity": "256MiB", "planner": "off", "deadlines.request": "10s"}
+        common = {"host.capacity": "256MiB", "deadlines.request": "10s"}
+        common |= {"planner": "off", "inside": "off"}
         super().__init__(model, {**common, **settings}, CODE)
         self.server = Server(
             model,
