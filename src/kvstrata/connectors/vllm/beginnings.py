@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from kvstrata.connectors.vllm.groups import Groups
 from kvstrata.connectors.vllm.requests import Beginning, RequestState
 from kvstrata.errors import KVStrataError
 from kvstrata.objects import MARK_TOKENS
@@ -43,13 +44,14 @@ def ask(
     parts: list[int],
     orders: list[str],
     lengths: Sequence[int],
-    block_tokens: int,
+    groups: Groups,
     token_s: float,
 ) -> Call:
     """Begin to ask, see `kvstrata.wire.protocol.Inside`.
 
     Args:
-        lengths: payload bytes of each part of a block.
+        lengths: payload bytes of each part of a chunk.
+        groups: the engine's one group.
         token_s: seconds that computing a token takes.
 
     Raises:
@@ -59,9 +61,11 @@ def ask(
     number, size = len(state.tiers), state.chain.chunk_tokens
     stop = min(_end(state), (number + 1) * size)
     marks = state.marks(range(number, number + 1), stop)
+    (group,) = groups.each
+    per_block = [length // groups.width(group) for length in lengths]
     return client.begin(
-        p.Inside, p.Nearest, state.lease, marks, parts, orders, list(lengths), block_tokens,
-        state.owner, token_s, state.hints.tiers,
+        p.Inside, p.Nearest, state.lease, marks, parts, orders, per_block,
+        group.block_tokens, state.owner, token_s, state.hints.tiers,
     )  # fmt: skip
 
 

@@ -14,9 +14,12 @@ from typing import Any, TypeVar
 
 from blake3 import blake3
 
+from kvstrata.config import Config
 from kvstrata.errors import ConfigError
 from kvstrata.identity import adapter_identity, model_fingerprint, weights_identity
 from kvstrata.keys import Namespace
+from kvstrata.quality.bound import Bound
+from kvstrata.quality.choice import trouble
 from kvstrata.wire.namespaces import MAX_DETAIL_CHARS, Described
 
 logger = logging.getLogger(__name__)
@@ -224,3 +227,10 @@ def _weights_of(model: Any, load_config: Any) -> str:
             f"{model.model!r} is no local path and its hub revision is unknown; name a --revision",
         )
     return f"hub:{model.model}@{commit}"
+
+
+def explain_auto(config: Config, model: str, weights: str) -> None:
+    """Say at the start, and where the operator looks, why ``codec = auto`` stays lossless."""
+    names = [part.name for part in config.tiers if part.codec == "auto"]
+    if names and (why := trouble(weights, Bound.parse(config.quality), model)):
+        logger.error("KVStrata: %s.codec is auto, but stores losslessly: %s", names[0], why)

@@ -18,7 +18,7 @@ from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.vllm import beginnings
 from kvstrata.connectors.vllm.events import Events, NodeWatch
-from kvstrata.connectors.vllm.fingerprint import Namespaces
+from kvstrata.connectors.vllm.fingerprint import Namespaces, explain_auto
 from kvstrata.connectors.vllm.groups import Groups
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import WorkerHello
@@ -28,8 +28,6 @@ from kvstrata.errors import KVStrataError, NodeUnavailable
 from kvstrata.keys import KeyChain, Namespace, owner_digest
 from kvstrata.observe.reasons import Why
 from kvstrata.parts import PORTABLE
-from kvstrata.quality.bound import Bound
-from kvstrata.quality.choice import trouble
 from kvstrata.secret import secret_check
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import Call, NodeClient, offsets_of
@@ -109,7 +107,9 @@ class Lookups:
         self.needs = [one.needs for one in each] if any(one.needs for one in each) else []
         self.num_workers = len(ranked)
         self.namespaces.identify("; ".join(hello.layout for hello in ranked), IDENTITY_WAIT_S)
-        self.namespaces.when_weighed(self._explain_auto)
+        self.namespaces.when_weighed(
+            lambda weights: explain_auto(self._config, self._model, weights)
+        )
         self._link.wait(self._config.deadlines.attach)
         if self.events is not None and self._watch is not None:
             group = self.events.group
@@ -318,12 +318,10 @@ class Lookups:
         if self.client is None or not beginnings.is_next(state):
             return False
         token_s, pair_s = self.pace.computing.speeds()
-        (group,) = self._groups.each
-        per_chunk, at = self._groups.width(group), len(state.tiers) * self._chunk
+        at = len(state.tiers) * self._chunk
         with contextlib.suppress(NodeUnavailable):
             state.call = beginnings.ask(
-                state, self.client, self.parts, self.orders,
-                [length // per_chunk for length in self.lengths], group.block_tokens,
+                state, self.client, self.parts, self.orders, self.lengths, self._groups,
                 token_s + pair_s * at,
             )  # fmt: skip
             state.asked_inside = True
@@ -400,9 +398,3 @@ class Lookups:
             self.client.pump(state.call, patience)
         finally:
             self.pace.waited(self.pace.clock() - begun)
-
-    def _explain_auto(self, weights: str) -> None:
-        """Say at the start, and where the operator looks, why ``codec = auto`` stays lossless."""
-        names = [part.name for part in self._config.tiers if part.codec == "auto"]
-        if names and (why := trouble(weights, Bound.parse(self._config.quality), self._model)):
-            logger.error("KVStrata: %s.codec is auto, but stores losslessly: %s", names[0], why)

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
-
 from kvstrata.connectors.hints import hints
 from kvstrata.connectors.naming import roles
 from kvstrata.connectors.vllm.reasons import Account
@@ -315,32 +313,6 @@ class RequestState:
         name = self.request.request_id[: MAX_ID + 1].encode(errors="replace").decode()
         return name if len(name) <= MAX_ID else f"{name[: MAX_ID - 1]}…"
 
-    def record(self, outcome: str, chunk_tokens: int) -> dict[str, Any]:
-        """What an operator may want to know of this request."""
-        return {
-            "request": self.shown_id,
-            "outcome": outcome,
-            "tokens": self.request.num_tokens,
-            "prompt_tokens": self.request.num_prompt_tokens,
-            "host_tokens": self.hit_chunks["host"] * chunk_tokens,
-            "slower_tokens": (self.hit_chunks.total() - self.hit_chunks["host"]) * chunk_tokens,
-            "local_tokens": self.local_tokens,
-            "loaded_tokens": self.loaded_tokens,
-            "other_secret_tokens": self.other_tokens,
-            "inside_tokens": self.inside_tokens,
-            "tier_tokens": self.tier_tokens(chunk_tokens),
-            "load": self.loaded_how if self.loaded_tokens else "",
-            "load_instead_s": round(self._instead_s(chunk_tokens), 4),
-            "stored_chunks": self.stored_chunks,
-            "miss": self.bypass or self.miss,
-            "reasons": self._reasons(chunk_tokens),
-            "first_key": self.keys[0].hex() if self.keys else "",
-            "peer": self.peer_refused or self.roles.peer,
-            **self.hints.record(),
-            **self._plan(),
-            "seconds": round(time.monotonic() - self.arrived_at, 4),
-        }
-
     def load_ended(self, tally: Tally, *, failed: bool) -> None:
         """Its load has ended, one way or the other."""
         self.load_took = time.monotonic() - self.load_began
@@ -402,31 +374,15 @@ class RequestState:
             left -= tokens[tier]
         return tokens
 
-    def _instead_s(self, chunk_tokens: int) -> float:
-        """What computing the tokens that were loaded would have taken; 0: unknown."""
-        start = self.local_tokens / chunk_tokens
-        stop = start + self.loaded_tokens / chunk_tokens
-        return self.chunk_s * (stop - start) + self.pair_s * (stop**2 - start**2) / 2
 
-    def _reasons(self, chunk_tokens: int) -> list[dict[str, Any]]:
-        """Why what was computed of the prompt was not loaded; nothing if it never got so far."""
-        if self.account is None:
-            return []
-        unloaded = self.account.unloaded(self.request.num_prompt_tokens, chunk_tokens)
-        return [msgspec.to_builtins(one) for one in unloaded]
-
-    def _plan(self) -> dict[str, Any]:
-        """What the node reckoned, and what came true."""
-        if self.reckoned is None:
-            return {}
-        reckoned, began = self.reckoned, self.load_began or self.arrived_at
-        ended = began + self.load_took
-        return {
-            "found_chunks": reckoned.found,
-            "kept_chunks": len(reckoned.tiers),
-            "load_s_expected": round(reckoned.load_s, 4),
-            "load_s": round(self.load_took, 4),
-            "rest_s_expected": round(reckoned.rest_s, 4),
-            "all_s_expected": round(reckoned.compute_s, 4),
-            "computed_s": round(max(0.0, self.computed_at - ended), 4),
-        }
+def bypass_of(request: Any) -> str:
+    """Why nothing of a request is cached; empty if it is."""
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return "prompt embeddings have no token ids"
+    if request.pooling_params is not None:
+        return "pooling requests are not cached"
+    if any(item.identifier is None for item in request.mm_features):
+        return "a multimodal item has no identifier"
+    if request.lora_request is not None and request.lora_request.load_inplace:
+        return "an adapter that is reloaded in place has no lasting identity"
+    return ""

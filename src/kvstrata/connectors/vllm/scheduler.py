@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,17 +27,14 @@ from kvstrata.connectors.vllm.messages import (
     differing_orders,
 )
 from kvstrata.connectors.vllm.pace import Pace
-from kvstrata.connectors.vllm.requests import RequestState
+from kvstrata.connectors.vllm.records import hit_sources, record_of
+from kvstrata.connectors.vllm.requests import RequestState, bypass_of
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.connectors.vllm.storing import Stores
 from kvstrata.errors import KVStrataError
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
-
-_HERE = ("host", "memory")  # tiers in host memory, the one of encoded objects too
-_SOURCES = {"disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
-_ELSEWHERE = CacheHitSource.EXTERNAL_UNSPECIFIED
 
 
 class SchedulerSide:
@@ -106,7 +102,7 @@ class SchedulerSide:
 
     def on_new_request(self, request: Any) -> None:
         """Begin to look a request up."""
-        bypass, tracer = self._bypass(request), self._lookups.tracer
+        bypass, tracer = self._off or bypass_of(request), self._lookups.tracer
         state = RequestState(
             request, bypass, tracer, self._allowed, self._inside, self._groups.prefix_only
         )
@@ -289,14 +285,7 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None or not num_external_tokens:
             return {}
-        sources, left = Counter[CacheHitSource](), num_external_tokens
-        for tier, chunks in state.hit_chunks.items():
-            if tier not in _HERE:
-                count = min(left, chunks * self._chunk)  # a load may be cut within a chunk
-                sources[_SOURCES.get(tier, _ELSEWHERE)] += count
-                left -= count
-        sources[CacheHitSource.HOST] = left
-        return {source: count for source, count in sources.items() if count}
+        return hit_sources(state, num_external_tokens, self._chunk)
 
     def reset_cache(self) -> bool:
         """Begin a new namespace: nothing that was stored so far is found again by this engine.
@@ -323,24 +312,10 @@ class SchedulerSide:
             return
         outcome = state.request.status.name.removeprefix("FINISHED_").lower()
         try:
-            client.record(state.record(outcome, self._chunk))
+            client.record(record_of(state, outcome, self._chunk))
         except KVStrataError as error:
             self.tally.add("unrecorded_requests_total", 1)
             logger.debug("KVStrata: a request has no record: %s", error)
-
-    def _bypass(self, request: Any) -> str:
-        """Why nothing of a request is cached; empty if it is."""
-        if self._off:
-            return self._off
-        if request.prompt_embeds is not None or request.prompt_token_ids is None:
-            return "prompt embeddings have no token ids"
-        if request.pooling_params is not None:
-            return "pooling requests are not cached"
-        if any(item.identifier is None for item in request.mm_features):
-            return "a multimodal item has no identifier"
-        if request.lora_request is not None and request.lora_request.load_inplace:
-            return "an adapter that is reloaded in place has no lasting identity"
-        return ""
 
     def _forsake(self, why: str) -> None:
         """Have nothing to do any more with the requests that are there."""
