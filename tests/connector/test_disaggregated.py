@@ -30,8 +30,12 @@ class Pair(NamedTuple):
 
 @pytest.fixture
 def pair(make_rig: Callable[..., Rig]) -> Pair:
-    prefill = make_rig(extra={"network.listen": "127.0.0.1:0"})
-    decode = make_rig(extra={"peer.named": "loopback", "peer.lookup_timeout": "1s"})
+    return pair_of(make_rig)
+
+
+def pair_of(make_rig: Callable[..., Rig], **options: Any) -> Pair:
+    prefill = make_rig(extra={"network.listen": "127.0.0.1:0"}, **options)
+    decode = make_rig(extra={"peer.named": "loopback", "peer.lookup_timeout": "1s"}, **options)
     assert decode.node is not None
     backing = decode.node.node.backings[0]
     decode.until(lambda: backing.readable)
@@ -334,4 +338,17 @@ def test_200_requests_while_nodes_die_at_random(make_rig: Callable[..., Rig]) ->
                 rig.attach()
     loaded = second.num_external
     assert loaded > 100 * CHUNK, "most came from the other node all the same"
+    pair.settle()
+
+
+def test_of_several_groups_the_whole_chunks_that_are_there_are_shared(
+    make_rig: Callable[..., Rig],
+) -> None:
+    """No end of a prompt, and nothing is waited for: a window or a state cannot come in parts."""
+    pair = pair_of(make_rig, kinds=("full", "window", "state"), num_blocks=160)
+    tokens = prompt(200)
+    transfer = prefill(pair, tokens)
+    assert transfer is not None
+    pair.prefill.settle()
+    assert decode(pair, tokens, transfer) == 6 * CHUNK
     pair.settle()

@@ -328,6 +328,16 @@ def test_headers_say_what_the_objects_are(make_rig: Make) -> None:
     rig.check()
 
 
+def test_every_rank_has_its_own_objects_of_every_group(make_rig: Make) -> None:
+    rig = rig_of(make_rig, SLIDING, ranks=2)
+    assert rig.side._lookups.parts == [group << 16 | rank for group in range(3) for rank in (0, 1)]
+    tokens = prompt(300)
+    rig.warm(tokens)
+    assert rig.state()["host"]["num_objects"] == 6 * (300 // CHUNK)
+    assert rig.ask(tokens, 3) == 299 // CHUNK * CHUNK
+    rig.check()
+
+
 def test_what_all_ranks_hold_is_stored_once(make_rig: Make) -> None:
     """A latent under tensor parallelism: every rank reads it, the first one stores it."""
     rig = make_rig(kinds=("latent",), ranks=2)

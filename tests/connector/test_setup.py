@@ -86,6 +86,16 @@ def test_a_group_of_no_use_leaves_the_model_alone_and_is_named(
         worker.shutdown()
 
 
+def test_the_log_says_how_far_apart_states_are(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="kvstrata")
+    config = vllm_config({}, 64)
+    config.scheduler_config.max_num_batched_tokens = 100
+    connector = KVStrataConnector(config, KVConnectorRole.SCHEDULER, kv_cache_config(64, ["state"]))
+    connector.shutdown()
+    assert "a recurrent state every 96 tokens" in caplog.text
+    assert "max_num_batched_tokens 100" in caplog.text
+
+
 def test_it_keeps_the_hybrid_manager_and_delivers_nothing_for_sure(make_rig: Make) -> None:
     assert issubclass(KVStrataConnector, SupportsHMA)
     assert make_rig().connector.requires_kv_delivery is False
