@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.connector.fake_model import BLOCK, CHUNK
 from tests.connector.gates import GatedTier, tiered
 from tests.connector.rig import Rig, prompt
+from tests.connector.test_worker_side import open_later, slow
 
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.objects import HEADER_BYTES, decode
@@ -305,6 +306,41 @@ def test_only_what_a_boundary_needs_is_copied(make_rig: Make) -> None:
     assert long.sum() == 6
     needless = np.array(load.offsets) == p.NEEDLESS
     assert needless.sum(axis=0).tolist() == [8, 0, 7]
+    rig.check()
+
+
+def test_a_state_within_a_chunk_is_of_no_use(make_rig: Make) -> None:
+    """It would be taken for the one at the chunk's end."""
+    rig = rig_of(make_rig, ("full", "state"), extra={"chunk_tokens": 2 * BLOCK})
+    tokens = prompt(5 * BLOCK + 3)
+    rig.warm(tokens)
+    assert rig.ask(tokens, 3) == 0
+    rig.settle()
+    rig.reset()
+    longer = [*tokens[: 4 * BLOCK], *prompt(BLOCK, seed=1)]
+    rig.warm(longer)
+    assert rig.ask(tokens, 3) == 4 * BLOCK, "the same prompt's last whole block"
+    rig.check()
+
+
+@pytest.mark.parametrize("kinds", [("full", "window"), ("window", "full"), ("full", "state")])
+def test_no_group_s_blocks_are_overwritten_while_a_store_reads_them(
+    make_rig: Make, kinds: tuple[str, ...]
+) -> None:
+    rig = rig_of(make_rig, kinds, num_blocks=20 if "window" in kinds else 12)
+    copier = slow(rig)
+    first, second = prompt(128), prompt(128, seed=1)
+    rig.add(first)
+    while rig.scheduler.requests:
+        rig.step()
+    rig.reset()
+    timer = open_later(copier, 0.3)
+    rig.ask(second)
+    timer.join()
+    rig.settle()
+    rig.reset()
+    assert rig.ask(first) > 0
+    assert rig.failed == []
     rig.check()
 
 
