@@ -62,8 +62,7 @@ def kv_cache_config(num_blocks: int, kinds: Sequence[str] = ("full",)) -> KVCach
             KVCacheGroupSpec([f"{name}.{i}" if i else name for name in NAMES], SPECS[kind])
             for i, kind in enumerate(kinds)
         ],
-        # vLLM's default: of windows and states its own prefix cache keeps a prompt's end alone.
-        prefix_cache_retention_interval=0,
+        prefix_cache_retention_interval=0,  # vLLM's default
     )
 
 

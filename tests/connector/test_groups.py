@@ -142,8 +142,9 @@ def test_from_a_slower_tier(make_rig: Make, kinds: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_the_next_turn_of_a_chat(make_rig: Make, kinds: tuple[str, ...]) -> None:
-    rig = rig_of(make_rig, kinds)
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_the_next_turn_of_a_chat(make_rig: Make, kinds: tuple[str, ...], pipelined: bool) -> None:
+    rig = rig_of(make_rig, kinds, pipelined=pipelined)
     size = chunk(kinds)
     rig.ask(prompt(75), 60)
     said = rig.tokens["r1"]

@@ -86,6 +86,20 @@ def test_a_group_of_no_use_leaves_the_model_alone_and_is_named(
         worker.shutdown()
 
 
+def test_latents_that_nothing_goes_on_behind_are_left_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """vLLM's reference kernels on a CPU, for which it switches chunked prefill off."""
+    caches = kv_cache_config(64, ["latent"])
+    config = vllm_config({}, 64, enable_chunked_prefill=False)
+    connector = KVStrataConnector(config, KVConnectorRole.SCHEDULER, caches)
+    assert "compute a prompt from the beginning only" in caplog.text
+    assert connector._scheduler is None
+    caplog.clear()
+    KVStrataConnector(vllm_config({}, 64), KVConnectorRole.SCHEDULER, caches).shutdown()
+    assert "uncached" not in caplog.text
+
+
 def test_the_log_says_how_far_apart_states_are(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="kvstrata")
     config = vllm_config({}, 64)

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from kvstrata.config import load_config
 from kvstrata.connectors.vllm.events import Events, events_of
@@ -54,8 +55,9 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         reason = ""
         try:
             groups = groups_of(kv_cache_config, config)
+            _refuse_reference_latents(vllm_config, kv_cache_config)
         except Incompatible as error:
-            reason = str(error)
+            groups, reason = None, str(error)
         if role is KVConnectorRole.SCHEDULER:
             _greet(transfer, reason)
         if groups is None:
@@ -254,9 +256,29 @@ def _greet(transfer: Any, reason: str) -> None:
         logger.warning("KVStrata leaves this engine's KV uncached: %s", reason)
 
 
+def _refuse_reference_latents(vllm_config: Any, kv_cache_config: Any) -> None:
+    """vLLM's reference kernels for latents on a CPU do not go on behind KV that is there.
+
+    vLLM switches its own prefix cache off for them.
+
+    Raises:
+        Incompatible: the engine uses them.
+    """
+    if (
+        vllm_config.device_config.device_type == "cpu"
+        and not vllm_config.scheduler_config.enable_chunked_prefill
+        and any(type(group.kv_cache_spec) is MLAAttentionSpec
+                for group in kv_cache_config.kv_cache_groups)
+    ):  # fmt: skip
+        raise Incompatible(
+            "its kernels for latent attention compute a prompt from the beginning only (vLLM's "
+            "reference on a CPU without AMX)"
+        )
+
+
 def _say_stride(groups: Groups, most_tokens: int) -> None:
     """How far apart states are kept: vLLM leaves one where a step's tokens end."""
-    if any(group.kind == "recurrent" for group in groups.each):
+    if groups.stateful:
         chunk = groups.chunk_tokens
         logger.info(
             "KVStrata keeps a recurrent state every %d tokens of a prompt that is computed alone "

@@ -93,6 +93,11 @@ class Groups:
         return len(self.each) == 1 and self.each[0].kind == "full"
 
     @property
+    def stateful(self) -> bool:
+        """Whether a group has a recurrent state."""
+        return any(group.kind == "recurrent" for group in self.each)
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of one chunk, of all groups."""
         return sum(self.width(group) for group in self.each)

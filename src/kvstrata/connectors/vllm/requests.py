@@ -104,6 +104,7 @@ class RequestState:
         self.num_kept = 0  # that were found by the secret that stores use
         self.num_given = 0  # that vLLM had or that were loaded, so not computed
         self.num_states = 0  # of which the newest state is stored, or was loaded
+        self.step_end = 0  # tokens after the last step
         # for the record
         self.arrived_at = time.monotonic()
         self.hit_chunks: Counter[str] = Counter()  # by the tier's name

@@ -220,8 +220,9 @@ class SchedulerSide:
                     state.computed_at = time.monotonic()
             if state is not None and storing and state.chain is not None:
                 # A token that is sampled but not known yet has no key; a draft may be rejected.
-                known = min(state.request.num_computed_tokens + count, state.request.num_tokens)
-                meta.stores += self._stores.of_step(state, known, resolve)
+                known = min(before + count, state.request.num_tokens)
+                step = range(before, before + count)
+                meta.stores += self._stores.of_step(state, step, known, resolve)
         self._pace.step(meta.num_tokens, num_pairs)
         return meta
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kvstrata.connectors.naming import decode_elsewhere
@@ -32,27 +32,23 @@ class Stores:
         self._lookups = lookups
         self._groups = groups
         self._chunk = groups.chunk_tokens
-        self._recurrent = [group for group in groups.each if group.kind == "recurrent"]
         self._told = False  # that nobody can be told where this node is
 
-    def of_step(self, state: RequestState, known: int, resolve: Any) -> list[Store]:
+    def of_step(self, state: RequestState, step: range, known: int, resolve: Any) -> list[Store]:
         """What is to be stored after a step.
 
         Args:
             state: of the request.
+            step: the tokens that it computes.
             known: tokens whose KV is there after the step, and whose ids are known.
             resolve: vLLM's own, gives a request's blocks, and those that hold a state.
         """
         known = min(known, state.hints.store_limit)
         whole, end = known // self._chunk > state.num_stored, self._end_is_next(state, known)
-        states = resolve.boundary_state_offloads.get(state.request.request_id, ())
-        stop = bool(self._recurrent) and known % self._chunk == 0 < known
-        if not (whole or end or states or stop):
-            return []
+        stores = self._states(state, step, known, resolve) if self._groups.stateful else []
+        if not (whole or end):
+            return stores
         block_ids = resolve.get_block_ids(state.request.request_id)
-        if stop:
-            states = dict.fromkeys([*states, *self._left(known, block_ids)])
-        stores = self._states(state, known, states) if states else []
         if whole:
             stores += self.whole(state, known // self._chunk, block_ids)
         if end:
@@ -82,40 +78,40 @@ class Stores:
             for run in self._groups.stored(group, ids, first, done)
         ]
 
-    def _left(
-        self, known: int, block_ids: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[int, int, int]]:
-        """The states of so many tokens, a whole number of chunks, in the form of vLLM's offers.
+    def _states(self, state: RequestState, step: range, known: int, resolve: Any) -> list[Store]:
+        """Store the states that are there after this step, each at the end of a chunk.
 
-        vLLM offers those that its own prefix cache keeps, by default the last one of a prompt. A
-        step that ends at a block's end leaves one, too, in the last block, and keeps it for two
-        steps.
+        vLLM's block p keeps the state after the block's last token if a step ended there. It is
+        there for another step, in which a token may be known that was not. Besides vLLM offers
+        those that its kernels make within a step: group, block, number of tokens.
         """
-        for group in self._recurrent:
-            number = known // group.block_tokens - 1
-            ids = block_ids[group.index]
-            if number < len(ids) and ids[number] != NULL_BLOCK:
-                yield group.index, ids[number], known
-
-    def _states(
-        self, state: RequestState, known: int, offers: Iterable[tuple[int, int, int]]
-    ) -> list[Store]:
-        """Store the states that this step leaves at the end of a chunk.
-
-        Args:
-            offers: a group, a block that keeps its state, after how many tokens.
-        """
-        state.rehash()
-        stores, newest = [], state.num_states
-        for index, block, tokens in offers:
-            done = tokens // self._chunk
-            if tokens % self._chunk or tokens > known or done <= state.num_states:
-                continue
-            newest = max(newest, done)
-            run = range(done - 1, done)
-            stores.append(self._store(state, self._groups.each[index], run, [block], run.start))
-        state.num_states = newest
-        return stores
+        name, size = state.request.request_id, self._chunk
+        ends = {step.stop, *({step.start} if step.start == state.step_end else ())}
+        state.step_end = step.stop
+        ends = {end for end in ends if end and end % size == 0}
+        offers = {
+            (group, tokens): block
+            for group, block, tokens in resolve.boundary_state_offloads.get(name, ())
+        }
+        block_ids = resolve.get_block_ids(name) if ends else ()
+        for group, ids in zip(self._groups.each, block_ids, strict=False):
+            if group.kind == "recurrent":
+                offers |= {(group.index, end): ids[end // group.block_tokens - 1] for end in ends}
+        fitting = {
+            where: block
+            for where, block in offers.items()
+            if where[1] % size == 0
+            and state.num_states * size < where[1] <= known
+            and block != NULL_BLOCK
+        }
+        if fitting:
+            state.rehash()
+            state.num_states = max(tokens for _, tokens in fitting) // size
+        return [
+            self._store(state, self._groups.each[index], range(done - 1, done), [block], done - 1)
+            for (index, tokens), block in sorted(fitting.items())
+            for done in [tokens // size]
+        ]
 
     def _store(
         self, state: RequestState, group: Group, run: range, ids: Sequence[int], before: int = 0
