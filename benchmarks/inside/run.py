@@ -85,9 +85,9 @@ class Asker:
         stored = self.ledger.stored()
         answer = self.engine.ask(prompt, max_tokens)
         (record,) = self.ledger.next()
-        whole = (len(prompt) + max_tokens - 1) // CHUNK_TOKENS
+        chunks, rest = divmod(len(prompt) + max_tokens - 1, CHUNK_TOKENS)
         if not record["loaded_tokens"] and not answer.cached_tokens:
-            self.ledger.drain(stored + whole + 1)  # chunks, and the end
+            self.ledger.drain(stored + chunks + (rest >= MARK_TOKENS))
         return [*prompt, *answer.tokens]
 
     def pair(self, before: Sequence[int], prompt: Sequence[int], asked: Asked, turn: int) -> None:
@@ -136,10 +136,12 @@ def question(prompts: Prompts, number: int) -> list[int]:
     return tokens
 
 
-def documents(asker: Asker, prompts: Prompts, count: int, rounds: int) -> Asked:
-    """The same documents with other questions."""
+def documents(
+    asker: Asker, prompts: Prompts, count: int, rounds: int, collection: int = 10
+) -> Asked:
+    """The same documents with other questions, none of them asked before."""
     asked = Asked()
-    texts = [prompts.make(1, collection=10 + i, tokens=n)[0][:n]
+    texts = [prompts.make(1, collection=collection + i, tokens=n)[0][:n]
              for i, n in enumerate(lengths(count))]  # fmt: skip
     first = [[*text, *question(prompts, 0)] for text in texts]
     for prompt in first:
@@ -175,7 +177,7 @@ def measure(options: Options) -> list[Row]:
         tokens = engine.wait()["block_tokens"]
         expect(tokens == CHUNK_TOKENS, f"blocks of {tokens} tokens")
         asker = Asker(engine, Ledger(place.client()))
-        documents(asker, prompts, 1, 2)  # the first steps of a process are slow
+        documents(asker, prompts, 1, 2, collection=1)  # the first steps of a process are slow
         rows = documents(asker, prompts, count, rounds).rows("long-document QA, another question")
         return rows + chats(asker, prompts, count, rounds).rows("next turn of a chat")
 
