@@ -239,6 +239,7 @@ def test_shapes_and_sizes() -> None:
         {"index": -1},
         {"window": 512},
         {"kind": "sliding"},
+        {"kind": "chunked"},
     ],
 )
 def test_impossible_groups_are_refused(change: dict[str, object]) -> None:
