@@ -58,6 +58,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
             _refuse_reference_latents(vllm_config, kv_cache_config)
         except Incompatible as error:
             groups, reason = None, str(error)
+            self._problem = reason
         if role is KVConnectorRole.SCHEDULER:
             _greet(transfer, reason)
         if groups is None:
