@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=lo
 	--no-loadscope-reorder --max-worker-restart=0 --durations=20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit check format bench docs clean clean-all
+.PHONY: help demo test test-models test-unit check format bench docs clean clean-all
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,10 @@ demo: $(ENGINE_STAMP)  ## a real vLLM answers long documents: cold, warm from me
 	$(BIN)/kvstrata demo
 
 test: $(ENGINE_STAMP)  ## every test, those on the real engine included
-	KVSTRATA_REQUIRE_ENGINE=1 $(PYTEST)
+	KVSTRATA_REQUIRE_ENGINE=1 $(PYTEST) -m "not more"
+
+test-models: $(ENGINE_STAMP)  ## the tests of a hit with further models, one for each kind of layers
+	KVSTRATA_REQUIRE_ENGINE=1 $(BIN)/python -m pytest --durations=20 -m more
 
 test-unit: $(DEV_STAMP)  ## the tests that need no engine: minutes
 	$(PYTEST) -m "not engine and not wheel"

@@ -125,6 +125,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "stores": ours("stores"),
     "codecs": ours("codecs"),
     "cold_overhead": ours("cold_overhead"),
+    "hybrid": ours("hybrid"),
     "overhead": ours("overhead"),
     "concurrent": ours("concurrent"),
     "disaggregated": ours("disaggregated"),

@@ -173,15 +173,16 @@ class Prompts:
     Args:
         seed: other seeds give other documents.
         question: what is asked about each.
+        model: whose tokens; SmolLM2's if None.
     """
 
-    def __init__(self, seed: int = 0, question: str = QUESTION) -> None:
+    def __init__(self, seed: int = 0, question: str = QUESTION, model: Path | None = None) -> None:
         from transformers import AutoTokenizer
 
-        self.model = smollm2()
+        self.model = model or smollm2()
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self._seed = seed
-        self._question: list[int] = self.tokenizer.encode(question)
+        self._question: list[int] = self._words(question)
 
     def make(self, count: int, collection: int = 0, tokens: int = DOCUMENT_TOKENS) -> list[Any]:
         """Prompts of no common prefix; of different collections neither."""
@@ -191,7 +192,12 @@ class Prompts:
     def with_question(self, prompt: Sequence[int], question: str) -> list[int]:
         """The same document with another question."""
         document = prompt[: len(prompt) - len(self._question)]
-        return [*document, *self.tokenizer.encode(question)]
+        return [*document, *self._words(question)]
+
+    def _words(self, text: str) -> list[int]:
+        """Tokens of a text that follows another one."""
+        words: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return words
 
 
 class Ledger:

@@ -169,6 +169,21 @@ class Child:
         )
         return {}
 
+    def evict_others(self, tokens: list[int]) -> Reply:
+        """Make vLLM forget what it holds of these tokens besides full attention."""
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        groups = self._core.scheduler.kv_cache_config.kv_cache_groups
+        held = self._held_by_group(tokens)
+        others = {
+            number
+            for group, numbers in zip(groups, held, strict=True)
+            if not isinstance(group.kv_cache_spec, FullAttentionSpec)
+            for number in numbers
+        }
+        self._core.scheduler.kv_cache_manager.block_pool.evict_blocks(others)
+        return {"count": len(others)}
+
     def keys(self, tokens: list[int], salt: str = "") -> Reply:
         """Keys of the whole chunks of these tokens, as the connector makes them."""
         from kvstrata.keys import KeyChain
@@ -272,11 +287,15 @@ class Child:
         return weights["model.embed_tokens.weight"][torch.tensor(tokens)]
 
     def _held(self, tokens: list[int]) -> list[int]:
-        """The blocks in vLLM's prefix cache that hold these tokens."""
+        """The blocks of the first group in vLLM's prefix cache that hold these tokens."""
+        return self._held_by_group(tokens)[0]
+
+    def _held_by_group(self, tokens: list[int]) -> list[list[int]]:
+        """The same of every group, without the places that hold nothing."""
         hashes = self._request(tokens).block_hashes
         manager = self._core.scheduler.kv_cache_manager
         found = manager.coordinator.find_longest_cache_hit(hashes, len(tokens))
-        return [block.block_id for block in found[0][0]]
+        return [[block.block_id for block in blocks if not block.is_null] for blocks in found[0]]
 
     def _request(self, tokens: list[int]) -> Any:
         from vllm.v1.request import Request

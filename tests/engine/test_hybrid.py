@@ -51,6 +51,24 @@ def test_windows_beside_full_attention(gemma3: Path, engines: Engines) -> None:
         place.check()
 
 
+@pytest.mark.more
+def test_latents_by_reference_kernels_are_left_alone(engines: Engines, texts: Texts) -> None:
+    """vLLM decodes a token otherwise with them than it computes it at a prompt's end."""
+    options: dict[str, Any] = {
+        "attention_config": {"backend": "CPU_MLA"},
+        "max_model_len": 1024,
+        "new_tokens": 8,
+    }
+    folder, prompts = models.TINY["tiny_deepseek"](), texts.of(300, 700)
+    with Place(folder) as place:
+        plain, engine = engines.plain(folder, **options), place.engine(**options)
+        for _ in range(2):
+            answers = engine.answers(prompts)
+            assert {answer.cached for answer in answers} == {0}
+            assert [answer.tokens for answer in answers] == plain.cold(prompts)
+        assert "KVStrata leaves this engine's KV uncached" in engine.log
+
+
 def adapter(folder: Path, seed: int) -> Path:
     """A LoRA adapter for the tiny Llama with random weights that change every answer."""
     import torch

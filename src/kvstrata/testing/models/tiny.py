@@ -59,13 +59,13 @@ class Recipe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = getattr(transformers, f"{self.kind}ForCausalLM")(config)
-            _remember_long(model)
+            _sharpen(model)
         model.to(torch.bfloat16).save_pretrained(empty)
         tokenizer.save_pretrained(empty)
 
 
-def _remember_long(model: Any) -> None:
-    """Let recurrent states decay over some tens to thousands of tokens, not over a few."""
+def _sharpen(model: Any) -> None:
+    """Let states decay over some tens to thousands of tokens, and attention look at few of them."""
     torch = require("torch")
     with torch.no_grad():
         for name, weights in model.named_parameters():
@@ -73,6 +73,8 @@ def _remember_long(model: Any) -> None:
                 weights.uniform_(math.log(0.02), math.log(0.5))
             elif name.endswith(("dt_bias", "dt_proj.bias")):
                 weights.uniform_(-4.0, -2.0)
+            elif name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+                weights.fill_(2.0)
 
 
 def tiny_llama(folder: Path | None = None, seed: int = 0) -> Path:
@@ -208,6 +210,8 @@ RECIPES: Mapping[str, Recipe] = {
             "num_hidden_layers": 4,
             "layer_types": ["conv", "conv", "conv", "full_attention"],
             "block_auto_adjust_ff_dim": False,
+            "block_dim": 128,
+            "conv_dim": 128,
         },
         without=("head_dim",),
     ),
