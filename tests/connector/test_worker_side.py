@@ -23,7 +23,7 @@ from kvstrata.connectors.vllm.copies import CpuCopier, Plan
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store
 from kvstrata.connectors.vllm.transfers import StoreJob, Transfers
 from kvstrata.connectors.vllm.worker import WorkerSide, chunk_cost
-from kvstrata.errors import CorruptObject, NodeUnavailable
+from kvstrata.errors import CorruptObject, NodeUnavailable, UsageError
 from kvstrata.keys import owner_digest
 from kvstrata.objects import HEADER_BYTES, checksum, decode
 from kvstrata.wire import protocol as p
@@ -416,6 +416,8 @@ def test_a_slot_with_another_object_is_refused(make_rig: Make) -> None:
     with pytest.raises(CorruptObject):
         plan()
     page[:] = good
+    with pytest.raises(UsageError, match="8 blocks for 3 chunks"):
+        transfers.plan(replace(load, keys=load.keys[:-1]), client, load.offsets, 0, 1)
     with pytest.raises(NodeUnavailable):
         transfers.plan(load, None, load.offsets, 0, 1)
     with pytest.raises(NodeUnavailable):

@@ -8,7 +8,7 @@ from kvstrata.connectors.vllm.copies import Plan
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.messages import Held, Load, Store
 from kvstrata.connectors.vllm.pages import Pages
-from kvstrata.errors import CorruptObject
+from kvstrata.errors import CorruptObject, UsageError
 from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
@@ -55,7 +55,10 @@ class Payloads:
 
         Raises:
             CorruptObject: a slot holds something else than what was leased.
+            UsageError: there are blocks that no chunk is for.
         """
+        if len(load.blocks) != len(load.keys) * self._per_chunk:
+            raise UsageError(f"{len(load.blocks)} blocks for {len(load.keys)} chunks to load")
         number = load.parts.index(self.part)
         whole: tuple[list[int], list[int]] = ([], [])  # addresses, blocks
         tail: tuple[list[int], list[int]] = ([], [])
