@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support.groups import (
@@ -18,18 +19,31 @@ from tests.support.groups import (
     STATE,
     WINDOW,
     Needs,
+    in_small_slices,
     load_needs,
     longest_of,
     match_needs,
     needed,
     store_part,
 )
-from tests.support.nodes import GatedTier, chunk_keys, clear, flush, make_node
+from tests.support.nodes import (
+    SLOT,
+    GatedTier,
+    arrive,
+    chunk_keys,
+    clear,
+    flush,
+    make_node,
+    payload,
+    stored_payload,
+    until,
+)
 
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
 from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 
 CHUNKS = 7
 SHARED = chunk_keys(3)
@@ -49,12 +63,14 @@ prompts = st.integers(0, 1)
 numbers = st.integers(0, CHUNKS - 1)
 parts = st.sampled_from(PARTS)
 stores = st.tuples(st.just("store"), prompts, parts, numbers, st.integers(1, CHUNKS))
+fills = st.tuples(st.just("fill"), prompts, st.sampled_from(MODELS))
 matches = st.tuples(st.just("match"), prompts, st.sampled_from(MODELS), st.integers(1, CHUNKS))
 OPERATIONS = st.lists(
     st.one_of(
+        fills,
         stores,
         stores,
-        stores,
+        matches,
         matches,
         matches,
         st.tuples(st.just("begin"), prompts, st.sampled_from(MODELS)),
@@ -63,6 +79,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("clear"), st.sets(st.tuples(prompts, numbers), max_size=3)),
         st.tuples(st.just("clear host")),
     ),
+    min_size=12,
     max_size=40,
 )
 
@@ -99,16 +116,21 @@ def test_the_longest_boundary_is_answered_whatever_happened(operations: list[Any
     async def history() -> None:
         me, held = Client("pid 1"), list[tuple[int, Client]]()
         here, there = set[Name](), set[Name]()
+
+        async def stored(keys: list[bytes], part: int, first: int = 0) -> None:
+            await store_part(node, me, keys, part, first)
+            await flush(node, me)
+            new = {(key, part) for key in keys[first:]} - here - there
+            here.update(new)
+            there.update(new)
+
         for operation in operations:
             match operation:
-                case ("store", prompt, part, first, stop):
-                    keys = PROMPTS[prompt][:stop]
-                    if first < stop:
-                        await store_part(node, me, keys, part, first)
-                        new = {(key, part) for key in keys[first:]} - here - there
-                        await flush(node, me)
-                        here |= new
-                        there |= new
+                case ("fill", prompt, needs):
+                    for part in needs:
+                        await stored(PROMPTS[prompt], part)
+                case ("store", prompt, part, first, stop) if first < stop:
+                    await stored(PROMPTS[prompt][:stop], part, first)
                 case ("evict", prompt, number, part):
                     name = PROMPTS[prompt][number], part
                     node.host.drop_object(*name, Cause.EVICTED)
@@ -181,16 +203,21 @@ class Evictions:
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.one_of(stores, matches), max_size=60), st.sampled_from(["lru", "cost"]))
+@given(
+    st.lists(st.one_of(fills, stores, matches, matches), min_size=12, max_size=40),
+    st.sampled_from(["lru", "cost"]),
+)
 def test_what_no_match_has_come_to_need_goes_first(operations: list[Any], policy: str) -> None:
     async def history() -> None:
         me = Client("pid 1")
         node.changes.watch(evictions)
         for operation in operations:
             match operation:
-                case ("store", prompt, part, first, stop):
-                    if first < stop:
-                        await store_part(node, me, PROMPTS[prompt][:stop], part, first)
+                case ("fill", prompt, needs):
+                    for part in needs:
+                        await store_part(node, me, PROMPTS[prompt], part)
+                case ("store", prompt, part, first, stop) if first < stop:
+                    await store_part(node, me, PROMPTS[prompt][:stop], part, first)
                 case ("match", prompt, needs, count):
                     keys = PROMPTS[prompt][:count]
                     expected = longest_of(numbered(keys, evictions.there), needs, count)
@@ -201,5 +228,92 @@ def test_what_no_match_has_come_to_need_goes_first(operations: list[Any], policy
             assert names == set(evictions.spare)
 
     evictions = Evictions()
-    node = make_node(slots=12, policy=policy)
+    node = make_node(slots=20, policy=policy)
     run(node, history)
+
+
+BUSY = st.lists(
+    st.one_of(
+        fills,
+        stores,
+        st.tuples(st.just("begin"), prompts, st.sampled_from(MODELS), st.integers(0, 30)),
+        st.tuples(st.just("begin"), prompts, st.sampled_from(MODELS), st.integers(0, 30)),
+        st.tuples(st.just("load"), st.integers(0, 3)),
+        st.tuples(st.just("end"), st.integers(0, 3)),
+        st.tuples(st.just("clear"), st.sets(st.tuples(prompts, numbers), max_size=2)),
+        st.tuples(st.just("clear host")),
+        st.tuples(st.just("turns"), st.integers(1, 20)),
+    ),
+    min_size=12,
+    max_size=40,
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(BUSY, st.integers(3, 16))
+def test_nothing_is_lost_and_nothing_wrong_comes_while_all_goes_on_at_once(
+    operations: list[Any], cap: int
+) -> None:
+    """Little room, low caps, small slices; matches, clears and deaths amid each other."""
+
+    async def history() -> None:
+        me = Client("writer")
+        asked: list[tuple[Client, list[bytes], Needs, asyncio.Future[p.Matched]]] = []
+        node.leases.per_client_bytes = cap * SLOT
+        node.reservations.per_client_bytes = 24 * SLOT
+
+        async def load(client: Client, keys: list[bytes], needs: Needs, lease: int) -> None:
+            ready, offsets = 0, list[int]()
+            while (held := node.leases.get(lease)) is not None and ready < held.num_chunks:
+                arrived = await asyncio.wait_for(arrive(node, client, lease, ready), 10)
+                if arrived.failed:
+                    return
+                offsets += offsets_of(arrived.offsets)
+                ready = arrived.ready
+            for place, offset in enumerate(offsets):
+                number, part = place // len(needs), list(needs)[place % len(needs)]
+                if needed(needs[part], ready, number):
+                    assert stored_payload(node, offset) == payload(keys[number], part)
+                else:
+                    assert offset == p.NEEDLESS
+
+        for operation in operations:
+            match operation:
+                case ("fill", prompt, needs):
+                    for part in needs:
+                        await store_part(node, me, PROMPTS[prompt], part)
+                case ("store", prompt, part, first, stop) if first < stop:
+                    await store_part(node, me, PROMPTS[prompt][:stop], part, first)
+                case ("begin", prompt, needs, turns):
+                    client, keys = Client("reader"), PROMPTS[prompt]
+                    asking: asyncio.Future[p.Matched] = asyncio.ensure_future(
+                        match_needs(node, client, keys, needs)
+                    )
+                    asked.append((client, keys, needs, asking))
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                case ("load", number) if number < len(asked):
+                    client, keys, needs, asking = asked.pop(number)
+                    matched = await asking
+                    await load(client, keys, needs, matched.lease)
+                    node.end(client)
+                case ("end", number) if number < len(asked):
+                    node.end(asked.pop(number)[0])
+                case ("clear", places):
+                    await clear(node, me, [PROMPTS[prompt][number] for prompt, number in places])
+                case ("clear host",):
+                    await clear(node, me, tiers=["host"])
+                case ("turns", turns):
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+            node.check_integrity()
+        for client, keys, needs, asking in asked:
+            await load(client, keys, needs, (await asking).lease)
+            node.end(client)
+        await until(lambda: not list(node.movement.under_way()))
+        assert node.leases.leased_bytes == 0
+
+    with pytest.MonkeyPatch.context() as patches:
+        in_small_slices(patches)
+        node = make_node(slots=24, tier=SlowTier(), tier_slots=40)
+        run(node, history)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Container, Mapping, Sequence
 from typing import TypeVar
 
+import pytest
 from msgspec.structs import replace
 from tests.support.nodes import (
     NAMESPACE,
@@ -18,7 +19,10 @@ from tests.support.nodes import (
     write,
 )
 
+from kvstrata.node import grouped, matching
+from kvstrata.node.common import slices
 from kvstrata.node.node import Node
+from kvstrata.node.slots import boundaries
 from kvstrata.node.slots.clients import Client
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
@@ -101,6 +105,18 @@ async def load_needs(
             assert offset == p.NEEDLESS
     node.release(client, p.Release(matched.lease))
     return boundary
+
+
+def in_small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a node do matches in as many slices as can be."""
+    monkeypatch.setattr(slices, "HOLD_S", 0.0)
+    monkeypatch.setattr(grouped, "WALK_SLICE", 1)
+    monkeypatch.setattr(boundaries, "SLICE", 1)
+    monkeypatch.setattr(matching, "SLICE", 2)
+    monkeypatch.setattr(matching, "SLICE_OBJECTS", 2)
+    monkeypatch.setattr(grouped, "SLICE", 2)
+    monkeypatch.setattr(grouped, "SLICE_STARTS", 1)
+    monkeypatch.setattr(grouped, "NOTE_SLICE", 2)
 
 
 def needed(need: int, boundary: int, number: int) -> bool:

@@ -14,6 +14,7 @@ from tests.support.groups import (
     Needs,
     answered,
     group_template,
+    in_small_slices,
     load_needs,
     match_needs,
     store_part,
@@ -37,11 +38,8 @@ from tests.support.nodes import (
 
 from kvstrata.errors import UsageError
 from kvstrata.keys import Namespace
-from kvstrata.node import grouped, matching
-from kvstrata.node.common import slices
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
-from kvstrata.node.slots import boundaries
 from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.objects import decode
 from kvstrata.observe.reasons import Why
@@ -218,17 +216,6 @@ def test_an_object_of_another_kind_is_not_loaded() -> None:
         assert await load_needs(node, ME, keys, {WINDOW: 2, STATE: 1}) == 3
 
     on_node(test, slots=30, tier=GatedTier())
-
-
-def in_small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices, "HOLD_S", 0.0)
-    monkeypatch.setattr(grouped, "WALK_SLICE", 1)
-    monkeypatch.setattr(boundaries, "SLICE", 1)
-    monkeypatch.setattr(matching, "SLICE", 2)
-    monkeypatch.setattr(matching, "SLICE_OBJECTS", 2)
-    monkeypatch.setattr(grouped, "SLICE", 2)
-    monkeypatch.setattr(grouped, "SLICE_STARTS", 1)
-    monkeypatch.setattr(grouped, "NOTE_SLICE", 2)
 
 
 @pytest.mark.parametrize("part", [FULL, WINDOW])
