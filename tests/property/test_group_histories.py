@@ -265,7 +265,7 @@ def test_nothing_is_lost_and_nothing_wrong_comes_while_all_goes_on_at_once(
         async def load(client: Client, keys: list[bytes], needs: Needs, lease: int) -> None:
             ready, offsets = 0, list[int]()
             while (held := node.leases.get(lease)) is not None and ready < held.num_chunks:
-                arrived = await asyncio.wait_for(arrive(node, client, lease, ready), 10)
+                arrived = await asyncio.wait_for(arrive(node, client, lease, ready), 60)
                 if arrived.failed:
                     return
                 offsets += offsets_of(arrived.offsets)
@@ -310,7 +310,7 @@ def test_nothing_is_lost_and_nothing_wrong_comes_while_all_goes_on_at_once(
         for client, keys, needs, asking in asked:
             await load(client, keys, needs, (await asking).lease)
             node.end(client)
-        await until(lambda: not list(node.movement.under_way()))
+        await until(lambda: not list(node.movement.under_way()), timeout_s=60)
         assert node.leases.leased_bytes == 0
 
     with pytest.MonkeyPatch.context() as patches:

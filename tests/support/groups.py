@@ -89,7 +89,7 @@ async def load_needs(
         return 0
     ready, offsets = 0, list[int]()
     while ready < boundary:
-        arrived = await asyncio.wait_for(arrive(node, client, matched.lease, ready), 10)
+        arrived = await asyncio.wait_for(arrive(node, client, matched.lease, ready), 60)
         if arrived.failed:
             assert arrived.ready == 0
             node.release(client, p.Release(matched.lease))
