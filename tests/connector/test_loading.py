@@ -345,6 +345,21 @@ def test_request_finished_never_delays_a_free(make_rig: Make) -> None:
 # leases
 
 
+@pytest.mark.parametrize("rest", [0, 5])
+def test_what_vllm_has_itself_is_told_loaded_or_not(make_rig: Make, rest: int) -> None:
+    rig = make_rig()
+    tokens = prompt(4 * CHUNK + rest)
+    rig.ask(tokens)
+    rig.settle()
+    for _ in range(2):
+        rig.ask(tokens)
+        told = rig.settle()["requests"][-1]
+        own = (len(tokens) - 1) // BLOCK * BLOCK
+        assert told["local_tokens"] == own
+        computed = sum(one["tokens"] for one in told["reasons"])
+        assert own + told["loaded_tokens"] + computed == len(tokens)
+
+
 def test_leases_go_when_vllms_own_cache_covers_them_or_nothing_is_read(make_rig: Make) -> None:
     rig = make_rig()
     tokens = prompt(200)
