@@ -27,6 +27,7 @@ class Kind:
         environment: of the engine's process.
         step: most tokens that it computes in a step where steps are to be small: one less than
             two blocks, so no step ends where a block does unless vLLM sees to it.
+        steady: whether plain vLLM answers alike alone and in a batch.
         few_blocks: enough for one prompt of 1,280 tokens, too few for six of 300.
     """
 
@@ -36,6 +37,7 @@ class Kind:
     environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     step: int = 255
     few_blocks: int = 32
+    steady: bool = True
 
     @property
     def folder(self) -> Path:
@@ -64,8 +66,14 @@ KINDS: Mapping[str, Kind] = {
         Kind("tiny_mistral", num_groups=1),
         Kind("tiny_llama4", num_groups=4, environment=LOCAL),
         # With longer steps vLLM wants a state from inside one, which its CPU kernel does not give.
-        Kind("tiny_granite4", num_groups=4, options={"max_num_batched_tokens": 128}, step=128),
-        Kind("tiny_lfm2", num_groups=4),
+        Kind(
+            "tiny_granite4",
+            num_groups=4,
+            options={"max_num_batched_tokens": 128},
+            step=128,
+            few_blocks=22,
+        ),
+        Kind("tiny_lfm2", num_groups=4, steady=False),
         # Real weights; 15 layers with a window of 512 tokens, 3 of full attention.
         Kind("gemma3", num_groups=6, few_blocks=64),
     )
