@@ -120,10 +120,12 @@ def test_hits_from_outside_while_blocks_run_out(narrow: Narrow) -> None:
     answers = engine.answers([request(prompt, 160) for prompt in prompts], in_turn=False)
     assert engine.call("preempted")["count"] > 0
     assert {len(answer.tokens) for answer in answers} == {160}
+    assert engine.free_blocks() == whole
+    if not narrow.kind.steady:
+        return  # what a batch computed is stored, and is otherwise than what is computed alone
     # What is computed in other batches may be rounded otherwise; still most begin alike.
     alike = [a.tokens[0] in (c[0], w[0]) for a, c, w in zip(answers, cold, warm, strict=True)]
-    assert sum(alike) > len(alike) // 2 or not narrow.kind.steady
-    assert engine.free_blocks() == whole
+    assert sum(alike) > len(alike) // 2
     # Nothing of all that is stored wrong.
     engine.forget()
     again = engine.answers(prompts)
