@@ -30,7 +30,7 @@ from kvstrata.errors import UsageError
 from kvstrata.keys import KeyChain, Namespace, owner_digest
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
-from kvstrata.objects import HEADER_BYTES, checksum, decode
+from kvstrata.objects import HEADER_BYTES, NOBODY, checksum, decode
 from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
@@ -247,6 +247,21 @@ def test_a_tail_that_somebody_reads_is_not_replaced() -> None:
         engine.store(FIRST[:50])
         assert engine.keys(FIRST[:40])[0] in node.host.index
         engine.release(nearest.lease)
+        engine.store(FIRST[:60])
+        assert set(node.host.index.keys()) == {engine.keys(FIRST[:60])[0]}
+
+    on_node(test)
+
+
+def test_a_tail_that_is_pinned_is_not_replaced() -> None:
+    async def test(node: Node) -> None:
+        engine = Engine(node)
+        engine.store(FIRST[:40])
+        (tail,) = engine.keys(FIRST[:40])
+        assert node.host.index.pinned.hold(tail, NOBODY, node.host.index.nbytes(tail))
+        engine.store(FIRST[:50])
+        assert tail in node.host.index
+        node.host.index.pinned.let_go(tail)
         engine.store(FIRST[:60])
         assert set(node.host.index.keys()) == {engine.keys(FIRST[:60])[0]}
 

@@ -141,7 +141,7 @@ class Insides:
     def replace(self, key: bytes) -> None:
         """What was stored now begins with shorter tails: these need not be kept."""
         for tail in self.children.tails_begun(key):
-            if not self._host.is_held(tail):
+            if not (self._host.is_held(tail) or tail in self._host.index.pinned):
                 self._host.drop(tail, Cause.EVICTED)
 
     # of `kvstrata.node.common.changes.Watcher`
