@@ -102,7 +102,7 @@ class Engine:
         rest = tokens[chunks * CHUNK :][:CHUNK]
         (marks,) = self.chain.marks(rest, [parent], (), chunks * CHUNK)
         request = p.Inside(
-            1, lease, marks, [0], more.pop("orders", [ORDER]), [BLOCK_BYTES], BLOCK, self.owner,
+            1, lease, marks, [0], more.pop("orders", [ORDER]), [BLOCK_BYTES], [BLOCK], self.owner,
             **more,
         )  # fmt: skip
         nearest = self.node.handle(self.client, request)
@@ -422,7 +422,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     engine = Engine(node)
     engine.store(FIRST)
     matched = engine.match(FIRST)
-    good = (1, 0, bytes(12), [0], [ORDER], [100], 16)
+    good = (1, 0, bytes(12), [0], [ORDER], [100], [16])
     wrong: list[tuple[int, Any, str]] = [
         (1, 77, "none of this connection"),
         (2, b"", "bytes of marks"),
@@ -430,7 +430,8 @@ def test_what_makes_no_sense_is_refused() -> None:
         (3, [], "each once"),
         (5, [], "the lengths of 0"),
         (5, [0], "at least one byte"),
-        (6, 0, "no number of a block's tokens"),
+        (6, [0], "no numbers of a block's tokens"),
+        (6, [], "the blocks of 0"),
     ]
     for place, value, words in wrong:
         fields: list[Any] = [*good[:place], value, *good[place + 1 :]]

@@ -3,6 +3,10 @@
 A prompt goes on behind its last whole chunk that is stored, and what is stored goes on otherwise:
 the same document with another question, a tail that has become longer. Whatever they have in common
 is as good as a chunk, since the marks cover the tokens.
+
+With several layer groups it has an object of each on each rank: one header's marks answer for all,
+since they depend on tokens alone, but what is answered has all of them. Where it ends, no window
+reaches back further than from the boundary before it, so the match has leased what else it needs.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any, NamedTuple
 
 from kvstrata.errors import UsageError
 from kvstrata.keys import OWNER_BYTES
+from kvstrata.node.bounds import Bounds
 from kvstrata.node.common.changes import Cause, Changes
 from kvstrata.node.common.children import Child, Children
 from kvstrata.node.common.index import Index
@@ -24,6 +29,7 @@ from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.movement import Movement
 from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.service.promotions import Load
+from kvstrata.node.slots.boundaries import Stretch
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import Lease, LeaseTable
@@ -49,16 +55,28 @@ class _Asked(NamedTuple):
     parts: tuple[int, ...]
     orders: frozenset[str]
     lengths: list[int]
-    block_tokens: int
+    block_tokens: list[int]
     owner: bytes
     token_s: float
     among: frozenset[str]
+    bounded: frozenset[int]
+
+    @property
+    def width(self) -> int:
+        """Parts of a chunk, where not every one is needed of each; else 0, as of a `Lease`."""
+        return len(self.parts) if self.bounded else 0
+
+    def shape(self, number: int) -> list[Stretch]:
+        """Of a lease's chunk of that number, of which all parts are needed."""
+        return [Stretch(number, number + 1, tuple(range(self.width)))] if self.bounded else []
 
     def sizes_of(self, child: Child) -> dict[int, int]:
         """Bytes of each of its objects when it is raw: it has as few blocks as hold its tokens."""
-        num_blocks = -(-child.num_tokens // self.block_tokens)
-        sizes = [stored_bytes(length * num_blocks) for length in self.lengths]
-        return dict(zip(self.parts, sizes, strict=True))
+        each = zip(self.parts, self.lengths, self.block_tokens, strict=True)
+        return {
+            part: stored_bytes(length * -(-child.num_tokens // tokens))
+            for part, length, tokens in each
+        }
 
 
 class Insides:
@@ -111,7 +129,7 @@ class Insides:
         """
         check_tiers(message.tiers, self._backings)
         asked = _checked(message)
-        lease = self._lease(client, message.lease)
+        lease = self._lease(client, message.lease, asked)
         have = 0 if lease is None else lease.num_chunks
         for child, located in self._candidates(message.marks, asked):
             if (
@@ -122,7 +140,7 @@ class Insides:
                 continue
             taken = self._take(client, child, located, asked, lease)
             if taken is not None:
-                self._note_use(child)
+                self._note_use(child, asked.bounded)
                 lease, row = taken
                 return p.Nearest(
                     message.id, lease.id, have, child.key, child.num_tokens, child.good_tokens,
@@ -139,9 +157,18 @@ class Insides:
             yield from sorted(here, key=lambda pair: pair[1].tier)
 
     def replace(self, key: bytes) -> None:
-        """What was stored now begins with shorter tails: these need not be kept."""
-        for tail in self.children.tails_begun(key):
-            if not (self._host.is_held(tail) or tail in self._host.index.pinned):
+        """What was stored now begins with shorter tails: these need not be kept.
+
+        They go once it has all the parts that they have: half of it would be of no use.
+        """
+        if not (tails := self.children.tails_begun(key)):
+            return
+        index = self._host.index
+        parts = {part for part, _ in index.objects(key)}
+        for tail in tails:
+            if parts.issuperset(part for part, _ in index.objects(tail)) and not (
+                self._host.is_held(tail) or tail in index.pinned
+            ):
                 self._host.drop(tail, Cause.EVICTED)
 
     # of `kvstrata.node.common.changes.Watcher`
@@ -170,12 +197,17 @@ class Insides:
 
     # how
 
-    def _lease(self, client: Client, number: int) -> Lease | None:
+    def _lease(self, client: Client, number: int, asked: _Asked) -> Lease | None:
         """The lease that is to have it, too; None: one of its own."""
         if not number:
             return None
         lease = self._leases.get(number)
-        if lease is None or lease.client is not client or not lease.whole or lease.shape:
+        if (
+            lease is None
+            or lease.client is not client
+            or not lease.whole
+            or lease.width != asked.width
+        ):
             raise UsageError(
                 f"lease {number} is none of this connection, or of another kind of match"
             )
@@ -189,7 +221,10 @@ class Insides:
         """Whether it is brought sooner than its good tokens are computed, as far as one knows."""
         if not (compute_s and self._matcher.planning):
             return True
-        links = [(self._movement.link(one.backing), one.size) for one in located.wanted]
+        coming: dict[Backing, int] = {}
+        for one in located.wanted:
+            coming[one.backing] = coming.get(one.backing, 0) + one.size
+        links = [(self._movement.link(backing), size) for backing, size in coming.items()]
         return all(link.seconds(size) <= compute_s for link, size in links)
 
     def _take(
@@ -201,6 +236,7 @@ class Insides:
         new: list[Slot] = []
         chunk_s = asked.token_s * child.num_tokens or math.inf
         load = Load(chunk_s, PORTABLE in asked.orders, asked.owner, tiers=asked.among)
+        load.bounded = asked.bounded or None
         if located.wanted:
             with self._host.sparing({child.key}):
                 given = self._movement.promote(load, [located.wanted])
@@ -209,18 +245,25 @@ class Insides:
             new = given[0]
         row = self._host.row(child.key, asked.parts, with_slots(located.places, new))
         if lease is None:
-            lease = self._leases.grant(client, asked.orders)
+            lease = self._leases.grant(client, asked.orders, asked.shape(0), asked.width)
             lease.whole = True
+        elif lease.shape:
+            have = lease.num_chunks
+            before = [one for one in lease.shape if one.stop <= have]
+            lease.shape = [*before, *asked.shape(have)]
         self._leases.extend(lease, [row])
         self._movement.start(load, new, len(asked.parts))
         self._sampler.note_hits([child.key], asked.parts, [row])
         return lease, row
 
-    def _note_use(self, child: Child) -> None:
+    def _note_use(self, child: Child, bounded: frozenset[int]) -> None:
+        keys, nothing = [child.key], frozenset[int]()
         self.children.use(child.key)
-        self._host.index.touch([child.key])
+        self._host.index.touch(keys)
+        self._host.index.note_needs(keys, bounded, nothing)
         for backing in self._backings:
-            backing.use([child.key])
+            backing.use(keys)
+            backing.note_needs(keys, bounded, nothing)
         self._counters.add("inside_tokens_total", child.good_tokens)
 
 
@@ -231,15 +274,19 @@ def _checked(message: p.Inside) -> _Asked:
         raise UsageError(f"{len(message.marks)} bytes of marks, not of up to a chunk's tokens")
     if len(message.lengths) != len(parts):
         raise UsageError(f"{len(parts)} parts, but the lengths of {len(message.lengths)}")
-    if not 0 < message.block_tokens <= MAX_CHUNK_TOKENS:
-        raise UsageError(f"{message.block_tokens} is no number of a block's tokens")
+    if len(message.block_tokens) != len(parts):
+        raise UsageError(f"{len(parts)} parts, but the blocks of {len(message.block_tokens)}")
+    if not all(0 < tokens <= MAX_CHUNK_TOKENS for tokens in message.block_tokens):
+        raise UsageError(f"{message.block_tokens} are no numbers of a block's tokens")
     if not all(0 < length < 1 << 36 for length in message.lengths):
         raise UsageError("a block has at least one byte, and less than 2^36")
     if len(message.owner) != OWNER_BYTES:
         raise UsageError(f"an owner of {len(message.owner)} bytes, not {OWNER_BYTES}")
     if not 0 <= message.token_s < math.inf:
         raise UsageError(f"{message.token_s} s is no time that a token takes")
+    bounds = Bounds(parts, message.needs or [0] * len(parts))
+    bounded = frozenset(parts).difference(bounds.full)
     return _Asked(
         parts, frozenset(message.orders), message.lengths, message.block_tokens, message.owner,
-        message.token_s, frozenset(message.tiers),
+        message.token_s, frozenset(message.tiers), bounded,
     )  # fmt: skip

@@ -263,7 +263,7 @@ class Node:
                 raise UsageError("a lease is released on the connection that was granted it")
             if not lease.whole:
                 raise UsageError(f"lease {lease.id} is of a match that is under way")
-            if message.keep and lease.shape:
+            if message.keep and lease.shape and message.keep != lease.boundary:
                 raise UsageError("what a boundary needs is of no use in part, so it ends whole")
             self._matcher.release(lease, message.keep)
 

@@ -141,10 +141,11 @@ class Inside(Message, tag="inside", frozen=True):
     parts: Numbers
     orders: Strings
     lengths: Numbers
-    block_tokens: int
+    block_tokens: Numbers
     owner: bytes = NOBODY
     token_s: float = 0.0
     tiers: Strings = msgspec.field(default_factory=list)
+    needs: Numbers = msgspec.field(default_factory=list)
 
 
 class Nearest(Message, tag="nearest", frozen=True):

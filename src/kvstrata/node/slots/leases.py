@@ -19,12 +19,13 @@ class Lease:
     lie in host memory, in an order the client reads; ``failed`` says that the next will not come.
     It is ``whole`` once its match has ended, and nothing is added to it any more.
 
-    With a ``shape`` it is of what a boundary needs, ``width`` parts a chunk, and of use only whole:
-    whatever will not come makes it fail at once, and nothing of it counts as ready.
+    With a ``shape`` it is of what a ``boundary`` needs, ``width`` parts a chunk, and of use only
+    whole: whatever will not come makes it fail at once, and nothing of it counts as ready. What was
+    added behind the boundary can be let go of again.
     """
 
-    __slots__ = ("client", "failed", "id", "listeners", "orders", "ready", "rows", "shape", "whole",
-                 "width")  # fmt: skip
+    __slots__ = ("boundary", "client", "failed", "id", "listeners", "orders", "ready", "rows",
+                 "shape", "whole", "width")  # fmt: skip
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class Lease:
         self.client = client
         self.orders = orders
         self.shape, self.width = shape, width
+        self.boundary = shape[-1].stop if shape else 0
         self.rows: list[Row] = []
         self.ready = 0
         self.failed = self.whole = False
@@ -80,7 +82,7 @@ class Lease:
                     self.listeners.append((have, tell))
 
     def _hear(self, row: Row) -> None:
-        self.failed = self.failed or row.failed
+        self.failed = self.failed or (row.failed and row in self.rows)
         self.advance()
 
     def offsets(self, start: int, stop: int) -> bytes:
@@ -192,6 +194,8 @@ class LeaseTable:
         if not lease.rows:
             del self._leases[lease.id]
             lease.client.leases.discard(lease.id)
+        elif lease.shape:
+            lease.failed = any(row.failed for row in lease.rows)
         lease.ready = min(lease.ready, lease.num_chunks)
         lease.failed = lease.failed and lease.ready < lease.num_chunks
         lease.advance()
