@@ -1,6 +1,6 @@
 """What of a prompt lies in an object that begins as the prompt goes on behind its whole chunks.
 
-Only where vLLM itself has none of it, and for models with one group of full attention. What it
+Only where vLLM itself has none of it, and for models whose layers are all attention. What it
 brings is less than a chunk, so a step is spent on it only where that is the shorter one.
 """
 
@@ -44,6 +44,7 @@ def ask(
     parts: list[int],
     orders: list[str],
     lengths: Sequence[int],
+    needs: list[int],
     groups: Groups,
     token_s: float,
 ) -> Call:
@@ -51,7 +52,8 @@ def ask(
 
     Args:
         lengths: payload bytes of each part of a chunk.
-        groups: the engine's one group.
+        needs: of each part, as a match says it; none: every chunk of each.
+        groups: the engine's.
         token_s: seconds that computing a token takes.
 
     Raises:
@@ -59,13 +61,16 @@ def ask(
     """
     assert state.chain is not None
     number, size = len(state.tiers), state.chain.chunk_tokens
-    stop = min(_end(state), (number + 1) * size)
+    # Of a prompt's last token, too, which is computed: an object may end with it.
+    stop = min(state.request.num_tokens, state.hints.load_limit, (number + 1) * size)
     marks = state.marks(range(number, number + 1), stop)
-    (group,) = groups.each
-    per_block = [length // groups.width(group) for length in lengths]
+    owners = [groups.each[part >> 16] for part in parts]
+    per_block = [
+        length // groups.width(group) for length, group in zip(lengths, owners, strict=True)
+    ]
     return client.begin(
         p.Inside, p.Nearest, state.lease, marks, parts, orders, per_block,
-        group.block_tokens, state.owner, token_s, state.hints.tiers,
+        [group.block_tokens for group in owners], state.owner, token_s, state.hints.tiers, needs,
     )  # fmt: skip
 
 
@@ -80,13 +85,12 @@ def hear(state: RequestState, call: Call, client: NodeClient | None) -> None:
     if not reply.lease:
         return
     number, size = len(state.tiers), state.chain.chunk_tokens
-    good = reply.good_tokens
-    rest = _end(state) - number * size
+    good, end = reply.good_tokens, reply.num_tokens
     # No mark covers the last ones of a tail; its key does.
-    end = reply.num_tokens
-    may_be = good < end < min(good + MARK_TOKENS, rest + 1, size)
+    may_be = good < end < min(good + MARK_TOKENS, size)
     if may_be and state.end_at(number * size + end) == reply.key:
         good = end
+    good = min(good, _end(state) - number * size)
     if number * size + good <= state.own_tokens:
         if client is not None:
             client.release(reply.lease, reply.have)
@@ -102,4 +106,4 @@ def hear(state: RequestState, call: Call, client: NodeClient | None) -> None:
 
 def _end(state: RequestState) -> int:
     """Tokens of the request that may be loaded."""
-    return int(min(state.request.num_tokens, state.hints.load_limit))
+    return int(min(state.reach, state.hints.load_limit))

@@ -25,7 +25,7 @@ def load_of(
     chunk, end = groups.chunk_tokens, state.local_tokens + num_external
     first, last = state.local_tokens // chunk, -(-end // chunk)
     parts, client = lookups.parts, lookups.client
-    if not groups.prefix_only and end != len(state.tiers) * chunk:
+    if not groups.prefix_only and end != state.num_found(chunk):
         # What the groups need at another boundary was not asked for: it fails, and is computed.
         last = first
     elif last < len(state.tiers) and client is not None:

@@ -321,8 +321,8 @@ class Lookups:
         at = len(state.tiers) * self._chunk
         with contextlib.suppress(NodeUnavailable):
             state.call = beginnings.ask(
-                state, self.client, self.parts, self.orders, self.lengths, self._groups,
-                token_s + pair_s * at,
+                state, self.client, self.parts, self.orders, self.lengths, self.needs,
+                self._groups, token_s + pair_s * at,
             )  # fmt: skip
             state.asked_inside = True
             state.asked_at = state.seen_at = time.monotonic()

@@ -45,8 +45,8 @@ class RequestState:
         tracer: of those requests that are traced.
         allowed: the hints that clients may give.
         inside: whether chunks are reused that it parts from, and its end is stored.
-        prefix_only: whether any part of a prefix can be loaded. If not, only whole chunks that end
-            before the last token can: a state cannot be taken back by a token.
+        prefix_only: whether any part of a prefix can be loaded. If not, a load ends before the last
+            token: neither a state nor a window can be taken back by one.
     """
 
     def __init__(
@@ -146,10 +146,10 @@ class RequestState:
     def _most_chunks(self) -> int:
         """Leading chunks that may be loaded: as the request's hints let it."""
         assert self.chain is not None
-        return min(self.hints.load_limit, self._reach) // self.chain.chunk_tokens
+        return min(self.hints.load_limit, self.reach) // self.chain.chunk_tokens
 
     @property
-    def _reach(self) -> int:
+    def reach(self) -> int:
         """Leading tokens that a load may end at."""
         return int(self.request.num_tokens) - (not self._prefix_only)
 
@@ -164,7 +164,7 @@ class RequestState:
         request = self.request
         if self.parts_inside and not num_computed:
             return bool(request.num_tokens - 1 <= MARK_TOKENS)
-        if num_computed // chunk_tokens < self._reach // chunk_tokens:
+        if num_computed // chunk_tokens < self.reach // chunk_tokens:
             return False
         may_have_tail = self.has_tail and request.num_tokens == request.num_prompt_tokens
         return not may_have_tail or num_computed >= request.num_tokens - 1

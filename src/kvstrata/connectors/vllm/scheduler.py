@@ -62,7 +62,7 @@ class SchedulerSide:
         self._copy_rate = 0.0  # bytes per second of the slowest worker; 0: unknown
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._allowed = config.hints
-        self._inside = config.inside == "on" and groups.prefix_only
+        self._inside = config.inside == "on" and not groups.stateful
         self._keeps = config.reset == "keep"
         self._states: dict[str, RequestState] = {}
         self._active: set[str] = set()  # run or load, so that the engine is not idle
@@ -276,7 +276,7 @@ class SchedulerSide:
             ):
                 self._next.late_stores += self._stores.whole(state, known // self._chunk, block_ids)
             if state.chain is not None and self._lookups.client is not None:
-                self._next.late_stores += self._stores.last(state, known, block_ids[0])
+                self._next.late_stores += self._stores.last(state, known, block_ids)
         self._stores.pin(state)
         self._record(state)
         return answer

@@ -52,7 +52,7 @@ class Stores:
         if whole:
             stores += self.whole(state, known // self._chunk, block_ids)
         if end:
-            stores.append(self._tail(state, state.request.num_prompt_tokens, block_ids[0]))
+            stores += self._tail(state, state.request.num_prompt_tokens, block_ids)
         return stores
 
     def whole(
@@ -71,12 +71,16 @@ class Stores:
             self._lookups.events.note(state, first, done)
         state.num_stored = done
         state.stored_chunks += done - first
-        return [
-            self._store(state, group, run, ids)
-            for group, ids in zip(self._groups.each, block_ids, strict=True)
-            if group.kind != "recurrent"
-            for run in self._groups.stored(group, ids, first, done)
-        ]
+        marks: dict[range, bytes] = {}  # depend on tokens alone, so groups share them
+        stores = []
+        for group, ids in zip(self._groups.each, block_ids, strict=True):
+            if group.kind == "recurrent":
+                continue
+            for run in self._groups.stored(group, ids, first, done):
+                if run not in marks:
+                    marks[run] = self._marks(state, run, run.stop * self._chunk)
+                stores.append(self._store(state, group, run, ids, marks[run]))
+        return stores
 
     def _states(self, state: RequestState, step: range, known: int, resolve: Any) -> list[Store]:
         """Store the states that are there after this step, each at the end of a chunk.
@@ -108,31 +112,57 @@ class Stores:
             state.rehash()
             state.num_states = max(tokens for _, tokens in fitting) // size
         return [
-            self._store(state, self._groups.each[index], range(done - 1, done), [block], done - 1)
+            self._store(
+                state, self._groups.each[index], range(done - 1, done), [block], before=done - 1
+            )
             for (index, tokens), block in sorted(fitting.items())
             for done in [tokens // size]
         ]
 
     def _store(
-        self, state: RequestState, group: Group, run: range, ids: Sequence[int], before: int = 0
+        self,
+        state: RequestState,
+        group: Group,
+        run: range,
+        ids: Sequence[int],
+        marks: bytes = b"",
+        before: int = 0,
     ) -> Store:
         """Store a run of whole chunks of one group; ``ids`` begin at chunk number ``before``."""
-        width = self._groups.width(group)
+        width, prefix = self._groups.width(group), state.keys[: run.stop]
+        blocks = ids[(run.start - before) * width : (run.stop - before) * width]
+        return self._described(state, group, prefix, run.start, blocks, marks)
+
+    def _described(
+        self,
+        state: RequestState,
+        group: Group,
+        prefix: list[bytes],
+        first: int,
+        blocks: Sequence[int],
+        marks: bytes,
+        tail_tokens: int = 0,
+    ) -> Store:
         return Store(
             namespace=state.namespace,
-            prefix=state.keys[: run.stop],
-            first=run.start,
-            blocks=list(ids[(run.start - before) * width : (run.stop - before) * width]),
+            prefix=prefix,
+            first=first,
+            blocks=list(blocks),
             group=group.index,
             weights=self._lookups.namespaces.weights_of(state.request),
             owner=state.owner,
             priority=state.hints.priority,
             tiers=state.hints.tiers,
+            tail_tokens=tail_tokens,
             lend=state.roles.lends,
             given=state.num_given,
             trace=state.trace,
-            marks=state.marks(run, run.stop * self._chunk) if state.inside else b"",
+            marks=marks,
         )
+
+    def _marks(self, state: RequestState, run: range, stop: int) -> bytes:
+        """Of the chunks of a run, as far as they lie before a position."""
+        return state.marks(run, stop) if state.inside else b""
 
     def _end_is_next(self, state: RequestState, known: int) -> bool:
         """Whether a prompt's end is computed in this step, and nothing behind it ever here."""
@@ -144,43 +174,40 @@ class Stores:
             and state.request.max_tokens == 1
         )
 
-    def last(self, state: RequestState, known: int, block_ids: Sequence[int]) -> list[Store]:
+    def last(
+        self, state: RequestState, known: int, block_ids: Sequence[Sequence[int]]
+    ) -> list[Store]:
         """Store the end of a request that has ended, if it fills no chunk and can be found again.
 
         Args:
             known: as of `of_step`.
-            block_ids: the request's; only what has one group, that needs every chunk, has an end.
+            block_ids: the request's, of each group; a state has no end shorter than a chunk.
         """
-        num_tokens = known % self._chunk
-        if not state.inside or state.tail_stored or num_tokens < MARK_TOKENS:
+        if not state.inside or state.tail_stored or known % self._chunk < MARK_TOKENS:
             return []
-        store = self._tail(state, known, block_ids)
-        (group,) = self._groups.each
-        return [store] if len(store.blocks) == -(-num_tokens // group.block_tokens) else []
+        return self._tail(state, known, block_ids)
 
-    def _tail(self, state: RequestState, stop: int, block_ids: Sequence[int]) -> Store:
-        """Store what lies between the last whole chunk before a position and this."""
+    def _tail(
+        self, state: RequestState, stop: int, block_ids: Sequence[Sequence[int]]
+    ) -> list[Store]:
+        """Store what lies between the last whole chunk before a position and this, of all groups.
+
+        Nothing where vLLM has let go of some of it, for half of a tail is of no use.
+        """
         state.rehash()
         state.tail_stored = True
-        (group,) = self._groups.each
-        whole = stop // self._chunk
-        first, last = whole * self._groups.width(group), -(-stop // group.block_tokens)
-        marks = state.marks(range(whole, whole + 1), stop) if state.inside else b""
-        return Store(
-            namespace=state.namespace,
-            prefix=[*state.keys[:whole], state.end_at(stop)],
-            first=whole,
-            blocks=list(block_ids[first:last]),
-            weights=self._lookups.namespaces.weights_of(state.request),
-            owner=state.owner,
-            priority=state.hints.priority,
-            tiers=state.hints.tiers,
-            tail_tokens=stop % self._chunk,
-            lend=state.roles.lends,
-            given=state.num_given,
-            trace=state.trace,
-            marks=marks,
-        )
+        whole, stores = stop // self._chunk, list[Store]()
+        prefix = [*state.keys[:whole], state.end_at(stop)]
+        marks = self._marks(state, range(whole, whole + 1), stop)
+        for group, ids in zip(self._groups.each, block_ids, strict=True):
+            first = whole * self._groups.width(group)
+            last = -(-stop // group.block_tokens)
+            blocks = ids[first:last]
+            if len(blocks) < last - first or NULL_BLOCK in blocks:
+                return []
+            store = self._described(state, group, prefix, whole, blocks, marks, stop % self._chunk)
+            stores.append(store)
+        return stores
 
     def pin(self, state: RequestState) -> None:
         """Have what a request stored or hit stay, if it asks for that; waits for no answer.
