@@ -6,6 +6,7 @@ pieces, after preemption, and when the node dies under a load.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +101,9 @@ def test_plain_vllm_runs_it(story: Story) -> None:
     """And its answers need what came first, so that a wrong prefix would be seen."""
     assert story.plain.engine.wait()["num_groups"] == story.kind.num_groups
     assert story.plain.engine.wait()["block_tokens"] == CHUNK
-    first, second = story.prompts[-1], story.prompts[-2]
-    changed = [*second[:CHUNK], *first[CHUNK:300]]
-    assert story.plain.cold([first[:300]]) != story.plain.cold([changed])
+    prompts = [prompt[:300] for prompt in story.prompts if len(prompt) >= 300]
+    changed = [[*b[:CHUNK], *a[CHUNK:]] for a, b in itertools.pairwise(prompts)]
+    assert story.plain.cold(changed) != story.plain.cold(prompts[:-1])
 
 
 def test_cold(story: Story) -> None:

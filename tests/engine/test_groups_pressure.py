@@ -109,7 +109,8 @@ def test_a_hit_that_lies_in_vllm_s_own_cache_in_part(narrow: Narrow) -> None:
 
 def test_hits_from_outside_while_blocks_run_out(narrow: Narrow) -> None:
     """Several at once, of which some hit in vLLM, some in the node, some nowhere (vllm#50454)."""
-    engine, prompts = narrow.engine, narrow.texts.of(*(260 + 17 * i for i in range(6)))
+    engine = narrow.engine
+    prompts = narrow.texts.of(*(narrow.kind.crowd + 17 * i for i in range(6)))
     whole = engine.free_blocks()
     cold, warm = narrow.expected(prompts)
     engine.answers([request(prompt, 1) for prompt in prompts[:4]])
