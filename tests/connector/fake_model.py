@@ -5,6 +5,7 @@ Its layer groups share one memory, as vLLM's do: a block belongs to one group at
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -21,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 
 from kvstrata.connectors.vllm.groups import Group
@@ -30,6 +32,8 @@ from kvstrata.layout import LayerGroup, NativeOrder, native_order
 BLOCK, CHUNK, LAYERS, WORD = 16, 32, 2, 8
 NAMES = tuple(f"model.layers.{i}.self_attn" for i in range(LAYERS))
 PAGE = BLOCK * WORD
+DRAFT = "draft.layers.0.self_attn"
+"""A layer with twice the heads of the others, in the block table of one of their groups."""
 STATE = 12 * WORD
 """Bytes of a state: the end of its page is never read."""
 
@@ -53,9 +57,11 @@ SPECS: dict[str, Any] = {
 """Of the kinds of layer groups."""
 
 
-def kv_cache_config(num_blocks: int, kinds: Sequence[str] = ("full",)) -> KVCacheConfig:
-    """vLLM's groups, one of each of these kinds."""
-    return KVCacheConfig(
+def kv_cache_config(
+    num_blocks: int, kinds: Sequence[str] = ("full",), draft: int | None = None
+) -> KVCacheConfig:
+    """vLLM's groups, one of each of these kinds; `DRAFT` in the one of that number."""
+    config = KVCacheConfig(
         num_blocks=num_blocks,
         kv_cache_tensors=[],
         kv_cache_groups=[
@@ -64,39 +70,60 @@ def kv_cache_config(num_blocks: int, kinds: Sequence[str] = ("full",)) -> KVCach
         ],
         prefix_cache_retention_interval=0,  # vLLM's default
     )
+    if draft is not None:
+        group = config.kv_cache_groups[draft]
+        shapes = dict.fromkeys(group.layer_names, group.kv_cache_spec)
+        shapes[DRAFT] = dataclasses.replace(group.kv_cache_spec, num_kv_heads=2)
+        group.layer_names.append(DRAFT)
+        group.kv_cache_spec = UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs=shapes)
+    return config
 
 
 class Memory:
-    """The blocks of one rank: (L, blocks, tokens, 8 bytes), and what belongs into them."""
+    """The blocks of one rank: (L, blocks, tokens, 8 bytes), and what belongs into them.
+
+    Those of `DRAFT` are (1, blocks, tokens, 16 bytes), with the same numbers.
+    """
 
     def __init__(self, num_blocks: int, rank: int = 0) -> None:
         self.kv = np.zeros((LAYERS, num_blocks, BLOCK, WORD), np.uint8)
+        self.draft = np.zeros((1, num_blocks, BLOCK, 2 * WORD), np.uint8)
         self._rank = rank
 
     def pages(self, group: Group) -> Pages:
         """Where a group's pages are."""
-        base, layer, block = self.kv.ctypes.data, self.kv.strides[0], self.kv.strides[1]
+        kv, is_draft = self.of(group), group.more_of is not None
+        base, layer, block = kv.ctypes.data, kv.strides[0], kv.strides[1]
         stateful, latent = group.kind == "recurrent", group.replicated
         order = native_order(f"vllm/strided-NHC/b{BLOCK}/bfloat16")
         if stateful:
             order = NativeOrder("vllm/state-fake/1", BLOCK, "float32", ("D", "D"))
         return Pages(
             group=LayerGroup(
-                index=group.index, kind=group.kind, num_layers=LAYERS, num_kv_heads=1,
+                index=group.index, kind=group.kind, num_layers=len(kv), num_kv_heads=1 + is_draft,
                 head_dim=STATE // 4 if stateful else 4 if latent else 2,
                 states=1 if stateful or latent else 2,
                 dtype=order.dtype, window=group.reach,
             ),
             order=order,
-            layer_names=NAMES,
+            layer_names=(DRAFT,) if is_draft else NAMES,
             block_tokens=BLOCK,
-            page_bytes=STATE if stateful else PAGE,
-            num_blocks=self.kv.shape[1],
-            bases=np.array([base + i * layer for i in range(LAYERS)], np.int64),
-            strides=np.full(LAYERS, block, np.int64),
+            page_bytes=STATE if stateful else block,
+            num_blocks=kv.shape[1],
+            bases=np.array([base + i * layer for i in range(len(kv))], np.int64),
+            strides=np.full(len(kv), block, np.int64),
             device=torch.device("cpu"),
             compute_dtype=torch.bfloat16,
         )  # fmt: skip
+
+    def of(self, group: Group) -> npt.NDArray[np.uint8]:
+        """The blocks that a group's layers have."""
+        return self.kv if group.more_of is None else self.draft
+
+    def wanted(self, digests: Sequence[bytes], group: Group) -> npt.NDArray[np.uint8]:
+        """What a group's blocks must hold: (L, tokens, 8), or (1, tokens, 16)."""
+        words = self.words(digests, group.index, replicated=group.replicated)
+        return words if group.more_of is None else np.tile(words[:1], 2)
 
     def words(
         self, digests: Sequence[bytes], group: int = 0, *, replicated: bool = False

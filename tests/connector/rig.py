@@ -20,6 +20,7 @@ import numpy as np
 from tests.connector.fake_model import (
     BLOCK,
     CHUNK,
+    DRAFT,
     NAMES,
     STATE,
     Memory,
@@ -34,7 +35,11 @@ from vllm.config.kv_events import KVEventsConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -44,7 +49,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from kvstrata.config import Config, load_config
 from kvstrata.connectors.vllm.connector import KVStrataConnector
-from kvstrata.connectors.vllm.groups import Group, groups_of
+from kvstrata.connectors.vllm.groups import Group, cut_by_shape, groups_of
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
@@ -100,6 +105,7 @@ class Rig:
         make_node: builds the node, `Node.create` if None.
         events: how vLLM publishes its KV events.
         kinds: of the model's layer groups, see `SPECS`.
+        draft: number of the group whose block table `DRAFT` has; None: there is no such layer.
         ends: when a step of a worker ends: `at once`; `late`, as where a model drafts, so that its
             results are taken before; or `never`, as in the first ranks of a pipeline then.
     """
@@ -117,6 +123,7 @@ class Rig:
         make_node: Callable[[Config], Node] | None = None,
         events: KVEventsConfig | None = None,
         kinds: Sequence[str] = ("full",),
+        draft: int | None = None,
         ends: Literal["at once", "late", "never"] = "at once",
         **scheduling: Any,
     ) -> None:
@@ -149,7 +156,7 @@ class Rig:
         self.ranks = ranks
         self._ends = ends
         self.vllm_config.parallel_config.world_size = ranks
-        caches = kv_cache_config(num_blocks, kinds)
+        caches = kv_cache_config(num_blocks, kinds, draft)
         self.groups = groups_of(caches, self.config)
         if "state" in kinds:
             self.vllm_config.cache_config.mamba_cache_mode = "align"
@@ -157,7 +164,7 @@ class Rig:
         make = AsyncScheduler if pipelined else Scheduler
         self.scheduler = make(
             vllm_config=self.vllm_config,
-            kv_cache_config=caches,
+            kv_cache_config=generate_scheduler_kv_cache_config([caches]),
             structured_output_manager=StructuredOutputManager(self.vllm_config),
             block_size=BLOCK,
             log_stats=True,
@@ -401,19 +408,19 @@ class Rig:
     def _worker(self, rank: int, caches: KVCacheConfig) -> WorkerSide:
         config = copy.copy(self.vllm_config)
         config.parallel_config = replace_rank(self.vllm_config.parallel_config, rank, self.ranks)
-        memory = self.memories[rank]
+        memory, shapes = self.memories[rank], (*self.groups.each, *self.groups.more)
         # The self-test needs a model; what it proves, tests/engine/test_pages.py shows.
         with patch.multiple(
             "kvstrata.connectors.vllm.worker",
-            describe=lambda *args: memory.pages(self.groups.each[args[-1]]),
-            describe_states=lambda *args: memory.pages(self.groups.each[args[-1]]),
+            describe=lambda *args: memory.pages(shapes[args[-1]]),
+            describe_states=lambda *args: memory.pages(shapes[args[-1]]),
             self_test=lambda *_: None,
             prove_states=lambda *_: None,
             attention_layers=lambda *_: {},
         ):
             link = Link(self.config, f"worker {rank}")
             link.start()
-            return WorkerSide(config, caches, {}, link, self.config, self.groups)
+            return WorkerSide(config, cut_by_shape(caches), {}, link, self.config, self.groups)
 
     def _execute(self, rank: int, output: Any, meta: Any) -> ModelRunnerOutput:
         worker, memory = self.workers[rank], self.memories[rank]
@@ -427,7 +434,7 @@ class Rig:
         # vLLM writes a layer's new KV before it asks for the layer.
         for name in names:
             self._write(memory, name, output, worker._invalid)
-        for layer in NAMES:
+        for layer in (*NAMES, DRAFT):
             worker.load_layer(layer)
         answers = [self._compute(memory, name, output, worker._invalid) for name in names]
         if not output.has_sync_kv_loads:
@@ -449,14 +456,19 @@ class Rig:
     def _write(self, memory: Memory, name: str, output: Any, invalid: set[int]) -> None:
         """Write what the forward would write."""
         done, start, all_blocks = self._done(name, output)
-        for group, blocks in zip(self.groups.each, all_blocks, strict=True):
+        for group, blocks in self._blocks_of(all_blocks):
             if group.kind == "recurrent":
                 continue
-            wanted = memory.words(done, group.index, replicated=group.replicated)
+            wanted = memory.wanted(done, group)
             # What attention makes of garbage is garbage.
             written = wanted if invalid.isdisjoint(blocks) else ~wanted
             where, within = _places(blocks, start, len(done))
-            memory.kv[:, where, within] = written[:, start:]
+            memory.of(group)[:, where, within] = written[:, start:]
+
+    def _blocks_of(self, all_blocks: Sequence[list[int]]) -> list[tuple[Group, list[int]]]:
+        """Of a request, of each shape of layers."""
+        shapes = (*self.groups.each, *self.groups.more)
+        return [(group, all_blocks[group.table]) for group in shapes]
 
     def _done(self, name: str, output: Any) -> tuple[list[bytes], int, tuple[list[int], ...]]:
         """Digests of a request's tokens, the number of the first new one, its blocks."""
@@ -472,14 +484,14 @@ class Rig:
         done, start, all_blocks = self._done(name, output)
         tokens, end = self.tokens[name], len(done)
         broken = not invalid.isdisjoint(all_blocks[0])
-        for group, blocks in zip(self.groups.each, all_blocks, strict=True):
+        for group, blocks in self._blocks_of(all_blocks):
             if group.kind == "recurrent":
                 self._advance(memory, group, blocks, done, start)
             elif not broken:
-                wanted = memory.words(done, group.index, replicated=group.replicated)
+                wanted = memory.wanted(done, group)
                 read = self._first_read(group, start)
                 where, within = _places(blocks, read, end)
-                right = (memory.kv[:, where, within] == wanted[:, read:]).all(axis=(0, 2))
+                right = (memory.of(group)[:, where, within] == wanted[:, read:]).all(axis=(0, 2))
                 assert right.all(), (
                     f"{name}: wrong KV in group {group.index} at tokens "
                     f"{read + np.flatnonzero(~right)} of {start}"

@@ -41,12 +41,14 @@ def watched(rig: Rig) -> Rig:
     return rig
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "draft"), [(1, None), (2, None), (1, 0)])
 def test_what_is_stored_and_removed_is_told_by_medium(
-    make_rig: Make, router: Subscriber, tmp_path: Path, ranks: int
+    make_rig: Make, router: Subscriber, tmp_path: Path, ranks: int, draft: int | None
 ) -> None:
     disk = {"disk.path": str(tmp_path / "disk"), "disk.capacity": "4MiB"}
-    rig = watched(make_rig(events=router.config, extra=disk, ranks=ranks))
+    rig = watched(make_rig(events=router.config, extra=disk, ranks=ranks, draft=draft))
+    assert rig.side._lookups.events is not None
+    assert rig.side._lookups.events.parts == rig.side._lookups.parts, "a draft's layers, too"
     assert rig.node is not None
     client = rig.node.connect()
     rig.ask(DOCUMENT)

@@ -92,7 +92,7 @@ def test_the_blocks_of_a_load_come_chunk_by_chunk() -> None:
     ids = [[1, 2, 3, 4, 5, 6, 90], [0, 0, 0, 14, 15, 16, 91], [0, 0, 0, 0, 0, 26, 92]]
     targets = groups.targets(ids, range(BLOCK, 6 * BLOCK), range(3))
     assert targets == [-1, 2, -1, -1, -1, 3, 4, -1, 14, -1, 5, 6, 15, 16, 26]
-    assert [groups.column(i) for i in range(3)] == [0, 2, 4]
+    assert [groups.column(group) for group in groups.each] == [0, 2, 4]
     assert not groups.prefix_only
     assert Groups((full,), 2 * BLOCK).prefix_only
     assert not Groups((window,), 2 * BLOCK).prefix_only

@@ -11,7 +11,7 @@ import pytest
 from tests.connector.fake_model import SPECS, kv_cache_config
 from tests.connector.rig import Rig, prompt, vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, SupportsHMA
-from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import SinkFullAttentionSpec, UniformTypeKVCacheSpecs
 
 from kvstrata.connectors.vllm import connector as connector_module
 from kvstrata.connectors.vllm.connector import KVStrataConnector
@@ -88,21 +88,22 @@ def test_a_group_of_no_use_leaves_the_model_alone_and_is_named(
 
 
 def test_a_worker_says_what_the_scheduler_cannot_see(make_rig: Make) -> None:
-    """Of layers that differ in shape vLLM shows the scheduler one alone; a draft model's may."""
+    """Of layers that differ vLLM shows the scheduler one alone."""
     full = SPECS["full"]
-    shapes = {"a": full, "b": dataclasses.replace(full, num_kv_heads=2 * full.num_kv_heads)}
+    shapes = {"a": full, "b": SinkFullAttentionSpec(**vars(full), sink_len=4)}
     caches = kv_cache_config(64, ["full"])
+    caches.kv_cache_groups[0].layer_names = list(shapes)
     caches.kv_cache_groups[0].kv_cache_spec = UniformTypeKVCacheSpecs(
         block_size=full.block_size, kv_cache_specs=shapes
     )
     worker = KVStrataConnector(vllm_config({}, 64), KVConnectorRole.WORKER, caches)
     worker.register_kv_caches({})
     hello: Any = worker.get_handshake_metadata()
-    assert "of the kind UniformTypeKVCacheSpecs, which is not cached" in hello.problem
+    assert "of the kind SinkFullAttentionSpec, which is not cached" in hello.problem
     rig = make_rig()
     rig.side.introduce({(0, 0): hello})
     assert rig.ask(prompt(100), 3) == 0
-    assert "UniformTypeKVCacheSpecs" in rig.state()["requests"][-1]["miss"]
+    assert "SinkFullAttentionSpec" in rig.state()["requests"][-1]["miss"]
 
 
 def test_latents_that_nothing_goes_on_behind_are_left_alone(

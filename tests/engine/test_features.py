@@ -1,4 +1,4 @@
-"""What else vLLM does: pipelines, drafts, images, pooling, grammars, data parallelism, resets."""
+"""What else vLLM does: pipelines, images, pooling, grammars, data parallelism, resets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from tests.engine.engine import CHUNK, Answer, Engine, Prompt, request, whole_chunks
-from tests.engine.place import Place, eventually, known_tokens
+from tests.engine.place import Place, eventually
 from tests.engine.plain import Plain, Texts
 from tests.engine.servers import Site
 from tests.engine.shared import Shared
@@ -70,41 +70,6 @@ def test_a_pipeline_of_two_stages(tiny_llama: Path, texts: Texts) -> None:
         both = engine.answers(prompts, in_turn=False)
         assert [len(answer.tokens) for answer in both] == [6, 6]
         assert place.count("hit_chunks_total") > loaded
-        place.check()
-
-
-def test_a_draft_model_is_as_good_warm_as_cold(tiny_llama: Path, texts: Texts) -> None:
-    """Its KV is stored and loaded with the target's, or it would guess from nothing."""
-    prompts = texts.of(300, 450)
-    drafting = {"method": "draft_model", "model": str(tiny_llama), "num_speculative_tokens": 3}
-    options: dict[str, Any] = {
-        "speculative_config": drafting, "disable_log_stats": False, "max_model_len": 2048,
-        "new_tokens": 24,
-    }  # fmt: skip
-    with Place(tiny_llama) as place:
-        engine = place.engine(**options)
-
-        def accepted(of: Sequence[Prompt]) -> tuple[list[Answer], float]:
-            before = engine.call("drafts")
-            answers = engine.answers(of)
-            after = engine.call("drafts")
-            drafted = after["draft"] - before["draft"]
-            return answers, (after["accepted"] - before["accepted"]) / drafted
-
-        cold, cold_rate = accepted(prompts)
-        place.await_stored(
-            engine, [known_tokens(*pair) for pair in zip(prompts, cold, strict=True)]
-        )
-        local, local_rate = accepted(prompts)
-        engine.forget()
-        warm, warm_rate = accepted(prompts)
-        assert [answer.cached for answer in warm] == [whole_chunks(len(p)) for p in prompts]
-        assert [answer.tokens for answer in warm] == [answer.tokens for answer in local]
-        assert warm_rate == local_rate
-        # It drafts for itself, so nearly all is right; the rest is rounding.
-        assert min(cold_rate, warm_rate) > 0.9, (cold_rate, warm_rate)
-        (namespace,) = place.node.status()["namespaces"]
-        assert "6 layers" in namespace["parts"]["layout"]
         place.check()
 
 

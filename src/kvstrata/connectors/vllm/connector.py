@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from kvstrata.config import load_config
 from kvstrata.connectors.vllm.events import Events, events_of
-from kvstrata.connectors.vllm.groups import Groups, groups_of
+from kvstrata.connectors.vllm.groups import Groups, cut_by_shape, groups_of
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
@@ -55,6 +55,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         reason = ""
         try:
             groups = groups_of(kv_cache_config, config)
+            kv_cache_config = cut_by_shape(kv_cache_config)
             _refuse_reference_latents(vllm_config, kv_cache_config)
         except Incompatible as error:
             groups, reason = None, str(error)

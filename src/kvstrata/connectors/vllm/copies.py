@@ -25,6 +25,8 @@ from kvstrata.objects import HEADER_BYTES
 logger = logging.getLogger(__name__)
 
 Addresses = npt.NDArray[np.int64]
+Runs = tuple[list[int], list[int], list[int]]
+"""Addresses in slots, addresses in blocks, and lengths."""
 REGISTER_BYTES = 1 << 30
 
 
@@ -48,14 +50,15 @@ class Plan:
         self.slots: Addresses = starts[wanted][np.newaxis, :] + rows
         self.blocks: Addresses = pages.addresses(ids[wanted])
         self.page_bytes = page
+        self.layer_names = pages.layer_names
 
     @property
     def nbytes(self) -> int:
         """What it copies in all."""
         return self.slots.size * self.page_bytes
 
-    def runs(self, layer: int | None = None) -> tuple[list[int], list[int], list[int]]:
-        """Addresses in slots, addresses in blocks, and lengths; of one layer, or of all."""
+    def runs(self, layer: int | None = None) -> Runs:
+        """Of one layer, or of all."""
         pick = slice(None) if layer is None else slice(layer, layer + 1)
         slots, blocks = self.slots[pick].ravel(), self.blocks[pick].ravel()
         if not len(slots):

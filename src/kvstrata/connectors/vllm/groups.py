@@ -1,15 +1,15 @@
 """vLLM's KV cache groups as KVStrata sees them: what a boundary needs of each, and in which blocks.
 
-A group is layers that share a block table. Full attention (and a latent) needs every chunk of a
-prefix, a sliding window the chunks that it reaches back to, chunked local attention those of the
-piece that the next token lies in, a recurrent state itself alone.
+A group is layers that share a block table, and most often a shape. Full attention (and a latent)
+needs every chunk of a prefix, a sliding window the chunks that it reaches back to, chunked local
+attention those of the piece that the next token lies in, a recurrent state itself alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.v1.kv_cache_interface import (
@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 
 from kvstrata.config import Config
@@ -39,14 +40,16 @@ KINDS: dict[type, tuple[GroupKind, str]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """One of vLLM's groups.
+    """One of vLLM's groups, or its layers of one shape.
 
     Args:
-        index: its number, as vLLM counts.
+        index: its number: vLLM's; further shapes of vLLM's groups are counted behind these.
         kind: what a boundary needs of it.
         block_tokens: tokens of one of its blocks.
         reach: tokens of a window, or of a piece of chunked attention; else 0.
         replicated: whether all ranks of a tensor-parallel engine hold the same.
+        more_of: number of the group of vLLM's that these are layers of, and not its first; None: it
+            is one of vLLM's, or the first ones.
     """
 
     index: int
@@ -54,6 +57,12 @@ class Group:
     block_tokens: int
     reach: int = 0
     replicated: bool = False
+    more_of: int | None = None
+
+    @property
+    def table(self) -> int:
+        """Number of vLLM's group, in whose block table its blocks are."""
+        return self.index if self.more_of is None else self.more_of
 
     def needs(self, chunk_tokens: int) -> int:
         """How many of the last chunks before a boundary are needed; 0: every one."""
@@ -78,10 +87,12 @@ class Groups:
     Args:
         each: in vLLM's order.
         chunk_tokens: a whole number of every group's blocks.
+        more: layers of further shapes in these, a draft model's; only workers know of them.
     """
 
     each: tuple[Group, ...]
     chunk_tokens: int
+    more: tuple[Group, ...] = ()
 
     @property
     def prefix_only(self) -> bool:
@@ -111,9 +122,9 @@ class Groups:
         """Blocks of one chunk of a group: a state is one block, whatever came before it."""
         return 1 if group.kind == "recurrent" else self.chunk_tokens // group.block_tokens
 
-    def column(self, index: int) -> int:
+    def column(self, group: Group) -> int:
         """Where among the blocks of a chunk those of a group begin."""
-        return sum(self.width(group) for group in self.each[:index])
+        return sum(self.width(one) for one in self.each[: group.table])
 
     def targets(
         self, block_ids: Sequence[Sequence[int]], tokens: range, chunks: range
@@ -181,6 +192,16 @@ class Groups:
         ]
 
 
+def cut_by_shape(kv_cache_config: Any) -> Any:
+    """vLLM's configuration with one shape of layers in each group, further ones behind them all.
+
+    vLLM puts layers of one kind into one group although their pages differ, a draft model's and the
+    target's, and shows its scheduler the first ones alone.
+    """
+    first, more = _cut(kv_cache_config)
+    return replace(kv_cache_config, kv_cache_groups=[*first, *(group for _, group in more)])
+
+
 def groups_of(kv_cache_config: Any, config: Config) -> Groups:
     """What vLLM's groups are to KVStrata, and how long its chunks are for them.
 
@@ -188,7 +209,9 @@ def groups_of(kv_cache_config: Any, config: Config) -> Groups:
         Incompatible: a group is of a kind that is left uncached; the message names it.
         ConfigError: the configured chunk cuts a block.
     """
-    each = tuple(_group(i, one) for i, one in enumerate(kv_cache_config.kv_cache_groups))
+    first, further = _cut(kv_cache_config)
+    each = tuple(_group(i, one) for i, one in enumerate(first))
+    more = tuple(_group(i, one, table) for i, (table, one) in enumerate(further, len(each)))
     if not each:
         raise Incompatible("the model keeps no KV")
     block_tokens = math.lcm(*(group.block_tokens for group in each))
@@ -199,7 +222,7 @@ def groups_of(kv_cache_config: Any, config: Config) -> Groups:
             f"its blocks of {block_tokens} tokens are longer than a chunk may be, "
             f"{MAX_CHUNK_TOKENS} tokens"
         )
-    return Groups(each, chunk_tokens)
+    return Groups(each, chunk_tokens, more)
 
 
 def chunk_of(config: Config, block_tokens: int, *, stateful: bool = False) -> int:
@@ -220,7 +243,27 @@ def chunk_of(config: Config, block_tokens: int, *, stateful: bool = False) -> in
     return math.ceil(config.chunk_tokens / block_tokens) * block_tokens
 
 
-def _group(index: int, group: Any) -> Group:
+def _cut(kv_cache_config: Any) -> tuple[list[Any], list[tuple[int, Any]]]:
+    """Each group with its first layers' shape alone; and those of other shapes, with its number."""
+    cut = [_alike(group) for group in kv_cache_config.kv_cache_groups]
+    more = [(table, one) for table, group in enumerate(cut) for one in group[1:]]
+    return [group[0] for group in cut], more
+
+
+def _alike(group: Any) -> list[Any]:
+    """A group of vLLM's as one for each shape of its layers, in the order of these."""
+    if not isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+        return [group]
+    specs = group.kv_cache_spec.kv_cache_specs
+    if not group.layer_names:  # this stage of a pipeline has none of it
+        return [replace(group, kv_cache_spec=next(iter(specs.values())))]
+    names: dict[Any, list[str]] = {}
+    for name in group.layer_names:
+        names.setdefault(specs[name], []).append(name)
+    return [replace(group, layer_names=some, kv_cache_spec=shape) for shape, some in names.items()]
+
+
+def _group(index: int, group: Any, more_of: int | None = None) -> Group:
     spec = group.kv_cache_spec
     layers = group.layer_names
     what = f"KV cache group {index}, of {len(layers)} layers ({', '.join(layers[:2])}, ...),"
@@ -244,4 +287,5 @@ def _group(index: int, group: Any) -> Group:
         block_tokens=spec.block_size,
         reach=getattr(spec, reach) if reach else 0,
         replicated=type(spec) is MLAAttentionSpec or bool(getattr(spec, "tp_replicated", False)),
+        more_of=more_of,
     )

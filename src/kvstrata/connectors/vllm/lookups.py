@@ -112,8 +112,8 @@ class Lookups:
         )
         self._link.wait(self._config.deadlines.attach)
         if self.events is not None and self._watch is not None:
-            group = self.events.group
-            self.events.learn(part for part in self.parts if part >> 16 == group)
+            table = self.events.group
+            self.events.learn(one.part for one in each if one.table == table)
             self._watch.start()
         return before == (self.orders, self.parts, self.lengths)
 

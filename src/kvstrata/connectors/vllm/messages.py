@@ -23,12 +23,14 @@ class Held:
         order: name of the byte order its payloads have.
         payload_bytes: of one chunk.
         needs: how many of the last chunks a boundary needs of it; 0: every one.
+        table: number of vLLM's group that it is of.
     """
 
     part: int
     order: str
     payload_bytes: int = 0
     needs: int = 0
+    table: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class WorkerHello(KVConnectorHandshakeMetadata):
     """What the scheduler must know of a worker's KV, once, at start.
 
     Args:
-        held: its objects, one for each layer group.
+        held: its objects, one for each shape of each layer group.
         layout: logical layout of its layers, in one canonical text.
         node: identity of the node it is attached to; empty if to none.
         problem: why the worker cannot take part; empty if it can.

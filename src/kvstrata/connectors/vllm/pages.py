@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.v1.kv_cache_interface import (
-    MLAAttentionSpec,
-    UniformTypeKVCacheSpecs,
-)
+from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from kvstrata.connectors.vllm.groups import KINDS
 from kvstrata.errors import Incompatible, LayoutMismatch, UsageError
@@ -113,7 +110,8 @@ def describe(
 
     Args:
         kv_caches: what ``register_kv_caches`` got: layer name to [kernel blocks, H, N, C].
-        vllm_config, kv_cache_config: what the connector's constructor got.
+        vllm_config: what the connector's constructor got.
+        kv_cache_config: the same, cut by shape.
         group: index into ``kv_cache_config.kv_cache_groups``.
     Returns:
         Addresses and a claimed order; only ``proof.self_test`` makes it a fact.
@@ -122,18 +120,13 @@ def describe(
             that KVStrata cannot read; the message says which.
     """
     _refuse_context_parallel(vllm_config.parallel_config)
-    spec = kv_cache_config.kv_cache_groups[group]
+    spec = kv_cache_config.kv_cache_groups[group].kv_cache_spec
     names = owned_layers(kv_cache_config, group)
     context = vllm_config.compilation_config.static_forward_context
     found = []
     for name in names:
         try:
-            layer_spec = spec.kv_cache_spec
-            if isinstance(layer_spec, UniformTypeKVCacheSpecs):
-                layer_spec = layer_spec.kv_cache_specs[name]
-            found.append(
-                _layer(kv_caches[name], context[name], layer_spec, kv_cache_config.num_blocks)
-            )
+            found.append(_layer(kv_caches[name], context[name], spec, kv_cache_config.num_blocks))
         except KeyError as error:
             raise LayoutMismatch(f"vLLM did not register layer {name} ({error})") from error
         except Incompatible as error:

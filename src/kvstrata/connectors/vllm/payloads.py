@@ -20,7 +20,7 @@ class Payloads:
     Args:
         pages: the worker's pages of the group, proven by their self-test.
         groups: all of the engine's.
-        group: the one.
+        group: the one, or one more shape of it.
         part: which object of a chunk is this worker's.
         stores: whether this worker stores it, or another that holds the same.
     """
@@ -31,16 +31,19 @@ class Payloads:
         self.pages = pages
         self.part = part
         self.stores = stores
+        self.table = group.table
         self.template = _template(pages, groups, group)
         self.needs = group.needs(groups.chunk_tokens)
         self.read_portable = False
         self._per_chunk = groups.num_blocks
-        self._column = groups.column(group.index)
+        self._column = groups.column(group)
         self._width = groups.width(group)
 
     def held(self) -> Held:
         """What the scheduler's side must know."""
-        return Held(self.part, self.pages.order.name, self.template.raw_length, self.needs)
+        return Held(
+            self.part, self.pages.order.name, self.template.raw_length, self.needs, self.table
+        )
 
     def plans(
         self, load: Load, client: NodeClient, offsets: list[list[int]], first: int, last: int

@@ -60,6 +60,7 @@ class SchedulerSide:
         self._off = "the workers have not introduced themselves"
         self._worker_nodes: set[bytes] = set()
         self._copy_rate = 0.0  # bytes per second of the slowest worker; 0: unknown
+        self._chunk_bytes = 0  # of a chunk, on the worker that has most of it
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._allowed = config.hints
         self._inside = config.inside == "on" and not groups.stateful
@@ -88,6 +89,8 @@ class SchedulerSide:
         else:
             self._off = ""
             self._worker_nodes = {hello.node for hello in ranked}
+            self._chunk_bytes = max(sum(one.payload_bytes for one in hello.held)
+                                    for hello in ranked)  # fmt: skip
             try:
                 same = self._lookups.learn(ranked)
             except Exception as error:
@@ -358,11 +361,7 @@ class SchedulerSide:
 
     def _copy_s(self, num_chunks: int) -> float:
         """What the slowest worker takes to copy so many chunks; `inf` if that is unknown."""
-        return (
-            num_chunks * max(self._lookups.lengths) / self._copy_rate
-            if self._copy_rate
-            else math.inf
-        )
+        return num_chunks * self._chunk_bytes / self._copy_rate if self._copy_rate else math.inf
 
     def _doubtful(self) -> bool:
         """Whether a rank may have failed to load what the others compute with."""

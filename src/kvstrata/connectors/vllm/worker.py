@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
-from kvstrata.connectors.vllm.copies import Copier, copy_runs, make_copier
+from kvstrata.connectors.vllm.copies import Copier, Runs, copy_runs, make_copier
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
@@ -46,7 +47,7 @@ class WorkerSide:
 
     Args:
         vllm_config: the engine's configuration.
-        kv_cache_config: the engine's KV cache groups.
+        kv_cache_config: the engine's KV cache groups, cut by shape.
         kv_caches: the engine's tensors by layer.
         link: the way to the node, already started.
         config: KVStrata's.
@@ -68,9 +69,14 @@ class WorkerSide:
         parallel = vllm_config.parallel_config
         self.payloads = {
             group.index: _payloads(vllm_config, kv_cache_config, kv_caches, groups, group)
-            for group in groups.each
+            for group in (*groups.each, *groups.more)
             if kv_cache_config.kv_cache_groups[group.index].layer_names
         }
+        #: of each of vLLM's groups what this worker stores
+        self._stored_of: dict[int, list[int]] = {group.index: [] for group in groups.each}
+        for number, payloads in self.payloads.items():
+            if payloads.stores:
+                self._stored_of[payloads.table].append(number)
         pages = next(iter(self.payloads.values())).pages
         self._copier: Copier = make_copier(pages.device)
         #: what is counted for vLLM's own metrics
@@ -84,8 +90,6 @@ class WorkerSide:
             self.tally,
             self._tracer,
         )
-        # Only what has one group is loaded layer by layer.
-        self._layer_numbers = {name: i for i, name in enumerate(pages.layer_names)}
         self._on_cpu = pages.device.type == "cpu"
         self._chunk = groups.chunk_tokens
         self._link = link
@@ -94,8 +98,8 @@ class WorkerSide:
         self._meta = StepMetadata()
         self._began = 0.0
         self._unfinished = False
-        self._sync_runs: list[list[tuple[list[int], list[int], list[int]]]] = []
-        self._sync_left: set[int] = set()  # layers that these runs have not been copied to
+        # by the layer that they have not been copied to
+        self._sync_left: dict[str, list[Runs]] = {}
         self._sync_kept: list[object] = []
         self._sync_s = 0.0
         self._sync_bytes = 0
@@ -176,10 +180,9 @@ class WorkerSide:
         early, _kept = self._transfers.plan(load, self._client, load.offsets, waiting, count)
         self._sync_bytes += sum(plan.nbytes for plan in (*late, *early))
         self._sync_kept.append(kept)
-        num_layers = len(self._layer_numbers)
-        self._sync_runs += [[plan.runs(i) for i in range(num_layers)] for plan in late]
-        if late:
-            self._sync_left.update(range(num_layers))
+        for plan in late:
+            for i, name in enumerate(plan.layer_names):
+                self._sync_left.setdefault(name, []).append(plan.runs(i))
         for plan in early:
             begun = time.perf_counter()
             self._copier.load(plan, self._copier.mark())
@@ -190,8 +193,8 @@ class WorkerSide:
 
         A draft model may read its layers more than once in a step, and writes between.
         """
-        if self._sync_left and (number := self._layer_numbers.get(layer_name)) in self._sync_left:
-            self._copy_layer(number)
+        if layer_name in self._sync_left:
+            self._copy_layer(layer_name)
 
     def after_forward(self, *, timed: bool = True) -> None:
         """Begin this step's stores.
@@ -201,11 +204,10 @@ class WorkerSide:
         """
         meta = self._meta
         self._unfinished = False
-        for number in tuple(self._sync_left):  # of a draft model that had nothing to do
-            self._copy_layer(number)
+        for layer_name in tuple(self._sync_left):  # of a draft model that had nothing to do
+            self._copy_layer(layer_name)
         self._transfers.rate.note(self._sync_bytes, self._sync_s)
         self._sync_bytes, self._sync_s = 0, 0.0
-        self._sync_runs.clear()
         self._sync_kept.clear()
         if self._num_doubtful:
             # This step's KV was computed from blocks that were not filled.
@@ -266,11 +268,9 @@ class WorkerSide:
 
     # how
 
-    def _copy_layer(self, number: int) -> None:
+    def _copy_layer(self, layer_name: str) -> None:
         begun = time.perf_counter()
-        self._sync_left.discard(number)
-        for runs in self._sync_runs:
-            slots, blocks, lengths = runs[number]
+        for slots, blocks, lengths in self._sync_left.pop(layer_name):
             copy_runs(blocks, slots, lengths)
         self._sync_s += time.perf_counter() - begun
 
@@ -281,14 +281,12 @@ class WorkerSide:
     def _begin_stores(self, stores: list[Any], cost: float) -> None:
         if self._client is not None and self._client.alive:
             for store in stores:
-                payloads = self.payloads.get(store.group)
-                if payloads is None or not payloads.stores:
-                    continue
                 if self._transfers.read_portable:
                     # What was loaded may be lossy, and must not go through a lossy codec again.
                     store = store.computed()
-                if store.blocks:
-                    self._transfers.begin_store(store, self._client, cost)
+                for number in self._stored_of[store.group] if store.blocks else ():
+                    one = store if number == store.group else replace(store, group=number)
+                    self._transfers.begin_store(one, self._client, cost)
 
     def _follow(self, meta: StepMetadata) -> None:
         """Stay with the scheduler's node: leave a dead one's memory before joining the next."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvstrata.testing.models.building import cache_folder
+from kvstrata.testing.models.drafts import tiny_eagle, tiny_even_llama, tiny_glm4_mtp
 from kvstrata.testing.models.packaged import gemma3, smollm2
 from kvstrata.testing.models.texts import Tokenizer, documents
 from kvstrata.testing.models.tiny import TINY, tiny_llama
@@ -26,9 +27,19 @@ __all__ = [
     "documents",
     "gemma3",
     "smollm2",
+    "tiny_eagle",
+    "tiny_even_llama",
+    "tiny_glm4_mtp",
     "tiny_idefics3",
     "tiny_llama",
 ]
 
-MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "gemma3": gemma3, **TINY}
+MODELS: dict[str, Callable[[], Path]] = {
+    "smollm2": smollm2,
+    "gemma3": gemma3,
+    **TINY,
+    "tiny_even_llama": tiny_even_llama,
+    "tiny_eagle": tiny_eagle,
+    "tiny_glm4_mtp": tiny_glm4_mtp,
+}
 """Every model by the name the command line knows it by."""
