@@ -310,6 +310,18 @@ def test_only_what_a_boundary_needs_is_copied(make_rig: Make) -> None:
     rig.check()
 
 
+def test_a_state_is_kept_where_two_prompts_part(make_rig: Make) -> None:
+    """Attention is stored up to there, and no state: the third prompt finds the second one's."""
+    rig = rig_of(make_rig, ("full", "state"))
+    tokens = prompt(333)
+    rig.warm(tokens)
+    rig.warm([*tokens[:200], *prompt(100, seed=1)])
+    computed = [step.num_tokens for step in rig.steps if step.num_tokens]
+    assert computed == [320, 13, 192, 96, 12]
+    assert rig.ask([*tokens[:200], *prompt(90, seed=2)], 3) == 192
+    rig.check()
+
+
 def test_a_state_within_a_chunk_is_of_no_use(make_rig: Make) -> None:
     """It would be taken for the one at the chunk's end."""
     rig = rig_of(make_rig, ("full", "state"), extra={"chunk_tokens": 2 * BLOCK})

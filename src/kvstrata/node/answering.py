@@ -46,6 +46,7 @@ class Answers:
             search.prefill.seconds(here, search.num_found),
             search.peer_refused,
             why,
+            search.bounds.end if search.bounds is not None and search.bounds.full else 0,
         )
         if search.lease is None or search.client.ended:
             return p.Matched(search.id, 0, b"", b"", *reckoned)

@@ -114,6 +114,7 @@ class Matched(Message, tag="matched", frozen=True):
     compute_s: float = 0.0
     peer_refused: str = ""
     why: Reasons = msgspec.field(default_factory=list)
+    end: int = 0
 
 
 class Await(Message, tag="await", frozen=True):

@@ -30,7 +30,7 @@ from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.records import hit_sources, record_of
 from kvstrata.connectors.vllm.requests import RequestState, bypass_of
 from kvstrata.connectors.vllm.stats import Tally
-from kvstrata.connectors.vllm.storing import Stores
+from kvstrata.connectors.vllm.storing import Stores, part_at
 from kvstrata.errors import KVStrataError
 from kvstrata.wire import protocol as p
 
@@ -145,6 +145,8 @@ class SchedulerSide:
             busy = bool(self._active - self._admitted - {request.request_id})
             if not self._lookups.answered(state, busy=busy):
                 return None, False
+        if self._groups.stateful:
+            part_at(state, self._chunk)
         found = state.num_found(self._chunk)
         if found <= num_computed_tokens:
             return 0, False

@@ -240,3 +240,15 @@ class Stores:
             client.hello.address, client.hello.node, request.request_id,
             request.num_prompt_tokens, self._lookups.num_workers, secret_check(client.hello.secret),
         )  # fmt: skip
+
+
+def part_at(state: RequestState, chunk_tokens: int) -> None:
+    """Have vLLM end a step where a prompt parts from a stored one, so that a state is kept there.
+
+    Attention is stored up to that place, states most often not. vLLM does the same for what its own
+    prefix cache has, by the same number, which it sets anew before each question of this kind.
+    """
+    request, reckoned = state.request, state.reckoned
+    place = 0 if reckoned is None else reckoned.end * chunk_tokens
+    if place > getattr(request, "shared_prefix_boundary", place):
+        request.shared_prefix_boundary = place
