@@ -210,7 +210,7 @@ def test_a_registry_that_does_not_answer_is_not_waited_for(
 @pytest.mark.parametrize(
     "changed",
     [{"namespace": "ff"}, {"namespace": "x" * 64}, {"parts": 0}, {"parts": 1 << 40},
-     {"chunk_tokens": 0}],
+     {"chunk_tokens": 0}, {"objects": [-1]}, {"objects": [0, 1], "needs": [1]}],
 )  # fmt: skip
 def test_what_no_node_says_of_itself_is_passed_over(changed: dict[str, Any]) -> None:
     good = Model("ab" * 32, "m", 16, 2)

@@ -81,7 +81,7 @@ def lookup(
     with registry_of(config) as registry:
         there = registry.members()
         prompt = keyed(there, load_secrets(config.secret_file)[0], tokens, namespace)
-        found = look_up(registry, prompt.keys, range(prompt.model.parts), there)
+        found = look_up(registry, prompt.keys, prompt.model.of_chunk, there, prompt.model.needs)
     told = [_told(one, prompt.model.chunk_tokens) for one in found]
     if as_json:
         typer.echo(json_text(told))

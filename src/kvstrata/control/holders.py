@@ -69,7 +69,7 @@ def _held(
     most: dict[str, int] = {}
     for secret in sought.secrets:
         keys = KeyChain(secret, digest, size, sought.salt).keys(sought.tokens)
-        for found in lookup(registry, keys, range(model.parts), asked):
+        for found in lookup(registry, keys, model.of_chunk, asked, model.needs):
             name = found.member.name
             most[name] = max(most.get(name, 0), len(found.tiers) * size)
     return most

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from kvstrata.fleet.members import Member
@@ -55,7 +56,8 @@ class Found(NamedTuple):
 
     Args:
         member: the node.
-        tiers: of each leading chunk that it has, the fastest of its tiers that has it.
+        tiers: of each leading chunk that would hit, the fastest of its own tiers that has it; where
+            nothing of it is needed, that of the last one.
     """
 
     member: Member
@@ -74,14 +76,16 @@ def lookup(
     keys: Sequence[bytes],
     parts: Sequence[int] = (0,),
     members: Sequence[Member] | None = None,
+    needs: Sequence[int] = (),
 ) -> list[Found]:
-    """Which nodes hold how many leading chunks of a prompt, and in which of their own tiers.
+    """Which nodes could go on with a prompt behind how many of its chunks, and out of which tiers.
 
     Args:
         registry: of the fleet.
         keys: of the prompt's chunks, head first.
         parts: what makes up a chunk.
         members: of whom to ask; None: of all that are registered.
+        needs: of each part, how many of the last chunks are needed; 0, or none given: every one.
     Returns:
         Those that have anything, who has most first.
     Raises:
@@ -97,7 +101,7 @@ def lookup(
     with registry.call():
         answers = iter(registry.script(_HELD, sets, ids, ID_BYTES, SLICE))
     found = [
-        Found(one, _leading(tiers, [next(answers) for _ in tiers], len(parts)))
+        Found(one, _leading(tiers, [next(answers) for _ in tiers], needs or [0] * len(parts)))
         for one, tiers in asked
     ]
     return sorted(
@@ -110,27 +114,49 @@ def own_tiers(member: Member) -> list[str]:
     return [one.tier for one in member.tiers if not one.shared]
 
 
-def _leading(tiers: Sequence[str], runs: Sequence[Sequence[int]], num_parts: int) -> list[str]:
+def _leading(
+    tiers: Sequence[str], runs: Sequence[Sequence[int]], needs: Sequence[int]
+) -> list[str]:
     """The tier of each leading chunk: that of its slowest part, each part where it is fastest."""
     held = np.stack([np.repeat(np.arange(len(one)) % 2 == 0, one) for one in runs])
-    fastest = held.argmax(axis=0).reshape(-1, num_parts)
-    there = held.any(axis=0).reshape(-1, num_parts).all(axis=1)
-    count = fastest.shape[0] if there.all() else int(there.argmin())
-    return [tiers[place] for place in fastest[:count].max(axis=1)]
+    fastest = held.argmax(axis=0).reshape(-1, len(needs))
+    count = _boundary(held.any(axis=0).reshape(-1, len(needs)), np.array(needs))
+    left = np.arange(count, 0, -1)[:, np.newaxis]
+    needed = (np.array(needs) == 0) | (left <= needs)
+    slowest = np.where(needed, fastest[:count], -1).max(axis=1)
+    return [tiers[place if place >= 0 else slowest[-1]] for place in slowest]
 
 
-def holders(registry: Registry, key: bytes, tier: str, members: Iterable[Member]) -> list[Member]:
-    """Those that hold a chunk in a tier; one round trip.
+def _boundary(there: npt.NDArray[np.bool_], needs: npt.NDArray[np.int64]) -> int:
+    """The most leading chunks behind which all is there that is needed.
+
+    Args:
+        there: (chunks, parts).
+        needs: (parts,), how many of the last chunks; 0: every one.
+    """
+    numbers = np.arange(1, len(there) + 1)[:, np.newaxis]
+    in_a_row = numbers - np.maximum.accumulate(np.where(there, 0, numbers), axis=0)
+    wanted = np.where(needs == 0, numbers, np.minimum(needs, numbers))
+    good = (in_a_row >= wanted).all(axis=1)
+    return int(numbers[good].max(initial=0))
+
+
+def holders(
+    registry: Registry, objects: Sequence[tuple[bytes, int]], tier: str, members: Iterable[Member]
+) -> list[Member]:
+    """Those that hold any of these objects, by key and part, in a tier; one round trip.
 
     Raises:
         TierUnavailable: the registry cannot be used.
     """
     asked = list(members)
+    ids = dict.fromkeys(id_of(key, part) for key, part in objects)
     with registry.call():
         answers = registry.client.batch(
-            [
-                ("SISMEMBER", registry.names.held(one.name, one.boot, tier), id_of(key, 0))
-                for one in asked
-            ]
+            [("SMISMEMBER", registry.names.held(one.name, one.boot, tier), *ids) for one in asked]
         )
-    return [one for one, held in zip(asked, answers, strict=True) if held]
+    return [
+        one
+        for one, held in zip(asked, answers, strict=True)
+        if isinstance(held, list) and any(held)
+    ]

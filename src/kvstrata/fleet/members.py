@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -19,6 +20,7 @@ MAX_PARTS = 4096
 
 _Text = Annotated[str, msgspec.Meta(max_length=512)]
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class Holding(msgspec.Struct, frozen=True):
@@ -39,12 +41,25 @@ class Model(msgspec.Struct, frozen=True):
         model: the model's name, where they told it.
         chunk_tokens: of a chunk.
         parts: how many objects make up a chunk.
+        objects: which these are; none: the first so many, as older nodes say.
+        needs: of each of them, how many of the last chunks a boundary needs; 0, or none: every one.
     """
 
     namespace: _Digest
     model: _Text = ""
     chunk_tokens: Annotated[int, msgspec.Meta(ge=1)] = 128
     parts: Annotated[int, msgspec.Meta(ge=1, le=MAX_PARTS)] = 1
+    objects: Annotated[list[_Number], msgspec.Meta(max_length=MAX_PARTS)] = []
+    needs: Annotated[list[_Number], msgspec.Meta(max_length=MAX_PARTS)] = []
+
+    def __post_init__(self) -> None:
+        if self.needs and len(self.needs) != len(self.objects):
+            raise ValueError("as many needs as objects")
+
+    @property
+    def of_chunk(self) -> Sequence[int]:
+        """The parts that make up a chunk."""
+        return self.objects or range(self.parts)
 
 
 class Member(msgspec.Struct, frozen=True):

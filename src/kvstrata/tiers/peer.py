@@ -55,8 +55,8 @@ class PeerTier(SharedTier):
         self._asking = ThreadPoolExecutor(5 * len(self.peers) or MOST_ASKING, "kvstrata-peers")
         # Whom a client names may be anybody, and must not hold up those that are configured.
         self._asking_named = ThreadPoolExecutor(NAMED_THREADS, "kvstrata-named")
-        self.find: Callable[[bytes], set[Address]] | None = None
-        """Says who is to have a chunk, so that nobody else is asked for what begins with it."""
+        self.find: Callable[[Sequence[tuple[bytes, int]]], set[Address]] | None = None
+        """Says who is to have any of these objects, by key and part: nobody else is asked."""
         self._connect = connect
         self._named: OrderedDict[Address, Peer] = OrderedDict()
         self._tries: dict[Peer, Future[p.Reply]] = {}
@@ -92,12 +92,21 @@ class PeerTier(SharedTier):
         """See `Store.stat`: all peers are asked at once, but for those that are left alone."""
         return self.stat_of(ids, None)
 
-    def stat_of(self, ids: Sequence[bytes], named: Address | None) -> list[Stat | Outcome]:
-        """The same, of all peers and of one that a request names."""
+    def stat_of(
+        self, ids: Sequence[bytes], named: Address | None, *, head_first: bool = True
+    ) -> list[Stat | Outcome]:
+        """The same, of all peers and of one that a request names.
+
+        Args:
+            ids: of the objects.
+            named: that peer.
+            head_first: whether who lacks the first of them has none that is of use.
+        """
         also = self._meet(named) if named is not None else None
         asked = self.peers
         if self.find is not None and ids:
-            having = self.find(parts.named(ids[0][-OBJECT_ID_BYTES:])[0])
+            some = ids[:1] if head_first else ids
+            having = self.find([parts.named(one[-OBJECT_ID_BYTES:]) for one in some])
             asked = [peer for peer in asked if peer.address in having]
         answers = self._ask_all(p.Stat(list(ids)), also, asked)
         if also is None:

@@ -75,11 +75,11 @@ class Finding:
                 logger.warning("the fleet's node %s is no peer: %s", member.name, error)
             return None
 
-    def _find(self, key: bytes) -> set[Address]:
-        """Who holds a chunk in host memory; blocks."""
+    def _find(self, objects: Sequence[tuple[bytes, int]]) -> set[Address]:
+        """Who holds any of these objects, by key and part, in host memory; blocks."""
         members = self._members
         try:
-            found = holdings.holders(self._registry, key, "host", members.values())
+            found = holdings.holders(self._registry, objects, "host", members.values())
         except TierUnavailable:
             return set()
         names = {one.name for one in found}

@@ -331,7 +331,9 @@ def _model(shown: dict[str, Any]) -> Model:
     parts = shown["parts"]
     ranks = parts["tensor_parallel"] * parts["pipeline_parallel"] * parts["context_parallel"]
     name = str(shown["model"].get("name", ""))[:512]
-    return Model(shown["digest"], name, parts["chunk_tokens"], ranks)
+    objects, needs = shown["objects"], shown["needs"]
+    size = parts["chunk_tokens"]
+    return Model(shown["digest"], name, size, len(objects) or ranks, objects, needs)
 
 
 def named(config: Config, path: Path | None) -> Config:

@@ -57,7 +57,8 @@ class PeerBacking(SharedBacking):
         return self.tier.fails(peer)
 
     def _stat(self, question: Question, names: Sequence[bytes]) -> list[Stat | Outcome]:
-        return self.tier.stat_of(names, question.peer)
+        # Of windows and states the one of a chunk says nothing of the next one's.
+        return self.tier.stat_of(names, question.peer, head_first=not any(question.needs))
 
     async def run(self) -> None:
         """Keep up with who answers; how fast they are, the first loads will tell."""
