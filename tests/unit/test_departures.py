@@ -79,6 +79,16 @@ def test_only_what_left_since() -> None:
     assert departures.since(KEYS[0], clock() - 1.0) is None
 
 
+def test_what_left_within_the_same_millisecond_is_no_earlier() -> None:
+    clock = ManualClock()
+    departures = Departures(clock)
+    clock.advance(0.0102)
+    begin = clock()
+    clock.advance(0.0006)
+    departures.left("disk", KEYS[0], 0, Cause.LOST)
+    assert departures.since(KEYS[0], begin) is not None
+
+
 def test_the_oldest_are_forgotten() -> None:
     departures = Departures(ManualClock(), most=3)
     for key in KEYS:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,27 @@ def test_a_request(serving: Serving, command: Any) -> None:
     assert lines[2].startswith("  44 tokens: the end of the prompt")
     status, out, _ = command("explain", "chat-17-a", serving.node, "--json")
     assert json.loads(out)["record"]["reasons"][0] == evicted
+
+
+def test_why_a_chunk_did_not_come_however_late_the_record_is_heard(
+    serving: Serving, command: Any
+) -> None:
+    """A busy node hears of a request some time after it has ended."""
+    keys, began = serving.keys(TOKENS), time.monotonic()
+    serving.attached.store(keys)
+    serving.client.clear(keys)
+    failed = {"why": "the load failed", "tokens": 128, "tier": "disk", "key": keys[0].hex()}
+    for name, arrived_at in (("before", began), ("after", began + 60.0)):
+        serving.client.record({
+            "request": name, "prompt_tokens": 300, "seconds": 0.0, "arrived_at": arrived_at,
+            "reasons": [failed],
+        })  # fmt: skip
+    whys = {}
+    for name in ("before", "after"):
+        record = explain_request(serving.client, name, 5.0).record
+        assert "arrived_at" not in record
+        whys[name] = record["reasons"][0]["why"]
+    assert whys == {"before": "cleared", "after": "the load failed"}
 
 
 def test_a_record_of_no_numbers(serving: Serving, command: Any) -> None:

@@ -321,16 +321,25 @@ def store_in_portable(node: Node, keys: Sequence[bytes]) -> None:
 
 
 class TestInTime:
-    def test_a_slow_store_still_hits(self) -> None:
-        """40 ms a round trip, and a timeout of 20: it is known to be far away, and waited for."""
+    def test_a_slow_store_still_hits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is known to be far away, and waited for longer than the timeout says."""
+        monkeypatch.setattr("kvstrata.node.service.shared.LONGEST_S", 60.0)
 
         async def test(fleet: Fleet, a: Node, b: Node) -> None:
-            keys = chunk_keys(3)
+            keys, far = chunk_keys(3), b.backings[0]
+            assert isinstance(far, SharedBacking)
+            assert far.patience_s == 1.5 * far._presence.round_s >= 0.06, "as it was timed"
+            far._presence.round_s = 30.0  # nor has a busy machine more than 45 s to answer in
             store(a, ME, keys)
             await flush(a, ME)
-            assert await get(b, keys) == [SHARED] * 3
+            fleet.shut("stat")
+            asking = asyncio.ensure_future(get(b, keys))
+            await asyncio.sleep(2 * far.lookup_timeout_s)
+            assert not asking.done()
+            fleet.open()
+            assert await asking == [SHARED] * 3
 
-        fleet = Fleet(lasts_s=2.0)
+        fleet = Fleet(lasts_s=600.0)  # the store is timed once
         fleet.delay_s = 0.04
         of_fleet(test, fleet=fleet, lookup_timeout_s=0.02)
 

@@ -18,6 +18,8 @@ REMEMBERED = 1 << 16
 EMPTYINGS = 64
 """Clears of whole tiers that are remembered."""
 NAME_BYTES = 8
+STEP_S = 1e-3
+"""Moments are remembered in whole ones of these."""
 
 _CAUSES = tuple(Cause)
 _TIER_BITS = _CAUSE_BITS = 8
@@ -86,12 +88,12 @@ class Departures:
             return None
         rest, cause = divmod(packed, 1 << _CAUSE_BITS)
         when, number = divmod(rest, 1 << _TIER_BITS)
-        return Departure(self._tiers[number], _CAUSES[cause], self._began + when / 1e3)
+        return Departure(self._tiers[number], _CAUSES[cause], self._began + when * STEP_S)
 
     def since(self, key: bytes, begin: float) -> Departure | None:
         """How a chunk left a tier after this moment, whatever came into one since."""
         last = self.of(name_of(key))
-        return last if last is not None and last.at >= begin else None
+        return last if last is not None and last.at > begin - STEP_S else None
 
     @property
     def cleared_at(self) -> float | None:
@@ -125,7 +127,7 @@ class Departures:
             self._held.popitem(last=False)
 
     def _note(self, name: int, number: int, cause: Cause, at: float) -> None:
-        when = int((at - self._began) * 1e3)
+        when = int((at - self._began) / STEP_S)
         self._gone[name] = (when << _TIER_BITS | number) << _CAUSE_BITS | _CAUSES.index(cause)
         self._gone.move_to_end(name)
         if len(self._gone) > self._most:

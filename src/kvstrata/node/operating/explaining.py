@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -110,11 +111,15 @@ class Explainer:
         Raises:
             UsageError: its reasons are none.
         """
+        arrived_at = record.pop("arrived_at", None)
         if "reasons" not in record:
             return
         try:
             reasons = msgspec.convert(record["reasons"], _List)
-            begin = self._reasons.clock() - float(record.get("seconds", 0.0))
+            # Both ends read one clock of their machine, however late this is heard.
+            if arrived_at is None:
+                arrived_at = time.monotonic() - float(record.get("seconds", 0.0))
+            begin = self._reasons.clock() - (time.monotonic() - float(arrived_at))
         except (msgspec.ValidationError, TypeError, ValueError) as error:
             raise UsageError(f"a record with reasons that are none: {error}") from error
         if any(one.key for one in reasons):
