@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from kvstrata.connectors.vllm.groups import Groups
+from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.requests import Beginning, RequestState
 from kvstrata.errors import KVStrataError
 from kvstrata.objects import MARK_TOKENS
@@ -46,6 +46,7 @@ def ask(
     lengths: Sequence[int],
     needs: list[int],
     groups: Groups,
+    owners: Sequence[Group],
     token_s: float,
 ) -> Call:
     """Begin to ask, see `kvstrata.wire.protocol.Inside`.
@@ -54,6 +55,7 @@ def ask(
         lengths: payload bytes of each part of a chunk.
         needs: of each part, as a match says it; none: every chunk of each.
         groups: the engine's.
+        owners: of each part that of them which it is of.
         token_s: seconds that computing a token takes.
 
     Raises:
@@ -64,7 +66,6 @@ def ask(
     # Of a prompt's last token, too, which is computed: an object may end with it.
     stop = min(state.request.num_tokens, state.hints.load_limit, (number + 1) * size)
     marks = state.marks(range(number, number + 1), stop)
-    owners = [groups.each[part >> 16] for part in parts]
     per_block = [
         length // groups.width(group) for length, group in zip(lengths, owners, strict=True)
     ]

@@ -19,7 +19,7 @@ from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.vllm import beginnings
 from kvstrata.connectors.vllm.events import Events, NodeWatch
 from kvstrata.connectors.vllm.fingerprint import Namespaces, explain_auto
-from kvstrata.connectors.vllm.groups import Groups
+from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import WorkerHello
 from kvstrata.connectors.vllm.pace import Pace
@@ -87,6 +87,7 @@ class Lookups:
         self.parts: list[int] = []
         self.lengths: list[int] = []
         self.needs: list[int] = []
+        self._owners: list[Group] = []  # of each part that of vLLM's groups which it is of
         self.num_workers = 0
         #: requests that have asked or hold a lease, and have not been scheduled
         self.looking: set[str] = set()
@@ -102,6 +103,7 @@ class Lookups:
         held = {one.part: one for hello in ranked for one in hello.held}
         self.parts = sorted(held)
         each = [held[part] for part in self.parts]
+        self._owners = [self._groups.each[one.table] for one in each]
         self.orders = [*dict.fromkeys(one.order for one in each), PORTABLE]
         self.lengths = [one.payload_bytes for one in each]
         self.needs = [one.needs for one in each] if any(one.needs for one in each) else []
@@ -318,11 +320,10 @@ class Lookups:
         if self.client is None or not beginnings.is_next(state):
             return False
         token_s, pair_s = self.pace.computing.speeds()
-        at = len(state.tiers) * self._chunk
         with contextlib.suppress(NodeUnavailable):
             state.call = beginnings.ask(
                 state, self.client, self.parts, self.orders, self.lengths, self.needs,
-                self._groups, token_s + pair_s * at,
+                self._groups, self._owners, token_s + pair_s * len(state.tiers) * self._chunk,
             )  # fmt: skip
             state.asked_inside = True
             state.asked_at = state.seen_at = time.monotonic()
@@ -331,8 +332,7 @@ class Lookups:
 
     def _is_worth_a_step(self, state: RequestState) -> bool:
         """Whether what is inside may save more than the step that it costs to ask again."""
-        token_s, _ = self.pace.computing.speeds()
-        return token_s * beginnings.num_tokens(state) > self.pace.step_s()
+        return self.pace.computing.speeds()[0] * beginnings.num_tokens(state) > self.pace.step_s()
 
     def _tail_lengths(self, state: RequestState) -> list[int]:
         """Payload bytes of each part of a prompt's end: so many of a chunk's blocks."""
