@@ -260,6 +260,7 @@ def test_it_may_be_let_go_of_again() -> None:
         assert len(offsets_of(arrived.offsets)) == 2 * len(PARTS)
         again = engine.inside(parting(2 * CHUNK + 40), matched.lease, 2)
         assert (again.lease, again.have, again.key) == (matched.lease, 2, nearest.key)
+        assert [(one.start, one.stop) for one in node.leases[again.lease].shape] == [(0, 2), (2, 3)]
         engine.check(again, offsets_of(again.offsets))
         assert engine.client.leased_bytes == before
         engine.release(matched.lease)

@@ -66,10 +66,6 @@ class _Asked(NamedTuple):
         """Parts of a chunk, where not every one is needed of each; else 0, as of a `Lease`."""
         return len(self.parts) if self.bounded else 0
 
-    def shape(self, number: int) -> list[Stretch]:
-        """Of a lease's chunk of that number, of which all parts are needed."""
-        return [Stretch(number, number + 1, tuple(range(self.width)))] if self.bounded else []
-
     def sizes_of(self, child: Child) -> dict[int, int]:
         """Bytes of each of its objects when it is raw: it has as few blocks as hold its tokens."""
         each = zip(self.parts, self.lengths, self.block_tokens, strict=True)
@@ -245,12 +241,12 @@ class Insides:
             new = given[0]
         row = self._host.row(child.key, asked.parts, with_slots(located.places, new))
         if lease is None:
-            lease = self._leases.grant(client, asked.orders, asked.shape(0), asked.width)
+            lease = self._leases.grant(client, asked.orders)
             lease.whole = True
         elif lease.shape:
             have = lease.num_chunks
             before = [one for one in lease.shape if one.stop <= have]
-            lease.shape = [*before, *asked.shape(have)]
+            lease.shape = [*before, Stretch(have, have + 1, tuple(range(lease.width)))]
         self._leases.extend(lease, [row])
         self._movement.start(load, new, len(asked.parts))
         self._sampler.note_hits([child.key], asked.parts, [row])
