@@ -339,16 +339,3 @@ def test_200_requests_while_nodes_die_at_random(make_rig: Callable[..., Rig]) ->
     loaded = second.num_external
     assert loaded > 100 * CHUNK, "most came from the other node all the same"
     pair.settle()
-
-
-def test_of_several_groups_the_whole_chunks_that_are_there_are_shared(
-    make_rig: Callable[..., Rig],
-) -> None:
-    """No end of a prompt, and nothing is waited for: a window or a state cannot come in parts."""
-    pair = pair_of(make_rig, kinds=("full", "window", "state"), num_blocks=160)
-    tokens = prompt(200)
-    transfer = prefill(pair, tokens)
-    assert transfer is not None
-    pair.prefill.settle()
-    assert decode(pair, tokens, transfer) == 6 * CHUNK
-    pair.settle()

@@ -336,3 +336,17 @@ def test_a_prompt_s_end_is_within_the_limits_too(pair: Pair) -> None:
         pair.decode.settle()
         pair.decode.reset()
     pair.prefill.check()
+
+
+@pytest.mark.parametrize("kinds", [("full", "window"), ("full", "state"), ("state",)])
+@pytest.mark.parametrize(("most", "loaded"), [(LONG + 5, LONG), (3 * CHUNK + 1, 3 * CHUNK), (0, 0)])
+def test_of_several_groups_the_longest_boundary_is_loaded_that_was_said(
+    make_rig: Make, kinds: tuple[str, ...], most: int, loaded: int
+) -> None:
+    """A state is where a step ended, so these are as long as what may be loaded."""
+    rig = make_rig(kinds=kinds, num_blocks=160, max_num_batched_tokens=CHUNK)
+    tokens = prompt(LONG + 5)
+    rig.warm(tokens)
+    assert rig.ask(tokens, **say({"max_load_tokens": most})) == loaded
+    assert last(rig)["loaded_tokens"] == loaded
+    rig.check()

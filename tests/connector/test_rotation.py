@@ -19,7 +19,7 @@ from tests.connector.test_disaggregated import Pair, decode, params, prefill, re
 from vllm.v1.request import RequestStatus
 
 from kvstrata.connectors.naming import prefill_elsewhere
-from kvstrata.connectors.vllm.lookups import WRITTEN_S
+from kvstrata.connectors.vllm.elsewhere import WRITTEN_S
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import NodeUnavailable
 from kvstrata.objects import HEADER_BYTES, checksum, object_id

@@ -38,7 +38,8 @@ def request(prompt: Sequence[int], max_tokens: int = NEW_TOKENS, **more: Any) ->
     """One request as `Engine.ask` takes it.
 
     Args:
-        more: ``salt``, ``lora``, ``embeds``, ``regex`` of the answer, ``images`` (seeds of them).
+        more: ``salt``, ``lora``, ``embeds``, ``regex`` of the answer, ``images`` (seeds of them),
+            ``transfer`` (its ``kv_transfer_params``).
     """
     return {"prompt": list(prompt), "max_tokens": max_tokens, **more}
 

@@ -245,6 +245,8 @@ class Child:
             from vllm.sampling_params import StructuredOutputsParams
 
             params.structured_outputs = StructuredOutputsParams(regex=regex)
+        if transfer := request.get("transfer"):
+            params.extra_args = {"kv_transfer_params": transfer}
         prompt: Reply = {"prompt_token_ids": request["prompt"]}
         if request.get("embeds"):
             prompt = {"prompt_embeds": self._embed(request["prompt"])}
@@ -265,6 +267,7 @@ class Child:
             self._outputs[output.request_id] = {
                 "tokens": list(output.outputs[0].token_ids),
                 "cached": output.num_cached_tokens,
+                "transfer": output.kv_transfer_params,
                 "finished": output.finished,
             }
 

@@ -115,7 +115,7 @@ def in_small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "SLICE", 2)
     monkeypatch.setattr(matching, "SLICE_OBJECTS", 2)
     monkeypatch.setattr(grouped, "SLICE", 2)
-    monkeypatch.setattr(grouped, "SLICE_STARTS", 1)
+    monkeypatch.setattr(matching, "SLICE_STARTS", 1)
     monkeypatch.setattr(grouped, "NOTE_SLICE", 2)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tests.support.groups import (
     WINDOW,
     Needs,
     group_template,
+    load_needs,
     needed,
     store_part,
 )
@@ -21,17 +22,20 @@ from tests.support.members import Member
 from tests.support.nodes import (
     ORDER,
     RAW,
+    SLOT,
     GatedTier,
     chunk_keys,
     clear,
     flush,
     on_node,
+    owned,
     payload,
     until,
 )
 
 from kvstrata.keys import Namespace
 from kvstrata.node.node import Node
+from kvstrata.node.operating import prefetching
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.transfer.tcp import Address
@@ -46,7 +50,7 @@ PARTS = list(NEEDS)
 SPACE = Namespace("fingerprint", "layout", 128)
 DIGEST = SPACE.digest()
 TOLD = Described(SPACE, {}, [ORDER], PARTS, list(NEEDS.values()), [RAW] * 3)
-STORED = {FULL: range(6), WINDOW: range(2, 5), STATE: [1, 4]}
+STORED: Mapping[int, Sequence[int]] = {FULL: range(6), WINDOW: range(2, 5), STATE: [1, 4]}
 """Numbers of the chunks that have each part: the longest boundary is behind the fifth."""
 
 
@@ -149,8 +153,8 @@ def members(tmp_path: Path) -> Iterator[Callable[..., Member]]:
         yield make
 
 
-def store(member: Member, keys: list[bytes]) -> None:
-    for part, numbers in STORED.items():
+def store(member: Member, keys: list[bytes], stored: Mapping[int, Sequence[int]] = STORED) -> None:
+    for part, numbers in stored.items():
         for number in numbers:
             call = member.client.reserve(
                 DIGEST, keys[: number + 1], number, part, group_template(part)
@@ -203,3 +207,52 @@ def test_a_prefix_is_sent_with_what_its_boundary_needs(members: Callable[..., Me
     told = operator.job(job)
     assert (told.state, told.done, told.troubles) == ("done", 5, [])
     assert load(b, keys) == [0] * 5
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_a_long_prefix_is_sent_in_portions_and_its_end_at_once(
+    members: Callable[..., Member], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Before the boundary there are windows and states for none of the portions' ends."""
+    monkeypatch.setattr(prefetching, "SEND_CHUNKS", at_once)
+    a = members(**{"peer.named": "loopback"})
+    b = members(**{"peer.named": "loopback"})
+    keys = chunk_keys(9)
+    store(a, keys, {FULL: range(8), WINDOW: [5, 6], STATE: [6]})
+    a.client.record(TOLD.record())
+    operator = Operator(a.client)
+    job = operator.send(keys, str(b.address), PARTS, [ORDER], (), DIGEST)
+    a.until(lambda: operator.job(job).state != "running")
+    told = operator.job(job)
+    assert (told.state, told.done, told.troubles) == ("done", 7, [])
+    assert told.note == "this node has no more of it"
+    assert load(b, keys) == [0] * 7
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_pinned_prefix_keeps_what_its_end_needs(below: bool) -> None:
+    """Though a longer prompt passes over its windows and its state, and others need the room."""
+
+    async def test(node: Node) -> None:
+        keys, me, owner = chunk_keys(8), Client("pid 1"), bytes(range(16))
+        tiers: list[Any] = [node.host.index, *(owned(node).index for _ in range(below))]
+        for index in tiers:
+            index.pinned.most_bytes = index.pinned.most_of_owner = 20 * SLOT
+        for part in PARTS:
+            await store_part(node, me, keys, part, namespace=DIGEST)
+        reply = node.handle(me, p.Pin(1, b"".join(keys[:6]), owner, "prefix", 60.0))
+        assert isinstance(reply, Awaitable)
+        pinned = await reply
+        assert isinstance(pinned, p.Pinned)
+        assert (pinned.num_chunks, pinned.num_kept) == (6, 6)
+        assert await load_needs(node, me, keys, NEEDS) == 8
+        for prompt in range(1, 10):
+            for part in PARTS:
+                await store_part(node, me, chunk_keys(4, prompt), part, namespace=DIGEST)
+            await flush(node, me)
+        assert await load_needs(node, me, keys, NEEDS) == 6, "no longer one is left"
+        if below:
+            await clear(node, me, tiers=["host"])
+            assert await load_needs(node, me, keys, NEEDS) == 6
+
+    on_node(test, slots=30, tier=GatedTier() if below else None, tier_slots=30)

@@ -371,8 +371,8 @@ def test_a_needs_that_goes_with_nothing_is_refused() -> None:
             p.Match(1, keys, [FULL, WINDOW], [ORDER], needs=[1]),
             p.Match(1, keys, [FULL], [ORDER], needs=[-1]),
             p.Match(1, keys, [FULL], [ORDER], needs=[p.MAX_KEYS + 1]),
-            p.Match(1, keys, [FULL], [ORDER], expected_s=1.0, needs=[1]),
-            p.Match(1, keys, [FULL], [ORDER], [RAW], tail=[RAW], needs=[1]),
+            p.Match(1, keys, [FULL], [ORDER], expected_s=-1.0, needs=[1]),
+            p.Match(1, keys, [FULL], [ORDER], [RAW], tail=[RAW, RAW], needs=[1]),
         ):
             with pytest.raises(UsageError):
                 node.match(ME, wrong)

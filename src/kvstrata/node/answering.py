@@ -38,7 +38,10 @@ class Answers:
         why = yield from self._why(search)
         offsets = yield from self._offsets(search)
         self._count(search)
-        here = next((i for i, nbytes in enumerate(search.coming) if nbytes), len(search.coming))
+        here = search.here
+        if here < 0:
+            coming = (i for i, nbytes in enumerate(search.coming) if nbytes)
+            here = next(coming, len(search.coming))
         reckoned = (
             search.num_found,
             search.load_s,

@@ -4,6 +4,10 @@ Full attention needs every chunk before a boundary, a window the last ones, a re
 last one. So it is found out first how far the prompt goes on, then which boundary on that way is
 the longest one that is whole; only then is anything leased: what that boundary needs. Where some
 of it has gone meanwhile, or there is no room for it, the next lower one is taken.
+
+What a named peer is about to have counts for the end of the prompt alone: where everything that end
+needs is to come, that is leased. A boundary is of use only whole, so whoever waits in vain asks
+again, for what is there.
 """
 
 from __future__ import annotations
@@ -13,14 +17,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from kvstrata.node.bounds import Bounds
-from kvstrata.node.common.planner import plan
 from kvstrata.node.common.slices import Work, in_slices
-from kvstrata.node.matching import SLICE, SLICE_STARTS, Matcher
+from kvstrata.node.matching import SLICE, Matcher
 from kvstrata.node.operating.explaining import Looked
+from kvstrata.node.pricing import Prices
 from kvstrata.node.searching import Search
 from kvstrata.node.service.backing import Backing, Question
 from kvstrata.node.service.promotions import Load
-from kvstrata.node.slots.boundaries import longest, stretches
+from kvstrata.node.slots.boundaries import longest
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.leases import Lease, is_wanted
 from kvstrata.node.slots.slot import Row
@@ -81,7 +85,8 @@ class GroupMatcher(Matcher):
             while not search.take_in():
                 yield None
             yield from self._find_out(search, bounds)
-            yield from self._settle(search, bounds)
+            if not (yield from self._expect_end(search, bounds)):
+                yield from self._settle(search, bounds)
             yield from self._start(search, bounds)
             yield from self._note_uses(search, bounds)
             search.parts = bounds.full
@@ -103,7 +108,7 @@ class GroupMatcher(Matcher):
             yield None
         yield from self._find_out(search, bounds)
         tiers = bytearray()
-        for one in stretches(bounds.needs, bounds.boundary):
+        for one in bounds.stretches():
             parts = bounds.parts_of(one)
             for number in range(one.start, one.stop):
                 if number % WALK_SLICE == WALK_SLICE - 1:
@@ -132,7 +137,8 @@ class GroupMatcher(Matcher):
         if bounds.boundary < bounds.end:
             # What the longest one known needs is there, so no longer one lacks anything before it.
             rest = search.keys[bounds.boundary : bounds.end]
-            some = [(part, need) for part, need in zip(bounds.parts, bounds.needs, strict=True)
+            needs_there = bounds.needs_at(bounds.end)
+            some = [(part, need) for part, need in zip(bounds.parts, needs_there, strict=True)
                     if need]  # fmt: skip
             parts, needs = zip(*some, strict=True)
             yield from self._hear(search, asked, Question(
@@ -152,12 +158,24 @@ class GroupMatcher(Matcher):
             bounds.end += 1
 
     def _find_boundary(self, search: Search, bounds: Bounds, most: int) -> Work[None]:
+        bounds.boundary, hole = yield from self._longest(search, bounds, most)
+        if most == bounds.end:
+            bounds.hole = hole
+
+    def _longest(self, search: Search, bounds: Bounds, most: int) -> Work[tuple[int, int]]:
+        """As `longest`."""
+
         def there(column: int, number: int) -> bool:
             return self._has(search, search.keys[number], (bounds.parts[column],))
 
-        bounds.boundary, hole = yield from longest(bounds.needs, most, there)
-        if most == bounds.end:
-            bounds.hole = hole
+        needs = bounds.needs_at(most)
+        if needs == bounds.needs:
+            return (yield from longest(needs, most, there))
+        # Of what no whole chunk ends but the prompt: that is one, or a shorter one is as all are.
+        boundary, hole = yield from longest(needs, most, there, most - 1)
+        if boundary < most:
+            boundary, _ = yield from longest(bounds.needs, most - 1, there)
+        return boundary, hole
 
     def _has(self, search: Search, key: bytes, parts: tuple[int, ...]) -> bool:
         """Whether these parts of a chunk are somewhere, in an order that can be read."""
@@ -177,18 +195,36 @@ class GroupMatcher(Matcher):
 
     # leasing
 
+    def _expect_end(self, search: Search, bounds: Bounds) -> Work[bool]:
+        """Lease what the prompt's end needs, as the named peer is to have it; whether that went."""
+        known = bounds.boundary
+        if search.peer is None or not search.expected_s or known == len(search.keys):
+            return False
+        bounds.boundary, search.foreseeing = len(search.keys), True
+        yield from self._begin_again(search, bounds)
+        yield from self._take(search, bounds)
+        search.foreseeing = False
+        if len(search.tiers) == bounds.boundary:
+            search.num_found = bounds.end = bounds.boundary
+            return True
+        bounds.boundary = known
+        return False
+
     def _settle(self, search: Search, bounds: Bounds) -> Work[None]:
         """Lease what the boundary needs, or a lower one that can be had, and is worth it."""
-        cuts, most = 0, bounds.end
+        cuts, most, planned = 0, bounds.end, False
         while not search.client.ended:
             yield from self._begin_again(search, bounds)
             yield from self._take(search, bounds)
             got = len(search.tiers)
-            if got == bounds.boundary:
-                got = self._plan(search)
-            if got == bounds.boundary:
+            if got == bounds.boundary and not planned:
+                planned = True
+                most = yield from self._plan(search, bounds)
+                if most == got:
+                    break
+            elif got == bounds.boundary:
                 break
-            if search.absent:
+            elif search.absent:
                 most = got
             else:
                 cuts += 1
@@ -199,7 +235,7 @@ class GroupMatcher(Matcher):
 
     def _begin_again(self, search: Search, bounds: Bounds) -> Work[None]:
         """Keep of what is leased what the boundary needs, too, and let go of the rest."""
-        old, keep, shape = search.lease, 0, stretches(bounds.needs, bounds.boundary)
+        old, keep, shape = search.lease, 0, bounds.stretches()
         if shape and bounds.shape and shape[0].columns == bounds.shape[0].columns:
             keep = min(len(search.tiers), shape[0].stop)
         bounds.shape, search.lease = shape, None
@@ -247,38 +283,45 @@ class GroupMatcher(Matcher):
             return super()._grant(search)
         return self._leases.grant(search.client, search.orders, bounds.shape, len(bounds.parts))
 
-    def _plan(self, search: Search) -> int:
-        """How many of the chunks that were leased are worth loading."""
-        count, again = len(search.tiers), search.num_found > 0
-        search.num_found = max(search.num_found, count)
-        search.load_s = 0.0
-        if not self.planning or not any(search.coming):
+    def _plan(self, search: Search, bounds: Bounds) -> Work[int]:
+        """The boundary that is worth loading, of what is leased or a shorter one."""
+        search.num_found = count = len(search.tiers)
+        if not self.planning or search.expected_s or not any(search.coming):
             return count
+
+        def lower(most: int) -> Work[int]:
+            return (yield from self._longest(search, bounds, most))[0]
+
+        tiers = {backing.name: number for number, backing in enumerate(self._backings, 1)}
         links = [self._movement.link(backing) for backing in self._backings]
-        best = plan(search.tiers, search.coming, links, search.prefill)
-        search.load_s = best.load_s
-        if not again:
-            decision = "load" if best.keep == count else "part" if best.load_s else "compute"
-            self._counters.add("plans_total", decision=decision)
-        for _, slots in [one for one in search.prepared if one[0] >= best.keep][:1]:
+        prices = Prices(
+            search, bounds, self.locate, self._movement.prepared, lower, tiers, links
+        )  # fmt: skip
+        best = yield from prices.best(count)
+        search.load_s, keep = best.load_s, best.boundary
+        decision = "load" if keep == count else "part" if best.load_s else "compute"
+        self._counters.add("plans_total", decision=decision)
+        for _, slots in [one for one in search.prepared if one[0] >= keep][:1]:
             self._movement.look_again(slots[0])
-        return best.keep
+        return keep
 
     def _start(self, search: Search, bounds: Bounds) -> Work[None]:
         """Begin to bring what was leased and is not there, here or by who leased it meanwhile."""
-        mine = [slot for _, some in search.prepared for slot in some]
-        slots = [slot for slot in mine + bounds.left if is_wanted(slot)]
+        search.parts, left = bounds.parts, [slot for slot in bounds.left if is_wanted(slot)]
+        left += [slot for _, some in search.prepared for slot in some if is_wanted(slot)]
+        search.prepared = []
+        slots = self._foresight.follow(search, left, bounds.needs)
         for number, row in enumerate(search.lease.rows if search.lease is not None else ()):
             if number % SLICE == SLICE - 1:
                 yield None
-            if row.num_filling:
-                slots += [slot for slot in row.slots if self._movement.is_prepared(slot)]
-        search.prepared = []
-        load = search.load or self._load_of(search, slots[0].nbytes if slots else 0)
-        for start in range(0, len(slots), SLICE_STARTS):
-            if start:
-                yield None
-            self._movement.start(load, slots[start : start + SLICE_STARTS], len(bounds.parts))
+            for slot in row.slots if row.num_filling else ():
+                wanted = self._movement.prepared(slot)
+                # What a peer is about to have, whoever foresaw it follows.
+                if wanted is not None and wanted.stored:
+                    slots.append(slot)
+        if slots and search.load is None:
+            search.load = self._load_of(search, slots[0].nbytes)
+        yield from self._bring(search, slots, len(bounds.parts))
 
     def _note_uses(self, search: Search, bounds: Bounds) -> Work[None]:
         # Tails before heads: what is used last is evicted last.

@@ -16,12 +16,12 @@ from types import MappingProxyType
 from kvstrata.node.answering import Answers
 from kvstrata.node.common.planner import plan
 from kvstrata.node.common.slices import Work, in_slices
+from kvstrata.node.foreseeing import Foresight
 from kvstrata.node.locating import Located, with_slots
 from kvstrata.node.searching import Search, checked_namespace, checked_parts
 from kvstrata.node.service.backing import Backing, Question
 from kvstrata.node.service.expecting import Expecting
 from kvstrata.node.service.movement import Movement
-from kvstrata.node.service.peers import PeerBacking
 from kvstrata.node.service.promotions import Load, Wanted
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
@@ -31,7 +31,6 @@ from kvstrata.node.slots.sampling import Sampler
 from kvstrata.node.slots.slot import Row, Slot
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE
-from kvstrata.transfer.tcp import Address
 from kvstrata.wire import protocol as p
 
 SLICE = 1024
@@ -79,21 +78,18 @@ class Matcher:
         self._movement = movement
         self._reservations = reservations
         self._sampler = sampler
-        self._expecting = expecting
         self._backings = backings
         self._counters = counters
         self._answers = answers
         self.planning = planning
         self.used: Callable[[bytes], None] = lambda key: None  # the last that a match found
-        self._peers = next((one for one in backings if isinstance(one, PeerBacking)), None)
+        self._foresight = Foresight(host, movement, expecting, backings, self.locate)
 
     def match(self, client: Client, message: p.Match) -> p.Matched | Awaitable[p.Matched]:
         """Lease the leading chunks that exist, and start to promote those in slower tiers."""
         search = Search(client, message)
-        if message.peer and self._peers is None:
-            search.peer_refused = "the node asks no peer that a request names: see peer.named"
-        elif message.peer and self._peers is not None:
-            search.peer, search.peer_refused = self._peers.named(message.peer)
+        if message.peer:
+            self._foresight.name(search, message.peer)
         return in_slices(self._work(search))
 
     def _work(self, search: Search) -> Work[p.Matched]:
@@ -110,7 +106,7 @@ class Matcher:
             if search.absent and search.namespace:
                 yield from self._ask(search)
             if search.absent and search.peer is not None and search.expected_s:
-                yield from self._expect(search, search.peer)
+                yield from self._expect(search)
             # Tails before heads: what is used last is evicted last.
             for stop in range(len(search.tiers), 0, -SLICE):
                 self._note_use(search.keys[max(0, stop - SLICE) : stop])
@@ -141,19 +137,25 @@ class Matcher:
             if not search.absent:
                 return
 
-    def _expect(self, search: Search, peer: Address) -> Work[None]:
+    def _expect(self, search: Search) -> Work[None]:
         """Take what a named peer does not have yet for something that it is about to have."""
-        assert self._peers is not None
         search.ended = search.absent = False
         search.foreseeing = True
         while not self._step(search):
             yield None
-        chunks = [(search.keys[number], slots) for number, slots in search.prepared]
-        search.prepared = []
         search.num_found = search.num_decided = len(search.tiers)
-        if chunks and search.load is not None:
-            question = Question(search.namespace, [], search.parts, search.preferred, peer)
-            self._expecting.follow(self._peers, question, search.load, chunks, search.expected_s)
+        prepared, search.prepared = search.prepared, []
+        slots = [slot for _, some in prepared for slot in some]
+        yield from self._bring(search, self._foresight.follow(search, slots), len(search.parts))
+
+    def _bring(self, search: Search, slots: Sequence[Slot], num_parts: int) -> Work[None]:
+        """Begin to bring what these slots were made for, of chunks with so many parts."""
+        if search.load is None:
+            return
+        for start in range(0, len(slots), SLICE_STARTS):
+            if start:
+                yield None
+            self._movement.start(search.load, slots[start : start + SLICE_STARTS], num_parts)
 
     def lookup(self, message: p.Lookup) -> p.Found | Awaitable[p.Found]:
         """Say where each chunk is; changes nothing."""
@@ -226,23 +228,6 @@ class Matcher:
             else:
                 return None
         return Located(key, places, slowest, self._host.rows_of(parts).get(key))
-
-    def _foresee(self, search: Search, key: bytes) -> Located | None:
-        """Where a chunk's parts will be, once the named peer has them; None: nobody can tell."""
-        assert self._peers is not None
-        sizes = search.sizes_of(key)
-        places: list[Slot | Wanted] = []
-        for part in search.parts:
-            slot = self._host.get(key, part)
-            if slot is not None and slot.order not in search.orders:
-                return None
-            slot = slot or self._movement.arriving.get((key, part))
-            if slot is None and part not in sizes:
-                return None
-            wanted = Wanted(key, part, sizes.get(part, 0), self._peers, 0)
-            places.append(slot or wanted)
-        number = 1 + self._backings.index(self._peers)
-        return Located(key, places, number, self._host.rows_of(search.parts).get(key))
 
     def _step(self, search: Search) -> bool:
         """One slice of a search that has taken all keys in; whether it was the last."""
@@ -318,7 +303,7 @@ class Matcher:
         for key in search.keys[place : min(place + most, search.stop)]:
             one = self.locate(key, search.parts, search.orders, search.sizes_of(key), search.among)
             if one is None and search.foreseeing:
-                one = self._foresee(search, key)
+                one = self._foresight.locate(search, key)
             if one is None:
                 search.ended = search.absent = True
                 break
@@ -345,12 +330,7 @@ class Matcher:
         search.num_decided = len(search.tiers)
         slots = [slot for _, some in search.prepared for slot in some] + others
         search.prepared = []
-        if search.load is not None:
-            for start in range(0, len(slots), SLICE_STARTS):
-                if start:
-                    yield None
-                some = slots[start : start + SLICE_STARTS]
-                self._movement.start(search.load, some, len(search.parts))
+        yield from self._bring(search, slots, len(search.parts))
 
     def _let_go(self, search: Search, keep: int) -> list[Slot]:
         """Leave all but the first chunks to the engine; the slots of these that others wait for."""

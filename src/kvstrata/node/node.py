@@ -135,8 +135,8 @@ class Node:
         self.nixl, self._tracer = nixl, tracer
         self.operations = Operations(
             config, self.host, self.leases, self.reservations, self.movement, backings, counters,
-            match=self._matcher.match, release=self._matcher.release, plan=self._plan,
-            describe=self.records.described,
+            match=self._matcher.match, look=self._matcher.look, release=self._matcher.release,
+            plan=self._plan, describe=self.records.described,
             sampler=self._sampler, changes=self.changes, address=lambda: self.address,
         )  # fmt: skip
         self._matcher.used = self.operations.lineage.used

@@ -65,6 +65,7 @@ class Search:
         self.num_decided = 0  # chunks that were decided on
         self.num_found = 0  # chunks that were found, whatever was decided
         self.load_s = 0.0
+        self.here = -1  # the longest boundary in host memory, where that was found out
         self.lease: Lease | None = None
         self.load: Load | None = None
         self.peer: Address | None = None  # that the request names

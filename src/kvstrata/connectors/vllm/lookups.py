@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
-from kvstrata.connectors.vllm import beginnings
+from kvstrata.connectors.vllm import beginnings, elsewhere
 from kvstrata.connectors.vllm.events import Events, NodeWatch
 from kvstrata.connectors.vllm.fingerprint import Namespaces, explain_auto
 from kvstrata.connectors.vllm.groups import Group, Groups
@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 LOOK_AHEAD = 8
 #: how long the start waits for the weights' identity; later requests wait for nothing
 IDENTITY_WAIT_S = 10.0
-#: how long a prompt that has been computed elsewhere may take to be stored there
-WRITTEN_S = 1.0
 
 
 class Lookups:
@@ -246,13 +244,18 @@ class Lookups:
         state.question = state.asked_by_other if by_other else state.asked
         token_s, pair_s = self.pace.computing.speeds()
         state.chunk_s, state.pair_s = token_s * self._chunk, pair_s * self._chunk**2
+        wait_s = 0.0
+        if by_other == state.other_first:
+            wait_s = elsewhere.expected_s(state, self._groups, self._config.deadlines)
+        state.expects_end = bool(wait_s) and not self._groups.prefix_only
+        tail = elsewhere.tail_lengths(state, self._groups, self._owners, self.lengths)
         try:
             state.call = client.match(
                 state.question, self.parts, self.orders, self.lengths,
                 state.other_owner if by_other else state.owner, state.namespace,
                 state.chunk_s, state.pair_s, state.roles.peer,
-                self._expected_s(state) if by_other == state.other_first else 0.0,
-                self._tail_lengths(state) if len(state.question) > len(state.keys) else (),
+                wait_s,
+                tail,
                 b"" if by_other else state.heads_by(client.hello.secret),
                 state.look_up(),
                 state.hints.tiers,
@@ -333,19 +336,6 @@ class Lookups:
     def _is_worth_a_step(self, state: RequestState) -> bool:
         """Whether what is inside may save more than the step that it costs to ask again."""
         return self.pace.computing.speeds()[0] * beginnings.num_tokens(state) > self.pace.step_s()
-
-    def _tail_lengths(self, state: RequestState) -> list[int]:
-        """Payload bytes of each part of a prompt's end: so many of a chunk's blocks."""
-        tokens = state.request.num_prompt_tokens % self._chunk
-        (group,) = self._groups.each
-        num_blocks, per_chunk = -(-tokens // group.block_tokens), self._groups.width(group)
-        return [length // per_chunk * num_blocks for length in self.lengths]
-
-    def _expected_s(self, state: RequestState) -> float:
-        """How long to wait for each chunk more that the peer of a request has yet to store."""
-        if not state.has_tail:  # nor is what has several groups waited for
-            return 0.0
-        return self._config.deadlines.load if state.roles.running else WRITTEN_S
 
     def _identify(self, state: RequestState, client: NodeClient) -> bool:
         """Make a request's keys possible; False while its adapter is unknown, or for good."""

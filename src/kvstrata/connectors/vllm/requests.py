@@ -47,6 +47,7 @@ class RequestState:
         inside: whether chunks are reused that it parts from, and its end is stored.
         prefix_only: whether any part of a prefix can be loaded. If not, a load ends before the last
             token: neither a state nor a window can be taken back by one.
+        stateful: whether there are states, so that nothing ends within a chunk.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class RequestState:
         allowed: Collection[str] = (),
         inside: bool = False,
         prefix_only: bool = True,
+        stateful: bool = False,
     ) -> None:
         self.request = request
         self.bypass = bypass
         self.roles = roles(request.kv_transfer_params)
         self.hints = hints(request.kv_transfer_params, allowed)
         self._prefix_only = prefix_only
+        self._stateful = stateful
         self.namespace = b""
         self.owner = NOBODY
         self.chain: KeyChain | None = None
@@ -98,6 +101,8 @@ class RequestState:
         self.local_tokens = 0
         self.sync = False
         self.failed = False
+        self.expects_end = False  # what it loads is to come, and of use only whole
+        self.in_vain = False  # it has waited for that, and it did not come
         self.came: int | None = None  # chunks of a load that ended early
         # chunks that are known to be stored, or were handed to the workers to store
         self.num_stored = 0
@@ -190,7 +195,7 @@ class RequestState:
         if self.beginning is not None:
             return self.num_whole * chunk_tokens + self.beginning.good_tokens
         if len(self.tiers) > len(self.keys):
-            return int(self.request.num_prompt_tokens)
+            return int(self.request.num_prompt_tokens) - (not self._prefix_only)
         return len(self.tiers) * chunk_tokens
 
     def rehash(self) -> bool:
@@ -211,9 +216,12 @@ class RequestState:
         self._hashed = version
         if rewritten:
             self._heads = b""
-        ends = self.has_tail or (self.roles.lends and self._prefix_only)
+        ends = self.has_tail or (self.roles.lends and not self._stateful)
         if ends and (rewritten or not known):
-            self.tail = self.end_at(request.num_prompt_tokens)
+            end = request.num_prompt_tokens
+            # The one token that is computed in any case needs no tail.
+            needed = self._prefix_only or end % size != 1
+            self.tail = self.end_at(end) if needed else b""
         return self.keys != before
 
     def end_at(self, stop: int) -> bytes:
@@ -232,7 +240,7 @@ class RequestState:
     @property
     def has_tail(self) -> bool:
         """Whether the prompt's end may be found that fills no chunk."""
-        return bool(self.roles.peer) and self._prefix_only
+        return bool(self.roles.peer) and not self._stateful
 
     def heads_by(self, secret: bytes) -> bytes:
         """How the prompt begins, whatever the namespace; see `kvstrata.heads`."""
@@ -254,6 +262,8 @@ class RequestState:
         if self.bypass or self.request.skip_reading_prefix_cache:
             trouble, detail = Why.BYPASSED, self.bypass or "the request reads no cache"
         granted = self.own_tokens + num_external
+        if self.roles.lends:
+            self.step_end = granted  # so that a state there is kept for the other engine, too
         found = self.num_whole
         cap = "hints" if self.hints.load_limit < self.request.num_prompt_tokens else "message"
         self.account = Account(

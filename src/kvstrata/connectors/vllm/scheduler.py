@@ -16,6 +16,7 @@ from typing import Any
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.config import Config
+from kvstrata.connectors.vllm.elsewhere import ask_for_what_is_there
 from kvstrata.connectors.vllm.events import Events
 from kvstrata.connectors.vllm.groups import Groups
 from kvstrata.connectors.vllm.loads import load_of
@@ -107,8 +108,9 @@ class SchedulerSide:
         """Begin to look a request up."""
         bypass, tracer = self._off or bypass_of(request), self._lookups.tracer
         state = RequestState(
-            request, bypass, tracer, self._allowed, self._inside, self._groups.prefix_only
-        )
+            request, bypass, tracer, self._allowed, self._inside, self._groups.prefix_only,
+            self._groups.stateful,
+        )  # fmt: skip
         self._states[request.request_id] = state
         # Those that wait already come first, whether they have asked or not.
         if not state.bypass and len(self._states) - len(self._active) <= LOOK_AHEAD:
@@ -189,7 +191,8 @@ class SchedulerSide:
         state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
         state.num_given = max(state.num_given, last)
-        state.num_states = max(state.num_states, last)
+        if not state.roles.lends:  # likewise
+            state.num_states = max(state.num_states, last)
         end = state.local_tokens + num_external_tokens
         state.inside_tokens = max(0, end - state.num_whole * self._chunk)
         chunk = state.asked[first] if first < state.num_whole else b""
@@ -385,7 +388,10 @@ class SchedulerSide:
                 state.ended_early(came, self._chunk)
             state.forget_match()
             state.sync = sync
-            if came is not None:
+            if failed and state.expects_end:
+                ask_for_what_is_there(state)
+                self._retire(request_id)
+            elif came is not None:
                 # It would find the same again, and wait for it again.
                 state.failed = True
                 state.miss = "the load failed" if failed else f"the load ended before chunk {came}"

@@ -17,6 +17,7 @@ from kvstrata.node.common.changes import Changes
 from kvstrata.node.operating.copying import Copier, taken_in
 from kvstrata.node.operating.directory import Directory
 from kvstrata.node.operating.draining import Drainer
+from kvstrata.node.operating.explaining import Looked
 from kvstrata.node.operating.jobs import Job, JobTable, Work
 from kvstrata.node.operating.lineage import Lineage
 from kvstrata.node.operating.looking import Looker
@@ -59,6 +60,7 @@ class Operations:
         backings: the slower tiers.
         counters: the node's.
         match: as `Node.match`.
+        look: says what of a prompt a match would lease.
         release: ends a lease.
         plan: turns planning on and off.
         describe: what a namespace is made of, by its digest; None: nobody has said.
@@ -78,6 +80,7 @@ class Operations:
         counters: Counters,
         *,
         match: Callable[[Client, p.Match], p.Matched | Awaitable[p.Matched]],
+        look: Callable[[p.Lookup], Awaitable[Looked]],
         release: Callable[[Lease], None],
         plan: Callable[[bool], None],
         describe: Callable[[bytes], Described | None],
@@ -97,7 +100,7 @@ class Operations:
         self._copier = Copier(places, self._threads)
         self._looker = Looker(places, self._threads, self.directory, self.lineage)
         self._prefetcher = Prefetcher(places, leases, self._copier, match, release, describe)
-        self._sender = Sender(places, self._prefetcher, address)
+        self._sender = Sender(places, self._prefetcher, look, address)
         self._reloading = asyncio.Lock()  # each begins from what the one before has left
         self._reloader = Reloader(config, places, leases, reservations, sampler, plan)
         self._transcoder = Transcoder(places, self._copier, self.directory, config.quality)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from kvstrata.errors import KVStrataError, TierUnavailable, UsageError
 from kvstrata.node.operating.copying import Copier, taken_in
+from kvstrata.node.operating.explaining import Looked
 from kvstrata.node.operating.jobs import Job
 from kvstrata.node.operating.places import HOST, Made, Places
 from kvstrata.node.service.backing import Question
@@ -31,6 +32,7 @@ SEND_CHUNKS = 1024
 SLICE = 4096
 WATCH_S = 0.1
 """How often another node is asked how far it is."""
+NO_MORE = "this node has no more of it"
 SILENT_S = 60.0
 """For how long another node may bring nothing, before that counts as a failure."""
 
@@ -208,12 +210,20 @@ class Sender:
     Args:
         places: the tiers; the peers among them.
         prefetcher: brings what is sent into host memory, where others may read it.
+        look: says what of a prompt a match would lease.
         address: where others find this node; empty: nowhere.
     """
 
-    def __init__(self, places: Places, prefetcher: Prefetcher, address: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        places: Places,
+        prefetcher: Prefetcher,
+        look: Callable[[p.Lookup], Awaitable[Looked]],
+        address: Callable[[], str],
+    ) -> None:
         self._places = places
         self._prefetcher = prefetcher
+        self._look = look
         self._address = address
 
     def checked(self, peer: str) -> Address:
@@ -232,17 +242,43 @@ class Sender:
         keys = await taken_in(packed)
         job.total = len(keys)
         sought = await self._prefetcher.found_out(keys[0], sought)
-        while job.done < job.total:
+        last = await self._last_portion(job, keys, sought)
+        every = _of_every_chunk(sought)
+        while job.done < last.stop:
+            is_last = job.done >= last.start
+            if not (is_last or every.made.parts):
+                job.done = last.start  # nothing of what lies before is needed
+                continue
             before, nbytes = job.done, job.nbytes
-            some = keys[before : before + SEND_CHUNKS]
-            async with self._prefetcher.held(job, some, sought) as count:
+            what, stop = (sought, last.stop) if is_last else (every, last.start)
+            if not what.made.optional:
+                stop = min(stop, before + SEND_CHUNKS)
+            some = keys[before:stop]
+            async with self._prefetcher.held(job, some, what) as count:
                 job.done, job.nbytes = before, nbytes  # it counts once it is there
                 if not count:
-                    job.note = "this node has no more of it"
+                    job.note = NO_MORE
                     return
-                await self._have_fetched(job, some[:count], peer, sought, before)
+                await self._have_fetched(job, some[:count], peer, what, before)
             if job.done < before + count:
                 return
+        job.note = NO_MORE if job.done < job.total else job.note
+
+    async def _last_portion(self, job: Job, keys: list[bytes], sought: Sought) -> range:
+        """The chunks of which all parts are sent; before them, what is needed of every chunk.
+
+        Where windows or states are among the parts these are of use at a boundary alone: at the
+        longest that this node has, and what that needs of them goes at once.
+        """
+        made = sought.made
+        if not made.optional:
+            return range(len(keys))
+        lookup = p.Lookup(job.id, b"".join(keys), list(made.parts), list(made.orders),
+                          made.namespace)  # fmt: skip
+        tiers = (await self._look(lookup)).tiers
+        end = tiers.find(p.ABSENT)
+        boundary = len(tiers) if end < 0 else end
+        return range(max(0, boundary - max(made.needs)), boundary)
 
     async def _have_fetched(
         self, job: Job, keys: list[bytes], peer: Address, sought: Sought, before: int
@@ -268,6 +304,15 @@ class Sender:
         job.nbytes += state.nbytes
         if state.done < len(keys):
             raise _refused(peer, state)
+
+
+def _of_every_chunk(sought: Sought) -> Sought:
+    """The same of those parts alone that are needed of every chunk."""
+    made, optional = sought.made, sought.made.optional
+    parts = tuple(part for part in made.parts if part not in optional)
+    each = zip(made.parts, sought.lengths, strict=False)
+    lengths = tuple(length for part, length in each if part not in optional)
+    return sought._replace(made=made._replace(parts=parts, needs=()), lengths=lengths)
 
 
 async def _brought(lease: Lease, tiers: bytes) -> int:

@@ -147,14 +147,16 @@ class Movement:
         for lane in lanes:
             self._pump(lane)
 
-    def is_prepared(self, slot: Slot) -> bool:
-        """Whether something is still wanted in a slot that `start` has not been told of."""
+    def prepared(self, slot: Slot) -> Wanted | None:
+        """What is still wanted in a slot that `start` has not been told of; None: nothing is."""
         promotion = self._promotions.get(slot)
-        return promotion is not None and not (promotion.queued or promotion.settled)
+        if promotion is None or promotion.queued or promotion.settled:
+            return None
+        return promotion.wanted
 
     def give_up(self, slots: Iterable[Slot]) -> None:
         """What `promote` made these slots for, and `start` was not told of, does not come."""
-        self._struck.extend(self._promotions[slot] for slot in slots if self.is_prepared(slot))
+        self._struck.extend(self._promotions[slot] for slot in slots if self.prepared(slot))
         self._call_off()
 
     def link(self, backing: Backing) -> Link:

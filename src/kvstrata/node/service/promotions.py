@@ -20,7 +20,7 @@ class Wanted(NamedTuple):
         part: which of its objects.
         nbytes: of the object when it is raw, so of the slot.
         backing: the tier it comes from.
-        stored: of the object as it lies there.
+        stored: of the object as it lies there; 0: it is not there yet, but about to be.
     """
 
     key: bytes
