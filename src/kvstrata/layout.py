@@ -220,6 +220,23 @@ class NativeOrder:
             np.copyto(there, here)
         return out
 
+    def blank_behind(self, payload: Bytes, num_tokens: int, group: LayerGroup) -> None:
+        """Zero, in place, what a native payload has behind its first tokens.
+
+        Args:
+            payload: (layers, blocks, page_bytes), uint8, C-contiguous.
+            num_tokens: that stay as they are.
+        Raises:
+            LayoutMismatch: the sizes do not fit.
+        """
+        whole, rest = divmod(num_tokens, self.block_tokens)
+        payload[:, whole + bool(rest) :] = 0
+        if rest:
+            last = np.ascontiguousarray(payload[:, whole : whole + 1])
+            portable = self.unpack_layers(last, group)
+            portable[:, :, :, rest:] = 0
+            payload[:, whole : whole + 1] = self.pack_layers(portable, group, last)
+
     def _check(self, group: LayerGroup) -> None:
         problem = None
         if group.kind == "recurrent":

@@ -46,7 +46,7 @@ _PAGE = struct.Struct("<8sHBBHH 16s 32s32s32s QII QQ16s16s QQ 8Q 64s32s32s 256s"
 _SINCE_2 = struct.Struct("<16s IB3x Q16s16s I300x 3072s")
 _CHECKSUM = slice(16, 32)
 _KIN, _PARENT = struct.Struct("<32sQI"), 96
-_INT, _OF_MARKS, _MARKS = struct.Struct("<I"), (136, 672, 720), 1024
+_OF_MARKS, _MARKS = (struct.Struct("<I532xI44xI"), 136), 1024
 NAMESPACE_FIELD = slice(32, 64)
 """Of a header page: what the object belongs to."""
 CREATED_FIELD = slice(200, 208)
@@ -104,6 +104,11 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
     def object_id(self) -> bytes:
         """36 bytes: key, group, rank."""
         return object_id(self.key, self.group, self.rank)
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether it is shorter than a chunk: the end of a prompt, or of an answer."""
+        return self.num_tokens < self.chunk_tokens
 
     @property
     def end(self) -> int:
@@ -331,7 +336,8 @@ def saved_s(page: Buffer, chunk_s: float, *, alone: bool) -> float:
 
 def marks_of(page: Buffer) -> tuple[int, int, bytes]:
     """Tokens, tokens of a whole chunk, and marks, out of a page that has been checked before."""
-    num_tokens, chunk_tokens, num_marks = (_INT.unpack_from(page, at)[0] for at in _OF_MARKS)
+    fields, at = _OF_MARKS
+    num_tokens, chunk_tokens, num_marks = fields.unpack_from(page, at)
     return num_tokens, chunk_tokens, bytes(page[_MARKS : _MARKS + num_marks * MARK_BYTES])
 
 

@@ -275,7 +275,7 @@ def test_two_ranks(make_rig: Callable[..., Rig]) -> None:
 
 
 def test_with_a_disk_below(make_rig: Callable[..., Rig], tmp_path: Any) -> None:
-    """What is no whole chunk goes no further than host memory."""
+    """An end without marks goes no further than host memory: nobody could find it elsewhere."""
     disk = {"disk.path": str(tmp_path / "disk"), "disk.capacity": "8MiB", "disk.codec": "lossless"}
     first = make_rig(extra={"network.listen": "127.0.0.1:0", **disk})
     second = make_rig(extra={"peer.named": "loopback", "peer.lookup_timeout": "1s"})

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.connector.fake_model import BLOCK, CHUNK
+from tests.connector.fake_model import BLOCK, CHUNK, LAYERS, WORD, digests
 from tests.connector.gates import GatedTier, tiered
 from tests.connector.rig import Rig, prompt
 
 from kvstrata.connectors.vllm.messages import Store
+from kvstrata.objects import HEADER_BYTES, verify_object
+from kvstrata.parts import identity
 from kvstrata.wire import protocol as p
 
 Make = Callable[..., Rig]
@@ -270,6 +273,51 @@ def test_marks_go_with_their_objects() -> None:
     store = Store(b"n", [b"a", b"b", b"c"], 1, [1, 2, 3, 4], given=2, marks=b"bbbccc")
     assert store.computed().marks == b"ccc"
     assert store.computed().blocks == [3, 4]
+
+
+@pytest.mark.parametrize("more", [16, 17, 24, 31])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nothing_of_others_lies_behind_a_tail(make_rig: Make, more: int, ranks: int) -> None:
+    rig = make_rig(ranks=ranks, extra=ON)
+    for memory in rig.memories:
+        memory.kv[:] = 0xEE  # what others left in the blocks
+    tokens = prompt(CHUNK + more)
+    rig.warm(tokens)
+    assert rig.node is not None
+    host, num_tails = rig.node.node.host, 0
+    for key in list(host.index.keys()):
+        for rank, slot in host.index.objects(key):
+            header = verify_object(host.pool.view(slot.offset, slot.nbytes), identity(key, rank))
+            stored = host.pool.view(slot.offset + HEADER_BYTES, header.raw_length)
+            kv = np.frombuffer(stored, np.uint8).reshape(LAYERS, -1, WORD)
+            of = digests(tokens)[header.start : header.end]
+            assert (kv[:, : header.num_tokens] == rig.memories[rank].words(of)).all()
+            assert not kv[:, header.num_tokens :].any()
+            num_tails += header.is_tail
+    assert num_tails == ranks
+    rig.check()
+
+
+def test_an_object_that_begins_otherwise_is_not_taken(make_rig: Make) -> None:
+    """What is known of objects may be out of date, or forged on a disk."""
+    rig = make_rig(extra=ON, make_node=tiered(GatedTier()))
+    tokens = prompt(CHUNK)
+    rig.warm(tokens)
+    rig.drop_host()
+    asked = prompt(CHUNK, seed=5)
+    rig.side.on_new_request(request := rig.request(asked, name="x"))
+    marks = rig.side._states["x"].marks(range(1), CHUNK)
+    rig.connector.request_finished(request, [])
+    assert rig.node is not None
+    children = rig.node.node.insides.children
+    (key,) = rig.node.node.insides._owned["memory"].index.keys()
+    children.leave(key)
+    children.enter(key, CHUNK, CHUNK, marks)
+    rig.add(asked, 3)
+    rig.run()
+    assert len(rig.failed) == 1
+    assert record(rig)["loaded_tokens"] == 0
+    rig.check()
 
 
 @pytest.mark.parametrize("pipelined", [False, True])

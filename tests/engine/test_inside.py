@@ -140,3 +140,21 @@ def test_two_that_part_from_the_same_chunk_at_once(site: Site, texts: Texts) -> 
     for prompt, answer in zip(prompts, answers, strict=True):
         site.check(prompt, answer)
     site.place.check()
+
+
+@pytest.mark.parametrize("site", ["float32"], indirect=True)
+def test_the_next_turn_of_a_chat_after_everything_was_started_anew(
+    site: Site, texts: Texts
+) -> None:
+    """The last one of this site: its engine and its node end here."""
+    chat, turn = texts.of(LENGTH, 150)
+    known = site.store(chat)
+    site.place.flush()
+    site.place.end()
+    again = site._replace(engine=site.place.engine(dtype=site.dtype, new_tokens=NEW))
+    again.place.await_ready(again.engine)
+    prompt = [*known, *turn]
+    answer, loaded, how = again.ask(prompt)
+    assert (loaded, how) == (len(known), "async"), "all that is known, to the last token"
+    again.check(prompt, answer)
+    again.place.check()

@@ -106,6 +106,15 @@ def test_of_one_beginning_so_many_are_remembered() -> None:
     assert found == {number.to_bytes(32, "big") for number in range(5, MAX_ALIKE + 5)}
 
 
+def test_what_is_learnt_later_counts() -> None:
+    children = Children()
+    children.enter(bytes(32), CHUNK, CHUNK, marks_of(range(CHUNK)))
+    children.enter(bytes(32), CHUNK, CHUNK, marks_of(range(1, CHUNK + 1)))
+    children.check_integrity()
+    assert not children.alike(marks_of(range(CHUNK)))
+    assert children.alike(marks_of(range(1, CHUNK + 1)))
+
+
 def test_a_parent_and_a_salt_are_part_of_the_beginning() -> None:
     children = Children()
     children.enter(bytes(32), CHUNK, CHUNK, marks_of(range(CHUNK)))

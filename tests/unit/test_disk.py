@@ -834,6 +834,7 @@ def test_scan_passes_over_strangers_and_removes_leftovers(folder: Path) -> None:
     link.symlink_to(strangers[0])
     tier = DiskTier(folder)
     assert has(tier, [object_id(257)]) == [FAILED]
+    assert tier.headers([object_id(257)]) == [FAILED]
     assert read_one(tier, object_id(257), 2 * PAGE)[0] is FAILED
     assert read_one(tier, object_id(513), PAGE)[0] is FAILED
     assert [found.object_id for found in scan_all(tier)] == [object_id(1)]

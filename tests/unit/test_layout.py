@@ -142,6 +142,23 @@ def test_conversion_into_given_memory() -> None:
     assert np.array_equal(back, portable)
 
 
+@given(
+    which=st.sampled_from(["cpu-vec", "cpu-amx", *[f"strided-{letters}" for letters in STRIDED]]),
+    dtype=st.sampled_from(sorted(ITEM_BYTES)),
+    num_tokens=st.integers(0, 96),
+)
+def test_what_is_behind_the_last_token_goes(which: str, dtype: str, num_tokens: int) -> None:
+    group = make_group(dtype=dtype)
+    order = native_order(f"vllm/{which}/b32/{dtype}")
+    random = np.random.default_rng(0)
+    native = random.integers(1, 256, (2, 3, order.page_bytes(group))).astype(np.uint8)
+    portable = order.unpack_layers(native, group)
+    order.blank_behind(native, num_tokens, group)
+    blanked = order.unpack_layers(native, group)
+    assert np.array_equal(blanked[:, :, :, :num_tokens], portable[:, :, :, :num_tokens])
+    assert not blanked[:, :, :, num_tokens:].any()
+
+
 def test_tokens_stay_in_their_blocks_and_in_order() -> None:
     group = make_group(layers=1, heads=2)
     order = native_order("vllm/cpu-amx/b32/bfloat16")

@@ -165,6 +165,16 @@ def test_a_lossy_codec_leaves_alone_what_it_cannot_read() -> None:
         assert encoded_object(codec_named("cachegen-1"), whole, Scratch(1)) is None
 
 
+def test_a_lossy_codec_leaves_a_native_tail_alone() -> None:
+    """What is empty behind its last token would count among the numbers."""
+    whole = an_object(native(), num_tokens=100)
+    assert encoded_object(codec_named("cachegen-1"), whole, Scratch(1)) is None
+    encoded = cast(Encoded, encoded_object(Lossless(), whole, Scratch(1)))
+    back = slot(len(whole))
+    restored_object(encoded.data, encoded.header.object_id, back, None, Scratch(1))
+    assert back == whole
+
+
 def _changed(encoded: Encoded, **changes: object) -> memoryview:
     data = slot(len(encoded.data))
     data[:] = encoded.data

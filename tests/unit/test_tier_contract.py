@@ -111,12 +111,13 @@ def test_raise_once(tier: FaultyTier) -> None:
     assert tier.num_faults == 1
 
 
-@pytest.mark.parametrize("verb", ["stat", "read", "write", "delete", "reject", "touch"])
+@pytest.mark.parametrize("verb", ["stat", "read", "headers", "write", "delete", "reject", "touch"])
 def test_raise_in_every_verb_with_ids(tier: FaultyTier, verb: FaultyVerb) -> None:
     tier.inject(verb, Raise(TierUnavailable(verb)))
     calls: dict[str, Callable[[], object]] = {
         "stat": lambda: has(tier, IDS),
         "read": lambda: tier.read(IDS, [empty(2 * PAGE) for _ in IDS]),
+        "headers": lambda: tier.headers(IDS),
         "write": lambda: write(tier, [(IDS[0], filled(PAGE, 9))]),
         "delete": lambda: tier.delete(IDS),
         "reject": lambda: tier.reject(IDS),

@@ -109,6 +109,7 @@ class Insides:
         self._sampler = sampler
         self._backings = backings
         owned = [one for one in backings if isinstance(one, OwnedBacking)]
+        self._owned = {one.name: one for one in owned}
         self._indexes: list[Index[Any]] = [host.index, *(one.index for one in owned)]
         self._counters = counters
         self._ending = ending
@@ -153,19 +154,17 @@ class Insides:
             yield from sorted(here, key=lambda pair: pair[1].tier)
 
     def replace(self, key: bytes) -> None:
-        """What was stored now begins with shorter tails: these need not be kept.
-
-        They go once it has all the parts that they have: half of it would be of no use.
-        """
-        if not (tails := self.children.tails_begun(key)):
-            return
-        index = self._host.index
-        parts = {part for part, _ in index.objects(key)}
-        for tail in tails:
-            if parts.issuperset(part for part, _ in index.objects(tail)) and not (
-                self._host.is_held(tail) or tail in index.pinned
-            ):
+        """What was stored now begins with shorter tails: these need not be kept."""
+        for tail in self._begun(self._host.index, key):
+            if self._host.is_held(tail):  # by whoever writes it, perhaps
+                for behind in self._movement.behind:
+                    behind.forget({tail})
+            if not self._host.is_held(tail):
                 self._host.drop(tail, Cause.EVICTED)
+
+    def lacks(self, key: bytes) -> bool:
+        """Whether a chunk's header would be of use: it is not known, and there is room for it."""
+        return key not in self.children and not self.children.is_full
 
     # of `kvstrata.node.common.changes.Watcher`
 
@@ -176,6 +175,8 @@ class Insides:
             assert slot is not None
             page = self._host.pool.view(slot.offset, HEADER_BYTES)
             self.children.enter(key, *marks_of(page))
+        elif tier in self._owned and key in self.children:
+            self._replace_in(self._owned[tier], key)
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         """See `Watcher`."""
@@ -188,10 +189,31 @@ class Insides:
             self.children.clear()
 
     def _heard(self, key: bytes, header: ObjectHeader) -> None:
-        """A header was read in a slower tier: by a load, or by the scrub."""
+        """A header was read in a slower tier: by a load, by the scrub, or after a restart."""
         self.children.enter(key, header.num_tokens, header.chunk_tokens, header.marks)
 
     # how
+
+    def _begun(self, index: Index[Any], key: bytes) -> list[bytes]:
+        """Tails that an object begins with, and that may go from a tier for it.
+
+        They may once it has all the parts that they have: half of it would be of no use.
+        """
+        if not (tails := self.children.tails_begun(key)):
+            return []
+        parts = {part for part, _ in index.objects(key)}
+        return [
+            tail
+            for tail in tails
+            if tail not in index.pinned and parts.issuperset(one for one, _ in index.objects(tail))
+        ]
+
+    def _replace_in(self, backing: OwnedBacking, key: bytes) -> None:
+        """As `replace`, of a slower tier that it has come into."""
+        for tail in self._begun(backing.index, key):
+            parts = [part for part, _ in backing.index.objects(tail)]
+            if not any((tail, part) in self._movement.arriving for part in parts):
+                backing.evict(tail)
 
     def _lease(self, client: Client, number: int, asked: _Asked) -> Lease | None:
         """The lease that is to have it, too; None: one of its own."""

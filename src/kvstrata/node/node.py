@@ -304,10 +304,9 @@ class Node:
         self, reservation: Reservation, checksums: list[bytes], id: int
     ) -> Generator[None, None, p.Done]:
         written = yield from self.reservations.finish(reservation, checksums)
-        if written:
-            origin = Origin.of(reservation, written[-1][0])
-            if not reservation.is_tail:  # behind its last token lies anything
-                self.movement.write_behind(origin, written)
+        # A tail without marks is for another engine, which comes for it to host memory.
+        if written and (reservation.marks or not reservation.is_tail):
+            self.movement.write_behind(Origin.of(reservation, written[-1][0]), written)
         for key, slot in written:
             if reservation.lend:
                 self.lender.keep(key, reservation.part)
@@ -400,6 +399,7 @@ class Node:
     async def _run(self, backing: Backing) -> None:
         await backing.run()
         if isinstance(backing, OwnedBacking):
+            await backing.read_headers(self.insides.lacks)
             await scrub(backing)
 
     async def _maintain(self, backing: Backing) -> None:

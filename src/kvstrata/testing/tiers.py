@@ -89,6 +89,20 @@ class OwnedTierContract(StoreContract):
         tier.delete([one])
         assert scan_all(tier) == []
 
+    def test_headers(self, tier: OwnedTier) -> None:
+        """Each object's first page; so does what a tier has that knows no shorter way."""
+        ids = [object_id(i) for i in range(len(SIZES))]
+        data = [filled(nbytes, nbytes) for nbytes in SIZES]
+        write(tier, list(zip(ids, data, strict=True)))
+        pages = [bytes(one[:PAGE]) for one in data]
+        asked = [*ids, object_id(99)]
+        assert tier.headers(asked) == [*pages, MISS]
+        assert OwnedTier.headers(tier, asked) == [*pages, MISS]
+        assert tier.headers([]) == []
+        tier.delete(ids[:1])
+        write(tier, [(ids[1], data[2])])
+        assert tier.headers(ids[:2]) == [MISS, pages[2]]
+
     def test_rejected_is_gone_and_can_be_stored_again(self, tier: OwnedTier) -> None:
         one, other = object_id(1), object_id(2)
         write(tier, [(one, filled(PAGE, 1)), (other, filled(PAGE, 2))])
@@ -149,6 +163,8 @@ class OwnedTierContract(StoreContract):
         tier.close()
         with pytest.raises(TierUnavailable):
             scan_all(tier)
+        with pytest.raises(TierUnavailable):
+            tier.headers([object_id(1)])
         with pytest.raises(TierUnavailable):
             tier.clear()
 

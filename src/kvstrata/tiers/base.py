@@ -8,12 +8,14 @@ node, which therefore knows what it holds. A `SharedTier` is a fleet's, and has 
 from __future__ import annotations
 
 import math
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from kvstrata.objects import HEADER_BYTES
 from kvstrata.tiers.journal import Journal
 from kvstrata.tiers.marks import Mark
 
@@ -161,6 +163,21 @@ class OwnedTier(Store):
     @abstractmethod
     def clear(self) -> None:
         """Make everything stored so far vanish at once, also for a later process."""
+
+    def headers(self, ids: Sequence[bytes]) -> list[bytes | Outcome]:
+        """The header page of each object, or MISS or FAILED; not verified here.
+
+        Worth having for less than a read of the whole, as here, where objects outlive the process:
+        a node asks for many after a restart.
+        """
+        return [self._header_of(*one) for one in zip(ids, self.stat(ids), strict=True)]
+
+    def _header_of(self, object_id: bytes, stat: Stat | Outcome) -> bytes | Outcome:
+        if isinstance(stat, Outcome):
+            return stat
+        whole = memoryview(mmap.mmap(-1, stat.nbytes))
+        (answer,) = self.read([object_id], [whole])
+        return answer if isinstance(answer, Outcome) else bytes(whole[:HEADER_BYTES])
 
     def reject(self, ids: Sequence[bytes]) -> list[Outcome]:
         """Take corrupt objects out of service, so that they can be stored again."""

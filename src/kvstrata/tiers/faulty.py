@@ -24,7 +24,7 @@ from kvstrata.tiers.journal import Journal
 
 A = TypeVar("A")
 
-Verb = Literal["stat", "read", "write", "delete", "reject", "touch", "scan", "clear"]
+Verb = Literal["stat", "read", "headers", "write", "delete", "reject", "touch", "scan", "clear"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ _ANYWHERE = (Raise, Delay)
 _ALLOWED: dict[str, tuple[type[Effect], ...]] = {
     "stat": (*_ANYWHERE, Answer),
     "read": (*_ANYWHERE, Answer, ShortRead, FlipBit),
+    "headers": (*_ANYWHERE, Answer),
     "write": (*_ANYWHERE, Answer, FlipBit),
     "delete": (*_ANYWHERE, Answer),
     "reject": (*_ANYWHERE, Answer),
@@ -175,6 +176,9 @@ class FaultyTier(OwnedTier):
                 elif isinstance(effect, ShortRead):
                     into[i][effect.keep : nbytes] = bytes(max(0, nbytes - effect.keep))
         return answers
+
+    def headers(self, ids: Sequence[bytes]) -> list[bytes | Outcome]:
+        return self._ask("headers", ids, lambda rows: self.inner.headers([ids[i] for i in rows]))
 
     def write(self, puts: Sequence[Put]) -> list[Outcome]:
         hurt = self._begin("write", [put.object_id for put in puts])

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.layout import Bytes
+from kvstrata.objects import HEADER_BYTES
 from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
 
 
@@ -61,6 +62,11 @@ class MemoryTier(OwnedTier):
                 np.copyto(np.frombuffer(buffer, np.uint8, len(one.data)), one.data)
                 answers.append(len(one.data))
         return answers
+
+    def headers(self, ids: Sequence[bytes]) -> list[bytes | Outcome]:
+        with self._open():
+            found = [self._objects.get(object_id) for object_id in ids]
+        return [one.data[:HEADER_BYTES].tobytes() if one else Outcome.MISS for one in found]
 
     def write(self, puts: Sequence[Put]) -> list[Outcome]:
         copies = [_copy(put) for put in puts]

@@ -67,6 +67,9 @@ class ThrottledTier(OwnedTier):
             self._sleep(left)
         return answers
 
+    def headers(self, ids: Sequence[bytes]) -> list[bytes | Outcome]:
+        return self.inner.headers(ids)
+
     def write(self, puts: Sequence[Put]) -> list[Outcome]:
         return self.inner.write(puts)
 

@@ -46,5 +46,6 @@ def load_of(
         parts=parts,
         whole=not groups.prefix_only,
         tail_tokens=state.last_tokens(last, chunk),
+        tail_marks=state.last_marks(last, chunk),
         followed=state.roles.running,
     )

@@ -68,6 +68,7 @@ class Load:
         whole: whether it has failed if any of it does not come.
         tail_tokens: of the last object, where it is no whole chunk of the prompt: the prompt's end,
             or something that begins as the prompt goes on; 0: all are whole chunks.
+        tail_marks: with which that object must begin; none: its key says all.
         followed: whether they are still being computed elsewhere, so that its deadline is one for
             each of them.
     """
@@ -82,6 +83,7 @@ class Load:
     parts: list[int]
     whole: bool = False
     tail_tokens: int = 0
+    tail_marks: bytes = b""
     followed: bool = False
 
 

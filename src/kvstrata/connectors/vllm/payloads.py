@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from kvstrata.connectors.vllm.copies import Plan
 from kvstrata.connectors.vllm.groups import Group, Groups
@@ -73,7 +75,8 @@ class Payloads:
                 continue  # vLLM has it, or a window does not reach it
             is_tail = bool(load.tail_tokens) and i == len(load.keys) - 1
             tokens = load.tail_tokens if is_tail else self.template.num_tokens
-            address, keep = self._payload(client, offsets[i][number], load.keys[i], tokens)
+            marks = load.tail_marks if is_tail else b""
+            address, keep = self._payload(client, offsets[i][number], load.keys[i], tokens, marks)
             kept.append(keep)
             addresses, ids = tail if is_tail else whole
             addresses.append(address)
@@ -105,8 +108,19 @@ class Payloads:
             raw_length=raw_length,
         )
 
+    def blank_behind(self, payload: npt.NDArray[np.uint8], num_tokens: int) -> None:
+        """Zero what a native payload has behind its last token, in place.
+
+        Args:
+            payload: whole blocks, as a slot has them, uint8.
+            num_tokens: that it has.
+        """
+        order, group = self.pages.order, self.pages.group
+        pages = payload.reshape(group.num_layers, -1, order.page_bytes(group))
+        order.blank_behind(pages, num_tokens, group)
+
     def _payload(
-        self, client: NodeClient, offset: int, key: bytes, num_tokens: int
+        self, client: NodeClient, offset: int, key: bytes, num_tokens: int, marks: bytes
     ) -> tuple[int, object]:
         """Address of a chunk's bytes in the engine's own order, and what keeps them there."""
         if offset < 0:
@@ -115,6 +129,8 @@ class Payloads:
         part = header.group << 16 | header.rank
         if header.key != key or part != self.part or header.dtype != self.template.dtype:
             raise CorruptObject("a slot holds another object than the one that was leased")
+        if not header.marks.startswith(marks):
+            raise CorruptObject("an object does not begin as the prompt goes on")
         if header.codec != "raw" or header.order not in ("", self.template.order):
             raise CorruptObject(f"a payload in codec {header.codec!r}, order {header.order!r}")
         payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)

@@ -190,6 +190,13 @@ class RequestState:
             return self.beginning.num_tokens
         return self.request.num_prompt_tokens % chunk_tokens if last > len(self.keys) else 0
 
+    def last_marks(self, last: int, chunk_tokens: int) -> bytes:
+        """With which marks that object must begin; none: its key says all."""
+        if self.beginning is None or last < len(self.tiers):
+            return b""
+        stop = (last - 1) * chunk_tokens + self.beginning.good_tokens
+        return self.marks(range(last - 1, last), stop)
+
     def num_found(self, chunk_tokens: int) -> int:
         """Tokens that were found."""
         if self.beginning is not None:

@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any
 
 from kvstrata.config import DeadlineConfig
-from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address, payload_checksums
+from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
+from kvstrata.connectors.vllm.fills import fill
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pace import Rate
 from kvstrata.connectors.vllm.payloads import Payloads
@@ -364,12 +365,8 @@ class Transfers:
             if given and job.begin_copy():
                 blocks = [b for i in given for b in store.blocks[i * per_chunk :][:per_chunk]]
                 addresses = [payload_address(client.pool, offsets[i]) for i in given]
-                plan = Plan(payloads.pages, addresses, blocks)
-                sums = self._checksums(plan, len(given), before=True)
-                self._copier.store(plan, job.after)
-                # The blocks may go now; what remains reads the slots.
-                job.ended.set()
-                sums = sums or self._checksums(plan, len(given), before=False)
+                sums = fill(self._copier, payloads, store.tail_tokens, addresses, blocks,
+                            job.after, job.ended)  # fmt: skip
                 for i, checksum in zip(given, sums, strict=True):
                     checksums[i] = checksum
         finally:
@@ -377,14 +374,6 @@ class Transfers:
                 done: p.Done = client.commit(reserved.reservation, checksums).wait(patience)
                 stored = done.count * payloads.template.raw_length
                 self._tally.add("stored_bytes_total", stored)
-
-    def _checksums(self, plan: Plan, count: int, *, before: bool) -> list[bytes]:
-        """Of what is meant to be stored, so before the copy; where only a GPU reads the blocks, of
-        what came, so after it."""
-        if before is not self._copier.reads_blocks:
-            return []
-        pages = plan.blocks if before else plan.slots
-        return payload_checksums(pages, plan.page_bytes, count)
 
 
 def _of_node(client: NodeClient | None, load: Load) -> NodeClient:

@@ -92,6 +92,8 @@ def encoded_object(
     header = _own_header(data[:HEADER_BYTES])
     if codec.family == "raw" or header.codec != "raw" or header.dtype not in ITEM_BYTES:
         return None
+    if header.is_tail and header.kind == "native" and not codec.lossless:
+        return None  # what is empty behind its last token would be measured with the rest
     raw = np.frombuffer(data, np.uint8, header.raw_length, HEADER_BYTES)
     if checksum(raw.data) != header.raw_checksum:
         raise CorruptObject("payload checksum does not match")

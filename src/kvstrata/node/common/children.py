@@ -58,14 +58,23 @@ class Children:
     def __len__(self) -> int:
         return len(self._known)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a new one would be remembered in another's place."""
+        return len(self._known) >= self._most
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._known
 
     def enter(self, key: bytes, num_tokens: int, chunk_tokens: int, marks: bytes) -> None:
         """Remember an object; one without marks is nothing that could be found."""
-        if not marks or key in self._known:
+        entry = _SIZES.pack(num_tokens, chunk_tokens) + marks
+        known = self._known.get(key)
+        if not marks or known == entry:
             return
-        self._known[key] = _SIZES.pack(num_tokens, chunk_tokens) + marks
+        if known is not None:
+            self.leave(key)
+        self._known[key] = entry
         first = marks[:MARK_BYTES]
         oldest = b""
         if first in self._alike:

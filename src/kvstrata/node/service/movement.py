@@ -364,8 +364,8 @@ class Movement:
                 break
             lossless = backing.choice is None or backing.choice.lossless
             if lossless and backing.find(key, part, None) is None:
-                origin = Origin([key], part, order, promotion.cost, "", header.namespace,
-                                priority=promotion.priority, tiers=promotion.tiers)  # fmt: skip
+                origin = Origin([key], part, order, promotion.cost, "", header.namespace, "",
+                                promotion.priority, promotion.tiers, header.is_tail)  # fmt: skip
                 behind.add(origin, [(key, promotion.slot)])
 
     def _settle(

@@ -20,6 +20,7 @@ class Origin(NamedTuple):
         trace: traceparent of the store, where it is traced.
         priority: as of `kvstrata.policies.base.Policy.insert`.
         tiers: names of those that may have it; none: all.
+        is_tail: whether it is shorter than a chunk, and found by its marks alone.
     """
 
     prefix: list[bytes]
@@ -31,6 +32,7 @@ class Origin(NamedTuple):
     trace: str = ""
     priority: int = 0
     tiers: frozenset[str] = frozenset()
+    is_tail: bool = False
 
     @classmethod
     def of(cls, reservation: Reservation, last: bytes) -> Origin:
@@ -45,4 +47,5 @@ class Origin(NamedTuple):
             reservation.trace,
             reservation.priority,
             reservation.tiers,
+            reservation.is_tail,
         )

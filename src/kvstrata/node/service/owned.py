@@ -31,6 +31,7 @@ from kvstrata.node.service.entries import (
     same_object,
     size_of,
 )
+from kvstrata.node.service.headers import Headers
 from kvstrata.node.service.ledger import Keeping, Ledger, Marked
 from kvstrata.node.service.moves import Writing
 from kvstrata.node.service.origin import Origin
@@ -100,6 +101,7 @@ class OwnedBacking(Singly):
             self.index, self._removals, self._turns, self._calls, self._scratch,
             lambda puts: self.tier.write(puts), self._fetch,
         )  # fmt: skip
+        self._headers = Headers(self.index, self.tier, self._calls, self.marks)
         self.num_marking = 0  # clears by mark that are not done yet
         # Whether each object has been read, or was written here, and is whose its chunk is.
         self._all_read, self._mixed = False, False
@@ -139,6 +141,16 @@ class OwnedBacking(Singly):
     def written(self, prefix: list[bytes]) -> None:
         # Written side by side they end in any order, and after the heads of earlier commits.
         self.index.touch(prefix)
+
+    async def read_headers(self, lacks: Callable[[bytes], bool]) -> None:
+        """Learn from the headers of what a scan found, of those chunks whose header is lacked."""
+        keys = list(self.index.keys())  # what was used last is the last
+        while keys:
+            try:
+                await self._headers.read(keys, lacks, self._learn)
+            except TierUnavailable as error:
+                self.trip(error)
+                await asyncio.sleep(self._health.off_s)
 
     # how it is
 
@@ -290,6 +302,11 @@ class OwnedBacking(Singly):
                 f"be there again after a restart: {self._health.trouble}"
             )
         return num_objects
+
+    def evict(self, key: bytes) -> None:
+        """Delete a chunk for another that is there; nobody waits for it."""
+        if names := self._removals.condemn_chunk(key, Cause.EVICTED):
+            self._removals.run(names)
 
     # writing
 

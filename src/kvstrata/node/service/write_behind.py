@@ -97,6 +97,8 @@ class WriteBehind:
         backing = self.backing
         if origin.tiers and backing.name not in origin.tiers:
             return
+        if origin.is_tail and backing.must_be_asked:
+            return  # nobody asks for what only marks can find
         if not backing.writable:
             self._skipped(len(objects), "tier")
             return

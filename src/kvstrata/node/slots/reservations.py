@@ -267,6 +267,8 @@ class ReservationTable:
                 del self._costs[next(iter(self._costs))]
         else:
             reservation.cost = self._costs.get(nbytes, 0.0)
+        if reservation.is_tail:
+            reservation.cost *= reservation.template.num_tokens / reservation.chunk_tokens
 
     def compute_s(self, nbytes: int) -> float:
         """What computing a chunk takes whose objects need slots of this size; `inf`: unknown."""

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import mmap
 import os
 import secrets
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.objects import HEADER_BYTES
 from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
 from kvstrata.tiers.disk.folder import DiskFolder, run_walk, unavailable
 from kvstrata.tiers.disk.quarantine import Quarantine
@@ -133,6 +135,9 @@ class DiskTier(OwnedTier):
 
     def read(self, ids: Sequence[bytes], into: Sequence[memoryview]) -> list[int | Outcome]:
         return self._for_each("read", self._read_one, ids, into)
+
+    def headers(self, ids: Sequence[bytes]) -> list[bytes | Outcome]:
+        return self._for_each("read", self._header_one, ids)
 
     def write(self, puts: Sequence[Put]) -> list[Outcome]:
         if self.read_only:
@@ -250,14 +255,23 @@ class DiskTier(OwnedTier):
         for nbytes in self._sizes_of(object_id):
             if nbytes > len(into):
                 return Outcome.FAILED
-            return self._read_file(self._path(object_id, nbytes), into[:nbytes])
+            return self._read_file(self._path(object_id, nbytes), nbytes, into[:nbytes])
         return Outcome.MISS
 
-    def _read_file(self, path: str, into: memoryview) -> int | Outcome:
+    def _header_one(self, object_id: bytes) -> bytes | Outcome:
+        page = memoryview(mmap.mmap(-1, HEADER_BYTES))
+        for nbytes in self._sizes_of(object_id):
+            answer = self._read_file(self._path(object_id, nbytes), nbytes, page)
+            return answer if isinstance(answer, Outcome) else bytes(page)
+        return Outcome.MISS
+
+    def _read_file(self, path: str, nbytes: int, into: memoryview) -> int | Outcome:
+        """Read the beginning of a file that is to have so many bytes."""
+
         def work(flags: int) -> int | Outcome:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | flags)
             try:
-                whole = os.fstat(fd).st_size == len(into)
+                whole = os.fstat(fd).st_size == nbytes
                 whole = whole and transfer(os.preadv, fd, [into]) == len(into)
                 return len(into) if whole else Outcome.FAILED
             finally:
