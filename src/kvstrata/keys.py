@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeAlias
 
@@ -149,7 +149,8 @@ class KeyChain:
         size = self.chunk_tokens
         key = self._parent_key(start, parent)
         ids = token_ids(tokens)
-        return _chained(self._hasher, ids, size, key, media, start)
+        items = media_by_chunk(media, start, size, len(ids) // size) if media else {}
+        return _chained(self._hasher, _rows(ids, size), size, key, items)
 
     def tail(
         self,
@@ -198,12 +199,18 @@ class KeyChain:
             UsageError: as `keys` does.
         """
         ids, size = token_ids(tokens), self.chunk_tokens
+        # All at once: to set up one array for each chunk costs as much as its hashes.
+        whole, each = len(ids) // size, size // MARK_TOKENS
+        chunks = ids[: whole * size].reshape(whole, size)[:, : each * MARK_TOKENS]
+        rows = _rows(np.concatenate((chunks.ravel(), ids[whole * size :])), MARK_TOKENS)
+        nbytes = each * _row_bytes(MARK_TOKENS)
         marks = []
         for number, parent in enumerate(parents):
             begin = start + number * size
-            chunk = ids[number * size : (number + 1) * size]
             key = self._parent_key(begin, parent)
-            steps = _chained(self._marker, chunk, MARK_TOKENS, key, media, begin)
+            some = rows[number * nbytes : (number + 1) * nbytes]
+            items = media_by_chunk(media, begin, MARK_TOKENS, each) if media else {}
+            steps = _chained(self._marker, some, MARK_TOKENS, key, items)
             marks.append(b"".join([step[:MARK_BYTES] for step in steps]))
         return marks
 
@@ -225,39 +232,43 @@ def _hasher(material: bytes, context: str) -> blake3:
     return blake3(key=blake3(material, derive_key_context=context).digest(), max_threads=1)
 
 
-def _chained(
-    hasher: blake3,
-    ids: npt.NDArray[np.integer[Any]],
-    size: int,
-    key: bytes,
-    media: Sequence[MediaItem],
-    start: int,
-) -> list[bytes]:
-    """The chain of whole pieces of ``size`` tokens, each hashed behind the one before it.
+def _row_bytes(size: int) -> int:
+    return 4 * (size + 2)
 
-    Args:
-        key: what the first of them is chained to.
-        start: position of the first token.
-    """
+
+def _rows(ids: npt.NDArray[np.integer[Any]], size: int) -> memoryview:
+    """Of each whole piece of ``size`` tokens: their number, they, and that it has no media."""
     count = len(ids) // size
-    if not count:
-        return []
-    # One row a piece: number of tokens, tokens, number of media items.
     rows = np.zeros((count, size + 2), "<u4")
     rows[:, 0] = size
     rows[:, 1:-1] = ids[: count * size].reshape(count, size)
-    items = media_by_chunk(media, start, size, count) if media else {}
-    for number, (num_items, _) in items.items():
-        rows[number, -1] = num_items
-    messages = rows.data.cast("B")
-    row_bytes = rows.itemsize * (size + 2)
+    return rows.data.cast("B") if count else memoryview(b"")
+
+
+def _chained(
+    hasher: blake3,
+    rows: memoryview,
+    size: int,
+    key: bytes,
+    items: Mapping[int, tuple[int, bytes]],
+) -> list[bytes]:
+    """The chain of pieces of ``size`` tokens, each hashed behind the one before it.
+
+    Args:
+        rows: see `_rows`.
+        key: what the first of them is chained to.
+        items: the media items of pieces by number, see `media_by_chunk`.
+    """
     chain: list[bytes] = []
-    for number in range(count):
-        piece = hasher.copy()
-        piece.update(key)
-        piece.update(messages[number * row_bytes : (number + 1) * row_bytes])
+    piece, nbytes = hasher.copy(), _row_bytes(size)
+    for number in range(len(rows) // nbytes):
+        row = rows[number * nbytes : (number + 1) * nbytes]
+        piece.reset()
         if number in items:
-            piece.update(items[number][1])
+            num_items, encoded = items[number]
+            piece.update(key + row[:-4] + struct.pack("<I", num_items) + encoded)
+        else:
+            piece.update(key + row)
         key = piece.digest()
         chain.append(key)
     return chain
