@@ -43,6 +43,8 @@ class Namespace:
         tensor_parallel, pipeline_parallel, context_parallel: sizes of the topology.
         adapter: `kvstrata.identity.adapter_identity`, or empty.
         tenant: whose cache it is, or empty.
+        slices: into how many a layer's KV heads are cut, where all tensor-parallel sizes share them
+            (``tensor_parallel`` is 1 then); 0: they are those of one size.
     Raises:
         UsageError: an empty model or layout, or a size below 1.
     """
@@ -55,12 +57,16 @@ class Namespace:
     context_parallel: int = 1
     adapter: str = ""
     tenant: str = ""
+    slices: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
-                raise UsageError(f"namespace: {field.name} is {value}, not at least 1")
+            least = 0 if field.name == "slices" else 1
+            if isinstance(value, int) and value < least:
+                raise UsageError(f"namespace: {field.name} is {value}, not at least {least}")
+        if self.slices and self.tensor_parallel > 1:
+            raise UsageError("namespace: what every tensor-parallel size shares names no size")
         for name in ("model", "layout"):
             if not getattr(self, name):
                 raise UsageError(f"namespace: {name} is empty")
@@ -75,7 +81,7 @@ class Namespace:
             _NAMESPACE_VERSION,
             self.model,
             self.layout,
-            str(self.tensor_parallel),
+            f"shared {self.slices}" if self.slices else str(self.tensor_parallel),
             str(self.pipeline_parallel),
             str(self.context_parallel),
             str(self.chunk_tokens),

@@ -131,6 +131,11 @@ class NativeOrder:
     dtype: str
     axes: tuple[str, str]
 
+    @property
+    def by_head(self) -> bool:
+        """Whether each head of a page is one run of bytes, and heads follow each other."""
+        return all(axes.split()[0] == "H" for axes in self.axes)
+
     def page_bytes(self, group: LayerGroup) -> int:
         """Bytes of one block of one layer.
 

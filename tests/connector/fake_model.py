@@ -79,28 +79,39 @@ def kv_cache_config(
     return config
 
 
-class Memory:
-    """The blocks of one rank: (L, blocks, tokens, 8 bytes), and what belongs into them.
+def heads_of(rank: int, ranks: int, heads: int) -> range:
+    """The KV heads that vLLM gives to a rank: neighbours, or one that other ranks have, too."""
+    first, end = rank * heads // ranks, (rank + 1) * heads // ranks
+    return range(first, max(end, first + 1))
 
-    Those of `DRAFT` are (1, blocks, tokens, 16 bytes), with the same numbers.
+
+class Memory:
+    """The blocks of one rank, and what belongs into them.
+
+    ``kv`` is (L, blocks, tokens, 8 bytes); of several heads (L, blocks, tokens, H, 8 bytes), and
+    in memory a block keeps head after head. Those of `DRAFT` are (1, blocks, tokens, 16 bytes),
+    with the numbers of a rank that has one head.
     """
 
-    def __init__(self, num_blocks: int, rank: int = 0) -> None:
-        self.kv = np.zeros((LAYERS, num_blocks, BLOCK, WORD), np.uint8)
+    def __init__(self, num_blocks: int, heads: range = range(1)) -> None:
+        blocks = np.zeros((LAYERS, num_blocks, len(heads), BLOCK, WORD), np.uint8)
+        self.kv = blocks[:, :, 0] if len(heads) == 1 else blocks.swapaxes(2, 3)
         self.draft = np.zeros((1, num_blocks, BLOCK, 2 * WORD), np.uint8)
-        self._rank = rank
+        self._heads = heads
 
     def pages(self, group: Group) -> Pages:
         """Where a group's pages are."""
         kv, is_draft = self.of(group), group.more_of is not None
         base, layer, block = kv.ctypes.data, kv.strides[0], kv.strides[1]
         stateful, latent = group.kind == "recurrent", group.replicated
-        order = native_order(f"vllm/strided-NHC/b{BLOCK}/bfloat16")
+        num_heads = 2 if is_draft else len(self._heads)
+        letters = "NHC" if is_draft or num_heads == 1 else "HNC"
+        order = native_order(f"vllm/strided-{letters}/b{BLOCK}/bfloat16")
         if stateful:
             order = NativeOrder("vllm/state-fake/1", BLOCK, "float32", ("D", "D"))
         return Pages(
             group=LayerGroup(
-                index=group.index, kind=group.kind, num_layers=len(kv), num_kv_heads=1 + is_draft,
+                index=group.index, kind=group.kind, num_layers=len(kv), num_kv_heads=num_heads,
                 head_dim=STATE // 4 if stateful else 4 if latent else 2,
                 states=1 if stateful or latent else 2,
                 dtype=order.dtype, window=group.reach,
@@ -121,18 +132,21 @@ class Memory:
         return self.kv if group.more_of is None else self.draft
 
     def wanted(self, digests: Sequence[bytes], group: Group) -> npt.NDArray[np.uint8]:
-        """What a group's blocks must hold: (L, tokens, 8), or (1, tokens, 16)."""
+        """What a group's blocks must hold of these tokens, shaped as those."""
         words = self.words(digests, group.index, replicated=group.replicated)
         return words if group.more_of is None else np.tile(words[:1], 2)
 
     def words(
         self, digests: Sequence[bytes], group: int = 0, *, replicated: bool = False
     ) -> npt.NDArray[np.uint8]:
-        """What the blocks must hold: (L, tokens, 8); the same on every rank, if replicated."""
-        rank = 0 if replicated else self._rank
+        """What ``kv`` must hold of these tokens; the same on every rank, if replicated."""
         plain = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, WORD)
-        salts = [np.uint8(group * 37 + i * 16 + rank + 1) for i in range(LAYERS)]
-        return np.stack([plain ^ salt for salt in salts])
+        heads = range(1) if replicated else self._heads
+        first = group * 37 + 1
+        salts = [[np.uint8(first + i * 16 + head) for head in heads] for i in range(LAYERS)]
+        if len(heads) == 1:
+            return np.stack([plain ^ salt for (salt,) in salts])
+        return np.stack([np.stack([plain ^ salt for salt in some], axis=1) for some in salts])
 
     def state(self, digest: bytes, group: int) -> npt.NDArray[np.uint8]:
         """The state after the tokens of this digest: (L, 96)."""

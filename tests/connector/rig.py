@@ -25,6 +25,7 @@ from tests.connector.fake_model import (
     STATE,
     Memory,
     digests,
+    heads_of,
     kv_cache_config,
     sampled,
 )
@@ -106,6 +107,7 @@ class Rig:
         events: how vLLM publishes its KV events.
         kinds: of the model's layer groups, see `SPECS`.
         draft: number of the group whose block table `DRAFT` has; None: there is no such layer.
+        heads: KV heads of a layer, on all ranks together; one for each if None.
         ends: when a step of a worker ends: `at once`; `late`, as where a model drafts, so that its
             results are taken before; or `never`, as in the first ranks of a pipeline then.
     """
@@ -124,6 +126,7 @@ class Rig:
         events: KVEventsConfig | None = None,
         kinds: Sequence[str] = ("full",),
         draft: int | None = None,
+        heads: int | None = None,
         ends: Literal["at once", "late", "never"] = "at once",
         **scheduling: Any,
     ) -> None:
@@ -156,6 +159,9 @@ class Rig:
         self.ranks = ranks
         self._ends = ends
         self.vllm_config.parallel_config.world_size = ranks
+        self.vllm_config.parallel_config.tensor_parallel_size = ranks
+        heads = heads or ranks
+        self.vllm_config.model_config.model_arch_config.total_num_kv_heads = heads
         caches = kv_cache_config(num_blocks, kinds, draft)
         self.groups = groups_of(caches, self.config)
         if "state" in kinds:
@@ -172,7 +178,7 @@ class Rig:
         connector = self.scheduler.connector
         assert isinstance(connector, KVStrataConnector)
         self.connector = connector
-        self.memories = [Memory(num_blocks, rank) for rank in range(ranks)]
+        self.memories = [Memory(num_blocks, heads_of(rank, ranks, heads)) for rank in range(ranks)]
         self.workers = [self._worker(rank, caches) for rank in range(ranks)]
         connector.set_xfer_handshake_metadata_pp_aware(
             {(0, rank): worker.hello() for rank, worker in enumerate(self.workers)}
@@ -491,7 +497,8 @@ class Rig:
                 wanted = memory.wanted(done, group)
                 read = self._first_read(group, start)
                 where, within = _places(blocks, read, end)
-                right = (memory.of(group)[:, where, within] == wanted[:, read:]).all(axis=(0, 2))
+                equal = memory.of(group)[:, where, within] == wanted[:, read:]
+                right = equal.all(axis=(0, *range(2, equal.ndim)))
                 assert right.all(), (
                     f"{name}: wrong KV in group {group.index} at tokens "
                     f"{read + np.flatnonzero(~right)} of {start}"

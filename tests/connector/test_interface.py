@@ -19,7 +19,6 @@ LEFT_TO_VLLM = {
     "get_kv_connector_kv_cache_events": "events come from the scheduler's side, by `take_events`",
     "get_loaded_kv_cache_group_ids": "what is found by its key, as the default says",
     "get_mem_pool_context": "the engine's own memory",
-    "get_required_kvcache_layout": "every layout that passes the self-test",
     "has_connector_metadata": "what the base class keeps",
     "has_pending_block_frees": "no free is ever delayed",
     "has_pending_push_work": "nothing is pushed to another engine",

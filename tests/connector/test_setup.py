@@ -161,7 +161,7 @@ def test_a_model_without_identity_is_not_cached(
 ) -> None:
     rig = make_rig()
 
-    def unknown(layout: str, wait_s: float) -> None:
+    def unknown(layout: str, wait_s: float, slices: int) -> None:
         raise ValueError("a model of no kind")
 
     monkeypatch.setattr(rig.side._lookups.namespaces, "identify", unknown)

@@ -348,6 +348,20 @@ def test_pages_of_several_kernel_blocks(layout: str) -> None:
     assert pages.native_shape(64) == (LAYERS, 4, pages.page_bytes // 2)
 
 
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
+def test_pages_of_some_heads_are_where_vllm_has_these_heads(layout: str) -> None:
+    caches, vllm_config, config = allocate(layout)
+    pages = accept(caches, vllm_config, config)
+    for heads in (range(1), range(1, 3), range(3, 4)):
+        some = pages.of_heads(heads)
+        for layer, name in enumerate(pages.layer_names):
+            tensor = caches[name][4, heads.start : heads.stop]
+            assert tensor.is_contiguous()
+            assert some.run(layer, 4) == (tensor.data_ptr(), tensor.numel() * 2)
+        assert some.page_bytes == some.order.page_bytes(some.group)
+    assert pages.of_heads(range(HEADS)) is pages
+
+
 @pytest.mark.parametrize("layout", ["LBNHC", "LBHNC", "LHBNC", "BLHNC"])
 def test_one_head_has_one_name(layout: str) -> None:
     pages = accept(*allocate(layout, heads=1))

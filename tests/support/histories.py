@@ -321,6 +321,7 @@ PARTS: dict[str, Any] = {
     "layout": "full/30x3x64x2/float16",
     "chunk_tokens": 64,
     "tensor_parallel": 2,
+    "slices": 2,
     "pipeline_parallel": 2,
     "context_parallel": 2,
     "adapter": "lora-1",

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def cluster(fleet: Fleet, *words: str) -> Result:
     settings = ["--set", f"fleet.registry={fleet.server.url}"]
     settings += ["--set", f"secret_file={fleet.folder / 'secret'}"]
     return CliRunner().invoke(build_app(), ["cluster", *words, *settings])
+
+
+def test_it_is_told_how_many_objects_a_chunk_has(fleet: Fleet) -> None:
+    """What an engine tells, or else one for each rank or slice."""
+    a = fleet.join("a")
+    two, shared = Namespace("two", "a layout", 64, 2), Namespace("shared", "a layout", 64, slices=4)
+    cases: list[tuple[Namespace, list[int], int]] = [
+        (two, [], 2),
+        (replace(two, model="of a latent"), [0], 1),
+        (replace(two, model="of two groups"), [0, 1, 1 << 16, 1 << 16 | 1], 4),
+        (replace(shared, pipeline_parallel=2), [], 8),
+    ]
+    for namespace, objects, _ in cases:
+        a.client.record(Described(namespace, objects=objects).record())
+    until(lambda: len(fleet.members()["a"].models) == len(cases))
+    told = {one.namespace: one.parts for one in fleet.members()["a"].models}
+    assert told == {namespace.digest().hex(): parts for namespace, _, parts in cases}
 
 
 def test_members_and_who_has_what(fleet: Fleet) -> None:

@@ -50,6 +50,7 @@ SAMPLES: Mapping[str, Any] = {
     "canary": "off",
     "hints": "store, pin",
     "reset": "keep",
+    "share": "ranks",
     "host.capacity": "3GiB",
     "host.policy": "s3fifo",
     "host.verify_every": 1,
@@ -496,7 +497,7 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
         "object_store.load_target": "1s",
     }
     identity = load(base).node_identity(uid=1)
-    clients = {"node", "chunk_tokens", "tenant", "log", "hints", "inside", "reset"}
+    clients = {"node", "chunk_tokens", "tenant", "log", "hints", "inside", "reset", "share"}
     for path, value in SAMPLES.items():
         given = dict(base)
         if path == "network.transport":
@@ -609,3 +610,14 @@ def test_command_tells_an_error_in_one_line(
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.startswith("kvstrata ")
+
+
+def test_what_is_shared_is_nothing_by_default_and_named_one_by_one() -> None:
+    assert load().share == ()
+    for given_as in ("ranks", " ranks ", ["ranks"]):
+        assert load({"share": given_as}).share == ("ranks",)
+    assert load(environ={"KVSTRATA_SHARE": "none"}).share == ()
+    for wrong in ("", "engines", "all", "ranks, ranks", [], ["none"], True):
+        with pytest.raises(ConfigError, match='expected "none", or some of ranks') as caught:
+            load({"share": wrong})
+        assert caught.value.path == "share"

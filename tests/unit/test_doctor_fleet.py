@@ -364,6 +364,7 @@ class TestCompare:
             "layout": "full/2x2x2x2/float16",
             "chunk_tokens": 64,
             "tensor_parallel": 2,
+            "slices": 2,
             "pipeline_parallel": 2,
             "context_parallel": 2,
             "adapter": "7a",

@@ -42,6 +42,11 @@ namespaces = st.builds(
     adapter=st.text("ab", max_size=3),
     tenant=st.text("ab", max_size=3),
 )
+namespaces |= st.builds(
+    lambda one, slices: dataclasses.replace(one, tensor_parallel=1, slices=slices),
+    namespaces,
+    st.integers(1, 12),
+)
 
 
 def by_the_page(
@@ -149,6 +154,22 @@ def test_media_differing_in_one_thing_differ(other: MediaItem) -> None:
 @given(namespaces, namespaces)
 def test_namespaces_meet_only_if_equal(one: Namespace, other: Namespace) -> None:
     assert (one.digest() == other.digest()) == (one == other)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_size_of_tensor_parallelism_has_the_digest_of_the_page(size: int) -> None:
+    """As release 0.1.0 had it; what every size shares has another one, and names no size."""
+
+    def digest(sizes: str) -> bytes:
+        texts = ("kvstrata namespace 1", "m", "l", sizes, "3", "1", "128", "", "t")
+        return blake3(b"".join(struct.pack("<I", len(x)) + x.encode() for x in texts)).digest()
+
+    alone = Namespace("m", "l", 128, size, pipeline_parallel=3, tenant="t")
+    assert alone.digest() == digest(str(size))
+    shared = dataclasses.replace(alone, tensor_parallel=1, slices=size)
+    assert shared.digest() == digest(f"shared {size}")
+    with pytest.raises(UsageError, match="names no size"):
+        Namespace("m", "l", 128, 2, slices=size)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Namespace)])

@@ -76,6 +76,19 @@ def test_cpu_amx_follows_its_address_formula() -> None:
     assert np.array_equal(native_elements(order, group).reshape(-1), amx_by_formula(group, 64))
 
 
+@pytest.mark.parametrize("which", ["cpu-vec", "cpu-amx", *(f"strided-{s}" for s in STRIDED)])
+@pytest.mark.parametrize("heads", [2, 3])
+def test_a_head_is_a_run_of_bytes_exactly_where_the_order_says_so(which: str, heads: int) -> None:
+    order = native_order(f"vllm/{which}/b16/float32")
+    group, single = make_group(heads=heads, dtype="float32"), make_group(heads=1, dtype="float32")
+    portable = numbered(order, group, 2)
+    native = order.pack_layers(portable, group)
+    each = native.shape[2] // heads
+    runs = [native[..., i * each : (i + 1) * each] for i in range(heads)]
+    alone = [order.pack_layers(portable[:, :, i : i + 1].copy(), single) for i in range(heads)]
+    assert all(map(np.array_equal, runs, alone)) is order.by_head
+
+
 @pytest.mark.parametrize(
     ("letters", "axes"),
     [

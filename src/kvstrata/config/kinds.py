@@ -26,6 +26,8 @@ MIN_EVERY_S = 1.0
 HINTS = ("max_load_tokens", "max_store_tokens", "store", "load",
          "session", "pin", "priority", "tiers")  # fmt: skip
 """What clients may say with a request, see docs/hints.md; `kvstrata.connectors.hints` reads it."""
+SHARED = ("ranks",)
+"""In what engines may differ that share KV all the same, see docs/sharing.md."""
 NO_LOSSY_CODEC = ("raw", "lossless", "exact", "auto")
 
 
@@ -146,21 +148,29 @@ def _codecs(value: Any) -> tuple[str, ...]:
     return chosen
 
 
-def _format_codecs(value: tuple[str, ...]) -> str:
-    return ", ".join(value) or "none"
+def _some_of(value: Any, known: Sequence[str], what: str) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or len(names) > len(known):
+        raise ValueError(f"{value!r} is no list of {what}")
+    return tuple(one_of(known).parse(n.strip() if isinstance(n, str) else n) for n in names)
 
 
 def _hints(value: Any) -> tuple[str, ...]:
     if value in ("all", "none"):
         return HINTS if value == "all" else ()
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not names or len(names) > len(HINTS):
-        raise ValueError(f"{value!r} is no list of hints")
-    return tuple(one_of(HINTS).parse(n.strip() if isinstance(n, str) else n) for n in names)
+    return _some_of(value, HINTS, "hints")
 
 
 def _format_hints(value: tuple[str, ...]) -> str:
-    return "all" if value == HINTS else ", ".join(value) or "none"
+    return "all" if value == HINTS else _format_names(value)
+
+
+def _shared(value: Any) -> tuple[str, ...]:
+    return () if value == "none" else _some_of(value, SHARED, "what engines share")
+
+
+def _format_names(value: tuple[str, ...]) -> str:
+    return ", ".join(value) or "none"
 
 
 def _bound(value: Any) -> str:
@@ -227,8 +237,9 @@ RATE = Kind(units.parse_rate, units.format_rate, 'a rate such as "32MiB/s", or 0
 TEXT = Kind(_text, str, "1 to 128 printable characters")
 PATH = Kind(_path, str, "an absolute path, or one that starts with ~")
 CODEC = Kind(_codec, str, "the name of a codec, such as lossless or int8")
-CODECS = Kind(_codecs, _format_codecs, '"none", or lossy codecs such as "cachegen-2, cachegen-5"')
+CODECS = Kind(_codecs, _format_names, '"none", or lossy codecs such as "cachegen-2, cachegen-5"')
 HINT_NAMES = Kind(_hints, _format_hints, f'"all", "none", or some of {", ".join(HINTS)}')
+SHARING = Kind(_shared, _format_names, '"none", or some of ' + ", ".join(SHARED))
 BOUND = Kind(_bound, str, '"none", or a bound such as "kl <= 0.01 and agreement >= 98%"')
 ENCRYPTION = Kind(
     _encryption, str, '"none", "file:" and an absolute path, "env:" and a name, or "command:"'

@@ -109,6 +109,12 @@ class Config:
         "what was stored before is not found again by this engine, whose weights may be exchanged. "
         "`keep`: nothing, for an engine whose weights never are.",
     )
+    share: tuple[str, ...] = option(
+        kinds.SHARING,
+        "none",
+        "Whose KV an engine loads although it would compute it with another rounding, see "
+        "docs/sharing.md. `ranks`: of other tensor-parallel sizes that have this option, too.",
+    )
     host: HostConfig = field(default_factory=HostConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)

@@ -90,7 +90,7 @@ class Chunks:
     def parts(self) -> list[int]:
         """What makes up a chunk."""
         sizes = self.namespace.parts
-        ranks = sizes.tensor_parallel * sizes.pipeline_parallel
+        ranks = (sizes.slices or sizes.tensor_parallel) * sizes.pipeline_parallel
         return list(self.namespace.objects or range(ranks))
 
 

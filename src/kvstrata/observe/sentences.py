@@ -116,6 +116,11 @@ _PARTS = {
     "weights": ("other weights", "run engines of one revision"),
     "layout": ("another layout of the KV", "run engines with one KV dtype and one topology"),
     "chunk_tokens": ("chunks of another size", "give all engines one chunk_tokens"),
+    "tensor_parallel": (
+        "another size of tensor parallelism",
+        'give all engines share = "ranks", if another rounding may count (docs/sharing.md)',
+    ),
+    "slices": ("another value of the option share", "give all engines the same value of share"),
     "reset": ("an engine that was reset since", "nothing: its weights may have changed"),
     "unknown": ("another namespace that nobody has described", "see `kvstrata status`"),
 }

@@ -80,6 +80,13 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         """A store that is lost is a future miss, nothing more."""
         return False
 
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """Heads before tokens where heads are shared, so that some of them are a run of bytes."""
+        transfer, model = vllm_config.kv_transfer_config, vllm_config.model_config
+        config = load_config(overrides=transfer.kv_connector_extra_config)
+        return "LBHNC" if "ranks" in config.share and not model.use_mla else None
+
     # scheduler
 
     def set_xfer_handshake_metadata_pp_aware(

@@ -52,11 +52,12 @@ class Namespaces:
         self._adapters: dict[tuple[int, str], Future[str]] = {}
         self._generation = ""
 
-    def identify(self, layout: str, wait_s: float) -> None:
+    def identify(self, layout: str, wait_s: float, slices: int = 0) -> None:
         """Begin to find out the engine's namespace, and wait for it a little.
 
         Args:
             layout: the logical layout of the KV of all ranks, in one canonical text.
+            slices: as of `engine_namespace`.
 
         Raises:
             ConfigError: the weights cannot be identified, so nothing may be cached.
@@ -64,7 +65,7 @@ class Namespaces:
         # One thread, one after the other: who knows the namespace knows the weights.
         self._weights = self._hashing.submit(_weights, self._vllm_config)
         self._engine = self._hashing.submit(
-            engine_namespace, self._vllm_config, layout, self._chunk_tokens, self._tenant
+            engine_namespace, self._vllm_config, layout, self._chunk_tokens, self._tenant, slices
         )
         try:
             self._engine.result(wait_s)
@@ -138,14 +139,17 @@ class Namespaces:
         self._hashing.shutdown(wait=False, cancel_futures=True)
 
 
-def engine_namespace(vllm_config: Any, layout: str, chunk_tokens: int, tenant: str) -> Namespace:
+def engine_namespace(
+    vllm_config: Any, layout: str, chunk_tokens: int, tenant: str, slices: int = 0
+) -> Namespace:
     """The namespace of an engine without an adapter; reads the weights, so it may take seconds.
 
     Args:
         vllm_config: the engine's configuration.
-        layout: the logical layout of one rank's KV, in one canonical text.
+        layout: the logical layout of the KV of all ranks, in one canonical text.
         chunk_tokens: tokens of a chunk.
         tenant: as configured.
+        slices: into how many a layer's KV heads are cut for every number of ranks; 0: they are not.
 
     Raises:
         ConfigError: the weights cannot be identified, so nothing may be cached.
@@ -155,11 +159,12 @@ def engine_namespace(vllm_config: Any, layout: str, chunk_tokens: int, tenant: s
         model=model_fingerprint(_effective(vllm_config), _weights(vllm_config)),
         layout=layout,
         chunk_tokens=chunk_tokens,
-        tensor_parallel=parallel.tensor_parallel_size,
+        tensor_parallel=1 if slices else parallel.tensor_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
         context_parallel=parallel.prefill_context_parallel_size
         * parallel.decode_context_parallel_size,
         tenant=tenant,
+        slices=slices,
     )
 
 

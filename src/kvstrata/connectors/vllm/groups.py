@@ -74,11 +74,6 @@ class Group:
             return max(1, self.reach // chunk_tokens - 1)
         return max(1, math.ceil((self.reach - 1) / chunk_tokens))
 
-    def part(self, rank: int, tensor_parallel: int) -> int:
-        """Which object of a chunk a rank reads."""
-        first = rank - rank % tensor_parallel if self.replicated else rank
-        return self.index << 16 | first
-
 
 @dataclass(frozen=True)
 class Groups:

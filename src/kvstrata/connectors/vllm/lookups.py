@@ -90,7 +90,7 @@ class Lookups:
         #: requests that have asked or hold a lease, and have not been scheduled
         self.looking: set[str] = set()
 
-    def learn(self, ranked: Sequence[WorkerHello]) -> bool:
+    def learn(self, ranked: Sequence[WorkerHello], layout: str) -> bool:
         """Learn what the workers' objects are; whether that is what was known before.
 
         Raises:
@@ -106,7 +106,7 @@ class Lookups:
         self.lengths = [one.payload_bytes for one in each]
         self.needs = [one.needs for one in each] if any(one.needs for one in each) else []
         self.num_workers = len(ranked)
-        self.namespaces.identify("; ".join(hello.layout for hello in ranked), IDENTITY_WAIT_S)
+        self.namespaces.identify(layout, IDENTITY_WAIT_S, ranked[0].slices)
         self.namespaces.when_weighed(
             lambda weights: explain_auto(self._config, self._model, weights)
         )

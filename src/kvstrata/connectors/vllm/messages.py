@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -11,12 +11,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvstrata.errors import Incompatible
 from kvstrata.objects import NOBODY
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the scheduler's side must know of a worker's objects of one layer group.
+    """What the scheduler's side must know of one of a worker's objects of a chunk.
 
     Args:
         part: which object of a chunk it is.
@@ -38,16 +39,20 @@ class WorkerHello(KVConnectorHandshakeMetadata):
     """What the scheduler must know of a worker's KV, once, at start.
 
     Args:
-        held: its objects, one for each shape of each layer group.
+        held: its objects of a chunk.
         layout: logical layout of its layers, in one canonical text.
         node: identity of the node it is attached to; empty if to none.
         problem: why the worker cannot take part; empty if it can.
+        slices: into how many a layer's KV heads are cut for every number of ranks; 0: they are not.
+        why_alone: why not, where they were to be.
     """
 
     held: tuple[Held, ...] = ()
     layout: str = ""
     node: bytes = b""
     problem: str = ""
+    slices: int = 0
+    why_alone: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,10 +200,36 @@ class WorkerReport(KVConnectorWorkerMetadata):
         )
 
 
-def differing_orders(hellos: Sequence[WorkerHello]) -> list[str]:
+def _differing_orders(hellos: Sequence[WorkerHello]) -> list[str]:
     """The byte orders of a layer group that not all workers keep alike; none: they do."""
     orders: dict[int, set[str]] = {}
     for hello in hellos:
         for held in hello.held:
             orders.setdefault(held.part >> 16, set()).add(held.order)
     return next((sorted(names) for names in orders.values() if len(names) > 1), [])
+
+
+def layout_of(hellos: Mapping[tuple[int, int], WorkerHello]) -> str:
+    """The logical layout of the KV of all workers, in one canonical text.
+
+    Args:
+        hellos: by stage of the pipeline, and rank.
+    Raises:
+        Incompatible: one of them cannot take part, or they do not agree.
+    """
+    ranked = [hellos[rank] for rank in sorted(hellos)]
+    if problem := next((hello.problem for hello in ranked if hello.problem), ""):
+        raise Incompatible(problem)
+    if orders := _differing_orders(ranked):
+        raise Incompatible(f"the workers keep KV in different orders: {orders}")
+    if not any(hello.slices for hello in ranked):
+        return "; ".join(hello.layout for hello in ranked)
+    if len({hello.slices for hello in ranked}) > 1:
+        alone = next((hello.why_alone for hello in ranked if not hello.slices), "")
+        raise Incompatible(f"the workers cut their KV heads differently ({alone})")
+    stages: dict[int, str] = {}
+    for stage, rank in sorted(hellos):
+        layout = hellos[stage, rank].layout
+        if stages.setdefault(stage, layout) != layout:
+            raise Incompatible(f"ranks keep different KV: {stages[stage]} and {layout}")
+    return "; ".join(stages.values())

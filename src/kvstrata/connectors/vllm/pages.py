@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,36 @@ class Pages:
             raise UsageError(f"{num_tokens} tokens are no whole number of {self.block_tokens}")
         kernel_blocks = num_tokens // self.order.block_tokens
         return len(self.layer_names), kernel_blocks, self.order.page_bytes(self.group)
+
+    def of_heads(self, heads: range) -> Pages:
+        """The pages of some KV heads alone, each a run within the whole page.
+
+        Args:
+            heads: of this worker's, counted from 0.
+        Raises:
+            Incompatible: the engine does not keep them in one run.
+        """
+        num_heads = self.group.num_kv_heads
+        if len(heads) == num_heads:
+            return self
+        if not self.order.by_head:
+            raise Incompatible(
+                f"its pages keep tokens before heads ({self.order.name}); set "
+                "VLLM_KV_CACHE_LAYOUT to LBHNC"
+            )
+        if self.block_tokens != self.order.block_tokens:
+            raise Incompatible(
+                f"its kernels take blocks of {self.order.block_tokens} tokens, of which vLLM makes "
+                f"blocks of {self.block_tokens}; set --block-size to {self.order.block_tokens}"
+            )
+        each = self.page_bytes // num_heads
+        return replace(
+            self,
+            group=replace(self.group, num_kv_heads=len(heads)),
+            order=_order_of_one_head(self.order) if len(heads) == 1 else self.order,
+            page_bytes=len(heads) * each,
+            bases=self.bases + heads.start * each,
+        )
 
 
 def describe(
@@ -266,6 +296,14 @@ def _dense_order(cache: torch.Tensor) -> str:
     letters = "".join("BHNC"[axis] for _, axis in sorted(axes, reverse=True))
     # With one head its place is arbitrary; one name for equal bytes.
     return letters if "H" in letters else letters.replace("N", "NH")
+
+
+def _order_of_one_head(order: NativeOrder) -> NativeOrder:
+    """The same order of pages that have one head, by the one name that it has then."""
+    engine, letters, *rest = order.name.split("/")
+    if letters.startswith("strided-"):
+        letters = letters.replace("H", "").replace("N", "NH")
+    return native_order("/".join((engine, letters, *rest)))
 
 
 def _cpu_isa(layer: Any, spec: Any) -> str:

@@ -10,6 +10,7 @@ from kvstrata.connectors.vllm.copies import Plan
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.messages import Held, Load, Store
 from kvstrata.connectors.vllm.pages import Pages
+from kvstrata.connectors.vllm.ranks import Shard
 from kvstrata.errors import CorruptObject, UsageError
 from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.wire import protocol as p
@@ -17,22 +18,19 @@ from kvstrata.wire.client import NodeClient
 
 
 class Payloads:
-    """What this worker's objects of one layer group look like.
+    """What one of this worker's objects of a chunk looks like.
 
     Args:
-        pages: the worker's pages of the group, proven by their self-test.
+        pages: the worker's pages of a layer group, or of some heads, proven by their self-test.
         groups: all of the engine's.
         group: the one, or one more shape of it.
-        part: which object of a chunk is this worker's.
-        stores: whether this worker stores it, or another that holds the same.
+        shard: which heads these are, and which object they make.
     """
 
-    def __init__(
-        self, pages: Pages, groups: Groups, group: Group, part: int, *, stores: bool = True
-    ) -> None:
+    def __init__(self, pages: Pages, groups: Groups, group: Group, shard: Shard) -> None:
         self.pages = pages
-        self.part = part
-        self.stores = stores
+        self.part = group.index << 16 | shard.rank
+        self.stores = shard.stores
         self.table = group.table
         self.template = _template(pages, groups, group)
         self.needs = group.needs(groups.chunk_tokens)

@@ -25,14 +25,14 @@ from kvstrata.connectors.vllm.messages import (
     StepMetadata,
     WorkerHello,
     WorkerReport,
-    differing_orders,
+    layout_of,
 )
 from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.records import hit_sources, record_of
 from kvstrata.connectors.vllm.requests import RequestState, bypass_of
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.connectors.vllm.storing import Stores, part_at
-from kvstrata.errors import KVStrataError
+from kvstrata.errors import Incompatible, KVStrataError
 from kvstrata.wire import protocol as p
 
 logger = logging.getLogger(__name__)
@@ -81,24 +81,22 @@ class SchedulerSide:
     def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
         """Learn of the workers' KV: before the first request, and when vLLM wakes from sleep."""
         ranked = [hellos[rank] for rank in sorted(hellos)]
-        problems = [hello.problem for hello in ranked if hello.problem]
-        same = False
-        if problems:
-            self._off = problems[0]
-        elif orders := differing_orders(ranked):
-            self._off = f"the workers keep KV in different orders: {orders}"
-        else:
-            self._off = ""
+        same, self._off = False, ""
+        try:
+            layout = layout_of(hellos)
             self._worker_nodes = {hello.node for hello in ranked}
             self._chunk_bytes = max(sum(one.payload_bytes for one in hello.held)
                                     for hello in ranked)  # fmt: skip
-            try:
-                same = self._lookups.learn(ranked)
-            except Exception as error:
-                logger.exception("KVStrata: the model cannot be identified")
-                self._off = f"the model cannot be identified: {error}"
+            same = self._lookups.learn(ranked, layout)
+        except Incompatible as error:
+            self._off = str(error)
+        except Exception as error:
+            logger.exception("KVStrata: the model cannot be identified")
+            self._off = f"the model cannot be identified: {error}"
         if self._off:
             logger.error("KVStrata is off: %s", self._off)
+        elif why := ranked[0].why_alone:
+            logger.warning("KVStrata shares no KV with engines of more or fewer ranks: %s", why)
         if not same:
             self._forsake("the workers have changed")
 

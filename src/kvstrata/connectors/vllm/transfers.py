@@ -89,7 +89,7 @@ class Transfers:
     """Copies between a node's slots and this worker's blocks.
 
     Args:
-        payloads: the worker's objects of each layer group.
+        payloads: the worker's objects of a chunk, by their part.
         copier: copies between the engine's blocks and the pool.
         world: number of workers.
         deadlines: for a load as a whole, and for each answer of the node to a store.
@@ -177,13 +177,16 @@ class Transfers:
     def begin_store(self, store: Store, client: NodeClient, cost: float) -> None:
         """Begin a store of blocks that the engine has filled, unless too many are waiting."""
         self._jobs = [job for job in self._jobs if not job.ended.is_set()]
-        if len(self._jobs) < MAX_WAITING_STORES * len(self._payloads):
-            job = StoreJob(store, self._copier.mark(), cost)
-            self._jobs.append(job)
-            threads = self._lending if store.lend else self._storing
-            threads.submit(self._store, job, client)
-        else:
+        mine = [one for one in self._payloads.values() if one.stores and one.table == store.group]
+        if len(self._jobs) + len(mine) > MAX_WAITING_STORES * len(self._payloads):
             self._tally.add("stores_dropped_total", 1, "too many wait")
+            return
+        after = self._copier.mark()
+        threads = self._lending if store.lend else self._storing
+        for payloads in mine:
+            job = StoreJob(store, after, cost)
+            self._jobs.append(job)
+            threads.submit(self._store, job, payloads, client)
 
     def fence(self, blocks: set[int] | None = None) -> None:
         """Return when no store reads these blocks any more (None: no block at all)."""
@@ -325,11 +328,11 @@ class Transfers:
             return []
         return offsets_of(arrived.offsets).tolist()
 
-    def _store(self, job: StoreJob, client: NodeClient) -> None:
-        """One store, from reservation to commit; never raises."""
+    def _store(self, job: StoreJob, payloads: Payloads, client: NodeClient) -> None:
+        """One store of one of the worker's objects, from reservation to commit; never raises."""
         try:
             with spanning(self._tracer, "kvstrata.store", job.store.trace) as trace:
-                self._store_chunks(job, client, trace)
+                self._store_chunks(job, payloads, client, trace)
         except KVStrataError as error:
             logger.warning("KVStrata: a store was dropped: %s", error)
             self._tally.add("stores_dropped_total", 1, "the node failed it")
@@ -339,9 +342,10 @@ class Transfers:
         finally:
             job.ended.set()
 
-    def _store_chunks(self, job: StoreJob, client: NodeClient, trace: str) -> None:
+    def _store_chunks(
+        self, job: StoreJob, payloads: Payloads, client: NodeClient, trace: str
+    ) -> None:
         store, patience = job.store, self._deadlines.request
-        payloads = self._payloads[store.group]
         reserved: p.Reserved = client.reserve(
             store.namespace,
             store.prefix,

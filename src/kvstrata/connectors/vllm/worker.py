@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import replace
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
@@ -21,14 +20,14 @@ from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.pace import WAIT_SHARE
-from kvstrata.connectors.vllm.pages import attention_layers, describe
+from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe
 from kvstrata.connectors.vllm.payloads import Payloads
 from kvstrata.connectors.vllm.proof import self_test
+from kvstrata.connectors.vllm.ranks import cut
 from kvstrata.connectors.vllm.states import describe_states, prove_states
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.connectors.vllm.transfers import Transfers
 from kvstrata.errors import KVStrataError
-from kvstrata.layout import LayerGroup
 from kvstrata.wire.client import NodeClient
 
 logger = logging.getLogger(__name__)
@@ -67,17 +66,18 @@ class WorkerSide:
         groups: Groups,
     ) -> None:
         parallel = vllm_config.parallel_config
-        self.payloads = {
-            group.index: _payloads(vllm_config, kv_cache_config, kv_caches, groups, group)
+        whole = {
+            group: _pages(vllm_config, kv_cache_config, kv_caches, group)
             for group in (*groups.each, *groups.more)
             if kv_cache_config.kv_cache_groups[group.index].layer_names
         }
-        #: of each of vLLM's groups what this worker stores
-        self._stored_of: dict[int, list[int]] = {group.index: [] for group in groups.each}
-        for number, payloads in self.payloads.items():
-            if payloads.stores:
-                self._stored_of[payloads.table].append(number)
-        pages = next(iter(self.payloads.values())).pages
+        self._cut = cut(vllm_config, groups, whole, shared="ranks" in config.share)
+        self.payloads = {
+            one.part: one
+            for group, shard, some in self._cut.objects
+            for one in [Payloads(some, groups, group, shard)]
+        }
+        pages = next(iter(whole.values()))
         self._copier: Copier = make_copier(pages.device)
         #: what is counted for vLLM's own metrics
         self.tally = Tally()
@@ -118,11 +118,12 @@ class WorkerSide:
 
     def hello(self) -> WorkerHello:
         """What the scheduler's side must know."""
-        each = self.payloads.values()
         return WorkerHello(
-            held=tuple(one.held() for one in each),
-            layout=" + ".join(_layout(one.pages.group, one.pages.order.name) for one in each),
+            held=tuple(one.held() for one in self.payloads.values()),
+            layout=self._cut.layout,
             node=self._node,
+            slices=self._cut.slices,
+            why_alone=self._cut.why_alone,
         )
 
     # called by vLLM's model runner, in this order in each step
@@ -284,9 +285,8 @@ class WorkerSide:
                 if self._transfers.read_portable:
                     # What was loaded may be lossy, and must not go through a lossy codec again.
                     store = store.computed()
-                for number in self._stored_of[store.group] if store.blocks else ():
-                    one = store if number == store.group else replace(store, group=number)
-                    self._transfers.begin_store(one, self._client, cost)
+                if store.blocks:
+                    self._transfers.begin_store(store, self._client, cost)
 
     def _follow(self, meta: StepMetadata) -> None:
         """Stay with the scheduler's node: leave a dead one's memory before joining the next."""
@@ -322,10 +322,10 @@ def chunk_cost(seconds: float) -> float:
     return 2.0 ** round(math.log2(max(seconds, 1e-6)))
 
 
-def _payloads(
-    vllm_config: Any, kv_cache_config: Any, kv_caches: dict[str, Any], groups: Groups, group: Group
-) -> Payloads:
-    """This worker's objects of one group, whose bytes are proven to be understood.
+def _pages(
+    vllm_config: Any, kv_cache_config: Any, kv_caches: dict[str, Any], group: Group
+) -> Pages:
+    """This worker's pages of one group, whose bytes are proven to be understood.
 
     Raises:
         Incompatible: they are not.
@@ -334,19 +334,4 @@ def _payloads(
     find, prove = (describe_states, prove_states) if stateful else (describe, self_test)
     pages = find(kv_caches, vllm_config, kv_cache_config, group.index)
     prove(pages, kv_caches, attention_layers(pages, vllm_config))
-    parallel = vllm_config.parallel_config
-    part = group.part(parallel.rank, parallel.tensor_parallel_size)
-    # What all ranks hold is stored by the first of them.
-    stores = part & 0xFFFF == parallel.rank
-    return Payloads(pages, groups, group, part, stores=stores)
-
-
-def _layout(group: LayerGroup, order: str) -> str:
-    """The logical layout of one group, in one canonical text."""
-    about = (
-        f"{group.kind} {group.num_layers} layers, {group.states} states, "
-        f"{group.num_kv_heads} heads of {group.head_dim}, {group.dtype}"
-    )
-    if group.kind == "recurrent":
-        return f"{about}, {order}"
-    return f"{about}, {group.window} tokens" if group.window else about
+    return pages

@@ -19,9 +19,13 @@ class Namespace(Told):
     chunk_tokens: int = Field(description="Tokens of a chunk.")
     tenant: str
     adapter: str
-    tensor_parallel: int
+    tensor_parallel: int = Field(description="1 where every size shares, see `slices`.")
     pipeline_parallel: int
     context_parallel: int
+    slices: int = Field(
+        description="Into how many a layer's KV heads are cut, where every tensor-parallel size "
+        "shares them; 0: they are those of one size."
+    )
     details: dict[str, str] = Field(description="What the model's fingerprint is made of.")
 
 
@@ -46,6 +50,7 @@ async def namespaces(here: Here) -> Namespaces:
                 tensor_parallel=one.parts.tensor_parallel,
                 pipeline_parallel=one.parts.pipeline_parallel,
                 context_parallel=one.parts.context_parallel,
+                slices=one.parts.slices,
                 details=one.model,
             )
             for one in found

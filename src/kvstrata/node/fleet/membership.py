@@ -329,7 +329,7 @@ class Membership:
 
 def _model(shown: dict[str, Any]) -> Model:
     parts = shown["parts"]
-    ranks = parts["tensor_parallel"] * parts["pipeline_parallel"] * parts["context_parallel"]
+    ranks = (parts["slices"] or parts["tensor_parallel"]) * parts["pipeline_parallel"]
     name = str(shown["model"].get("name", ""))[:512]
     objects, needs = shown["objects"], shown["needs"]
     size = parts["chunk_tokens"]
