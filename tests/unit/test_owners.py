@@ -43,6 +43,7 @@ from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.observe.counters import Counters
 from kvstrata.testing.clock import ManualClock
+from kvstrata.tiers.base import Outcome
 from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.faulty import FaultyTier
 from kvstrata.tiers.journal import Journal
@@ -52,11 +53,18 @@ from kvstrata.wire.client import offsets_of
 ANNA, BERT = b"a" * 16, b"b" * 16
 
 
-class Lasting(GatedTier):
+class Telling(GatedTier):
     """A tier whose objects, and journal, outlive the node."""
 
     def close(self) -> None:
         pass
+
+
+class Lasting(Telling):
+    """The same, with headers that cannot be read by themselves."""
+
+    def headers(self, ids: Sequence[bytes]) -> list[bytes | Outcome]:
+        return [Outcome.FAILED] * len(ids)
 
 
 def client() -> Client:
@@ -174,8 +182,10 @@ class TestWhose:
 
         on_node(test, slots=10, tier=GatedTier())
 
-    def test_what_a_scan_found_is_known_once_it_was_read(self) -> None:
-        tier, keys = Lasting(), chunk_keys(3)
+    @pytest.mark.parametrize("headers", [True, False])
+    def test_what_a_scan_found_is_known_once_it_was_read(self, headers: bool) -> None:
+        """In the background, or when it is loaded."""
+        tier, keys = Telling() if headers else Lasting(), chunk_keys(3)
 
         async def first(node: Node) -> None:
             keep(node, keys, ANNA)
@@ -184,6 +194,9 @@ class TestWhose:
         async def second(node: Node) -> None:
             await until(lambda: node.backings[0].state == "ok")
             assert there(node, keys, 1) == [0, 1, 2]
+            if headers:
+                await until(lambda: held(node, ANNA, 1) == 3)
+                return
             assert held(node, ANNA, 1) == 0
             assert await load(node, client(), keys[:2]) == 2
             assert (held(node, ANNA, 1), held(node, ANNA)) == (2, 2)
