@@ -384,3 +384,32 @@ def test_what_is_shorter_than_a_chunk_is_no_miss(make_rig: Make) -> None:
     rig.ask([*prompt(25), 1, 2, 3])
     assert (record(rig)["miss"], record(rig)["loaded_tokens"]) == ("partly stored", 25)
     rig.check()
+
+
+@pytest.mark.parametrize("message", [p.Match, p.Inside])
+def test_an_answer_of_a_node_that_has_gone_is_no_answer(make_rig: Make, message: type) -> None:
+    """It had come, and nobody had heard it yet."""
+    rig = make_rig(extra={**ON, "deadlines.match": "1ms"})
+    tokens = prompt(2 * CHUNK)
+    rig.warm(tokens)
+    gate = rig.gate(message)
+    name = rig.add(other(tokens, CHUNK + 20, 3 * CHUNK), 3)
+
+    def asked() -> bool:
+        rig.step()
+        return gate.num_asked > 0
+
+    rig.until(asked)
+    call, client = rig.side._states[name].call, rig.side._lookups.client
+    assert call is not None
+    assert client is not None
+    gate.open()
+    rig.until(call.ready)
+    rig.stop_node()
+    rig.until(lambda: client.release(1) or not client.alive)
+    rig.start_node()
+    rig.attach()
+    rig.run()
+    assert rig.failed == rig.cut == []
+    assert record(rig)["loaded_tokens"] == 0
+    rig.check()

@@ -130,9 +130,11 @@ class Lookups:
             self.client.close()
             self.client = None
             self.looking.clear()
-            # Leases died with their node. Loads in the workers' hands end by themselves.
+            # Leases died with their node, also those of answers that nobody has heard yet. Loads
+            # in the workers' hands end by themselves.
             for state in self._states.values():
                 state.lease = 0
+                self.abandon(state)
                 if state.request.request_id not in self._loading:
                     state.forget_match()
         if self.client is None:
