@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from itertools import takewhile
@@ -12,11 +13,13 @@ import pytest
 from tests.connector.fake_model import BLOCK, CHUNK, LAYERS, WORD, digests
 from tests.connector.gates import GatedTier, tiered
 from tests.connector.rig import Rig, prompt
+from tests.connector.test_rotation import as_portable, state_of
 
 from kvstrata.connectors.vllm.messages import Store
 from kvstrata.objects import HEADER_BYTES, verify_object
-from kvstrata.parts import identity
+from kvstrata.parts import PORTABLE, identity
 from kvstrata.wire import protocol as p
+from kvstrata.wire.client import offsets_of
 
 Make = Callable[..., Rig]
 ON = {"inside": "on"}
@@ -412,4 +415,34 @@ def test_an_answer_of_a_node_that_has_gone_is_no_answer(make_rig: Make, message:
     rig.run()
     assert rig.failed == rig.cut == []
     assert record(rig)["loaded_tokens"] == 0
+    rig.check()
+
+
+def test_what_may_be_lossy_ends_no_chain_of_chunks(make_rig: Make) -> None:
+    """What is given is not stored again; the chunk that it only begins is, and what follows."""
+    rig = make_rig(extra=ON)
+    tokens = prompt(2 * CHUNK + 20)
+    rig.warm(tokens)
+    found = state_of(rig, tokens)
+    assert rig.node is not None
+    with contextlib.closing(rig.node.connect()) as client:
+        lookups = rig.side._lookups
+        matched = client.match(found.keys, [0], lookups.orders, lookups.lengths).wait(10)
+        for offset in offsets_of(matched.offsets):
+            as_portable(rig, client.pool, offset)
+        client.release(matched.lease)
+    turn = [*tokens, *range(9000, 9060)]
+    assert rig.ask(turn) == 2 * CHUNK + 2 * BLOCK
+    assert rig.workers[0]._transfers.read_portable
+    rig.settle()
+    rig.reset()
+    assert rig.ask([*turn, *range(9100, 9140)]) >= len(turn) // CHUNK * CHUNK > 2 * CHUNK
+    # And of what a lossy codec may have kept nothing begins a chunk.
+    handlers, asked = rig.node.node._handlers, list[Any]()
+    real = handlers[p.Inside]
+    rig.settle()
+    rig.reset()
+    handlers[p.Inside] = lambda client, message: asked.append(message) or real(client, message)
+    rig.ask(other(tokens, CHUNK + 16, 3 * CHUNK))
+    assert [message.orders for message in asked] == [[o for o in lookups.orders if o != PORTABLE]]
     rig.check()

@@ -13,6 +13,7 @@ from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.requests import Beginning, RequestState
 from kvstrata.errors import KVStrataError
 from kvstrata.objects import MARK_TOKENS
+from kvstrata.parts import PORTABLE
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import Call, NodeClient, offsets_of
 
@@ -69,8 +70,10 @@ def ask(
     per_block = [
         length // groups.width(group) for length, group in zip(lengths, owners, strict=True)
     ]
+    # The chunk that it becomes a part of is stored, so nothing that a lossy codec keeps.
+    native = [order for order in orders if order != PORTABLE]
     return client.begin(
-        p.Inside, p.Nearest, state.lease, marks, parts, orders, per_block,
+        p.Inside, p.Nearest, state.lease, marks, parts, native, per_block,
         [group.block_tokens for group in owners], state.owner, token_s, state.hints.tiers, needs,
     )  # fmt: skip
 

@@ -188,7 +188,7 @@ class SchedulerSide:
         names = state.tier_names = dict(enumerate(["host", *slower]))
         state.hit_chunks.update(names.get(tier, "?") for tier in state.tiers[first:last])
         state.loaded_tokens += num_external_tokens
-        state.num_given = max(state.num_given, last)
+        state.num_given = max(state.num_given, min(last, state.num_whole))
         if not state.roles.lends:  # likewise
             state.num_states = max(state.num_states, last)
         end = state.local_tokens + num_external_tokens
