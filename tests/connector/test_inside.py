@@ -409,7 +409,12 @@ def test_an_answer_of_a_node_that_has_gone_is_no_answer(make_rig: Make, message:
     gate.open()
     rig.until(call.ready)
     rig.stop_node()
-    rig.until(lambda: client.release(1) or not client.alive)
+
+    def is_seen_to_be_gone() -> bool:
+        client.release(1)
+        return not client.alive
+
+    rig.until(is_seen_to_be_gone)
     rig.start_node()
     rig.attach()
     rig.run()
@@ -442,7 +447,12 @@ def test_what_may_be_lossy_ends_no_chain_of_chunks(make_rig: Make) -> None:
     real = handlers[p.Inside]
     rig.settle()
     rig.reset()
-    handlers[p.Inside] = lambda client, message: asked.append(message) or real(client, message)
+
+    def hear(client: Any, message: Any) -> Any:
+        asked.append(message)
+        return real(client, message)
+
+    handlers[p.Inside] = hear
     rig.ask(other(tokens, CHUNK + 16, 3 * CHUNK))
     assert [message.orders for message in asked] == [[o for o in lookups.orders if o != PORTABLE]]
     rig.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -344,6 +345,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         (5, [0], "at least one byte"),
         (6, [0], "no numbers of a block's tokens"),
         (6, [], "the blocks of 0"),
+        (3, list(range(p.MAX_INSIDE + 1)), "1025 parts inside a chunk"),
     ]
     for place, value, words in wrong:
         fields: list[Any] = [*good[:place], value, *good[place + 1 :]]
@@ -363,6 +365,32 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(UsageError, match="12 bytes of marks, not 4"):
         node.handle(engine.client, request)
     node.host.close()
+
+
+def test_of_many_that_are_alike_no_more_are_looked_for_than_need_be() -> None:
+    """Of those that lie in host memory the first one is as good as any; behind a tier they wait."""
+
+    async def test(node: Node) -> None:
+        engine = Engine(node)
+        alike = [[*FIRST[:16], *[number] * (CHUNK - 16)] for number in range(20)]
+        for tokens in alike:
+            engine.store(tokens)
+        await flush(node, engine.client)
+        await clear(node, engine.client, engine.keys(alike[-1]), ["host"])
+        locate, looked = node.insides._matcher.locate, list[bytes]()
+
+        def counting(key: bytes, *about: Any) -> Any:
+            looked.append(key)
+            return locate(key, *about)
+
+        with patch.object(node.insides._matcher, "locate", counting):
+            nearest = engine.inside(FIRST)
+        assert (nearest.tier, nearest.good_tokens) == (0, 16)
+        assert looked == [engine.keys(tokens)[0] for tokens in alike[:-3:-1]]
+        assert nearest.key == looked[-1]
+        engine.release(nearest.lease)
+
+    on_node(test, slots=40, tier=MemoryTier())
 
 
 @pytest.mark.parametrize("codec", ["raw", "lossless"])

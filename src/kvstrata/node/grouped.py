@@ -33,8 +33,8 @@ from kvstrata.wire.namespaces import Described
 
 WALK_SLICE = 64
 """Chunks that one slice of a walk looks for."""
-NOTE_SLICE = 128
-"""Chunks of which one slice notes what was needed."""
+NOTE_SLICE = 1024
+"""Objects of which one slice notes whether they were needed."""
 CUTS = 8
 """So often a boundary that cannot be had gives way to the next one below; then it goes by leaps."""
 
@@ -332,10 +332,11 @@ class GroupMatcher(Matcher):
         for one in bounds.shape if search.tiers else ():
             needed = set(bounds.parts_of(one)).difference(bounds.full)
             passed = set(bounds.parts).difference(needed, bounds.full)
-            for start in range(one.start, one.stop, NOTE_SLICE):
+            count = max(1, NOTE_SLICE // len(bounds.parts))
+            for start in range(one.start, one.stop, count):
                 if start > one.start:
                     yield None
-                keys = search.keys[start : min(start + NOTE_SLICE, one.stop)]
+                keys = search.keys[start : min(start + count, one.stop)]
                 self._host.index.note_needs(keys, needed, passed)
                 for backing in self._backings:
                     backing.note_needs(keys, needed, passed)

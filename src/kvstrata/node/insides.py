@@ -149,9 +149,14 @@ class Insides:
         """What is somewhere, the most good tokens first; of equals what is in the fastest tier."""
         children = self.children.alike(marks)
         for _, equals in itertools.groupby(children, lambda child: child.good_tokens):
-            found = [(child, self._locate(child, asked)) for child in equals]
-            here = [(child, located) for child, located in found if located is not None]
-            yield from sorted(here, key=lambda pair: pair[1].tier)
+            slower: list[tuple[Child, Located]] = []
+            for child in equals:
+                located = self._locate(child, asked)
+                if located is not None and located.tier:
+                    slower.append((child, located))
+                elif located is not None:  # there is none faster, so the others are not looked for
+                    yield child, located
+            yield from sorted(slower, key=lambda pair: pair[1].tier)
 
     def replace(self, key: bytes) -> None:
         """What was stored now begins with shorter tails: these need not be kept."""

@@ -53,6 +53,8 @@ MAX_KEYS = 1 << 15
 """In a match, a lookup, a clear, and in the prefix of a reservation."""
 MAX_OBJECTS = 1 << 18
 """Of a match or a lookup: chunks times parts."""
+MAX_INSIDE = 1 << 10
+"""Parts that one question about what is inside may have: it is answered in one go."""
 MAX_RESERVED = 1 << 12
 """Chunks that one reservation may ask for."""
 MAX_PAGE = 256
@@ -284,6 +286,8 @@ def check_limits(request: Request) -> None:
     if num_keys * num_parts > MAX_OBJECTS:
         raise UsageError(f"a {what} of {num_keys} chunks of {num_parts} parts; {MAX_OBJECTS} "
                          "objects at most: ask for fewer chunks")  # fmt: skip
+    if isinstance(request, Inside) and len(request.parts) > MAX_INSIDE:
+        raise UsageError(f"{len(request.parts)} parts inside a chunk; {MAX_INSIDE} at most")
     if isinstance(request, Reserve) and num_keys - request.first > MAX_RESERVED:
         raise UsageError(f"{num_keys - request.first} chunks to reserve; {MAX_RESERVED} at most: "
                          "commit some first")  # fmt: skip
