@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from copy import deepcopy as copy_of
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from tests.connector.rig import Rig, prompt, vllm_config
 from vllm.lora.request import LoRARequest
+from vllm.transformers_utils.configs.eagle import EAGLEConfig
 
 from kvstrata.connectors.vllm import fingerprint
 from kvstrata.connectors.vllm.fingerprint import Namespaces, engine_namespace
@@ -154,6 +156,21 @@ def test_a_draft_model_decides_too(tmp_path: Path) -> None:
     assert of(itself) == of(None), "drafts out of the prompt name the model itself"
     assert of(copy) == of(one)
     assert len({of(None), of(one), of(other), of(one, rope_theta=12345.0)}) == 4
+
+
+def test_where_a_head_lies_decides_nothing(tmp_path: Path) -> None:
+    """vLLM's configuration of an EAGLE head has the one in it that it was read from."""
+
+    def of(folder: Path) -> bytes:
+        config = vllm_config({}, 8)
+        draft = copy_of(config.model_config)
+        draft.model = draft.hf_config._name_or_path = str(adapter(folder))
+        draft.hf_config = EAGLEConfig(draft.hf_config, method="eagle", model_type="eagle")
+        config.speculative_config = SimpleNamespace(draft_model_config=draft)
+        assert str(folder) in json.dumps(draft.hf_config.to_dict(), default=str)
+        return engine_namespace(config, "layout", 128, "a").digest()
+
+    assert of(tmp_path / "one") == of(tmp_path / "two")
 
 
 def test_weights_that_are_nowhere_have_no_identity() -> None:

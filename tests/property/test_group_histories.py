@@ -162,7 +162,7 @@ def test_the_longest_boundary_is_answered_whatever_happened(operations: list[Any
                         if needed(need, expected, number)
                     }
 
-    node = make_node(slots=200, tier=SlowTier())
+    node = make_node(slots=200, tier=SlowTier(), deadline_s=600.0)  # none on a busy machine
     run(node, history)
 
 
@@ -315,5 +315,5 @@ def test_nothing_is_lost_and_nothing_wrong_comes_while_all_goes_on_at_once(
 
     with pytest.MonkeyPatch.context() as patches:
         in_small_slices(patches)
-        node = make_node(slots=24, tier=SlowTier(), tier_slots=40)
+        node = make_node(slots=24, tier=SlowTier(), tier_slots=40, deadline_s=600.0)
         run(node, history)

@@ -192,7 +192,17 @@ def _described(model: Any) -> Any:
     described.pop("_name_or_path", None)
     described.pop("transformers_version", None)
     # dtypes and enums have one text form each; nothing else in a configuration is an object
-    return json.loads(json.dumps(described, default=str))
+    return _from_anywhere(json.loads(json.dumps(described, default=str)))
+
+
+def _from_anywhere(described: Any) -> Any:
+    """The same wherever configurations inside it were read from: EAGLE's has the head's in it."""
+    if not isinstance(described, dict):
+        return described
+    return {
+        name: "" if name == "_name_or_path" else _from_anywhere(value)
+        for name, value in described.items()
+    }
 
 
 def _draft(vllm_config: Any) -> Any | None:
