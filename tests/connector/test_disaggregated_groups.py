@@ -99,7 +99,7 @@ def test_loaded_while_it_is_computed(make_rig: Make, kinds: tuple[str, ...]) -> 
     pair.settle()
 
 
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("kinds", [("full", "piece"), ("window",), ("state", "full", "window")])
 def test_what_the_first_engine_finds_in_its_node_is_handed_over(
     make_rig: Make, kinds: tuple[str, ...]
 ) -> None:

@@ -69,7 +69,7 @@ def new_keys(count: int = 6) -> list[bytes]:
 
 def expect(pair: tuple[Member, Member], keys: list[bytes], needs: Needs, **more: Any) -> p.Matched:
     a, b = pair
-    return match(b, keys, needs, peer=str(a.address), **{"expected_s": 60.0, **more})
+    return match(b, keys, needs, peer=str(a.address), **{"expected_s": 600.0, **more})
 
 
 def of_end(needs: Needs, count: int) -> set[tuple[int, int]]:
@@ -132,7 +132,7 @@ def test_what_does_not_come_fails_all_of_it_and_what_is_there_is_had_by_asking_a
     monkeypatch.setattr(expecting, "LAST_S", 0.2)
     (a, b), keys = pair, new_keys()
     # All but a full part had: the prompt is computed, so what is left is waited for no longer.
-    matched = expect(pair, keys, NEEDS, expected_s=0.3 if lost[0] == FULL else 60.0)
+    matched = expect(pair, keys, NEEDS, expected_s=0.3 if lost[0] == FULL else 600.0)
     for part in NEEDS:
         store(a, keys, part, [n for n in range(6) if (part, n) != lost])
     assert load(b, keys, NEEDS, matched) == 0
@@ -296,11 +296,11 @@ def test_in_whatever_order_things_come_all_of_it_is_there_or_the_longest_that_is
         for part, number in [one for one in order if one in some]:
             store(member, keys, part, [number])
 
-    expecting.LAST_S = last_s if missing else 60.0
+    expecting.LAST_S = last_s if missing else 600.0
     try:
         stores(b, here)
         stores(a, early)
-        matched = expect(pair, keys, needs, expected_s=0.1 if missing else 60.0)
+        matched = expect(pair, keys, needs, expected_s=0.1 if missing else 600.0)
         assert len(matched.tiers) == count
         stores(a, set(names) - {lost} - early)
         assert load(b, keys, needs, matched) == (0 if missing else count)

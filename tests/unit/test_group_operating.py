@@ -226,6 +226,9 @@ def test_a_long_prefix_is_sent_in_portions_and_its_end_at_once(
     told = operator.job(job)
     assert (told.state, told.done, told.troubles) == ("done", 7, [])
     assert told.note == "this node has no more of it"
+    fetched = [one.done for one in Operator(b.client).jobs() if one.kind == "fetch"]
+    assert fetched[-1] == 2, "what the boundary needs of windows, in one portion"
+    assert max(fetched[:-1]) == at_once
     assert load(b, keys) == [0] * 7
 
 
