@@ -71,7 +71,7 @@ def test_what_the_boundary_before_it_needs_is_enough(
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("length", [16, 20, 33, 47, 64, 65, 100, 127, 200])
+@pytest.mark.parametrize("length", [16, 33, 47, 65, 127, 200])
 @pytest.mark.parametrize("new", [1, 6])
 def test_the_next_turn_computes_what_is_new(
     make_rig: Make, kinds: tuple[str, ...], length: int, new: int
@@ -121,7 +121,7 @@ def test_another_question_about_the_same_document(make_rig: Make, kinds: tuple[s
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("length", [18, 32, 33, 49, 64, 65, 96])
+@pytest.mark.parametrize("length", [18, 32, 49, 65, 96])
 def test_the_same_prompt_again_leaves_one_token(
     make_rig: Make, kinds: tuple[str, ...], length: int
 ) -> None:
