@@ -1,15 +1,18 @@
 """What reuse to the last token gains over vLLM's own prefix hit, whose blocks have 128 tokens here.
 
 Two cases, at lengths that are spread evenly over a chunk: the same document with another question,
-and the next turn of a chat. Every comparison is made inside one engine, in pairs.
+and the next turn of a chat. Every comparison is made inside one engine, in pairs. A model of full
+attention, and one with windows beside it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
 from benchmarks.common import (
     CHUNK_TOKENS,
@@ -25,14 +28,40 @@ from benchmarks.common import (
 )
 
 from kvstrata.testing.engine import Answer, Engine
+from kvstrata.testing.models import gemma3, smollm2
 from kvstrata.testing.workplace import Workplace
 
 NAME = "inside"
-BOUND = 0.90
 SHORTEST = 2816  # 22 chunks; the first one to end there has 5 tokens more
 ANSWER_TOKENS = 16
 MARK_TOKENS = 16
-ENGINE = {"max_num_batched_tokens": 4096}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to measure with.
+
+    Args:
+        name: what its rows begin with.
+        folder: makes it.
+        bound: what the ratios must reach; None: they are told.
+        options: of vLLM.
+    """
+
+    name: str
+    folder: Callable[[], Path]
+    bound: float | None
+    options: Mapping[str, Any]
+
+
+CASES = (
+    Case("", smollm2, 0.90, {"max_num_batched_tokens": 4096}),
+    # vLLM itself keeps a window at the end of a prompt only, unless it is told to.
+    Case("Gemma 3 270M: ", gemma3, None, {
+        "max_num_batched_tokens": 4096, "max_model_len": 4096,
+        "prefix_cache_retention_interval": CHUNK_TOKENS,
+    }),
+)  # fmt: skip
 
 
 @dataclass
@@ -44,7 +73,7 @@ class Asked:
     again: list[int] = field(default_factory=list)
     differing: int = 0
 
-    def rows(self, case: str) -> list[Row]:
+    def rows(self, case: str, bound: float | None) -> list[Row]:
         """The figures of the case, and its percentiles as progress."""
         say(f"{case}:")
         say("  " + milliseconds("vLLM's own hit", self.floor))
@@ -56,7 +85,7 @@ class Asked:
                 NAME,
                 f"{case}, from KVStrata / vLLM's own prefix hit",
                 ratio.median,
-                BOUND,
+                bound,
                 detail=f"{ratio}; the first token is the same in {same} of {len(self.warm)}, "
                 "the others are split, and so rounded, otherwise",
             ),
@@ -78,6 +107,7 @@ class Asker:
     def __init__(self, engine: Engine, ledger: Ledger) -> None:
         self.engine = engine
         self.ledger = ledger
+        self._num_groups: int = engine.wait()["num_groups"]
 
     def known(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Have the node, and vLLM itself, know a prompt and its answer; the tokens of both."""
@@ -87,7 +117,8 @@ class Asker:
         (record,) = self.ledger.next()
         chunks, rest = divmod(len(prompt) + max_tokens - 1, CHUNK_TOKENS)
         if not record["loaded_tokens"] and not answer.cached_tokens:
-            self.ledger.drain(stored + chunks + (rest >= MARK_TOKENS))
+            count = chunks + (rest >= MARK_TOKENS)
+            self.ledger.drain(stored + count * self._num_groups)
         return [*prompt, *answer.tokens]
 
     def pair(self, before: Sequence[int], prompt: Sequence[int], asked: Asked, turn: int) -> None:
@@ -97,8 +128,7 @@ class Asker:
         for side in ("own", "node") if turn % 2 else ("node", "own"):
             self.engine.reset_prefix_cache()
             if side == "own":
-                self.known(before, 1)
-                self.engine.detach()
+                self._own(before)
             else:
                 self.engine.attach()
             answers[side] = self.engine.ask(prompt)
@@ -115,6 +145,14 @@ class Asker:
         asked.warm.append(node.first_s)
         asked.again.append(common - loaded)
         asked.differing += own.tokens != node.tokens
+
+    def _own(self, before: Sequence[int]) -> None:
+        """Have vLLM itself know a prompt, and take the connector out."""
+        if self._num_groups == 1:
+            self.known(before, 1)
+        self.engine.detach()
+        if self._num_groups > 1:  # of a window it keeps what it computed, not all that was loaded
+            self.engine.ask(before)
 
 
 def in_common(these: Sequence[int], those: Sequence[int]) -> int:
@@ -169,17 +207,24 @@ def chats(asker: Asker, prompts: Prompts, count: int, rounds: int) -> Asked:
 
 def measure(options: Options) -> list[Row]:
     """All rows of this benchmark."""
-    prompts = Prompts(options.seed)
+    return [row for case in CASES for row in measure_case(options, case)]
+
+
+def measure_case(options: Options, case: Case) -> list[Row]:
+    """Those of one model."""
+    prompts = Prompts(options.seed, model=case.folder())
     count, rounds = (4, 1) if options.quick else (16, 4)
     settings = {"host.capacity": "4GiB", "inside": "on"}
     with Workplace(prompts.model, settings) as place:
-        engine = place.engine(options=ENGINE)
+        engine = place.engine(options=dict(case.options))
         tokens = engine.wait()["block_tokens"]
         expect(tokens == CHUNK_TOKENS, f"blocks of {tokens} tokens")
         asker = Asker(engine, Ledger(place.client()))
         documents(asker, prompts, 1, 2, collection=1)  # the first steps of a process are slow
-        rows = documents(asker, prompts, count, rounds).rows("long-document QA, another question")
-        return rows + chats(asker, prompts, count, rounds).rows("next turn of a chat")
+        asked = documents(asker, prompts, count, rounds)
+        rows = asked.rows(f"{case.name}long-document QA, another question", case.bound)
+        asked = chats(asker, prompts, count, rounds)
+        return rows + asked.rows(f"{case.name}next turn of a chat", case.bound)
 
 
 if __name__ == "__main__":

@@ -254,12 +254,14 @@ class _Child:
         import torch
 
         cache = self._engine.vllm_config.cache_config
+        kept = self._engine.engine_core.engine_core.scheduler.kv_cache_config
         return {
             "vllm": self._vllm.__version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "num_blocks": cache.num_gpu_blocks,
             "block_tokens": cache.block_size,
+            "num_groups": len(kept.kv_cache_groups),
         }
 
     def ask(self, prompts: list[list[int]], max_tokens: int, in_turn: bool) -> dict[str, Any]:
