@@ -12,17 +12,18 @@ from tests.connector.gates import GatedTier, tiered
 from tests.connector.rig import Rig, prompt
 from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
 
+from kvstrata.config import load_config
 from kvstrata.connectors.vllm.groups import cut_by_shape, groups_of
 from kvstrata.objects import HEADER_BYTES, decode
 
 Make = Callable[..., Rig]
 
+CONFIG = load_config(environ={}, overrides={"chunk_tokens": CHUNK})
 MORE = 1 << 16
 """The part that `DRAFT` is of a chunk of one group."""
 
 
-def test_each_shape_is_a_part_of_its_own_in_the_same_blocks(make_rig: Make) -> None:
-    rig = make_rig(with_node=False, kinds=("window", "full"), draft=1)
+def test_each_shape_is_a_part_of_its_own_in_the_same_blocks() -> None:
     caches = kv_cache_config(8, ("window", "full"), draft=1)
     cut = cut_by_shape(caches)
     assert [group.layer_names for group in cut.kv_cache_groups] == [
@@ -31,21 +32,20 @@ def test_each_shape_is_a_part_of_its_own_in_the_same_blocks(make_rig: Make) -> N
     assert cut.kv_cache_groups[1].kv_cache_spec == SPECS["full"]
     assert cut.kv_cache_groups[2].kv_cache_spec.num_kv_heads == 2
     assert cut_by_shape(cut) == cut
-    groups = groups_of(caches, rig.config)
+    groups = groups_of(caches, CONFIG)
     (more,) = groups.more
     assert (more.index, more.table) == (2, 1)
     assert [groups.column(group) for group in (*groups.each, more)] == [0, 2, 2]
     assert groups.num_blocks == 4
     # The scheduler sees the first of the shapes alone, and plans the same.
-    seen = groups_of(generate_scheduler_kv_cache_config([caches]), rig.config)
+    seen = groups_of(generate_scheduler_kv_cache_config([caches]), CONFIG)
     assert (seen.each, seen.more) == (groups.each, ())
 
 
-def test_a_stage_without_layers_of_a_group_has_its_place_all_the_same(make_rig: Make) -> None:
-    config = make_rig(with_node=False).config
+def test_a_stage_without_layers_of_a_group_has_its_place_all_the_same() -> None:
     caches = kv_cache_config(8, ("full", "window"), draft=0)
     caches.kv_cache_groups[0].layer_names.clear()
-    groups = groups_of(caches, config)
+    groups = groups_of(caches, CONFIG)
     assert [group.index for group in groups.each] == [0, 1]
     assert groups.more == ()
 
