@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvstrata.cli.demo_fleet import fleet_table
-from kvstrata.cli.demo_results import Asked, plot, table
+from kvstrata.cli.demo_results import Asked, Reused, plot, reuse_table, table
 from kvstrata.testing.others import OtherWork
 
 
@@ -43,6 +43,16 @@ def test_it_draws_and_tabulates(tmp_path: Path) -> None:
     assert [next(iter(column.cells)) for column in found.columns] == [
         *("1", "2,069", "2,000", "80", "100", "125", "20x", "16x", "yes")
     ]
+
+
+def test_what_was_reused_is_tabulated() -> None:
+    one = asked()
+    one.reused = {"turn": Reused(2079, 2079, 2048), "other": Reused(2050, 2032, 1920)}
+    found = reuse_table([one])
+    assert [next(iter(column.cells)) for column in found.columns] == [
+        *("1", "2,079", "2,079", "2,048", "2,050", "2,032", "1,920")
+    ]
+    assert one.to_dict()["reused"]["turn"] == {"common": 2079, "loaded": 2079, "whole": 2048}
 
 
 def test_a_fleet_is_tabulated() -> None:

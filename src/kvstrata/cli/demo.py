@@ -3,12 +3,14 @@
 Every question is asked in four ways: computed; from vLLM's own prefix cache; from KVStrata's host
 memory, once vLLM has forgotten it; from KVStrata's disk, once every process has ended and been
 started again. The warm ways are asked three times, and their median counts. All answers must be the
-same, token by token.
+same, token by token. Then each chat goes on, and each document is asked about otherwise: counts of
+tokens say how far that is reused.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstrata.cli.demo_fleet import FleetDemo, fleet_table
-from kvstrata.cli.demo_results import WAYS, Asked, plot, table
+from kvstrata.cli.demo_results import WAYS, Asked, Reused, plot, reuse_table, table
 from kvstrata.cli.demo_story import (
     ANSWER_TOKENS,
     CHUNK_TOKENS,
@@ -30,6 +32,7 @@ from kvstrata.cli.demo_story import (
     Story,
 )
 from kvstrata.errors import UsageError
+from kvstrata.objects import MARK_TOKENS
 from kvstrata.testing.others import BUSY_SHARE
 
 if TYPE_CHECKING:
@@ -109,6 +112,8 @@ def run(
         # Wide enough for all columns where the output is no terminal.
         console = Console(width=None if sys.stdout.isatty() else 110)
         console.print(fleet_table(story.asked) if fleet else table(story.asked))
+        if not fleet:
+            console.print(reuse_table(story.asked))
         files = f"{out / name}.json" + (f" and {out / name}.png" if drawn else "")
         typer.echo(f"wrote {files} in {seconds:.0f} s")
     if busy:
@@ -135,9 +140,15 @@ class Demo(Story):
 
         self._say("the model: SmolLM2-135M, unpacked to bfloat16 (once)")
         model = smollm2()
-        tokenizer = self._read_documents(model)
+        # What ends so soon behind a whole chunk is computed in all ways, however it is known.
+        tokenizer = self._read_documents(model, beyond=MARK_TOKENS)
         disk = Path(tempfile.mkdtemp(prefix="disk-", dir=self._out))
-        settings = {"host.capacity": "1GiB", "disk.path": str(disk), "disk.capacity": "2GiB"}
+        settings = {
+            "host.capacity": "1GiB",
+            "disk.path": str(disk),
+            "disk.capacity": "2GiB",
+            "inside": "on",
+        }
         options = {"max_num_batched_tokens": STEP_TOKENS}
         try:
             with Workplace(model, settings) as place:
@@ -156,6 +167,7 @@ class Demo(Story):
                 self._started(engine, client := place.client())
                 with self.others.counted(os.getpid(), client.hello.pid):
                     self._second_life(engine, client)
+                    self._go_on(engine, client)
         finally:
             shutil.rmtree(disk, ignore_errors=True)
 
@@ -176,14 +188,14 @@ class Demo(Story):
     def _first_life(self, engine: Engine, client: NodeClient, tokenizer: Any) -> None:
         from kvstrata.testing.workplace import wait_stored
 
-        stored = len(self._warm_up) // CHUNK_TOKENS
+        stored = _num_objects(len(self._warm_up))
         for asked, prompt in zip(self.asked, self._prompts, strict=True):
             held = len(prompt) // STEP_TOKENS * STEP_TOKENS
             self._ask("cold", engine, client, asked, prompt, 0)
             answer = tokenizer.decode(asked.tokens["cold"][0], skip_special_tokens=True)
             asked.answer = " ".join(answer.split())
             # Let the stores and the disk finish: this is about answers, not about writes.
-            stored += len(prompt) // CHUNK_TOKENS
+            stored += _num_objects(len(prompt) + ANSWER_TOKENS - 1)
             wait_stored(client, stored)
             for _ in range(TIMES_WARM):
                 self._ask("own", engine, client, asked, prompt, held)
@@ -211,6 +223,26 @@ class Demo(Story):
                 f"{'the same, token by token' if asked.same else 'OTHER ONES'}"
             )
 
+    def _go_on(self, engine: Engine, client: NodeClient) -> None:
+        """The next turn of each chat, and another question about each document."""
+        for asked, prompt, other in zip(self.asked, self._prompts, self._otherwise, strict=True):
+            # The KV of an answer's last token was never computed.
+            known = [*prompt, *asked.tokens["cold"][0][:-1]]
+            turn = [*known, asked.tokens["cold"][0][-1], *self._next_turn]
+            for case, tokens in (("turn", turn), ("other", other)):
+                engine.reset_prefix_cache()
+                client.clear(tiers=["host"])
+                common = in_common(known, tokens)
+                loaded = engine.ask(tokens, ANSWER_TOKENS).cached_tokens
+                whole = common // CHUNK_TOKENS * CHUNK_TOKENS
+                asked.reused[case] = Reused(common, loaded, whole)
+            one, two = asked.reused["turn"], asked.reused["other"]
+            self._say(
+                f"document {asked.number}: of the chat's next turn {one.loaded:,} of "
+                f"{one.common:,} known tokens were reused, of another question {two.loaded:,} of "
+                f"{two.common:,}; by whole chunks alone {one.whole:,} and {two.whole:,}"
+            )
+
     def _ask(
         self,
         way: str,
@@ -232,6 +264,17 @@ class Demo(Story):
         hit = {tier for tier, count in _hits(client).items() if count > before[tier]}
         if way in before and hit != {way}:
             raise UsageError(f"{about}it came from {' and '.join(sorted(hit)) or 'nowhere'}")
+
+
+def in_common(these: Sequence[int], those: Sequence[int]) -> int:
+    """Leading tokens that are the same."""
+    pairs = zip(these, those, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _num_objects(num_tokens: int) -> int:
+    """What a request leaves that ended with KV of so many tokens: chunks, and a tail."""
+    return num_tokens // CHUNK_TOKENS + (num_tokens % CHUNK_TOKENS >= MARK_TOKENS)
 
 
 def _hits(client: NodeClient) -> dict[str, float]:

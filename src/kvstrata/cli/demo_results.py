@@ -20,6 +20,25 @@ WAYS: Mapping[str, str] = {
 }
 
 
+#: what goes on from what is known, in this order
+CASES: Mapping[str, str] = {"turn": "the next turn of the chat", "other": "another question"}
+
+
+@dataclass(frozen=True)
+class Reused:
+    """What was loaded of a prompt that goes on from something known.
+
+    Args:
+        common: its leading tokens that are known.
+        loaded: tokens of these that were loaded.
+        whole: tokens of these in whole chunks, which is what would be loaded without the rest.
+    """
+
+    common: int
+    loaded: int
+    whole: int
+
+
 @dataclass
 class Asked:
     """One document, and how each way of asking about it went.
@@ -30,6 +49,7 @@ class Asked:
         first_ms: time to the first token, by way, of each time it was asked.
         tokens: the tokens of each answer, by way.
         answer: the cold answer in words.
+        reused: by case, see `CASES`.
     """
 
     number: int
@@ -37,6 +57,7 @@ class Asked:
     first_ms: dict[str, list[float]] = field(default_factory=dict)
     tokens: dict[str, list[list[int]]] = field(default_factory=dict)
     answer: str = ""
+    reused: dict[str, Reused] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
@@ -84,6 +105,26 @@ def table(documents: Sequence[Asked]) -> Table:
             *(f"{asked.faster(way):.0f}x" for way in ("host", "disk")),
             "yes" if asked.same else "[bold red]NO[/]",
         )
+    return found
+
+
+def reuse_table(documents: Sequence[Asked]) -> Table:
+    """How many tokens were reused, for people, a row a document."""
+    from rich.table import Table
+
+    found = Table(title="tokens reused, from disk after the restart", header_style="bold")
+    found.add_column("document", justify="right")
+    for case in CASES.values():
+        for heading in (f"{case}: known", "reused", "by whole chunks alone"):
+            found.add_column(heading, justify="right")
+    for asked in documents:
+        counts = [
+            f"{count:,}"
+            for case in CASES
+            for one in [asked.reused[case]]
+            for count in (one.common, one.loaded, one.whole)
+        ]
+        found.add_row(str(asked.number), *counts)
     return found
 
 

@@ -20,6 +20,8 @@ CHUNK_TOKENS = 128
 DOCUMENT_STEPS = (2, 3, 4, 5, 6, 7)
 ANSWER_TOKENS = 16
 QUESTION = "\n\nQuestion: What is the text above about, in one sentence?\n\nAnswer: The text"
+OTHER_QUESTION = "\n\nQuestion: Who may have written the text above, and why?\n\nAnswer: It was"
+NEXT_TURN = "\n\nQuestion: And what is it about in a single word?\n\nAnswer: The word"
 
 
 class Story(ABC):
@@ -35,6 +37,8 @@ class Story(ABC):
         self._steps = steps
         self._began = time.monotonic()
         self._prompts: list[list[int]] = []
+        self._otherwise: list[list[int]] = []  # another question about the same document
+        self._next_turn: list[int] = []
         self.asked: list[Asked] = []
         self.machine: dict[str, Any] = {}
         self.others = OtherWork()
@@ -59,12 +63,15 @@ class Story(ABC):
         from kvstrata.testing.models import documents
 
         tokenizer = AutoTokenizer.from_pretrained(model)
-        question = tokenizer.encode(QUESTION)
+        question, other, self._next_turn = map(
+            tokenizer.encode, (QUESTION, OTHER_QUESTION, NEXT_TURN)
+        )
         longest = documents(len(self._steps), max(self._steps) * STEP_TOKENS, tokenizer)
         for number, (steps, text) in enumerate(zip(self._steps, longest, strict=True), 1):
             room = steps * STEP_TOKENS + (len(question) if beyond is None else beyond)
             prompt = [*text[: room - len(question)], *question]
             self._prompts.append(prompt)
+            self._otherwise.append([*prompt[: room - len(question)], *other])
             self.asked.append(Asked(number, len(prompt)))
         self._warm_up = [*documents(1, STEP_TOKENS, tokenizer, seed=1)[0], *question]
         return tokenizer
