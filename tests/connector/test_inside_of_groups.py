@@ -161,13 +161,15 @@ def test_only_what_is_looked_back_to_is_copied(make_rig: Make) -> None:
 @pytest.mark.parametrize("kinds", KINDS)
 def test_from_a_slower_tier(make_rig: Make, kinds: tuple[str, ...]) -> None:
     rig = rig_of(make_rig, kinds, make_node=tiered(GatedTier()))
-    tokens = prompt(5 * CHUNK)
+    tokens = prompt(5 * CHUNK + 20)
     rig.warm(tokens)
-    rig.drop_host()
-    asked = other(tokens, 4 * CHUNK + 20, 6 * CHUNK)
-    rig.add(asked, 3)
-    rig.run()
-    assert record(rig)["loaded_tokens"] == 4 * CHUNK + 16
+    for asked in (other(tokens, 4 * CHUNK + 20, 6 * CHUNK), [*tokens, *range(9000, 9020)]):
+        rig.drop_host()
+        rig.add(asked, 3)
+        rig.run()
+        assert record(rig)["loaded_tokens"] == loadable(tokens, asked)
+        assert record(rig)["slower_tokens"] > 0
+        rig.reset()
     assert rig.failed == []
     rig.check()
 

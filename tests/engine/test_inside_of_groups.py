@@ -72,6 +72,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     kind = KINDS[request.param]
     texts = Texts(AutoTokenizer.from_pretrained(kind.folder), f"inside {kind.name}")
     with Place(kind.folder, {"inside": "on"}) as place:
+        place.use_disk()
         engine = place.engine(**kind.engine(dtype="float32"))
         place.await_ready(engine)
         assert engine.wait()["num_groups"] == kind.num_groups
@@ -109,6 +110,15 @@ def test_the_same_prompts_again(site: Site) -> None:
     prompts = site.texts.of(200, 384, 530)
     site.store(prompts)
     site.check(prompts, [192, 383, 528])
+
+
+def test_out_of_what_lies_on_disk(site: Site) -> None:
+    """A chunk that a prompt parts from, and a tail, each with an object of every group."""
+    document, chat, question = site.texts.of(500, 450, 40)
+    _, said = site.store([document, chat])
+    site.place.flush()
+    site.place.node.clear(tiers=["host"])
+    site.check([[*document[:440], *question], [*said, *question]], [432, len(said)])
 
 
 def test_several_that_part_from_the_same_chunk_at_once(site: Site) -> None:
