@@ -651,3 +651,32 @@ def test_a_worker_that_lost_its_node_joins_it_again(make_rig: Make) -> None:
     rig.reset()
     assert rig.ask(tokens) == 127 or rig.num_external > 0
     rig.check()
+
+
+def test_a_node_that_has_gone_is_missed_though_nothing_is_asked(make_rig: Make) -> None:
+    """The workers hear it from their stores; else they would leave their new node in each step."""
+    rig = make_rig()
+    name = rig.add(prompt(40), 400)
+    rig.step()
+    rig.settle()
+    rig.stop_node()
+    rig.start_node()
+    assert rig.node is not None
+    node = rig.node.server._identity
+
+    def attached() -> bool:
+        rig.step()
+        assert name in rig.scheduler.requests, "it has ended before"
+        for worker in rig.workers:
+            assert all(job.ended.wait(TIMEOUT_S) for job in worker._transfers._jobs)
+        for link in (rig.side._lookups._link, *(worker._link for worker in rig.workers)):
+            if (attaching := link._thread) is not None:
+                attaching.join(TIMEOUT_S)
+        client = rig.side._lookups.client
+        here = client is not None and client.hello.node == node
+        return here and all(worker._node == node for worker in rig.workers)
+
+    rig.until(attached)
+    rig.abort(name)
+    rig.run()
+    rig.check()

@@ -347,6 +347,11 @@ class NodeClient:
                 for reply in replies:
                     self._settle(reply)
 
+    def look(self) -> None:
+        """Take in what has come, and so find out whether the node has gone; does not block."""
+        with contextlib.suppress(NodeUnavailable):
+            self.pump(Call(self, 0, p.Done), 0.0)
+
     def abandon(self, call: Call) -> None:
         """Wait no longer for a call; what it grants goes back."""
         with self._state:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence, Set
 from typing import Any
 
 from msgspec.structs import replace
@@ -142,6 +142,11 @@ class Lookups:
             if self.client is None:
                 self._link.start()
         return self.client
+
+    def compare(self, nodes: Set[bytes]) -> None:
+        """Where workers are attached to another node, this one may have gone without a word."""
+        if self.client is not None and nodes - {self.client.hello.node, b""}:
+            self.client.look()
 
     def crowded(self) -> bool:
         """Whether enough requests look ahead; one that vLLM passes over does not count for long."""

@@ -237,6 +237,7 @@ class SchedulerSide:
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             self._worker_nodes = report.nodes
+            self._lookups.compare(report.nodes)
             self._copy_rate = report.copy_rate or self._copy_rate
             for request_id, first in report.came.items():
                 if (state := self._states.get(request_id)) is not None:
