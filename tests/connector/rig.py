@@ -56,6 +56,7 @@ from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
 from kvstrata.connectors.vllm.worker import WorkerSide
 from kvstrata.node.node import Node
+from kvstrata.node.operating.departures import STEP_S
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.testing import models
 
@@ -393,6 +394,7 @@ class Rig:
         client.flush()
         client.clear(tiers=["host"])
         client.close()
+        time.sleep(3 * STEP_S)  # the node dates what left to the step; a later request is later
 
     def close(self) -> None:
         if self._closed:

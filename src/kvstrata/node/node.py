@@ -312,6 +312,7 @@ class Node:
                 self.lender.keep(key, reservation.part)
             self.host.unhold(slot)
             self.insides.replace(key)
+            yield
         self.counters.add("stored_objects_total", len(written))
         return p.Done(id, len(written))
 

@@ -119,7 +119,8 @@ class Explainer:
             # Both ends read one clock of their machine, however late this is heard.
             if arrived_at is None:
                 arrived_at = time.monotonic() - float(record.get("seconds", 0.0))
-            begin = self._reasons.clock() - (time.monotonic() - float(arrived_at))
+            ago = time.monotonic() - float(arrived_at)
+            begin = self._reasons.clock() - ago
         except (msgspec.ValidationError, TypeError, ValueError) as error:
             raise UsageError(f"a record with reasons that are none: {error}") from error
         if any(one.key for one in reasons):
