@@ -51,7 +51,7 @@ from kvstrata.node.service.scrub import scrub
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import LeaseTable
-from kvstrata.node.slots.reservations import Reservation, ReservationTable
+from kvstrata.node.slots.reservations import FINISH_SLICE, Reservation, ReservationTable
 from kvstrata.node.slots.sampling import Sampler
 from kvstrata.observe.counters import Counters
 from kvstrata.observe.tracing import Tracer, around
@@ -307,12 +307,13 @@ class Node:
         # A tail without marks is for another engine, which comes for it to host memory.
         if written and (reservation.marks or not reservation.is_tail):
             self.movement.write_behind(Origin.of(reservation, written[-1][0]), written)
-        for key, slot in written:
+        for number, (key, slot) in enumerate(written, 1):
             if reservation.lend:
                 self.lender.keep(key, reservation.part)
             self.host.unhold(slot)
             self.insides.replace(key)
-            yield
+            if number % FINISH_SLICE == 0:
+                yield
         self.counters.add("stored_objects_total", len(written))
         return p.Done(id, len(written))
 
