@@ -196,7 +196,7 @@ def test_a_stream(sides: Sides, right: Right) -> None:
     pieces, done = events(sides.proxy, prompt, NEW)
     assert done
     choices = [choice for piece in pieces for choice in piece["choices"]]
-    assert len(choices) > 1, "piece by piece"
+    assert len(pieces) > 1  # how many of them have tokens, vLLM decides by how busy it is
     assert tuple(token for choice in choices for token in choice["token_ids"]) in allowed
     assert pieces[-1]["usage"]["prompt_tokens"] == len(prompt)
 
