@@ -34,6 +34,7 @@ from tests.support.nodes import (
 )
 
 from kvstrata.errors import UsageError
+from kvstrata.node.common.planner import Link
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import NOBODY, decode
@@ -235,6 +236,23 @@ def test_what_has_gone_is_found_no_more() -> None:
         assert len(node.insides.children) == 0
 
     on_node(test)
+
+
+def test_what_its_prompt_waits_for_anyway_is_not_held_against_it() -> None:
+    async def test(node: Node) -> None:
+        engine = Engine(node)
+        engine.store(FIRST)
+        await flush(node, engine.client)
+        await clear(node, engine.client, engine.keys(FIRST), ["host"])
+        queue = Link(bytes_per_s=1e6, queued_bytes=1 << 30)
+        with patch.object(type(node.movement), "link", lambda *_: queue):
+            alone = engine.inside(parting(100), chunks=1, token_s=1.0)
+            matched = engine.match(parting(100))
+            behind = engine.inside(parting(100), chunks=1, token_s=1.0, lease=matched.lease)
+        assert (alone.lease, behind.lease, behind.good_tokens) == (0, matched.lease, 32)
+        engine.release(matched.lease)
+
+    on_node(test, tier=MemoryTier())
 
 
 def test_it_is_brought_from_a_slower_tier() -> None:

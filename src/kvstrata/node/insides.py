@@ -132,7 +132,7 @@ class Insides:
             if (
                 client.ended
                 or self._ending()
-                or not self._pays(located, child.good_tokens * asked.token_s)
+                or not self._pays(located, child.good_tokens * asked.token_s, lease)
             ):
                 continue
             taken = self._take(client, child, located, asked, lease)
@@ -240,14 +240,19 @@ class Insides:
         sizes = asked.sizes_of(child)
         return self._matcher.locate(child.key, asked.parts, asked.orders, sizes, asked.among)
 
-    def _pays(self, located: Located, compute_s: float) -> bool:
-        """Whether it is brought sooner than its good tokens are computed, as far as one knows."""
+    def _pays(self, located: Located, compute_s: float, lease: Lease | None) -> bool:
+        """Whether it is brought sooner than its good tokens are computed, as far as one knows.
+
+        A prompt whose chunks before it are still coming waits for what is queued anyway.
+        """
         if not (compute_s and self._matcher.planning):
             return True
         coming: dict[Backing, int] = {}
         for one in located.wanted:
             coming[one.backing] = coming.get(one.backing, 0) + one.size
         links = [(self._movement.link(backing), size) for backing, size in coming.items()]
+        if lease is not None and not lease.settled(lease.num_chunks - 1):
+            links = [(link._replace(queued_bytes=0), size) for link, size in links]
         return all(link.seconds(size) <= compute_s for link, size in links)
 
     def _take(
