@@ -49,9 +49,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvstrata.config import Config, load_config
+from kvstrata.connectors.link import Link
 from kvstrata.connectors.vllm.connector import KVStrataConnector
 from kvstrata.connectors.vllm.groups import Group, cut_by_shape, groups_of
-from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
 from kvstrata.connectors.vllm.worker import WorkerSide

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kvstrata.config import Config
-from kvstrata.connectors.vllm import link as module
-from kvstrata.connectors.vllm.link import Link
+from kvstrata.connectors import link as module
+from kvstrata.connectors.link import Link
 from kvstrata.errors import ConfigError, NodeUnavailable
 
 PATIENCE_S = 20.0

@@ -15,10 +15,10 @@ from tests.connector.test_hints import say
 from tests.connector.test_worker_side import open_later, slow, stored
 from vllm.v1.request import RequestStatus
 
+from kvstrata.connectors.threads import STORE_NICENESS
 from kvstrata.connectors.vllm import worker as worker_module
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.pace import COPY_SHARE, WAIT_SHARE, Pace
-from kvstrata.connectors.vllm.threads import STORE_NICENESS
 from kvstrata.connectors.vllm.transfers import StoreJob
 from kvstrata.testing.clock import ManualClock
 from kvstrata.wire import protocol as p
@@ -304,4 +304,5 @@ def test_only_a_store_that_nobody_waits_for_yields(
     rig.ask(prompt(CHUNK), **say({}))
     rig.ask(prompt(CHUNK, 1), **say({}, do_remote_decode=True))
     rig.check()
-    assert how == [(False, min(19, here + STORE_NICENESS)), (True, here)]
+    # Two threads: which of them begins first is nobody's to say.
+    assert sorted(how) == [(False, min(19, here + STORE_NICENESS)), (True, here)]

@@ -650,8 +650,13 @@ def test_doctor_says_that_a_scan_has_not_ended(
             yield []  # it does not hang, it takes long
 
     monkeypatch.setattr("kvstrata.tiers.disk.tier.DiskTier.scan", scan)
-    found = examined(start(settings(folder, deadlines__load="1s")))
+    serving = start(settings(folder, deadlines__load="1s"))
+    found = examined(serving)
     ended.set()
+    # What waited for the scan is written now: not while the folder is removed.
+    client = serving.inprocess.connect()
+    client.flush()
+    client.close()
     for name in ("disk", "disk write"):
         assert found[name].result == "warn", found[name]
         assert "scan" in found[name].message

@@ -19,9 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from kvstrata.config import load_config
+from kvstrata.connectors.link import Link
 from kvstrata.connectors.vllm.events import Events, events_of
 from kvstrata.connectors.vllm.groups import Groups, cut_by_shape, groups_of
-from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
 from kvstrata.connectors.vllm.stats import ConnectorPromMetrics, ConnectorStats

@@ -9,28 +9,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from blake3 import blake3
 
-from kvstrata.config import Config
+from kvstrata.connectors.identity import cache_file, found, from_anywhere, succeeded
 from kvstrata.errors import ConfigError
 from kvstrata.identity import adapter_identity, model_fingerprint, weights_identity
 from kvstrata.keys import Namespace
-from kvstrata.quality.bound import Bound
-from kvstrata.quality.choice import trouble
 from kvstrata.wire.namespaces import MAX_DETAIL_CHARS, Described
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-def cache_file() -> Path:
-    """Where hashes of weight files are remembered."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "kvstrata" / "weights"
 
 
 class Namespaces:
@@ -85,7 +74,7 @@ class Namespaces:
         """
         if self._engine is None or not self._engine.done():
             raise ConfigError("model", "its weights are still being hashed")
-        namespace = _found(self._engine, "model")
+        namespace = found(self._engine, "model")
         if request.lora_request is not None:
             # The number too: what is loaded anew from an old path may be something new.
             path, number = request.lora_request.lora_path, request.lora_request.lora_int_id
@@ -95,7 +84,7 @@ class Namespaces:
                 self._adapters[number, path] = adapter
             if not adapter.done():
                 return None
-            namespace = replace(namespace, adapter=_found(adapter, "adapter"))
+            namespace = replace(namespace, adapter=found(adapter, "adapter"))
         return replace(namespace, model=namespace.model + self._generation)
 
     def describe(self, namespace: Namespace) -> Described | None:
@@ -103,7 +92,7 @@ class Namespaces:
 
         None while the weights' identity is not at hand.
         """
-        if self._weights is None or not _succeeded(self._weights):
+        if self._weights is None or not succeeded(self._weights):
             return None
         effective = _effective(self._vllm_config)
         configuration = json.dumps(effective.pop("model"), sort_keys=True).encode()
@@ -121,13 +110,13 @@ class Namespaces:
         weights = self._weights
         if self._generation or request.lora_request is not None or weights is None:
             return ""
-        return weights.result() if _succeeded(weights) else ""
+        return weights.result() if succeeded(weights) else ""
 
     def when_weighed(self, tell: Callable[[str], None]) -> None:
         """Call back with the weights' identity once it is known; from another thread, perhaps."""
         if self._weights is not None:
             self._weights.add_done_callback(
-                lambda found: tell(found.result()) if _succeeded(found) else None
+                lambda found: tell(found.result()) if succeeded(found) else None
             )
 
     def renew(self) -> None:
@@ -192,17 +181,7 @@ def _described(model: Any) -> Any:
     described.pop("_name_or_path", None)
     described.pop("transformers_version", None)
     # dtypes and enums have one text form each; nothing else in a configuration is an object
-    return _from_anywhere(json.loads(json.dumps(described, default=str)))
-
-
-def _from_anywhere(described: Any) -> Any:
-    """The same wherever configurations inside it were read from: EAGLE's has the head's in it."""
-    if not isinstance(described, dict):
-        return described
-    return {
-        name: "" if name == "_name_or_path" else _from_anywhere(value)
-        for name, value in described.items()
-    }
+    return from_anywhere(json.loads(json.dumps(described, default=str)))
 
 
 def _draft(vllm_config: Any) -> Any | None:
@@ -210,19 +189,6 @@ def _draft(vllm_config: Any) -> Any | None:
     drafts = vllm_config.speculative_config
     model = None if drafts is None else drafts.draft_model_config
     return None if model is None or model.model == vllm_config.model_config.model else model
-
-
-def _succeeded(future: Future[Any]) -> bool:
-    """Whether it has a result: not if it still runs, failed, or was cancelled by the end."""
-    return future.done() and not future.cancelled() and future.exception() is None
-
-
-def _found(future: Future[T], what: str) -> T:
-    """What was found out; whatever went wrong means that nothing may be cached."""
-    error = future.exception()
-    if error is not None:
-        raise ConfigError(what, f"its identity cannot be had: {error}") from error
-    return future.result()
 
 
 def _weights(vllm_config: Any) -> str:
@@ -242,10 +208,3 @@ def _weights_of(model: Any, load_config: Any) -> str:
             f"{model.model!r} is no local path and its hub revision is unknown; name a --revision",
         )
     return f"hub:{model.model}@{commit}"
-
-
-def explain_auto(config: Config, model: str, weights: str) -> None:
-    """Say at the start, and where the operator looks, why ``codec = auto`` stays lossless."""
-    names = [part.name for part in config.tiers if part.codec == "auto"]
-    if names and (why := trouble(weights, Bound.parse(config.quality), model)):
-        logger.error("KVStrata: %s.codec is auto, but stores losslessly: %s", names[0], why)

@@ -16,11 +16,12 @@ from msgspec.structs import replace
 
 from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
+from kvstrata.connectors.identity import explain_auto
+from kvstrata.connectors.link import Link
 from kvstrata.connectors.vllm import beginnings, elsewhere
 from kvstrata.connectors.vllm.events import Events, NodeWatch
-from kvstrata.connectors.vllm.fingerprint import Namespaces, explain_auto
+from kvstrata.connectors.vllm.fingerprint import Namespaces
 from kvstrata.connectors.vllm.groups import Group, Groups
-from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import WorkerHello
 from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.requests import RequestState

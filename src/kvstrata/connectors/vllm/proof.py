@@ -8,21 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from kvstrata.connectors.digits import rounds, words
 from kvstrata.connectors.vllm.pages import REMEDY, Pages
 from kvstrata.errors import LayoutMismatch
-from kvstrata.layout import LayerGroup
-
-_EXACT = {
-    "float32": 1 << 24,
-    "float16": 1 << 11,
-    "bfloat16": 1 << 8,
-    "float8_e4m3fn": 1 << 4,
-    "float8_e5m2": 1 << 3,
-}
-"""All integers below this are exact in that dtype."""
 
 
 def page_tensors(pages: Pages, kv_caches: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -53,10 +43,9 @@ def self_test(
 ) -> None:
     """Prove addresses and byte order of every layer against the engine's own cache write.
 
-    Every element of two blocks gets a number of its own, written digit by digit in integers that
-    the dtype holds exactly, in as many rounds as there are digits. Read back through the addresses
-    and the named order each must be in its place: any other order, even one that swaps two
-    elements, fails. The two blocks are restored, whatever happens.
+    Every element of two blocks gets a number of its own (`kvstrata.connectors.digits`). Read back
+    through the addresses and the named order each must be in its place: any other order, even one
+    that swaps two elements, fails. The two blocks are restored, whatever happens.
 
     Must run when nothing else uses the cache: at registration. Blocks; on the CPU a few
     milliseconds a layer.
@@ -72,21 +61,17 @@ def self_test(
     slots = torch.tensor(blocks).repeat_interleave(pages.block_tokens) * pages.block_tokens
     slots = (slots + torch.arange(pages.block_tokens).repeat(len(blocks))).to(pages.device)
     shape = (group.states, group.num_kv_heads, tokens, group.head_dim)
-    numbers = torch.arange(int(np.prod(shape))).reshape(shape)
-    rounds, place = [], 1
-    while place <= numbers.numel():
-        rounds.append((numbers // place % _EXACT[group.dtype]).to(torch.float32))
-        place *= _EXACT[group.dtype]
+    written = list(rounds(shape, group.dtype))
     for name, tensor in zip(pages.layer_names, page_tensors(pages, kv_caches), strict=True):
         # Saved by the engine's own index, so that wrong addresses are only ever read.
         cache = kv_caches[name]
         touched = cache.unflatten(0, (pages.num_blocks, -1))
         saved = touched[blocks].clone()
         try:
-            for digits in rounds:
+            for digits in written:
                 _write(layers[name], digits.to(pages.device), slots, pages)
                 native = tensor[blocks].cpu().numpy().reshape(pages.native_shape(tokens)[1:])
-                wrong = np.count_nonzero(order.unpack(native, group) != _words(digits, group))
+                wrong = np.count_nonzero(order.unpack(native, group) != words(digits, group.dtype))
                 if wrong:
                     raise LayoutMismatch(
                         f"layer {name} does not keep its KV in the byte order {order.name}: "
@@ -129,11 +114,3 @@ def _write(layer: Any, kv: torch.Tensor, slots: torch.Tensor, pages: Pages) -> N
             f"the cache write of {type(layer.impl).__name__} failed in the self-test: {error}. "
             f"{REMEDY}"
         ) from error
-
-
-def _words(digits: torch.Tensor, group: LayerGroup) -> npt.NDArray[Any]:
-    """The bytes of these numbers in the cache's dtype, as unsigned integers."""
-    stored = digits.to(getattr(torch, group.dtype)).contiguous()
-    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32}[group.item_bytes]
-    array: npt.NDArray[Any] = stored.view(signed).numpy()
-    return array.view(f"u{group.item_bytes}")

@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any
 
 from kvstrata.config import DeadlineConfig
+from kvstrata.connectors.threads import use_given_cores, yield_to_the_engine
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
 from kvstrata.connectors.vllm.fills import fill
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pace import Rate
 from kvstrata.connectors.vllm.payloads import Payloads
 from kvstrata.connectors.vllm.stats import Tally
-from kvstrata.connectors.vllm.threads import use_given_cores, yield_to_the_engine
 from kvstrata.errors import DeadlineExceeded, KVStrataError, NodeUnavailable, UsageError
 from kvstrata.observe.tracing import Tracer, spanning
 from kvstrata.wire import protocol as p

@@ -15,9 +15,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
+from kvstrata.connectors.link import Link
 from kvstrata.connectors.vllm.copies import Copier, Runs, copy_runs, make_copier
 from kvstrata.connectors.vllm.groups import Group, Groups
-from kvstrata.connectors.vllm.link import Link
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.pace import WAIT_SHARE
 from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe
