@@ -66,7 +66,7 @@ def missing(purpose: str) -> dict[str, str]:
 def main() -> int:
     """Print what is missing; the exit status is 1 if that is anything."""
     parser = argparse.ArgumentParser(description=__doc__)
-    purposes = ["venv", "engine", "test"]
+    purposes = ["venv", "engine", "sglang", "test"]
     parser.add_argument("--for", dest="purpose", choices=purposes, default="engine")
     parser.add_argument("--packages", action="store_true", help="names only, exit status 0")
     options = parser.parse_args()
