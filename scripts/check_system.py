@@ -1,8 +1,8 @@
 """Say in words which system packages are missing, before an install or a compiler trips over it.
 
 ``--for venv`` asks for what a virtual environment needs, ``--for engine`` for what vLLM on the CPU
-needs besides, ``--for test`` for the servers too that tests start. ``--packages`` prints the Debian
-package names alone, for a script to install.
+needs besides, ``--for sglang`` for what SGLang does, ``--for test`` for both and the servers that
+tests start. ``--packages`` prints the Debian package names alone, for a script to install.
 Only the standard library is used: this runs on the bare machine.
 """
 
@@ -29,6 +29,12 @@ def _has_headers() -> bool:
     return (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
+def _has_openssl_headers() -> bool:
+    return any(
+        Path(place, "openssl/sha.h").exists() for place in ("/usr/include", "/usr/local/include")
+    )
+
+
 def missing(purpose: str) -> dict[str, str]:
     """Debian packages that are absent, each with what it is needed for."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -40,10 +46,16 @@ def missing(purpose: str) -> dict[str, str]:
             found["libnuma1"] = "libnuma.so.1, which vLLM's CPU kernels are linked with"
         if not _loads("libgomp.so.1"):
             found["libgomp1"] = "libgomp.so.1, which vLLM's CPU kernels are linked with"
+    if purpose in ("engine", "sglang", "test"):
         if shutil.which("g++") is None:
-            found["g++"] = "a C++ compiler: torch compiles the model's forward pass with it"
+            found["g++"] = (
+                "a C++ compiler: torch compiles vLLM's forward pass with it, SGLang its page keys"
+            )
         if not _has_headers():
             found[f"{version}-dev"] = "Python.h, which that compilation includes"
+    if purpose in ("sglang", "test") and not _has_openssl_headers():
+        # SGLang hashes pages in C++ that it compiles when it first starts: -lcrypto, sha.h.
+        found["libssl-dev"] = "openssl/sha.h, which SGLang's compilation of its page keys includes"
     if purpose == "test" and shutil.which("ip") is None:
         found["iproute2"] = "the command ip: tests make bad networks of their own with it"
     if purpose == "test" and shutil.which("curl") is None:
@@ -76,7 +88,9 @@ def main() -> int:
         print(" ".join(packages))
         return 0
     # Each states it in its own metadata, but pip's message about that names no way out.
-    who, oldest = ("KVStrata", 10) if options.purpose == "venv" else ("vLLM 0.32.0", 11)
+    who, oldest = {"venv": ("KVStrata", 10), "sglang": ("SGLang 0.5.23", 11)}.get(
+        options.purpose, ("vLLM 0.32.0", 11)
+    )
     if sys.version_info < (3, oldest):
         print(
             f"{who} needs Python 3.{oldest} or newer, this is {sys.version.split()[0]}. "

