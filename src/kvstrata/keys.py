@@ -45,6 +45,7 @@ class Namespace:
         tenant: whose cache it is, or empty.
         slices: into how many a layer's KV heads are cut, where all tensor-parallel sizes share them
             (``tensor_parallel`` is 1 then); 0: they are those of one size.
+        pages: whether its keys are those of pages (`kvstrata.pagekeys`), not of a `KeyChain`.
     Raises:
         UsageError: an empty model or layout, or a size below 1.
     """
@@ -58,11 +59,12 @@ class Namespace:
     adapter: str = ""
     tenant: str = ""
     slices: int = 0
+    pages: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "slices" else 1
+            least = 0 if field.name in ("slices", "pages") else 1
             if isinstance(value, int) and value < least:
                 raise UsageError(f"namespace: {field.name} is {value}, not at least {least}")
         if self.slices and self.tensor_parallel > 1:
@@ -84,7 +86,7 @@ class Namespace:
             f"shared {self.slices}" if self.slices else str(self.tensor_parallel),
             str(self.pipeline_parallel),
             str(self.context_parallel),
-            str(self.chunk_tokens),
+            f"pages {self.chunk_tokens}" if self.pages else str(self.chunk_tokens),
             self.adapter,
             self.tenant,
         )

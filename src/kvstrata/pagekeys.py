@@ -13,7 +13,7 @@ import numpy as np
 from blake3 import blake3
 
 from kvstrata.errors import UsageError
-from kvstrata.keys import KEY_BYTES, Tokens, token_ids
+from kvstrata.keys import KEY_BYTES, KeyChain, MediaItem, Namespace, Tokens, token_ids
 from kvstrata.secret import SECRET_BYTES
 
 HASH_BYTES = 32
@@ -55,6 +55,70 @@ class PageKeys:
             hasher.update(namespace + page)
             keys.append(hasher.digest())
         return keys
+
+
+class PageChain(KeyChain):
+    """Keys of a prompt's pages, in the place of its chunks' keys.
+
+    A page's key is not made of the key before it, so this remembers the hashes of one prompt's
+    pages: one for each prompt, and on one thread. Tails and marks are no pages: they have a
+    `KeyChain`'s keys, behind the key of the page before them.
+
+    Args:
+        secret, namespace, chunk_tokens: as of a `KeyChain`.
+        salt: the request's; None or empty if it has none.
+    Raises:
+        UsageError: as a `KeyChain` does.
+    """
+
+    def __init__(
+        self, secret: bytes, namespace: bytes, chunk_tokens: int, salt: str | None = None
+    ) -> None:
+        super().__init__(secret, namespace, chunk_tokens, salt or "")
+        self._seed = page_seed(salt=salt or None)
+        self._pages = PageKeys(secret, namespace)
+        self._hashes: dict[bytes, bytes] = {}
+
+    def keys(
+        self,
+        tokens: Tokens,
+        media: Sequence[MediaItem] = (),
+        start: int = 0,
+        parent: bytes | None = None,
+    ) -> list[bytes]:
+        """As of a `KeyChain`.
+
+        Raises:
+            UsageError: as there; or the prompt has media, or the key before ``start`` is not one
+                that this has made since it last began at 0.
+        """
+        self._parent_key(start, parent)
+        if media:
+            raise UsageError("a page's key has no media in it")
+        if parent is None:
+            self._hashes.clear()
+            before = self._seed
+        elif parent in self._hashes:
+            before = self._hashes[parent]
+        else:
+            raise UsageError("a page behind one that has no hash here")
+        hashes = page_hashes(tokens, self.chunk_tokens, before)
+        keys = self._pages.of(hashes)
+        self._hashes.update(zip(keys, hashes, strict=True))
+        return keys
+
+
+def chain_of(namespace: Namespace, secret: bytes, salt: str = "") -> KeyChain:
+    """What makes the keys of one prompt in a namespace.
+
+    Args:
+        secret: one of the deployment's, 32 bytes.
+        salt: the request's, empty if it has none.
+    Raises:
+        UsageError: as a `KeyChain` does.
+    """
+    kind = PageChain if namespace.pages else KeyChain
+    return kind(secret, namespace.digest(), namespace.chunk_tokens, salt)
 
 
 def page_hashes(tokens: Tokens, page_tokens: int, before: bytes = b"") -> list[bytes]:

@@ -365,6 +365,7 @@ class TestCompare:
             "chunk_tokens": 64,
             "tensor_parallel": 2,
             "slices": 2,
+            "pages": True,
             "pipeline_parallel": 2,
             "context_parallel": 2,
             "adapter": "7a",
