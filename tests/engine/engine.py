@@ -53,7 +53,7 @@ class Engine(base.Engine):
     """vLLM in a child process that runs `tests/engine/serve_child.py`.
 
     Args:
-        fresh: a process of its own from its first line on; see `children.py`.
+        fresh: a process of its own from its first line on; see `tests.support.forked`.
         new_tokens: how many to answer with where a request does not say.
     """
 

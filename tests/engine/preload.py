@@ -1,4 +1,4 @@
-"""What every engine imports, imported once: the fork server of `children.py` runs this.
+"""What every engine imports, imported once: the fork server of `tests.support.forked` runs this.
 
 Nothing here may start a thread: a fork would lose it.
 """

@@ -24,7 +24,7 @@ VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 LIGHT_EXTRAS = "redis,s3,control"
 # Who may need more than is there: the engine's side, the GPU's kernels, authors' contract suites.
 NEED_MORE = {
-    "kvstrata.connectors": {"torch", "vllm"},
+    "kvstrata.connectors": {"sglang", "torch", "vllm"},
     "kvstrata.codecs.triton": {"torch", "triton"},
     "kvstrata.testing": {"pytest"},
     "kvstrata.node.coding.sealing": {"cryptography"},
@@ -135,7 +135,7 @@ def test_it_holds_the_sources_and_nothing_else(wheel: Path) -> None:
         ]
     assert packed == sources
     assert needs
-    assert not [need for need in needs if need.startswith(("torch", "triton", "vllm"))]
+    assert not [need for need in needs if need.startswith(("sglang", "torch", "triton", "vllm"))]
 
 
 def test_every_module_of_the_core_imports(binaries: Path, home: Path) -> None:

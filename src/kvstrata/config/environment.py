@@ -9,7 +9,8 @@ OTHER_VARIABLES: Mapping[str, str] = {
     "KVSTRATA_API_TOKEN": "tokens of the HTTP API, as in `api.token_file`; a bare one may write",
     "KVSTRATA_CONFIG": "the configuration file (`.toml`, `.yaml` or `.yml`)",
     "KVSTRATA_MODEL_CACHE": "where the demo and the tests keep the models that they prepared",
-    "KVSTRATA_REQUIRE_ENGINE": "`1`: the engine tests fail, not skip, where vLLM is missing",
+    "KVSTRATA_REQUIRE_ENGINE": "`1`: the engine tests fail, not skip, where vLLM is missing; "
+    "`sglang`: where SGLang is",
 }
 """KVSTRATA_* variables that are no option."""
 

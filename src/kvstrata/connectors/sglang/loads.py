@@ -1,0 +1,166 @@
+"""From slots into SGLang's pages, as they arrive, and never for longer than SGLang waits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from kvstrata.connectors.sglang.holds import Hold, Holds
+from kvstrata.connectors.sglang.lookups import Lookups
+from kvstrata.connectors.sglang.pages import Pages
+from kvstrata.connectors.sglang.pools import Pools
+from kvstrata.connectors.sglang.stats import Tally
+from kvstrata.errors import CorruptObject, DeadlineExceeded
+from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import NodeClient
+
+logger = logging.getLogger(__name__)
+
+#: SGLang's own limit on a prefetch begins with a second, and adds a quarter for 1,024 tokens. What
+#: it gives up on is lost, so a read ends before that with what has come.
+BASE_S, EACH_1024_TOKENS_S = 0.75, 0.2
+
+
+def patience_s(num_tokens: int, most_s: float) -> float:
+    """How long a read of so many tokens may take.
+
+    Args:
+        most_s: the operator's limit, ``deadlines.load``.
+    """
+    return min(most_s, BASE_S + EACH_1024_TOKENS_S * num_tokens / 1024)
+
+
+class Loads:
+    """Reads pages; SGLang has one thread for it.
+
+    Args:
+        pools: that are cached.
+        lookups: asks for what nobody holds.
+        holds: leases that a lookup took before.
+        tally: counts what is loaded.
+        most_s: as of `patience_s`.
+    """
+
+    def __init__(
+        self, pools: Pools, lookups: Lookups, holds: Holds, tally: Tally, most_s: float
+    ) -> None:
+        self._pools = pools
+        self._lookups = lookups
+        self._holds = holds
+        self._tally = tally
+        self._most_s = most_s
+
+    def read(
+        self,
+        client: NodeClient,
+        generation: str,
+        name: str,
+        hashes: Sequence[str],
+        indices: Sequence[int],
+    ) -> int:
+        """Fill pages of a pool; how many leading ones were filled.
+
+        Args:
+            generation: of the weights.
+            name: of the pool.
+            hashes: SGLang's, of the pages.
+            indices: the first index of each.
+        Raises:
+            KVStrataError: the node did not answer as it should; what it had is lost.
+        """
+        pages, part = self._pools.get(name), self._pools.part(name)
+        if pages is None or not hashes:
+            return 0
+        deadline = time.monotonic() + patience_s(
+            len(hashes) * self._pools.page_tokens, self._most_s
+        )
+        begun, done = time.perf_counter(), 0
+        while done < len(hashes):
+            hold = self._holds.take(hashes[done], part, generation)
+            if hold is None:
+                if time.monotonic() >= deadline:
+                    break
+                hold = self._lookups.one(client, generation, hashes[done:], name)
+                if hold is None:
+                    break
+                if not hold.hashes:
+                    self._holds.add(hold)  # for its record
+                    break
+                hold.busy = True
+                self._holds.add(hold)
+            came = self._read(hold, pages, part, hashes[done:], indices[done:], deadline)
+            done += came
+            if not came:
+                break
+        seconds = time.perf_counter() - begun
+        self._tally.note("prefetch", done, done * pages.nbytes, seconds)
+        return done
+
+    def _read(
+        self,
+        hold: Hold,
+        pages: Pages,
+        part: int,
+        hashes: Sequence[str],
+        indices: Sequence[int],
+        deadline: float,
+    ) -> int:
+        """Read what a hold has of these pages, from the first one on; give the hold back."""
+        begun, start = time.perf_counter(), hold.at[hashes[0]]
+        count, failed = 0, True
+        try:
+            for page, index in zip(hashes, indices, strict=True):
+                number = start + count
+                if number >= len(hold.hashes) or hold.hashes[number] != page:
+                    break
+                if hold.offset(number, part) < 0 and not self._arrive(hold, number, deadline):
+                    break
+                if hold.offset(number, part) < 0:
+                    break  # not needed at the boundary that was found
+                self._copy(hold, pages, part, number, index)
+                count += 1
+            failed = False
+        finally:
+            ended = start + count == len(hold.hashes)
+            if ended:
+                hold.unread.discard(part)
+            elif failed or not count:
+                hold.failed = start + count
+            if part & 0xFFFF0000 == 0:
+                hold.loaded += count
+            hold.load_s += time.perf_counter() - begun
+            self._holds.leave(hold, done=not hold.unread or hold.failed >= 0)
+        return count
+
+    def _arrive(self, hold: Hold, number: int, deadline: float) -> bool:
+        """Wait until a page has come into host memory; False: it does not, or not in time."""
+        if hold.offset(number, hold.parts[0]) == p.NEEDLESS:
+            return False
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        try:
+            arrived: p.Arrived = hold.client.await_arrival(hold.lease, number).wait(left)
+        except DeadlineExceeded:
+            return False
+        return hold.arrived(number, arrived.offsets) > 0
+
+    def _copy(self, hold: Hold, pages: Pages, part: int, number: int, index: int) -> None:
+        """One object into one page.
+
+        Raises:
+            CorruptObject: a slot holds something else than what was leased.
+        """
+        pool, offset = hold.client.pool, hold.offset(number, part)
+        header = decode(pool.view(offset, HEADER_BYTES))
+        if header.key != hold.keys[number] or header.group << 16 | header.rank != part:
+            raise CorruptObject("a slot holds another object than the one that was leased")
+        if not pages.fits(header):
+            raise CorruptObject(
+                f"a payload of {header.dtype} {header.shape}, order {header.order!r}, codec "
+                f"{header.codec!r}; not {pages.dtype} {pages.shape}"
+            )
+        payload = pool.array(offset + HEADER_BYTES, header.raw_length)
+        pages.write(index, payload, header.order if header.order != pages.order else "")

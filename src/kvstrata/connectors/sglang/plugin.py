@@ -1,0 +1,86 @@
+"""The entry point ``sglang.srt.plugins``: hears of new weights; SGLang tells no storage of them."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from kvstrata.connectors.sglang.renewals import flushed_all, renew_all
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_UPDATER = (
+    "sglang.srt.managers.scheduler_components.weight_updater",
+    "SchedulerWeightUpdaterManager",
+)
+UPDATES = (
+    "update_weights_from_disk",
+    "update_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+    "begin_weight_update",
+    "end_weight_update",
+)
+"""SGLang's ways to exchange weights, in its scheduler's process and on each rank."""
+
+
+def register() -> None:
+    """Hook into SGLang where its weights change and where it flushes; SGLang calls this once."""
+    if _SCHEDULER not in sys.modules:
+        return  # a process without a storage
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for name in UPDATES:
+        HookRegistry.register(".".join((*_UPDATER, name)), _around_update, HookType.AROUND)
+    HookRegistry.register(f"{_SCHEDULER}.Scheduler.flush_cache", _after_flush, HookType.AFTER)
+
+
+def missing() -> str:
+    """What of SGLang is not hooked, in words; empty: all of it is.
+
+    Without it an answer might come from KV of other weights, so nothing may be served.
+    """
+    module, owner = _UPDATER
+    places = [(module, owner, name) for name in UPDATES]
+    places.append((_SCHEDULER, "Scheduler", "flush_cache"))
+    for module, owner, name in places:
+        method = getattr(getattr(importlib.import_module(module), owner, None), name, None)
+        if method is None:
+            return f"this SGLang has no {owner}.{name}, so an update of weights may go unheard"
+        if not hasattr(method, "__wrapped__"):
+            return (
+                "its plugin is not active, so an update of weights would go unheard: install "
+                "KVStrata with pip where SGLang is, and name kvstrata in SGLANG_PLUGINS if that "
+                "is set"
+            )
+    return ""
+
+
+def _around_update(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
+    renew_all(_same_on_all_ranks(updater))
+    return original(updater, *args, **kwargs)
+
+
+def _after_flush(flushed: Any, *args: Any, **kwargs: Any) -> Any:
+    if flushed:
+        flushed_all()
+    return flushed
+
+
+def _same_on_all_ranks(updater: Any) -> str:
+    """A name for what the weights will be. SGLang updates all ranks in step."""
+    import torch
+    import torch.distributed as dist
+
+    name = os.urandom(16)
+    group = getattr(updater, "tp_cpu_group", None)
+    if group is not None and dist.is_initialized() and dist.get_world_size(group) > 1:
+        shared = torch.tensor(list(name), dtype=torch.uint8)
+        dist.broadcast(shared, src=dist.get_global_rank(group, 0), group=group)
+        name = bytes(shared.tolist())
+    return name.hex()
