@@ -1,12 +1,13 @@
-"""SGLang's own kit over our storage: its real tree, controller, pools and threads, and no engine."""
+"""SGLang's own kit over our storage: its real tree, controller, pools and threads; no engine."""
 
 from __future__ import annotations
 
 import json
 import random
 import unittest
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from sglang.kernels.ops.attention.fla.chunk_delta_h import CHUNK_SIZE
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
@@ -47,7 +49,7 @@ def kind(name: str, page_tokens: int, **more: Any) -> Kind:
         "max_context_len": 16 * page_tokens,
         "head_dim": 32,
     }
-    small |= {
+    kinds: dict[str, dict[str, Any]] = {
         "full": {},
         "mla": {"latent": True},
         "swa": {"components": (FULL, SWA), "sliding_window_size": 2 * page_tokens},
@@ -56,8 +58,8 @@ def kind(name: str, page_tokens: int, **more: Any) -> Kind:
             "enable_mamba_extra_buffer": True,
             "mamba_cache_size": 60,
         },
-    }[name]
-    return Kind(**{**small, **more})
+    }
+    return Kind(**{**small, **kinds[name], **more})
 
 
 class Cache:
@@ -76,6 +78,40 @@ class Cache:
     def storage(self) -> Any:
         """Our storage."""
         return self.tree.cache_controller.storage_backend
+
+    @property
+    def pool(self) -> Any:
+        """The host's pool of keys and values."""
+        return self.tree.cache_controller.mem_pool_host.anchor_entry.host_pool
+
+    def hashes(self, tokens: Sequence[int]) -> list[str]:
+        """SGLang's hashes of a prompt's whole pages."""
+        size = self._kit.cfg.page_size
+        whole = len(tokens) // size * size
+        return list(get_storage_hash_str(list(tokens[:whole]), None, page_size=size))
+
+    def keys(self, hashes: Sequence[str]) -> list[bytes]:
+        """What the node calls these pages."""
+        session = self.storage._session
+        with session._attachment.client() as client:
+            digest = session._names.digest(session._names.generation.name)
+            return list(session._names.keys(client.hello.secret, digest, hashes))
+
+    def host_pages(self, count: int, first: int = 0) -> torch.Tensor:
+        """Indices of pages of the host's pool, taken from nobody."""
+        size = self._kit.cfg.page_size
+        return torch.arange(first * size, (first + count) * size)
+
+    def host_bytes(self, indices: torch.Tensor) -> torch.Tensor:
+        """What the host's pool has there, (pages, bytes)."""
+        starts = indices[:: self._kit.cfg.page_size].tolist()
+        return torch.stack([_bytes(self.pool.get_data_page(at, flat=True)) for at in starts])
+
+    def fill_host(self, seed: int) -> None:
+        """Noise in the host's pool of keys and values."""
+        generator = torch.Generator().manual_seed(seed)
+        flat = self.pool.kv_buffer.view(torch.uint8)
+        flat.copy_(torch.randint(0, 256, flat.shape, dtype=torch.uint8, generator=generator))
 
     def fill(self, seed: int) -> None:
         """Noise in all that the device holds, special numbers among it."""
@@ -101,11 +137,18 @@ class Cache:
         return self.held(leaf)
 
     def prefetch(self, tokens: Sequence[int]) -> int:
-        """Have the storage asked for a prompt, to the end; tokens of it that are here now."""
-        request = self._kit.request()
-        self._kit._consume_prefetch(self.tree, list(tokens), request)
-        match = fixtures.match_prefix(self.tree, list(tokens))
-        return int(max(match.host_hit_length, match.device_prefix_len))
+        """Have the storage asked, as a scheduler does, for what of a prompt is not here; tokens of
+        the prompt that are here now."""
+        request, tree = self._kit.request(), self.tree
+        match = fixtures.match_prefix(tree, list(tokens))
+        anchor, here = match.last_host_node, match.device_prefix_len + match.host_hit_length
+        tree.prefetch_from_storage(
+            request, anchor, array("q", tokens[here:]), tree.get_last_hash_value(anchor),
+            tree.get_prefix_hash_values(anchor), matched_prefix_tokens=list(tokens[:here]),
+        )  # fmt: skip
+        self._kit._run_prefetch_to_completion(tree, request)
+        match = fixtures.match_prefix(tree, list(tokens))
+        return int(match.device_prefix_len + match.host_hit_length)
 
     def loaded(self, tokens: Sequence[int]) -> dict[str, torch.Tensor]:
         """The bytes of a prompt that was prefetched, once they are on the device."""
@@ -117,7 +160,7 @@ class Cache:
         return self.held(match.last_device_node)
 
     def held(self, leaf: Any) -> dict[str, torch.Tensor]:
-        """The bytes that the device has of a path, by pool; of each the last that its kind needs."""
+        """The bytes that the device has of a path, by pool, as far as its kind needs them."""
         indices = self.tree.path_device_indices(leaf)
         kinds = self._kit.cfg
         found = {"kv": _rows(_attention(self._kv), indices)}
@@ -156,7 +199,7 @@ class Cache:
         return tensors
 
 
-class Kit(UnifiedRadixCacheStorageFixtures, unittest.TestCase):  # type: ignore[misc]
+class Kit(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
     """What builds caches with our storage behind them; `doCleanups` ends them.
 
     Args:
@@ -235,7 +278,8 @@ class Kit(UnifiedRadixCacheStorageFixtures, unittest.TestCase):  # type: ignore[
         arguments = ServerArgs(
             model_path=str(self._model),
             page_size=self.cfg.page_size,
-            hicache_io_backend="direct",
+            # On a CPU there are the copies of two layouts; of the third there is the pool alone.
+            hicache_io_backend="kernel" if self._layout == "page_first" else "direct",
             hicache_mem_layout=self._layout,
             hicache_write_policy="write_through",
             hicache_storage_backend="dynamic",
@@ -257,11 +301,6 @@ class Kit(UnifiedRadixCacheStorageFixtures, unittest.TestCase):  # type: ignore[
         )
         self.addCleanup(controller.storage_backend.close)
         self.addCleanup(controller._stop_storage_threads)
-
-
-def another(kind: Kind, **more: Any) -> Kind:
-    """A kind that differs in some of its sizes."""
-    return replace(kind, **more)
 
 
 def _attention(pool: Any) -> list[torch.Tensor]:

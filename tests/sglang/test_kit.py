@@ -62,3 +62,130 @@ def test_what_one_stores_another_loads_bit_by_bit(
     assert list(loaded) == list(stored)
     for pool, expected in stored.items():
         assert torch.equal(loaded[pool], expected), pool
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_follows_is_stored_and_found_behind_what_was(kits: Kits, name: str) -> None:
+    kit = kits(kind(name, 64))
+    producer, tokens = kit.cache(1), kit.tokens(9, more=20)
+    for pages in (3, 5, 9):
+        stored = producer.store(tokens[: pages * 64])
+    consumer = kit.cache(2)
+    assert consumer.prefetch(tokens) == 9 * 64
+    loaded = consumer.loaded(tokens)
+    for pool, expected in stored.items():
+        assert torch.equal(loaded[pool], expected), pool
+
+
+def test_of_prompts_that_part_what_follows_is_loaded_behind_what_is_here(kits: Kits) -> None:
+    kit = kits(kind("full", 64))
+    common = kit.tokens(3)
+    one, other = common + kit.tokens(2, seed=1), common + kit.tokens(3, seed=2)
+    producer, consumer = kit.cache(1), kit.cache(2)
+    stored = [producer.store(tokens)["kv"] for tokens in (one, other)]
+    for tokens, expected in zip((one, other), stored, strict=True):
+        assert consumer.prefetch(tokens) == len(tokens)
+        assert torch.equal(consumer.loaded(tokens)["kv"], expected)
+    assert consumer.prefetch(kit.tokens(4, seed=3)) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["full", "mla"])
+def test_a_page_is_the_same_in_every_layout(kits: Kits, name: str, layout: str) -> None:
+    what = kind(name, 64)
+    writer = kits(what, layout=layout).cache()
+    reader = kits(what, layout="layer_first").cache()
+    tokens = kits(what).tokens(5)
+    hashes, indices = writer.hashes(tokens), writer.host_pages(5, first=2)
+    writer.fill_host(7)
+    assert writer.storage.batch_set_v1(hashes, indices) == [True] * 5
+    for other in (writer, reader):
+        other.fill_host(8)
+        there = other.host_pages(5, first=4)
+        assert other.storage.batch_exists(hashes) == 5
+        assert other.storage.batch_get_v1(hashes, there) == [True] * 5
+    writer_pages, reader_pages = (
+        torch.stack([_by_token(cache.pool, at) for at in there[::64].tolist()])
+        for cache in (writer, reader)
+    )
+    assert torch.equal(writer_pages, reader_pages)
+    writer.fill_host(7)
+    expected = torch.stack([_by_token(writer.pool, at) for at in indices[::64].tolist()])
+    assert torch.equal(reader_pages, expected)
+
+
+def _by_token(pool: Any, index: int) -> Any:
+    """A page as SGLang's own views of its layers have it: (layers, states, bytes of the tokens)."""
+    rows = []
+    for layer in range(pool.layer_num):
+        if hasattr(pool, "k_data_refs"):
+            views = [pool.k_data_refs[layer], pool.v_data_refs[layer]]
+        elif pool.layout == "page_first_direct":
+            views = [pool.kv_buffer[:, layer]]
+        else:
+            views = [pool.data_refs[layer]]
+        pages = [
+            view[index // 64] if pool.layout == "page_first_direct" else view[index : index + 64]
+            for view in views
+        ]
+        rows.append(torch.stack([one.contiguous().view(torch.uint8).flatten() for one in pages]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("hole", [0, 1, 3, 5])
+def test_what_is_before_a_hole_is_kept(kits: Kits, place: Place, hole: int) -> None:
+    kit = kits(kind("full", 64))
+    producer, consumer, tokens = kit.cache(1), kit.cache(2), kit.tokens(6)
+    stored = producer.store(tokens)["kv"]
+    place.node.clear([producer.keys(producer.hashes(tokens))[hole]])
+    assert consumer.prefetch(tokens) == hole * 64
+    if hole:
+        assert torch.equal(consumer.loaded(tokens[: hole * 64])["kv"], stored[: hole * 64])
+    again = kit.cache(3)
+    again.fill(1)
+    again.store(tokens)
+    assert kit.cache(4).prefetch(tokens) == len(tokens), "the hole was filled"
+
+
+def test_a_page_that_goes_between_the_question_and_the_read(kits: Kits, place: Place) -> None:
+    cache = kits(kind("full", 64)).cache()
+    tokens = kits(kind("full", 64)).tokens(6)
+    hashes, indices = cache.hashes(tokens), cache.host_pages(6)
+    cache.fill_host(1)
+    before = cache.host_bytes(indices)
+    cache.storage.batch_set_v1(hashes, indices)
+    assert cache.storage.batch_exists(hashes) == 6
+    place.node.clear(cache.keys(hashes))
+    cache.fill_host(2)
+    read = cache.storage.batch_get_v1(hashes, indices)
+    kept = sum(read)
+    assert read == [True] * kept + [False] * (6 - kept)
+    assert torch.equal(cache.host_bytes(indices)[:kept], before[:kept]), "a lease holds bytes still"
+    assert cache.storage.batch_exists(hashes) == 0
+
+
+@pytest.mark.parametrize("name", ["swa", "mamba"])
+def test_a_sidecar_that_is_missing_ends_the_prompt_where_it_can_be_gone_on_from(
+    kits: Kits, name: str
+) -> None:
+    kit = kits(kind(name, 64))
+    producer, consumer, tokens = kit.cache(1), kit.cache(2), kit.tokens(9)
+    stored = producer.store(tokens[: 6 * 64])
+    # Of the three pages behind there are keys and values, and nothing else.
+    hashes = producer.hashes(tokens)
+    assert producer.storage.batch_set_v1(hashes[6:], producer.host_pages(3)) == [True] * 3
+    assert producer.storage.batch_exists(hashes) == 9
+    assert consumer.prefetch(tokens) == 6 * 64
+    loaded = consumer.loaded(tokens[: 6 * 64])
+    for pool, expected in stored.items():
+        assert torch.equal(loaded[pool], expected), pool
+
+
+def test_a_prompt_goes_on_from_a_state_in_its_middle(kits: Kits) -> None:
+    kit = kits(kind("mamba", 64))
+    producer, consumer, tokens = kit.cache(1), kit.cache(2), kit.tokens(8)
+    early = producer.store(tokens[: 3 * 64])
+    producer.store(tokens)
+    shorter = tokens[: 5 * 64]
+    assert consumer.prefetch(shorter) == 3 * 64, "of five pages only the third has a state"
+    assert torch.equal(consumer.loaded(tokens[: 3 * 64])["mamba"], early["mamba"])
