@@ -21,13 +21,16 @@ PYTEST := -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
 	--no-loadscope-reorder --max-worker-restart=0 --durations=20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm test-sglang test-models test-unit check format bench docs clean clean-all
+.PHONY: help demo demo-sglang test test-vllm test-sglang test-models test-unit check format bench docs clean clean-all
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(ENGINE_STAMP)  ## a real vLLM answers long documents: cold, warm from memory, warm from disk
 	$(BIN)/kvstrata demo
+
+demo-sglang: $(SGLANG_STAMP)  ## the same with a real SGLang, whose attention in plain torch is slow
+	PYTHONPATH=tests/sglang/shims $(SGLANG)/bin/kvstrata demo --sglang
 
 test:  ## every test, those on the real engines included
 	@results=0; \

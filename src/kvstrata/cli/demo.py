@@ -24,12 +24,14 @@ import typer
 
 from kvstrata.cli.demo_fleet import FleetDemo, fleet_table
 from kvstrata.cli.demo_results import WAYS, Asked, Reused, plot, reuse_table, table
+from kvstrata.cli.demo_sglang import SGLangDemo
 from kvstrata.cli.demo_story import (
     ANSWER_TOKENS,
     CHUNK_TOKENS,
     DOCUMENT_STEPS,
     STEP_TOKENS,
     Story,
+    hits,
 )
 from kvstrata.errors import UsageError
 from kvstrata.objects import MARK_TOKENS
@@ -48,19 +50,24 @@ def run(
         Path, typer.Option("--out", metavar="FOLDER", help="Where demo.png and demo.json go.")
     ] = Path("demo-results"),
     count: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--documents",
             min=1,
             max=len(DOCUMENT_STEPS),
-            help="How many documents; each is 1,024 tokens longer than the one before.",
+            help="How many documents; each is 1,024 tokens longer than the one before. All 6, or "
+            "2 with --sglang, whose attention in plain torch takes long on a CPU.",
         ),
-    ] = len(DOCUMENT_STEPS),
+    ] = None,
     fleet: Annotated[
         bool,
         typer.Option(
             "--fleet", help="Two engines with a node each: one store; prefill and decode apart."
         ),
+    ] = False,
+    sglang: Annotated[
+        bool,
+        typer.Option("--sglang", help="SGLang in place of vLLM, in the environment that has it."),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON for programs instead of the table.")
@@ -72,19 +79,27 @@ def run(
     store that both nodes share; then behind a proxy, prefill in the one and decode in the other.
     Writes demo-fleet.json.
 
+    With --sglang: a real SGLang does what vLLM does otherwise. On a machine without a GPU `make
+    demo-sglang` runs it, with what stands in for SGLang's compiled parts. Writes demo-sglang.png
+    and demo-sglang.json.
+
     Needs vLLM and the packages that hold SmolLM2 (`make demo` installs both). Takes two to four
     minutes on two cores, uses a node and folders of its own and removes them. Writes demo.png (if
     matplotlib is installed) and demo.json. Exit status 1 if an answer differs.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise UsageError("the demo needs vLLM; `make demo` installs it, see docs/vllm.md")
+    engine = "SGLang" if sglang else "vLLM"
+    if importlib.util.find_spec(engine.lower()) is None:
+        command = "make demo-sglang" if sglang else "make demo"
+        page = f"docs/{engine.lower()}.md"
+        raise UsageError(f"the demo needs {engine}; `{command}` installs it, see {page}")
     # Other libraries' progress bars and warnings are not about what the newcomer came to see.
     os.environ.setdefault("TQDM_DISABLE", "1")
     out.mkdir(parents=True, exist_ok=True)
     # Ended from outside it still ends its processes and removes its folders.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    name = "demo-fleet" if fleet else "demo"
-    story: Story = (FleetDemo if fleet else Demo)(out.resolve(), DOCUMENT_STEPS[:count])
+    name = "demo-fleet" if fleet else "demo-sglang" if sglang else "demo"
+    kind: type[Story] = FleetDemo if fleet else SGLangDemo if sglang else Demo
+    story = kind(out.resolve(), DOCUMENT_STEPS[: count or (2 if sglang else None)])
     began = time.monotonic()
     story.run()
     seconds = time.monotonic() - began
@@ -103,7 +118,7 @@ def run(
     busy = story.others.share >= BUSY_SHARE
     if busy:
         caption += ", beside other work: these times say little"
-    drawn = not fleet and plot(story.asked, out / f"{name}.png", caption)
+    drawn = not fleet and plot(story.asked, out / f"{name}.png", caption, engine)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
@@ -111,8 +126,8 @@ def run(
 
         # Wide enough for all columns where the output is no terminal.
         console = Console(width=None if sys.stdout.isatty() else 110)
-        console.print(fleet_table(story.asked) if fleet else table(story.asked))
-        if not fleet:
+        console.print(fleet_table(story.asked) if fleet else table(story.asked, engine))
+        if not (fleet or sglang):
             console.print(reuse_table(story.asked))
         files = f"{out / name}.json" + (f" and {out / name}.png" if drawn else "")
         typer.echo(f"wrote {files} in {seconds:.0f} s")
@@ -252,7 +267,7 @@ class Demo(Story):
         prompt: Sequence[int],
         cached: int,
     ) -> None:
-        before = _hits(client)
+        before = hits(client)
         answer = engine.ask(prompt, ANSWER_TOKENS)
         asked.heard(way, answer.first_s, answer.tokens)
         about = f"document {asked.number}, {WAYS[way]}: "
@@ -261,7 +276,7 @@ class Demo(Story):
                 f"{about}{answer.cached_tokens} tokens were cached, {cached} expected; "
                 "`kvstrata doctor` may say why"
             )
-        hit = {tier for tier, count in _hits(client).items() if count > before[tier]}
+        hit = {tier for tier, count in hits(client).items() if count > before[tier]}
         if way in before and hit != {way}:
             raise UsageError(f"{about}it came from {' and '.join(sorted(hit)) or 'nowhere'}")
 
@@ -275,11 +290,3 @@ def in_common(these: Sequence[int], those: Sequence[int]) -> int:
 def _num_objects(num_tokens: int) -> int:
     """What a request leaves that ended with KV of so many tokens: chunks, and a tail."""
     return num_tokens // CHUNK_TOKENS + (num_tokens % CHUNK_TOKENS >= MARK_TOKENS)
-
-
-def _hits(client: NodeClient) -> dict[str, float]:
-    """Chunks that a node has found so far, by tier."""
-    counters = client.status()["counters"]
-    return {
-        tier: counters.get(f'hit_chunks_total{{tier="{tier}"}}', 0) for tier in ("host", "disk")
-    }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 #: how the answers are asked for, in this order
 WAYS: Mapping[str, str] = {
     "cold": "cold",
-    "own": "vLLM's own hit",
+    "own": "its own hit",
     "host": "host memory",
     "disk": "disk, after restart",
 }
@@ -83,7 +83,7 @@ class Asked:
         return {**asdict(self), "median_ms": medians, "same": self.same}
 
 
-def table(documents: Sequence[Asked]) -> Table:
+def table(documents: Sequence[Asked], engine: str = "vLLM") -> Table:
     """The times for people, a row a document."""
     from rich.table import Table
 
@@ -91,7 +91,7 @@ def table(documents: Sequence[Asked]) -> Table:
     for heading in (
         "document",
         "tokens",
-        *WAYS.values(),
+        *(name.replace("its", f"{engine}'s") for name in WAYS.values()),
         "host is faster",
         "disk is faster",
         "same tokens",
@@ -128,7 +128,7 @@ def reuse_table(documents: Sequence[Asked]) -> Table:
     return found
 
 
-def plot(documents: Sequence[Asked], path: Path, caption: str) -> bool:
+def plot(documents: Sequence[Asked], path: Path, caption: str, engine: str = "vLLM") -> bool:
     """Draw cold, host and disk side by side for each document; False without matplotlib."""
     try:
         import matplotlib
@@ -173,9 +173,9 @@ def plot(documents: Sequence[Asked], path: Path, caption: str) -> bool:
     axes.set_ylabel("seconds to the first token")
     axes.set_xlabel(caption, fontsize=8.5, color="#52606d")
     axes.set_title(
-        "vLLM with KVStrata: long documents, the same tokens each time"
+        f"{engine} with KVStrata: long documents, the same tokens each time"
         if all(asked.same for asked in documents)
-        else "vLLM with KVStrata: SOME ANSWERS DIFFER",
+        else f"{engine} with KVStrata: SOME ANSWERS DIFFER",
         loc="left",
         fontsize=12,
         fontweight="bold",

@@ -6,12 +6,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from kvstrata.cli.demo_results import Asked
 from kvstrata.testing.others import OtherWork
+
+if TYPE_CHECKING:
+    from kvstrata.wire.client import NodeClient
 
 #: a prompt is computed in steps of so many tokens; documents are a whole number of them, so that
 #: cold and warm split the work alike and rounding gives no reason for another token
@@ -78,3 +81,11 @@ class Story(ABC):
 
     def _say(self, text: str) -> None:
         typer.echo(f"[{time.monotonic() - self._began:5.0f} s] {text}", err=True)
+
+
+def hits(client: NodeClient) -> dict[str, float]:
+    """Chunks that a node has found so far, by tier."""
+    counters = client.status()["counters"]
+    return {
+        tier: counters.get(f'hit_chunks_total{{tier="{tier}"}}', 0) for tier in ("host", "disk")
+    }

@@ -92,6 +92,7 @@ def run(
 def examine(config: Config) -> Iterator[Check]:
     """All checks of the node that this configuration names, in order."""
     from kvstrata.cli import checks, machine
+    from kvstrata.cli.engines import check_engines
     from kvstrata.cli.round_trip import round_trip
     from kvstrata.cli.services import check_services
     from kvstrata.config import DiskConfig
@@ -99,7 +100,7 @@ def examine(config: Config) -> Iterator[Check]:
     from kvstrata.memory.machine import available_bytes
     from kvstrata.wire.sockets import socket_path
 
-    yield checks.check_vllm(checks.installed_vllm())
+    yield from check_engines()
     try:
         path = socket_path(config)
     except KVStrataError as error:

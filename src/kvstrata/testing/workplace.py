@@ -84,6 +84,11 @@ class Workplace:
         return load_config(environ={}, overrides=self._settings)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """KVStrata's options here, dotted."""
+        return dict(self._settings)
+
+    @property
     def connector(self) -> dict[str, Any]:
         """vLLM's ``kv_transfer_config`` for an engine here."""
         return {**CONNECTOR, "kv_connector_extra_config": self._settings}
