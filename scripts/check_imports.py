@@ -15,7 +15,8 @@ SOURCES = Path(__file__).parent.parent / "src"
 
 STOREYS = (
     "errors",
-    "units layout objects parts secret keys pagekeys heads identity cores descriptors canaries",
+    "units layout objects producers parts secret keys pagekeys heads identity cores descriptors "
+    "canaries",
     "observe",
     "memory",
     "codecs",

@@ -13,7 +13,7 @@ import numpy as np
 from blake3 import blake3
 
 from kvstrata.errors import UsageError
-from kvstrata.keys import KEY_BYTES, KeyChain, MediaItem, Namespace, Tokens, token_ids
+from kvstrata.keys import KEY_BYTES, KeyChain, MediaItem, Tokens, token_ids
 from kvstrata.secret import SECRET_BYTES
 
 HASH_BYTES = 32
@@ -108,17 +108,18 @@ class PageChain(KeyChain):
         return keys
 
 
-def chain_of(namespace: Namespace, secret: bytes, salt: str = "") -> KeyChain:
-    """What makes the keys of one prompt in a namespace.
+def chain_of(
+    secret: bytes, namespace: bytes, chunk_tokens: int, salt: str = "", *, pages: bool
+) -> KeyChain:
+    """What makes the keys of one prompt.
 
     Args:
-        secret: one of the deployment's, 32 bytes.
-        salt: the request's, empty if it has none.
+        secret, namespace, chunk_tokens, salt: as of a `KeyChain`.
+        pages: whether the namespace's keys are those of pages, as ``Namespace.pages`` says.
     Raises:
         UsageError: as a `KeyChain` does.
     """
-    kind = PageChain if namespace.pages else KeyChain
-    return kind(secret, namespace.digest(), namespace.chunk_tokens, salt)
+    return (PageChain if pages else KeyChain)(secret, namespace, chunk_tokens, salt)
 
 
 def page_hashes(tokens: Tokens, page_tokens: int, before: bytes = b"") -> list[bytes]:

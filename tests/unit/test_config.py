@@ -50,7 +50,7 @@ SAMPLES: Mapping[str, Any] = {
     "canary": "off",
     "hints": "store, pin",
     "reset": "keep",
-    "share": "ranks",
+    "share": "engines, ranks",
     "host.capacity": "3GiB",
     "host.policy": "s3fifo",
     "host.verify_every": 1,
@@ -617,7 +617,12 @@ def test_what_is_shared_is_nothing_by_default_and_named_one_by_one() -> None:
     for given_as in ("ranks", " ranks ", ["ranks"]):
         assert load({"share": given_as}).share == ("ranks",)
     assert load(environ={"KVSTRATA_SHARE": "none"}).share == ()
-    for wrong in ("", "engines", "all", "ranks, ranks", [], ["none"], True):
-        with pytest.raises(ConfigError, match='expected "none", or some of ranks') as caught:
+    assert load({"share": "engines"}).share == ("engines",)
+    for given_as in ("engines, ranks", "ranks,engines"):
+        assert {*load({"share": given_as}).share} == {"engines", "ranks"}
+    for wrong in ("", "nodes", "all", "ranks, ranks", [], ["none"], True):
+        with pytest.raises(
+            ConfigError, match='expected "none", or some of engines, ranks'
+        ) as caught:
             load({"share": wrong})
         assert caught.value.path == "share"

@@ -12,7 +12,9 @@ from kvstrata.observe.reasons import Reason, Why
 from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
-TEMPLATE = p.Template("native", "a/b", "bfloat16", [2, 3], 128, 4096, 256, 1, "sliding", 7)
+TEMPLATE = p.Template(
+    "native", "a/b", "bfloat16", [2, 3], 128, 4096, 256, 1, "sliding", 7, "sglang"
+)
 
 REASON = Reason(Why.EVICTED, 3, "disk", "x", 0.5)
 
@@ -78,9 +80,9 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
             ["host"],
             b"m",
         ),
-        "6c0000009fa77265736572766501c4016ec4016b00ce000100019aa66e6174697665a3612f62a862666c"
-        "6f61743136920203cc80cd1000cd010001a7736c6964696e6707cb3fe0000000000000a177c410000102"
-        "030405060708090a0b0c0d0e0fc3a330302dff91a4686f7374c4016d",
+        "730000009fa77265736572766501c4016ec4016b00ce000100019ba66e6174697665a3612f62a862666c"
+        "6f61743136920203cc80cd1000cd010001a7736c6964696e6707a673676c616e67cb3fe0000000000000"
+        "a177c410000102030405060708090a0b0c0d0e0fc3a330302dff91a4686f7374c4016d",
     ),
     (p.Reserved(1, 2, b"o"), "0f00000094a872657365727665640102c4016f"),
     (p.Commit(1, 2, b"c"), "0d00000094a6636f6d6d69740102c40163"),

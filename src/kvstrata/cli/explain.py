@@ -92,6 +92,10 @@ def _request(client: NodeClient, request: str, *, across: bool) -> dict[str, Any
         f"request {record.get('request')}: {prompt:,.0f} prompt tokens, of them {own:,.0f} from "
         f"the engine's own cache, {loaded:,.0f} loaded"
     )
+    engines = record.get("loaded_from")
+    if isinstance(engines, dict) and engines:
+        by = ", ".join(f"{number(engines, name):,.0f} by {name}" for name in engines)
+        about += f" (computed: {by})"
     if other := [reason for reason in explained.reasons if reason.detail]:
         about += f"; somebody else has the same beginning now ({other[0].detail})"
     return {"about": about, "reasons": record.get("reasons", []), "record": record}

@@ -69,11 +69,12 @@ def keyed(
         UsageError: the file holds no token ids, or no member knows the namespace.
         KVStrataError: there are several namespaces, or none yet.
     """
-    from kvstrata.keys import KeyChain
+    from kvstrata.pagekeys import chain_of
 
     ids = _token_ids(tokens)
     model = _model(members, namespace)
-    chain = KeyChain(secret, bytes.fromhex(model.namespace), model.chunk_tokens, salt)
+    digest = bytes.fromhex(model.namespace)
+    chain = chain_of(secret, digest, model.chunk_tokens, salt, pages=model.pages)
     return Keyed(model, len(ids), chain.keys(ids))
 
 

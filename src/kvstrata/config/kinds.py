@@ -26,7 +26,7 @@ MIN_EVERY_S = 1.0
 HINTS = ("max_load_tokens", "max_store_tokens", "store", "load",
          "session", "pin", "priority", "tiers")  # fmt: skip
 """What clients may say with a request, see docs/hints.md; `kvstrata.connectors.hints` reads it."""
-SHARED = ("ranks",)
+SHARED = ("engines", "ranks")
 """In what engines may differ that share KV all the same, see docs/sharing.md."""
 NO_LOSSY_CODEC = ("raw", "lossless", "exact", "auto")
 

@@ -113,7 +113,8 @@ class Config:
         kinds.SHARING,
         "none",
         "Whose KV an engine loads although it would compute it with another rounding, see "
-        "docs/sharing.md. `ranks`: of other tensor-parallel sizes that have this option, too.",
+        "docs/sharing.md. `engines`: of other engines of this model; `ranks`: of other "
+        "tensor-parallel sizes; in either case of those that have this option, too.",
     )
     host: HostConfig = field(default_factory=HostConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)

@@ -9,7 +9,7 @@ from kvstrata.errors import UsageError
 from kvstrata.fleet.holdings import lookup
 from kvstrata.fleet.members import Member, Model
 from kvstrata.fleet.registry import Registry
-from kvstrata.keys import KeyChain
+from kvstrata.pagekeys import chain_of
 
 
 class Sought(NamedTuple):
@@ -68,7 +68,8 @@ def _held(
     asked = [one for one in members if any(x.namespace == model.namespace for x in one.models)]
     most: dict[str, int] = {}
     for secret in sought.secrets:
-        keys = KeyChain(secret, digest, size, sought.salt).keys(sought.tokens)
+        chain = chain_of(secret, digest, size, sought.salt, pages=model.pages)
+        keys = chain.keys(sought.tokens)
         for found in lookup(registry, keys, model.of_chunk, asked, model.needs):
             name = found.member.name
             most[name] = max(most.get(name, 0), len(found.tiers) * size)

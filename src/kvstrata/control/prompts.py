@@ -10,7 +10,8 @@ from pydantic import Field, JsonValue
 
 from kvstrata.control.base import Asked, Hex32, State, Text, TokenIds
 from kvstrata.control.problems import Invalid
-from kvstrata.keys import KeyChain, owner_digest
+from kvstrata.keys import owner_digest
+from kvstrata.pagekeys import chain_of
 from kvstrata.wire.client import NodeClient
 from kvstrata.wire.namespaces import Shown
 from kvstrata.wire.protocol import MAX_KEYS
@@ -123,10 +124,11 @@ async def chunks_of(here: State, prompt: Prompt) -> Chunks:
     tokens = await _tokens(here, prompt, namespace)
     if len(tokens) // chunk_tokens > MAX_KEYS:
         raise Invalid(given[0], f"{len(tokens)} tokens; {MAX_KEYS * chunk_tokens} at most")
-    digest = bytes.fromhex(namespace.digest)
+    digest, pages = bytes.fromhex(namespace.digest), namespace.parts.pages
 
     def make() -> list[list[bytes]]:
-        chains = [KeyChain(secret, digest, chunk_tokens, prompt.salt) for secret in secrets]
+        salt = prompt.salt
+        chains = [chain_of(one, digest, chunk_tokens, salt, pages=pages) for one in secrets]
         return [chain.keys(tokens) for chain in chains]
 
     return Chunks(namespace, len(tokens), await here.tokenizing.run(make), owner, tokens)

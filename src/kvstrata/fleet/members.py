@@ -43,6 +43,7 @@ class Model(msgspec.Struct, frozen=True):
         parts: how many objects make up a chunk.
         objects: which these are; none: the first so many, as older nodes say.
         needs: of each of them, how many of the last chunks a boundary needs; 0, or none: every one.
+        pages: whether its keys are those of pages, as ``Namespace.pages`` says.
     """
 
     namespace: _Digest
@@ -51,6 +52,7 @@ class Model(msgspec.Struct, frozen=True):
     parts: Annotated[int, msgspec.Meta(ge=1, le=MAX_PARTS)] = 1
     objects: Annotated[list[_Number], msgspec.Meta(max_length=MAX_PARTS)] = []
     needs: Annotated[list[_Number], msgspec.Meta(max_length=MAX_PARTS)] = []
+    pages: bool = False
 
     def __post_init__(self) -> None:
         if self.needs and len(self.needs) != len(self.objects):

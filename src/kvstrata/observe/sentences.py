@@ -121,6 +121,7 @@ _PARTS = {
         'give all engines share = "ranks", if another rounding may count (docs/sharing.md)',
     ),
     "slices": ("another value of the option share", "give all engines the same value of share"),
+    "pages": ("another value of the option share", "give all engines the same value of share"),
     "reset": ("an engine that was reset since", "nothing: its weights may have changed"),
     "unknown": ("another namespace that nobody has described", "see `kvstrata status`"),
 }

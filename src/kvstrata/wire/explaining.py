@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvstrata.heads import heads
-from kvstrata.keys import KeyChain, Tokens, owner_digest
+from kvstrata.keys import Tokens, owner_digest
 from kvstrata.objects import NOBODY
 from kvstrata.observe.reasons import Reason, Unloaded, Why
+from kvstrata.pagekeys import chain_of
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
 from kvstrata.wire.namespaces import Described
@@ -59,7 +60,8 @@ def explain_prompt(
     """
     secret, parts = client.hello.secret, namespace.parts
     digest, size = parts.digest(), parts.chunk_tokens
-    keys = KeyChain(secret, digest, size, salt).keys(tokens)[: p.MAX_KEYS]
+    chain = chain_of(secret, digest, size, salt, pages=parts.pages)
+    keys = chain.keys(tokens)[: p.MAX_KEYS]
     owner = owner_digest(secret, parts.tenant, salt)
     begin = heads(secret, tokens, size)
     call = client.begin(p.Explain, p.Explained, "", b"".join(keys), digest, owner, begin, across)

@@ -58,12 +58,16 @@ def differing(one: Described, other: Described) -> list[str]:
     """The parts in which two namespaces differ; of the models, what in them does."""
     theirs = asdict(other.parts)
     parts = [part for part, value in asdict(one.parts).items() if value != theirs[part]]
+    told = {**one.model, **other.model}
+    if "pages" in parts:  # their fingerprints are made of different things, whatever the model is
+        parts = [part for part in parts if part != "model"]
+        told = {detail: "" for detail in one.model if detail in other.model}
     details = [
         detail
-        for detail in {**one.model, **other.model}
+        for detail in told
         if detail != "name" and one.model.get(detail) != other.model.get(detail)
     ]
-    if "model" not in parts or not details:
+    if not details or not {"model", "pages"} & {*parts}:
         return parts
     return [*details, *(part for part in parts if part != "model")]
 

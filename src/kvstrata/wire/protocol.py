@@ -163,7 +163,11 @@ class Nearest(Message, tag="nearest", frozen=True):
 
 
 class Template(Message, frozen=True):
-    """What the headers of one reservation share; fields as in `kvstrata.objects.ObjectHeader`."""
+    """What the headers of one reservation share; fields as in `kvstrata.objects.ObjectHeader`.
+
+    ``producer`` is the engine that computes them, printable ASCII without spaces, 32 characters at
+    most; empty: nobody says.
+    """
 
     kind: str
     order: str
@@ -175,6 +179,7 @@ class Template(Message, frozen=True):
     group: int = 0
     group_kind: str = "full"
     boundary: int = 0
+    producer: str = ""
 
 
 class Reserve(Message, tag="reserve", frozen=True):

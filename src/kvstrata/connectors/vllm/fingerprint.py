@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
@@ -14,7 +14,9 @@ from typing import Any
 from blake3 import blake3
 
 from kvstrata.connectors.identity import cache_file, found, from_anywhere, succeeded
-from kvstrata.errors import ConfigError
+from kvstrata.connectors.vllm.engines import engines_namespace, may_share
+from kvstrata.connectors.vllm.groups import Groups
+from kvstrata.errors import ConfigError, Incompatible
 from kvstrata.identity import adapter_identity, model_fingerprint, weights_identity
 from kvstrata.keys import Namespace
 from kvstrata.wire.namespaces import MAX_DETAIL_CHARS, Described
@@ -37,6 +39,7 @@ class Namespaces:
         self._tenant = tenant
         self._hashing = ThreadPoolExecutor(1, "kvstrata-identity")
         self._engine: Future[Namespace] | None = None
+        self._shared: Future[Namespace | None] | None = None
         self._weights: Future[str] | None = None
         self._adapters: dict[tuple[int, str], Future[str]] = {}
         self._generation = ""
@@ -61,6 +64,25 @@ class Namespaces:
         except FutureTimeout:
             logger.warning("KVStrata: still hashing the weights; nothing is cached until then")
 
+    def share(self, groups: Groups, layouts: Sequence[str]) -> None:
+        """Have other engines load what this one stores, and this one theirs, where that can be.
+
+        Before `identify`, so that what this finds out is known as soon as that is.
+
+        Args:
+            groups: the engine's layer groups.
+            layouts: the logical layout of each rank's layers.
+        """
+        self._shared = self._hashing.submit(self._identify_shared, groups, layouts)
+
+    def _identify_shared(self, groups: Groups, layouts: Sequence[str]) -> Namespace | None:
+        try:
+            weights = _weights(self._vllm_config)
+            return engines_namespace(self._vllm_config, groups, layouts, weights, self._tenant)
+        except Incompatible as error:
+            logger.warning("KVStrata shares no KV with other engines: %s", error)
+            return None
+
     def of(self, request: Any) -> bytes | None:
         """The digest of a request's namespace; raises and is None as `parts_of`."""
         parts = self.parts_of(request)
@@ -75,6 +97,8 @@ class Namespaces:
         if self._engine is None or not self._engine.done():
             raise ConfigError("model", "its weights are still being hashed")
         namespace = found(self._engine, "model")
+        if self._shared is not None and may_share(request):
+            namespace = found(self._shared, "model") or namespace
         if request.lora_request is not None:
             # The number too: what is loaded anew from an old path may be something new.
             path, number = request.lora_request.lora_path, request.lora_request.lora_int_id
@@ -96,10 +120,11 @@ class Namespaces:
             return None
         effective = _effective(self._vllm_config)
         configuration = json.dumps(effective.pop("model"), sort_keys=True).encode()
+        if not namespace.pages:  # what is shared is made of the checkpoint's own
+            effective["configuration"] = blake3(configuration).hexdigest()[:16]
         model = {
             "name": str(self._vllm_config.model_config.model),
             "weights": self._weights.result(),
-            "configuration": blake3(configuration).hexdigest()[:16],
             **effective,
             "reset": self._generation or "no",
         }

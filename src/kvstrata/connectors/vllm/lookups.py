@@ -28,6 +28,7 @@ from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError, NodeUnavailable
 from kvstrata.keys import KeyChain, Namespace, owner_digest
 from kvstrata.observe.reasons import Why
+from kvstrata.pagekeys import chain_of
 from kvstrata.parts import PORTABLE
 from kvstrata.secret import secret_check
 from kvstrata.wire import protocol as p
@@ -107,6 +108,8 @@ class Lookups:
         self.lengths = [one.payload_bytes for one in each]
         self.needs = [one.needs for one in each] if any(one.needs for one in each) else []
         self.num_workers = len(ranked)
+        if "engines" in self._config.share:
+            self.namespaces.share(self._groups, [hello.layout for hello in ranked])
         self.namespaces.identify(layout, IDENTITY_WAIT_S, ranked[0].slices)
         self.namespaces.when_weighed(
             lambda weights: explain_auto(self._config, self._model, weights)
@@ -351,12 +354,13 @@ class Lookups:
             parts = self.namespaces.parts_of(state.request)
             if parts is None:
                 return False
-            namespace = state.namespace = parts.digest()
+            state.namespace = parts.digest()
+            state.engines = parts.pages
             state.hints = state.hints.on(["host", *client.hello.tiers])
             salt = state.request.cache_salt or ""
-            state.owner, state.chain = self._derive(client.hello.secret, namespace, salt)
+            state.owner, state.chain = self._derive(client.hello.secret, parts, salt)
             for other in client.hello.secrets[1:]:
-                state.other_owner, state.other_chain = self._derive(other, namespace, salt)
+                state.other_owner, state.other_chain = self._derive(other, parts, salt)
                 state.other_first = secret_check(other) == state.roles.secret
             self._tell(client, parts)
         except (KVStrataError, OSError) as error:
@@ -365,10 +369,10 @@ class Lookups:
             return False
         return True
 
-    def _derive(self, secret: bytes, namespace: bytes, salt: str) -> tuple[bytes, KeyChain]:
+    def _derive(self, secret: bytes, parts: Namespace, salt: str) -> tuple[bytes, KeyChain]:
         """Whose a request's objects are by a secret, and what makes their keys."""
         owner = owner_digest(secret, self._config.tenant, salt)
-        return owner, KeyChain(secret, namespace, self._chunk, salt)
+        return owner, chain_of(secret, parts.digest(), self._chunk, salt, pages=parts.pages)
 
     def _tell(self, client: NodeClient, parts: Namespace) -> None:
         """Tell a node, once, what a namespace is made of: so an operator can compare two nodes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -175,12 +176,15 @@ class WorkerReport(KVConnectorWorkerMetadata):
         sync_loaded: how many workers have ended each synchronous load.
         came: of loads that ended early, the first chunk that did not come, of the prompt's.
         copy_rate: bytes per second that the slowest worker copies; 0: none has copied yet.
+        origins: of what one of the workers has begun to load, tokens by the engine that computed
+            them; only where engines share.
     """
 
     nodes: set[bytes] = field(default_factory=set)
     sync_loaded: dict[str, int] = field(default_factory=dict)
     came: dict[str, int] = field(default_factory=dict)
     copy_rate: float = 0.0
+    origins: dict[str, Counter[str]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports in one."""
@@ -197,6 +201,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             counts,
             came,
             min(rates, default=0.0),
+            self.origins or other.origins,
         )
 
 

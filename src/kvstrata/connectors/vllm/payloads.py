@@ -9,10 +9,11 @@ import numpy.typing as npt
 from kvstrata.connectors.vllm.copies import Plan
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.messages import Held, Load, Store
+from kvstrata.connectors.vllm.origins import Origins
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.ranks import Shard
 from kvstrata.errors import CorruptObject, UsageError
-from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
 
@@ -25,9 +26,17 @@ class Payloads:
         groups: all of the engine's.
         group: the one, or one more shape of it.
         shard: which heads these are, and which object they make.
+        origins: hears whose objects are loaded, where that is asked.
     """
 
-    def __init__(self, pages: Pages, groups: Groups, group: Group, shard: Shard) -> None:
+    def __init__(
+        self,
+        pages: Pages,
+        groups: Groups,
+        group: Group,
+        shard: Shard,
+        origins: Origins | None = None,
+    ) -> None:
         self.pages = pages
         self.part = group.index << 16 | shard.rank
         self.stores = shard.stores
@@ -35,6 +44,7 @@ class Payloads:
         self.template = _template(pages, groups, group)
         self.needs = group.needs(groups.chunk_tokens)
         self.read_portable = False
+        self._origins = origins
         self._per_chunk = groups.num_blocks
         self._column = groups.column(group)
         self._width = groups.width(group)
@@ -74,8 +84,11 @@ class Payloads:
             is_tail = bool(load.tail_tokens) and i == len(load.keys) - 1
             tokens = load.tail_tokens if is_tail else self.template.num_tokens
             marks = load.tail_marks if is_tail else b""
-            address, keep = self._payload(client, offsets[i][number], load.keys[i], tokens, marks)
+            header = self._header(client, offsets[i][number], load.keys[i], tokens, marks)
+            address, keep = self._payload(client, offsets[i][number], header)
             kept.append(keep)
+            if self._origins is not None:
+                self._origins.note(load.request_id, header)
             addresses, ids = tail if is_tail else whole
             addresses.append(address)
             ids += blocks[: self._num_blocks(tokens)]
@@ -117,10 +130,10 @@ class Payloads:
         pages = payload.reshape(group.num_layers, -1, order.page_bytes(group))
         order.blank_behind(pages, num_tokens, group)
 
-    def _payload(
+    def _header(
         self, client: NodeClient, offset: int, key: bytes, num_tokens: int, marks: bytes
-    ) -> tuple[int, object]:
-        """Address of a chunk's bytes in the engine's own order, and what keeps them there."""
+    ) -> ObjectHeader:
+        """Of the object in a slot, which is the one that was leased, and can be read."""
         if offset < 0:
             raise CorruptObject("vLLM has blocks for what is not needed at this boundary")
         header = decode(client.pool.view(offset, HEADER_BYTES))
@@ -131,21 +144,24 @@ class Payloads:
             raise CorruptObject("an object does not begin as the prompt goes on")
         if header.codec != "raw" or header.order not in ("", self.template.order):
             raise CorruptObject(f"a payload in codec {header.codec!r}, order {header.order!r}")
-        payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
-        group = self.pages.group
         if header.kind == "native":
             expected = self._shape(num_tokens)
         else:
-            expected = group.portable_shape(self.template.num_tokens)
+            expected = self.pages.group.portable_shape(self.template.num_tokens)
         if header.shape != expected or header.num_tokens != num_tokens:
             raise CorruptObject(
                 f"a payload of shape {header.shape}, {header.num_tokens} tokens; not {expected}, "
                 f"{num_tokens}"
             )
+        return header
+
+    def _payload(self, client: NodeClient, offset: int, header: ObjectHeader) -> tuple[int, object]:
+        """Address of a chunk's bytes in the engine's own order, and what keeps them there."""
+        payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
         if header.kind == "portable":
             self.read_portable = True
-            portable = payload.view(f"u{group.item_bytes}").reshape(header.shape)
-            payload = self.pages.order.pack_layers(portable, group).reshape(-1)
+            portable = payload.view(f"u{self.pages.group.item_bytes}").reshape(header.shape)
+            payload = self.pages.order.pack_layers(portable, self.pages.group).reshape(-1)
         return int(payload.ctypes.data), payload
 
 

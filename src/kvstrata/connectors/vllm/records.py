@@ -30,6 +30,7 @@ def record_of(state: RequestState, outcome: str, chunk_tokens: int) -> dict[str,
         "other_secret_tokens": state.other_tokens,
         "inside_tokens": state.inside_tokens,
         "tier_tokens": state.tier_tokens(chunk_tokens),
+        **_from(state),
         "load": state.loaded_how if state.loaded_tokens else "",
         "load_instead_s": round(_instead_s(state, chunk_tokens), 4),
         "stored_chunks": state.stored_chunks,
@@ -56,6 +57,15 @@ def hit_sources(
             left -= count
     sources[CacheHitSource.HOST] = left
     return {source: count for source, count in sources.items() if count}
+
+
+def _from(state: RequestState) -> dict[str, Any]:
+    """Tokens that were loaded, by the engine that computed them; nothing where none share."""
+    tokens, left = {}, state.loaded_tokens
+    for engine, count in state.loaded_from.items():
+        tokens[engine] = min(left, count)  # a load may be cut within an object
+        left -= tokens[engine]
+    return {"loaded_from": tokens} if state.engines else {}
 
 
 def _instead_s(state: RequestState, chunk_tokens: int) -> float:

@@ -67,6 +67,7 @@ class RequestState:
         self._prefix_only = prefix_only
         self._stateful = stateful
         self.namespace = b""
+        self.engines = False  # whether other engines share it
         self.owner = NOBODY
         self.chain: KeyChain | None = None
         self.keys: list[bytes] = []
@@ -116,6 +117,7 @@ class RequestState:
         self.loaded_tokens = 0
         self.inside_tokens = 0  # of them, of an object that only begins like the prompt
         self.loaded_how = ""
+        self.loaded_from: Counter[str] = Counter()  # tokens of objects, by who computed them
         self.other_tokens = 0  # of those loaded, found by the other secret
         self.stored_chunks = 0
         self.miss = ""

@@ -71,6 +71,7 @@ class SchedulerSide:
         self._admitted: set[str] = set()  # of them, run by no step yet: a wait holds none up
         self._loads: dict[str, tuple[int, bytes]] = {}  # in workers' hands: lease, first chunk
         self._loading_chunks: dict[bytes, str] = {}
+        self._unrecorded: dict[str, RequestState] = {}  # ended, before their loads were heard of
         self._next = StepMetadata()
         self._pace = Pace(config.deadlines.match)
         self._lookups = Lookups(
@@ -239,6 +240,10 @@ class SchedulerSide:
             self._worker_nodes = report.nodes
             self._lookups.compare(report.nodes)
             self._copy_rate = report.copy_rate or self._copy_rate
+            for request_id, tokens in report.origins.items():
+                state = self._states.get(request_id) or self._unrecorded.get(request_id)
+                if state is not None:
+                    state.loaded_from += tokens
             for request_id, first in report.came.items():
                 if (state := self._states.get(request_id)) is not None:
                     # Of several ranks the one that has least counts.
@@ -248,6 +253,8 @@ class SchedulerSide:
                     self._end_load(request_id, failed=False)
         for request_id in output.finished_recving or ():
             self._end_load(request_id, failed=request_id in output.failed_recving)
+        for request_id in self._unrecorded.keys() - self._loads.keys():
+            self._record(self._unrecorded.pop(request_id))
 
     def request_finished(
         self, request: Any, block_ids: Sequence[list[int]]
@@ -285,7 +292,10 @@ class SchedulerSide:
             if state.chain is not None and self._lookups.client is not None:
                 self._next.late_stores += self._stores.last(state, known, block_ids)
         self._stores.pin(state)
-        self._record(state)
+        if state.engines and request.request_id in self._loads:
+            self._unrecorded[request.request_id] = state  # who computed it is yet to be heard
+        else:
+            self._record(state)
         return answer
 
     def hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:

@@ -17,8 +17,10 @@ from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.link import Link
 from kvstrata.connectors.vllm.copies import Copier, Runs, copy_runs, make_copier
+from kvstrata.connectors.vllm.engines import shares
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
+from kvstrata.connectors.vllm.origins import Origins
 from kvstrata.connectors.vllm.pace import WAIT_SHARE
 from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe
 from kvstrata.connectors.vllm.payloads import Payloads
@@ -71,11 +73,13 @@ class WorkerSide:
             for group in (*groups.each, *groups.more)
             if kv_cache_config.kv_cache_groups[group.index].layer_names
         }
-        self._cut = cut(vllm_config, groups, whole, shared="ranks" in config.share)
+        others = shares(config, vllm_config, groups)  # they would find no slices
+        self._cut = cut(vllm_config, groups, whole, shared="ranks" in config.share and not others)
+        self._origins = Origins() if others else None
         self.payloads = {
             one.part: one
             for group, shard, some in self._cut.objects
-            for one in [Payloads(some, groups, group, shard)]
+            for one in [Payloads(some, groups, group, shard, self._origins)]
         }
         pages = next(iter(whole.values()))
         self._copier: Copier = make_copier(pages.device)
@@ -249,6 +253,7 @@ class WorkerSide:
             loaded,
             came,
             self._transfers.rate.best(),
+            self._origins.take() if self._origins is not None else {},
         )
 
     def drain(self) -> None:

@@ -26,6 +26,9 @@ class Namespace(Told):
         description="Into how many a layer's KV heads are cut, where every tensor-parallel size "
         "shares them; 0: they are those of one size."
     )
+    pages: bool = Field(
+        description="Whether its keys are those of pages, as where several engines share them."
+    )
     details: dict[str, str] = Field(description="What the model's fingerprint is made of.")
 
 
@@ -51,6 +54,7 @@ async def namespaces(here: Here) -> Namespaces:
                 pipeline_parallel=one.parts.pipeline_parallel,
                 context_parallel=one.parts.context_parallel,
                 slices=one.parts.slices,
+                pages=one.parts.pages,
                 details=one.model,
             )
             for one in found

@@ -31,6 +31,7 @@ from kvstrata.objects import (
     verify_object,
 )
 from kvstrata.objects import decode as decode_header
+from kvstrata.producers import apart, with_producer
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec, Payload
@@ -113,11 +114,12 @@ def encoded_object(
             scratch.give(buffer)
             return None
         whole[end:padded] = bytes(padded - end)
+        producer, _ = apart(header.codec_parameters)
         stored = msgspec.structs.replace(
             header,
             group=header.group | level << GROUP_BITS,
             codec=codec.family,
-            codec_parameters=codec.parameters(),
+            codec_parameters=with_producer(producer, codec.parameters()),
             stored_length=size,
             stored_checksum=checksum(whole[HEADER_BYTES:end]),
         )
@@ -216,7 +218,8 @@ def _decoded(header: ObjectHeader, data: memoryview, into: memoryview) -> Object
     from kvstrata.codecs import stored_codec
     from kvstrata.codecs.framing import decode
 
-    codec = stored_codec(header.codec, header.codec_parameters)
+    producer, parameters = apart(header.codec_parameters)
+    codec = stored_codec(header.codec, parameters)
     try:
         payload = _payload(header, codec)
     except UsageError as error:
@@ -232,7 +235,7 @@ def _decoded(header: ObjectHeader, data: memoryview, into: memoryview) -> Object
         header,
         group=header.group & (1 << GROUP_BITS) - 1,
         codec="raw",
-        codec_parameters=b"",
+        codec_parameters=with_producer(producer),
         stored_length=header.raw_length,
         raw_checksum=digest,
         stored_checksum=digest,

@@ -333,7 +333,7 @@ def _model(shown: dict[str, Any]) -> Model:
     name = str(shown["model"].get("name", ""))[:512]
     objects, needs = shown["objects"], shown["needs"]
     size = parts["chunk_tokens"]
-    return Model(shown["digest"], name, size, len(objects) or ranks, objects, needs)
+    return Model(shown["digest"], name, size, len(objects) or ranks, objects, needs, parts["pages"])
 
 
 def named(config: Config, path: Path | None) -> Config:

@@ -21,6 +21,7 @@ from kvstrata.node.operating.places import Made, Places
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.single import Singly, unreachable
 from kvstrata.parts import PORTABLE, identity, order_name
+from kvstrata.producers import apart
 
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
@@ -178,4 +179,4 @@ def _is_so(lent: Lent, choice: Choice | None) -> bool:
         return lent.stored.codec == "raw"
     if not isinstance(choice, Always):
         return False
-    return choice.made(lent.stored.codec, lent.stored.codec_parameters)
+    return choice.made(lent.stored.codec, apart(lent.stored.codec_parameters)[1])

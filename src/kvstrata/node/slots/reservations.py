@@ -29,6 +29,7 @@ from kvstrata.objects import (
 from kvstrata.observe.tracing import checked
 from kvstrata.parts import MAX_PART, order_name
 from kvstrata.policies.base import PRIORITIES
+from kvstrata.producers import with_producer
 from kvstrata.tiers.marks import Mark, Whose
 from kvstrata.wire import protocol as p
 
@@ -139,7 +140,7 @@ class Reservation:
             dtype=template.dtype,
             shape=tuple(template.shape),
             codec="raw",
-            codec_parameters=b"",
+            codec_parameters=with_producer(template.producer),
             epoch=0,
             created_ns=now_ns,
             raw_length=template.raw_length,
