@@ -93,7 +93,7 @@ class Other:
                     payload = self._client.pool.array(offset + HEADER_BYTES, template.raw_length)
                     page = np.ascontiguousarray(pages[:, :, :, number])
                     payload[:] = page.reshape(-1).view(np.uint8)
-                sums.append(checksum(payload) if offset >= 0 else bytes(16))
+                sums.append(checksum(payload.data) if offset >= 0 else bytes(16))
                 stored += offset >= 0
             self._client.commit(reserved.reservation, sums).wait(TIMEOUT_S)
         return stored

@@ -620,7 +620,7 @@ def test_what_is_shared_is_nothing_by_default_and_named_one_by_one() -> None:
     assert load({"share": "engines"}).share == ("engines",)
     for given_as in ("engines, ranks", "ranks,engines"):
         assert {*load({"share": given_as}).share} == {"engines", "ranks"}
-    for wrong in ("", "nodes", "all", "ranks, ranks", [], ["none"], True):
+    for wrong in ("", "nodes", "all", "ranks, engines, ranks", [], ["none"], True):
         with pytest.raises(
             ConfigError, match='expected "none", or some of engines, ranks'
         ) as caught:
