@@ -17,10 +17,11 @@ from tests.support.nodes import ORDER, RAW, payload, template
 from kvstrata.config import Config, load_config
 from kvstrata.control import Client
 from kvstrata.control.run import serve
-from kvstrata.keys import KeyChain, Namespace, owner_digest
+from kvstrata.keys import Namespace, owner_digest
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
 from kvstrata.objects import HEADER_BYTES, checksum
+from kvstrata.pagekeys import chain_of
 from kvstrata.wire.client import NodeClient, offsets_of
 from kvstrata.wire.namespaces import Described
 from kvstrata.wire.operator import Operator
@@ -170,7 +171,8 @@ class Engine:
         return space.digest().hex()
 
     def keys(self, tokens: list[int], space: Namespace = SPACE, salt: str = "") -> list[bytes]:
-        chain = KeyChain(self.secret, space.digest(), space.chunk_tokens, salt)
+        size = space.chunk_tokens
+        chain = chain_of(self.secret, space.digest(), size, salt, pages=space.pages)
         return chain.keys(tokens)
 
     def owner_of(self, key: bytes) -> str:

@@ -16,6 +16,7 @@ from kvstrata.control import Client
 from kvstrata.control.client import ApiProblem
 from kvstrata.heads import heads
 from kvstrata.keys import owner_digest
+from kvstrata.pagekeys import PageKeys, page_hashes
 
 RECORD = {
     "request": "chat-17-a", "outcome": "hit", "prompt_tokens": 300, "loaded_tokens": 0,
@@ -143,3 +144,22 @@ def test_what_an_earlier_secret_stored_is_found_and_cleared() -> None:
             (reason,) = client.explain(tokens=prompt(2)).reasons
             assert reason.tokens == 2 * CHUNK
         rig.close()
+
+
+def test_a_namespace_of_pages_is_asked_by_the_keys_of_pages() -> None:
+    space, tokens = replace(SPACE, pages=True), prompt(3, 7000)
+    with tempfile.TemporaryDirectory(prefix="kv-") as name:
+        rig = Rig(Path(name))
+        try:
+            with rig.engine() as engine, rig.client() as client:
+                digest = engine.tell(space)
+                keys = engine.store(tokens[: 2 * CHUNK], space)
+                assert keys == PageKeys(engine.secret, space.digest()).of(
+                    page_hashes(tokens[: 2 * CHUNK], CHUNK)
+                )
+                assert client.explain(tokens=tokens).tiers == {"host": 2 * CHUNK}
+                assert client.lookup(tokens=tokens).leading_tokens == 2 * CHUNK
+                (told,) = client.namespaces().namespaces
+                assert (told.digest, told.pages) == (digest, True)
+        finally:
+            rig.close()

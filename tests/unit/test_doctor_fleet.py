@@ -34,7 +34,7 @@ from kvstrata.secret import secret_check
 from kvstrata.transfer import peers as p
 from kvstrata.transfer.tcp import Address, Channel
 from kvstrata.wire import protocol as wire
-from kvstrata.wire.namespaces import Described, Shown, described
+from kvstrata.wire.namespaces import Described, Shown, described, differing
 from kvstrata.wire.sockets import socket_path
 
 SECRET = bytes(range(32))
@@ -377,6 +377,15 @@ class TestCompare:
             assert check.result == "FAIL"
             ours = getattr(NAMESPACE, part)
             assert check.message.endswith(f"differs in {part} ({ours} here, {value} there)")
+
+    def test_of_what_engines_share_and_an_engines_own_the_option_is_named(self) -> None:
+        """Their fingerprints are made of different things, though the model be the same."""
+        own = {**MODEL, "configuration": "5f3a"}
+        shared = Described(replace(NAMESPACE, model="6b", pages=True), MODEL)
+        same = differing(Described(NAMESPACE, own), shared)
+        assert same == ["pages"]
+        others = Described(shared.parts, {**MODEL, "weights": "other"})
+        assert differing(Described(NAMESPACE, own), others) == ["weights", "pages"]
 
     def test_of_the_model_the_detail_is_named(self) -> None:
         other = Described(

@@ -116,6 +116,28 @@ def test_a_request(serving: Serving, command: Any) -> None:
     assert json.loads(out)["record"]["reasons"][0] == evicted
 
 
+@pytest.mark.parametrize(
+    ("engines", "says"),
+    [
+        ({"sglang": 1640, "vllm": 256}, " (computed: 1,640 by sglang, 256 by vllm)"),
+        ({}, ""),
+        ("of another release", ""),
+        ({"x": "y"}, " (computed: 0 by x)"),
+    ],
+)
+def test_who_computed_what_was_loaded(
+    serving: Serving, command: Any, engines: Any, says: str
+) -> None:
+    serving.client.record({
+        "request": "shared-1", "prompt_tokens": 2000, "local_tokens": 0, "loaded_tokens": 1896,
+        "loaded_from": engines, "reasons": [],
+    })  # fmt: skip
+    status, out, _ = command("explain", "shared-1", serving.node)
+    assert status == 0
+    assert out.startswith("request shared-1: 2,000 prompt tokens")
+    assert out.splitlines()[0].endswith(f", 1,896 loaded{says}")
+
+
 def test_why_a_chunk_did_not_come_however_late_the_record_is_heard(
     serving: Serving, command: Any
 ) -> None:
