@@ -38,3 +38,4 @@ class Serviced(Workplace):
         assert self._service is not None
         self._service.terminate()
         assert self._service.wait(END_S) == 0, last_words(self.folder / "node.log", 30)
+        self._node = None

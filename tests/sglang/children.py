@@ -73,6 +73,9 @@ HICACHE: Mapping[str, object] = {
 }
 """Of one with storage behind its cache."""
 
+ADMIN_KEY = "for-tests"
+"""SGLang lets nobody exchange its storage where it has none."""
+AUTHORIZED: dict[str, str] = {"Authorization": f"Bearer {ADMIN_KEY}"}
 READY = "The server is fired up and ready to roll!"
 
 
@@ -117,7 +120,7 @@ class Server:
         self._log_file = log
         self._begins_at = log.stat().st_size if log.exists() else 0
         self._ready_at: int | None = None
-        own = {"model-path": str(model), "host": HOST, "port": port}
+        own = {"model-path": str(model), "host": HOST, "port": port, "admin-api-key": ADMIN_KEY}
         arguments = spelled({**own, **OPTIONS, **(options or {})})
         around = surroundings(environment)
         self._process: Process
@@ -215,16 +218,16 @@ class Server:
         """What it answers to a request in JSON."""
         self.wait()
         body = json.dumps(request).encode()
-        asked = urllib.request.Request(
-            self.url + path, body, {"Content-Type": "application/json"}, method=method
-        )
+        headers = {"Content-Type": "application/json", **AUTHORIZED}
+        asked = urllib.request.Request(self.url + path, body, headers, method=method)
         with urllib.request.urlopen(asked, timeout=ANSWER_S) as response:
             return str(response.read(), "utf-8")
 
     def get(self, path: str) -> str:
         """What it answers to a request for a page."""
         self.wait()
-        with urllib.request.urlopen(self.url + path, timeout=ANSWER_S) as response:
+        asked = urllib.request.Request(self.url + path, headers=AUTHORIZED)
+        with urllib.request.urlopen(asked, timeout=ANSWER_S) as response:
             return str(response.read(), "utf-8")
 
     def stop(self) -> None:

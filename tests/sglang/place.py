@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+import urllib.error
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.engine.checked_node import CODE
 from tests.engine.service import Serviced
-from tests.sglang.children import HICACHE, Server
+from tests.sglang.children import HICACHE, PAGE, Server
+
+from kvstrata.testing.workplace import wait_stored
+from kvstrata.wire.client import NodeClient
 
 PATIENCE_S = 60.0
 
@@ -21,6 +28,8 @@ CONNECTOR: Mapping[str, object] = {
     "class_name": "KVStrataStorage",
     "interface_v1": 1,
     "hicache_storage_pass_prefix_keys": True,
+    # SGLang asks for nothing shorter; a page is the least.
+    "prefetch_threshold": PAGE,
 }
 """SGLang's extra configuration for KVStrata, without KVStrata's own options."""
 
@@ -31,16 +40,24 @@ class Place(Serviced):
     Args:
         model: folder of the model.
         settings: KVStrata's options, dotted.
+        on_demand: leave it to the first SGLang to start the node, which then is one as released.
     """
 
-    def __init__(self, model: Path, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, model: Path, settings: Mapping[str, Any] | None = None, on_demand: bool = False
+    ) -> None:
         defaults = {"host.capacity": "256MiB", "planner": "off"}
         self._servers: list[Server] = []
-        super().__init__(model, {**defaults, **(settings or {})}, CODE)
+        super().__init__(model, {**defaults, **(settings or {})}, False if on_demand else CODE)
+
+    @property
+    def servers(self) -> list[Server]:
+        """Those that were started here, in turn."""
+        return list(self._servers)
 
     def storage(self, settings: Mapping[str, Any] | None = None) -> dict[str, object]:
         """SGLang's options for one with KVStrata behind its cache."""
-        extra = {**CONNECTOR, **self._settings, **(settings or {})}
+        extra = {**CONNECTOR, "kvstrata": {**self._settings, **(settings or {})}}
         return {
             **HICACHE,
             "hicache-host-memory-mode": "buffer_only",
@@ -76,6 +93,30 @@ class Place(Serviced):
         self._servers.append(server)
         return server
 
+    def detach(self, server: Server) -> None:
+        """Let SGLang's operator take the storage away, as soon as it is idle."""
+
+        def gone() -> bool:
+            with contextlib.suppress(urllib.error.HTTPError):
+                server.post("/hicache/storage-backend", {}, "DELETE")
+                return True
+            return False
+
+        eventually(gone, "SGLang lets go of its storage")
+
+    def attach(self, server: Server) -> None:
+        """Let SGLang's operator give it one with KVStrata."""
+        storage = self.storage()
+        asked = {
+            name.replace("-", "_"): storage[name.removesuffix("-json")]
+            for name in (
+                "hicache-storage-backend",
+                "hicache-storage-backend-extra-config-json",
+                "hicache-storage-prefetch-policy",
+            )
+        }
+        server.post("/hicache/storage-backend", asked, "PUT")
+
     def end(self) -> None:
         """End every process here and wait for that; the folder stays."""
         for server in self._servers:
@@ -101,3 +142,24 @@ def eventually(condition: Callable[[], bool], what: str, timeout_s: float = PATI
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(0.02)
+
+
+def pages(num_tokens: int) -> int:
+    """Tokens of the whole pages before the last of so many, which is always computed."""
+    return max(0, num_tokens - 1) // PAGE * PAGE
+
+
+@contextmanager
+def await_stored(node: NodeClient, num_tokens: int) -> Iterator[None]:
+    """Leave the block when it has stored so many tokens' pages, and a node has them everywhere."""
+    before = node.status()["counters"].get("stored_objects_total", 0)
+    yield
+    wait_stored(node, before + num_tokens // PAGE)
+
+
+def loaded_from(node: NodeClient) -> Counter[str]:
+    """Tokens that a node's prefetches have loaded so far, by the tier where they were."""
+    loaded: Counter[str] = Counter()
+    for record in node.status()["requests"]:
+        loaded.update(record["tier_tokens"])
+    return loaded

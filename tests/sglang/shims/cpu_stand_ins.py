@@ -82,6 +82,24 @@ def _never_wait(module: Any) -> None:
             setattr(torch.cpu.Stream, name, lambda self, *others: None)
 
 
+class _Unpinned:
+    """torch, whose new tensors are never pinned."""
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._torch, name)
+        if name not in ("tensor", "empty"):
+            return found
+        return lambda *values, **options: found(*values, **{**options, "pin_memory": False})
+
+
+def _plain_adapters(module: Any) -> None:
+    """Adapters pin a few small tensors beside them, whatever the device."""
+    module.torch = _Unpinned(module.torch)
+
+
 _POOLS = "sglang.srt.mem_cache.pool_host"
 _BEFORE: dict[str, Callable[[], None]] = {"torchvision": _declare_operators}
 _AFTER: dict[str, Callable[[Any], None]] = {
@@ -89,6 +107,8 @@ _AFTER: dict[str, Callable[[Any], None]] = {
     f"{_POOLS}.mha": _plain_host_pools,
     f"{_POOLS}.mla": _plain_host_pools,
     f"{_POOLS}.mamba": _plain_host_pools,
+    "sglang.srt.lora.layers": _plain_adapters,
+    "sglang.srt.lora.backend.torch_backend": _plain_adapters,
     "sglang.srt.mem_cache.l2_transfer": _never_wait,
 }
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from kvstrata.connectors.sglang.renewals import flushed_all, renew_all
+from kvstrata.connectors.sglang.renewals import OF_THIS_PROCESS
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +62,13 @@ def missing() -> str:
 
 
 def _around_update(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
-    renew_all(_same_on_all_ranks(updater))
+    OF_THIS_PROCESS.renew(_same_on_all_ranks(updater))
     return original(updater, *args, **kwargs)
 
 
 def _after_flush(flushed: Any, *args: Any, **kwargs: Any) -> Any:
     if flushed:
-        flushed_all()
+        OF_THIS_PROCESS.flushed()
     return flushed
 
 

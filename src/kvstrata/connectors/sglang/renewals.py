@@ -2,22 +2,26 @@
 
 SGLang throws away what it holds itself, not what a storage has. So a new namespace begins. What the
 old weights computed may still lie in SGLang's own pools: until these are flushed nothing is stored.
+
+A process has one engine, and an engine may have one storage after another (they are detached and
+attached over HTTP), so which weights it has is the process's to know.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-import weakref
+
+logger = logging.getLogger(__name__)
 
 
 class Generation:
-    """Which weights a storage's engine computes with, by how often they were exchanged."""
+    """Which weights an engine computes with, by how often they were exchanged."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._name, self._doubtful = "", False
-        _EVERY.add(self)
 
     @property
     def name(self) -> str:
@@ -29,32 +33,23 @@ class Generation:
         with self._lock:
             return None if self._doubtful else self._name
 
-    def renew(self, name: str) -> None:
-        """The weights are about to change."""
+    def renew(self, name: str = "") -> None:
+        """The weights are about to change.
+
+        Args:
+            name: the same on all ranks, and of nothing else; made up where there is one rank.
+        """
         with self._lock:
-            self._name, self._doubtful = name, True
+            self._name, self._doubtful = name or os.urandom(16).hex(), True
+        logger.info("KVStrata: new weights; nothing is cached until SGLang's cache is flushed")
 
     def flushed(self) -> None:
         """SGLang holds nothing any more that was computed before."""
         with self._lock:
-            self._doubtful = False
+            doubtful, self._doubtful = self._doubtful, False
+        if doubtful:
+            logger.info("KVStrata: what the new weights compute is cached from now on")
 
 
-_EVERY: weakref.WeakSet[Generation] = weakref.WeakSet()
-
-
-def renew_all(name: str = "") -> None:
-    """The weights of this process's engine are about to change.
-
-    Args:
-        name: the same on all ranks, and of nothing else; made up where there is one rank.
-    """
-    name = name or os.urandom(16).hex()
-    for generation in list(_EVERY):
-        generation.renew(name)
-
-
-def flushed_all() -> None:
-    """This process's engine has flushed its own caches."""
-    for generation in list(_EVERY):
-        generation.flushed()
+OF_THIS_PROCESS = Generation()
+"""The one of this process's engine."""

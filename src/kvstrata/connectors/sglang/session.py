@@ -20,7 +20,7 @@ from kvstrata.connectors.sglang.names import Names
 from kvstrata.connectors.sglang.pages import KV
 from kvstrata.connectors.sglang.pools import Pools
 from kvstrata.connectors.sglang.records import record_of
-from kvstrata.connectors.sglang.renewals import Generation
+from kvstrata.connectors.sglang.renewals import OF_THIS_PROCESS
 from kvstrata.connectors.sglang.stats import Tally
 from kvstrata.connectors.sglang.stores import Stores
 from kvstrata.errors import ConfigError, KVStrataError
@@ -47,7 +47,7 @@ class Session:
         self._page_tokens = int(server_args.page_size)
         self._pools = Pools(storage_config, self._page_tokens)
         self._identity = Identity(server_args, storage_config, config.tenant)
-        self._names = Names(self._namespace, Generation())
+        self._names = Names(self._namespace, OF_THIS_PROCESS)
         self._tally = Tally()
         self._told: set[tuple[bytes, Namespace]] = set()
         self._holds = Holds(config.deadlines.load, self._ended)
