@@ -25,7 +25,8 @@ Kits = Callable[..., Kit]
 
 @pytest.fixture(scope="module")
 def place(tiny_llama: Path) -> Iterator[Place]:
-    with Place(tiny_llama, {"host.capacity": "128MiB"}) as made:
+    # Nothing is to be missed for the sake of a busy machine.
+    with Place(tiny_llama, {"host.capacity": "128MiB", "deadlines.request": "20s"}) as made:
         made.node  # noqa: B018  (it is up)
         yield made
         made.check()

@@ -24,7 +24,7 @@ class Hold:
     Args:
         client: whose lease it is.
         lease: its number.
-            hashes: SGLang's, of the pages that are leased.
+        hashes: SGLang's, of the pages that are leased.
         keys: KVStrata's, of the same.
         parts: the objects of each page.
         offsets: of their slots, page by page; `kvstrata.wire.protocol.ARRIVING` and ``NEEDLESS``
@@ -34,6 +34,9 @@ class Hold:
         before: pages before these that SGLang had itself.
         asked: pages that SGLang asked for.
         why: of those that were not found.
+
+    ``loaded`` are the numbers of the pages whose keys and values have been read, ``failed`` that of
+    the first that could not be.
     """
 
     client: NodeClient
@@ -50,7 +53,7 @@ class Hold:
     why: Sequence[Reason]
     began: float = field(default_factory=time.monotonic)
     load_s: float = 0.0
-    loaded: int = 0
+    loaded: set[int] = field(default_factory=set)
     failed: int = -1
     unread: set[int] = field(default_factory=set)
     busy: bool = False
@@ -92,12 +95,14 @@ class Holds:
         return len(self._holds)
 
     def add(self, hold: Hold) -> None:
-        """Keep a lease for the reads to come."""
+        """Keep a lease for the reads to come; one of no pages ends at once."""
         hold.until = time.monotonic() + self._keep_s
         with self._changed:
             self._holds.append(hold)
             idle = [one for one in self._holds if not one.busy]
-            over = idle[: max(0, len(self._holds) - MAX_HOLDS)] if not self._closed else [hold]
+            over = idle[: max(0, len(self._holds) - MAX_HOLDS)]
+            if not hold.hashes or (self._closed and not hold.busy):
+                over = [hold]
             self._holds = [one for one in self._holds if one not in over]
             if self._watch is None and self._holds:
                 self._watch = threading.Thread(
@@ -108,9 +113,12 @@ class Holds:
             self._end(one)
 
     def take(self, page: str, part: int, generation: str) -> Hold | None:
-        """The latest hold with this object of a page, to be read; give it back with `leave`."""
+        """The oldest hold with this object of a page, to be read; give it back with `leave`.
+
+        SGLang reads in the order in which it has asked.
+        """
         with self._changed:
-            for hold in reversed(self._holds):
+            for hold in self._holds:
                 fits = hold.generation == generation and hold.client.alive
                 if fits and not hold.busy and page in hold.at and part in hold.parts:
                     hold.busy = True

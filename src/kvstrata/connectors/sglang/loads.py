@@ -129,7 +129,7 @@ class Loads:
             elif failed or not count:
                 hold.failed = start + count
             if part & 0xFFFF0000 == 0:
-                hold.loaded += count
+                hold.loaded.update(range(start, start + count))
             hold.load_s += time.perf_counter() - begun
             self._holds.leave(hold, done=not hold.unread or hold.failed >= 0)
         return count

@@ -45,10 +45,10 @@ class Pages(ABC):
         nbytes: of the payload of a page.
         layout: logical layout, in one canonical text: part of the namespace.
         order: the native order's name; empty: portable.
+        kind: whether a boundary needs all pages before it, or only the last ones.
     """
 
     order = ""
-    kind: GroupKind = "full"
 
     def __init__(self, pool: Any, name: str, page_tokens: int) -> None:
         if not MIN_PAGE_TOKENS <= page_tokens <= MAX_CHUNK_TOKENS:
@@ -59,6 +59,7 @@ class Pages(ABC):
         self.name = name
         self.page_tokens = page_tokens
         self.stride = int(pool.page_size)
+        self.kind = _kind_of(name, self.stride)
         self.num_indices = int(pool.size)
         self.dtype = str(pool.dtype).removeprefix("torch.")
         self.nbytes = 0
@@ -213,7 +214,6 @@ class BytePages(Pages):
         if self.nbytes % width or self.dtype not in ITEM_BYTES:
             self.dtype, width = "uint8", 1
         self.shape = (1, self.nbytes // width)
-        self.kind = "recurrent" if self.stride == 1 else "sliding" if "swa" in name else "full"
         self.order = f"sglang/{name}/{pool.layout}/b{page_tokens}"[:64]
         pieces = ",".join(str(int(length)) for length in lengths)
         self.layout = (
@@ -267,6 +267,14 @@ def describe(pool: Any, name: str, page_tokens: int, foreign: tuple[str, ...] = 
     if plain and not getattr(pool, "_is_dummy", False) and isinstance(pool.kv_buffer, torch.Tensor):
         return TokenPages(pool, name, page_tokens, foreign if name == KV else ())
     return BytePages(pool, name, page_tokens)
+
+
+def _kind_of(name: str, stride: int) -> GroupKind:
+    """A node promotes an object only for who asks for it as its header says: SGLang asks for the
+    last pages alone of these pools."""
+    if stride == 1:
+        return "recurrent"
+    return "sliding" if "swa" in name or name.endswith("_state") else "full"
 
 
 def _by_state(pool: Any, group: LayerGroup) -> Any:

@@ -26,7 +26,8 @@ def record_of(hold: Hold, page_tokens: int, names: Sequence[str]) -> dict[str, A
         page_tokens: tokens of a page.
         names: of the tiers, by number.
     """
-    tiers = Counter(names[tier] for tier in hold.tiers[: hold.loaded] if tier < len(names))
+    held = (hold.tiers[number] for number in hold.loaded)
+    tiers = Counter(names[tier] for tier in held if tier < len(names))
     here = sum(tiers[name] for name in _HERE)
     found = len(hold.hashes)
     return {
@@ -37,7 +38,7 @@ def record_of(hold: Hold, page_tokens: int, names: Sequence[str]) -> dict[str, A
         "host_tokens": here * page_tokens,
         "slower_tokens": (tiers.total() - here) * page_tokens,
         "local_tokens": hold.before * page_tokens,
-        "loaded_tokens": hold.loaded * page_tokens,
+        "loaded_tokens": len(hold.loaded) * page_tokens,
         "tier_tokens": {name: count * page_tokens for name, count in tiers.items()},
         "load": "prefetch" if hold.loaded else "",
         "load_s": round(hold.load_s, 4),
@@ -52,12 +53,13 @@ def record_of(hold: Hold, page_tokens: int, names: Sequence[str]) -> dict[str, A
 def _reasons(hold: Hold, page_tokens: int) -> list[Unloaded]:
     """Why pages were not loaded, in their order."""
     found, reasons = len(hold.hashes), []
-    if hold.failed >= 0:
-        key = hold.keys[hold.failed].hex()
-        left = (found - hold.failed) * page_tokens
-        reasons.append(Unloaded(Why.FAILED, left, key=key))
-    elif hold.loaded < found:
-        reasons.append(Unloaded(Why.ENGINE, (found - hold.loaded) * page_tokens))
+    left = [number for number in range(found) if number not in hold.loaded]
+    failed = [number for number in left if 0 <= hold.failed <= number]
+    if len(left) > len(failed):
+        reasons.append(Unloaded(Why.ENGINE, (len(left) - len(failed)) * page_tokens))
+    if failed:
+        key = hold.keys[failed[0]].hex()
+        reasons.append(Unloaded(Why.FAILED, len(failed) * page_tokens, key=key))
     at = found
     for reason in hold.why:
         count = min(reason.chunks, hold.asked - at)
