@@ -30,8 +30,8 @@ PAGES = 8
 KINDS = ("full", "swa", "mamba", "mla")
 SGLANGS_S = 1.0 + 0.25 * PAGES * 64 / 1024
 """How long SGLang waits for such a prefetch."""
-OURS_S = 0.25
-"""``deadlines.request``: how long an answer may take."""
+OURS_S = 1.0
+"""``deadlines.request``: how long an answer may take, here, where the machine is busy."""
 
 Kits = Callable[..., Kit]
 
@@ -46,6 +46,7 @@ def place(tiny_llama: Path) -> Iterator[Place]:
             "disk.capacity": "256MiB",
             "disk.scrub_rate": "0",
             "disk.codec": "raw",
+            "deadlines.request": f"{OURS_S:g}s",
         }
         with Place(tiny_llama, settings) as made:
             made.node  # noqa: B018  (it is up)
@@ -280,7 +281,7 @@ def test_a_node_that_is_killed_costs_pages_and_nothing_else(
         kill(stored, place, patch)
     back(place)
     # A storage is attached again in the background; what was on the disk is found, and whole.
-    eventually(lambda: attached(stored), "a node")
+    eventually(lambda: attached(stored, place), "a node")
     there = stored.exist()
     assert stored.read() == there
     assert stored.write() == [True] * PAGES
@@ -288,10 +289,11 @@ def test_a_node_that_is_killed_costs_pages_and_nothing_else(
     assert stored.read() == PAGES
 
 
-def attached(stored: Stored) -> bool:
-    """Whether a storage has a node."""
+def attached(stored: Stored, place: Place) -> bool:
+    """Whether a storage has the node that there is."""
+    stored.exist()  # so that it hears of one that has gone
     with stored.storage._session._attachment.client() as client:
-        return client is not None
+        return client is not None and client.hello.pid == place.node.hello.pid
 
 
 def test_a_copy_that_raises_is_a_miss(

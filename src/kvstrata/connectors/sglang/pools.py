@@ -46,8 +46,12 @@ class Pools:
             logger.exception("KVStrata: a host pool of SGLang's could not be looked at")
             self.problems[name] = f"pool {name} ({type(pool).__name__}): {error!r}"
             return
-        self.problems.pop(name, None)
-        self._pools[name] = pages
+        self.add(pages)
+
+    def add(self, pages: Pages) -> None:
+        """Take in pages that are proven."""
+        self.problems.pop(pages.name, None)
+        self._pools[pages.name] = pages
         # By name, whatever order they come in; the namespace has all of them in it.
         others = sorted(one for one in self._pools if one != KV)
         self._groups = {KV: 0, **{one: i for i, one in enumerate(others, 1)}}
