@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from tests.support.host_pools import LAYOUTS, HostPool
@@ -21,15 +22,13 @@ from kvstrata.objects import ObjectHeader
 FOREIGN = "vllm/cpu-vec/b8/bfloat16"
 
 
-def a_payload(pages: TokenPages, seed: int = 0) -> np.ndarray[Any, Any]:
+def a_payload(pages: TokenPages, seed: int = 0) -> npt.NDArray[Any]:
     noise = np.random.default_rng(seed).bytes(pages.nbytes)
     return np.frombuffer(noise, np.uint8).copy()
 
 
-def words(pages: TokenPages, payload: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    elements: np.ndarray[Any, Any]
-    elements = payload.view(f"u{pages.group.item_bytes}").reshape(pages.shape)
-    return elements
+def words(pages: TokenPages, payload: npt.NDArray[Any]) -> Any:
+    return payload.view(f"u{pages.group.item_bytes}").reshape(pages.shape)
 
 
 def header(pages: TokenPages, **more: Any) -> ObjectHeader:
