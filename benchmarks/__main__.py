@@ -130,6 +130,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "concurrent": ours("concurrent"),
     "disaggregated": ours("disaggregated"),
     "copies": ours("copies"),
+    "sglang_pages": ours("sglang_pages"),
     "fleet": ours("fleet"),
     "peers": ours("peers"),
     "routing": ours("routing"),

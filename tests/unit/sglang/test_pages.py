@@ -23,8 +23,7 @@ FOREIGN = "vllm/cpu-vec/b8/bfloat16"
 
 
 def a_payload(pages: TokenPages, seed: int = 0) -> npt.NDArray[Any]:
-    noise = np.random.default_rng(seed).bytes(pages.nbytes)
-    return np.frombuffer(noise, np.uint8).copy()
+    return np.random.default_rng(seed).integers(0, 256, pages.nbytes, np.uint8)
 
 
 def words(pages: TokenPages, payload: npt.NDArray[Any]) -> Any:
