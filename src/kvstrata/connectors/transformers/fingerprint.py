@@ -1,0 +1,130 @@
+"""Which namespace a model's KV belongs to: its weights as they lie in memory, and how it computes.
+
+A model in Python may have been changed since it was loaded, or never have been loaded at all. So
+its own tensors are hashed, wherever they came from, and not the files that its configuration names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from kvstrata.connectors.identity import from_anywhere
+from kvstrata.errors import ConfigError
+from kvstrata.identity import model_fingerprint
+from kvstrata.keys import Namespace, length_prefixed
+from kvstrata.wire.namespaces import MAX_DETAIL_CHARS, Described
+
+_PIECE_BYTES = 64 << 20
+_LIBRARIES = ("torch.", "transformers.")
+_HOW = ("_attn_implementation", "_experts_implementation")
+
+
+def namespace_of(model: Any, layout: str, chunk_tokens: int, tenant: str) -> Described:
+    """The namespace of what a model computes, and what it is made of; reads all of its weights.
+
+    Args:
+        model: that nobody changes meanwhile.
+        layout: of its KV, in one canonical text.
+        chunk_tokens: tokens of a chunk.
+        tenant: as configured.
+    Raises:
+        ConfigError: it cannot be identified, so nothing may be cached.
+    """
+    weights = weights_in_memory(model)
+    effective = effective_of(model)
+    namespace = Namespace(
+        model=model_fingerprint(effective, weights),
+        layout=layout,
+        chunk_tokens=chunk_tokens,
+        tenant=tenant,
+    )
+    configuration = json.dumps(effective.pop("model"), sort_keys=True).encode()
+    told = {
+        "name": str(getattr(model, "name_or_path", "")),
+        "weights": weights,
+        "configuration": blake3(configuration).hexdigest()[:16],
+        **effective,
+    }
+    return Described(namespace, {k: str(v)[-MAX_DETAIL_CHARS:] for k, v in told.items()})
+
+
+def effective_of(model: Any) -> dict[str, Any]:
+    """What a model computes with, beside its weights."""
+    how = {name.strip("_"): str(getattr(model.config, name, None)) for name in _HOW}
+    return {
+        "engine": "transformers",
+        "model": described(model.config),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "code": _code_of(model),
+        "dtype": str(model.dtype),
+        "quantization": str(getattr(model.config, "quantization_config", None)),
+        **how,
+    }
+
+
+def described(config: Any) -> Any:
+    """A configuration, without what does not shape what is computed."""
+    plain = config.to_dict()
+    plain.pop("_name_or_path", None)
+    plain.pop("transformers_version", None)
+    # dtypes and enums have one text form each; nothing else in a configuration is an object
+    return from_anywhere(json.loads(json.dumps(plain, default=str)))
+
+
+@torch.no_grad()
+def weights_in_memory(model: Any) -> str:
+    """64 hex digits for the tensors of a model, by their names.
+
+    A second for a few GB. Tensors that a model makes from its configuration, and would not save,
+    are not read.
+
+    Raises:
+        ConfigError: a tensor that cannot be read, since it lies on a disk or is of a class of its
+            own.
+    """
+    hasher = blake3(max_threads=blake3.AUTO)
+    named: dict[int, str] = {}
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(value, torch.Tensor):
+            hasher.update(length_prefixed(name) + length_prefixed(repr(value)))
+            continue
+        shape = f"{value.dtype} {tuple(value.shape)} {named.get(id(value), '')}"
+        hasher.update(length_prefixed(name) + length_prefixed(shape))
+        if id(value) in named:
+            continue
+        named[id(value)] = name
+        try:
+            flat = value.detach().contiguous().view(-1).view(torch.uint8)
+            for piece in flat.split(_PIECE_BYTES):
+                hasher.update(memoryview(piece.cpu().numpy()))
+        except Exception as error:
+            raise ConfigError("model", f"its tensor {name} cannot be read: {error}") from error
+    if not named:
+        raise ConfigError("model", "it has no weights")
+    return hasher.hexdigest()
+
+
+def _code_of(model: Any) -> str:
+    """A hash of the files whose classes are no library's: their code is no part of the weights."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    foreign = [one for one in classes if not f"{one.__module__}.".startswith(_LIBRARIES)]
+    files = set()
+    for one in foreign:
+        if one is object:
+            continue
+        try:
+            file = inspect.getsourcefile(one)
+        except (OSError, TypeError):
+            file = None
+        if file is None and one.__module__ not in ("builtins", "abc", "typing"):
+            raise ConfigError("model", f"the code of its class {one.__qualname__} is in no file")
+        if file is not None:
+            files.add(file)
+    digests = sorted(blake3(Path(file).read_bytes()).hexdigest() for file in files)
+    return blake3("\n".join(digests).encode()).hexdigest()[:16] if digests else ""
