@@ -22,7 +22,7 @@ TESTED_VERSIONS = ("5.19.0",)
 _SESSIONS: weakref.WeakKeyDictionary[Any, Attached] = weakref.WeakKeyDictionary()
 
 
-def attach(model: Any, **options: Any) -> Attached:
+def attach(model: Any, *, context_tokens: int | None = None, **options: Any) -> Attached:
     """Let a model's ``generate`` find what it, or another process, has computed before.
 
     Waits until a node is there, or cannot be had, and some seconds at most for the weights to be
@@ -31,6 +31,8 @@ def attach(model: Any, **options: Any) -> Attached:
 
     Args:
         model: of transformers, on one device, in evaluation mode when it generates.
+        context_tokens: the longest context that vLLM or SGLang are told, where ``share`` has
+            ``engines``; None: the model's own.
         options: of KVStrata, nested (``host={"capacity": "4GiB"}``) or dotted; on top of its
             environment and its file. See ``docs/configuration.md``.
     Returns:
@@ -44,7 +46,7 @@ def attach(model: Any, **options: Any) -> Attached:
         raise UsageError("this model is attached already")
     if "generate" in vars(model):
         raise UsageError("this model's generate is not its class's, so it cannot be taken over")
-    attached = session_of(model, options)
+    attached = session_of(model, options, context_tokens)
     original = type(model).generate
 
     @functools.wraps(original)
@@ -66,7 +68,9 @@ def detach(model: Any) -> None:
         attached.detach()
 
 
-def session_of(model: Any, options: dict[str, Any] | None = None) -> Attached:
+def session_of(
+    model: Any, options: dict[str, Any] | None = None, context_tokens: int | None = None
+) -> Attached:
     """The session of a model, begun if there is none; its ``generate`` stays as it is.
 
     Raises:
@@ -82,7 +86,8 @@ def session_of(model: Any, options: dict[str, Any] | None = None) -> Attached:
             "whether the cache is understood",
             ", ".join(TESTED_VERSIONS), transformers_version,
         )  # fmt: skip
-    attached = Attached(model, config, functools.partial(_unhook, weakref.ref(model)))
+    unhook = functools.partial(_unhook, weakref.ref(model))
+    attached = Attached(model, config, unhook, context_tokens)
     _SESSIONS[model] = attached
     weakref.finalize(model, attached.close)
     return attached

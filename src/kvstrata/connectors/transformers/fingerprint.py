@@ -15,43 +15,45 @@ import torch
 from blake3 import blake3
 
 from kvstrata.connectors.identity import from_anywhere
+from kvstrata.connectors.transformers.kinds import Kinds
 from kvstrata.errors import ConfigError
 from kvstrata.identity import model_fingerprint
 from kvstrata.keys import Namespace, length_prefixed
-from kvstrata.wire.namespaces import MAX_DETAIL_CHARS, Described
+from kvstrata.wire.namespaces import MAX_DETAIL_CHARS
 
 _PIECE_BYTES = 64 << 20
 _LIBRARIES = ("torch.", "transformers.")
 _HOW = ("_attn_implementation", "_experts_implementation")
 
 
-def namespace_of(model: Any, layout: str, chunk_tokens: int, tenant: str) -> Described:
-    """The namespace of what a model computes, and what it is made of; reads all of its weights.
+def own_namespace(model: Any, kinds: Kinds, tenant: str) -> tuple[Namespace, str]:
+    """The namespace of what a model computes, and the identity of its weights; reads all of them.
 
     Args:
         model: that nobody changes meanwhile.
-        layout: of its KV, in one canonical text.
-        chunk_tokens: tokens of a chunk.
+        kinds: of its layers.
         tenant: as configured.
     Raises:
         ConfigError: it cannot be identified, so nothing may be cached.
     """
     weights = weights_in_memory(model)
-    effective = effective_of(model)
     namespace = Namespace(
-        model=model_fingerprint(effective, weights),
-        layout=layout,
-        chunk_tokens=chunk_tokens,
+        model=model_fingerprint(effective_of(model), weights),
+        layout=kinds.layout,
+        chunk_tokens=kinds.chunk_tokens,
         tenant=tenant,
     )
+    return namespace, weights
+
+
+def details(model: Any, namespace: Namespace, weights: str) -> dict[str, str]:
+    """What a namespace's fingerprint is made of, in words, for an operator who compares two."""
+    effective = effective_of(model)
     configuration = json.dumps(effective.pop("model"), sort_keys=True).encode()
-    told = {
-        "name": str(getattr(model, "name_or_path", "")),
-        "weights": weights,
-        "configuration": blake3(configuration).hexdigest()[:16],
-        **effective,
-    }
-    return Described(namespace, {k: str(v)[-MAX_DETAIL_CHARS:] for k, v in told.items()})
+    if not namespace.pages:  # what is shared is made of the checkpoint's own
+        effective["configuration"] = blake3(configuration).hexdigest()[:16]
+    told = {"name": str(model.name_or_path), "weights": weights, **effective}
+    return {name: str(value)[-MAX_DETAIL_CHARS:] for name, value in told.items()}
 
 
 def effective_of(model: Any) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def effective_of(model: Any) -> dict[str, Any]:
         "engine": "transformers",
         "model": described(model.config),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "code": _code_of(model),
+        "code": code_of(model),
         "dtype": str(model.dtype),
         "quantization": str(getattr(model.config, "quantization_config", None)),
         **how,
@@ -110,7 +112,7 @@ def weights_in_memory(model: Any) -> str:
     return hasher.hexdigest()
 
 
-def _code_of(model: Any) -> str:
+def code_of(model: Any) -> str:
     """A hash of the files whose classes are no library's: their code is no part of the weights."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
     foreign = [one for one in classes if not f"{one.__module__}.".startswith(_LIBRARIES)]

@@ -88,6 +88,7 @@ class Kind:
             group=self.group.index,
             group_kind=self.group.kind,
             boundary=self.group.window,
+            producer="transformers",
         )
 
     def fits(self, header: ObjectHeader) -> bool:

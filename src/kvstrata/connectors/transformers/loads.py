@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvstrata.connectors.transformers.contents import Filling
@@ -12,9 +13,10 @@ from kvstrata.connectors.transformers.kinds import Kind, Kinds
 from kvstrata.errors import CorruptObject, KVStrataError
 from kvstrata.heads import heads
 from kvstrata.keys import owner_digest
-from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode
 from kvstrata.observe.reasons import Reason
 from kvstrata.pagekeys import chain_of
+from kvstrata.producers import apart
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 from kvstrata.wire.namespaces import Described
@@ -40,6 +42,10 @@ class Load:
     failed: str = ""
     """Why what was found was not loaded, or nothing was found out."""
     seconds: float = 0.0
+    shared: bool = False
+    """Whether other engines may have computed them."""
+    origins: Counter[str] = field(default_factory=Counter)
+    """Tokens that were loaded, by the engine that computed them."""
 
 
 class Loads:
@@ -76,8 +82,9 @@ class Loads:
         begun = time.monotonic()
         secret = client.hello.secret
         whole = (len(tokens) - 1) // kinds.chunk_tokens
-        chain = chain_of(described.parts, secret)
-        load = Load(chain.keys(tokens[: whole * kinds.chunk_tokens]) if whole else [])
+        digest, pages = described.parts.digest(), described.parts.pages
+        chain = chain_of(secret, digest, kinds.chunk_tokens, pages=pages)
+        load = Load(chain.keys(tokens[: whole * kinds.chunk_tokens]) if whole else [], shared=pages)
         if not load.keys:
             return load
         lease = 0
@@ -88,7 +95,7 @@ class Loads:
                 described.orders,
                 [kind.nbytes for kind in kinds.each],
                 owner_digest(secret, self._tenant, ""),
-                described.parts.digest(),
+                digest,
                 heads=heads(secret, tokens, kinds.chunk_tokens),
                 needs=kinds.needs,
             ).wait(self._answer_s)
@@ -126,7 +133,9 @@ class Loads:
             if p.ARRIVING not in row:
                 for kind, offset in zip(kinds.each, row, strict=True):
                     if offset >= 0:
-                        _copy(client, kind, load.keys[done], done, offset, filling)
+                        header = _copy(client, kind, load.keys[done], done, offset, filling)
+                        if kind is kinds.each[0]:
+                            load.origins[_origin(header)] += header.num_tokens
                 done += 1
                 continue
             left = deadline - time.monotonic()
@@ -142,8 +151,8 @@ class Loads:
 
 def _copy(
     client: NodeClient, kind: Kind, key: bytes, number: int, offset: int, filling: Filling
-) -> None:
-    """One object out of its slot.
+) -> ObjectHeader:
+    """One object out of its slot; what its header says.
 
     Raises:
         CorruptObject: the slot holds something else than what was leased.
@@ -158,3 +167,11 @@ def _copy(
         )
     payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
     filling.put(kind, number, payload, header.order)
+    return header
+
+
+def _origin(header: ObjectHeader) -> str:
+    """The engine that computed an object; "" where nobody said."""
+    if header.kind == "native":
+        return header.order.partition("/")[0]
+    return apart(header.codec_parameters)[0]

@@ -52,6 +52,7 @@ def record_of(
         "reasons": [
             msgspec.to_builtins(one) for one in _reasons(load, prompt_tokens, chunk_tokens)
         ],
+        **({"loaded_from": dict(load.origins)} if load.shared else {}),
         "first_key": load.keys[0].hex() if load.keys else "",
         "seconds": round(time.monotonic() - began, 4),
         "arrived_at": began,

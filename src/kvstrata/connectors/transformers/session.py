@@ -78,17 +78,25 @@ class Attached:
         model: that is attached; it is not kept alive.
         config: KVStrata's.
         detach: takes the hook off the model.
+        context_tokens: as of `kvstrata.connectors.transformers.attach`.
     Raises:
         Incompatible: the model is left uncached, in words.
     """
 
-    def __init__(self, model: Any, config: Config, detach: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: Config,
+        detach: Callable[[], None],
+        context_tokens: int | None = None,
+    ) -> None:
         self._config = config
         self._detach = detach
         self._tally = Tally()
         self._lock = threading.Lock()
         self._hashing = ThreadPoolExecutor(1, "kvstrata-identity")
-        self._subject: Subject | None = look_at_model(model, config, self._hashing)
+        self._context_tokens = context_tokens
+        self._subject: Subject | None = self._look_at(model)
         self._refused = ""
         self._told: set[tuple[bytes, Namespace]] = set()
         self._quiet_until = 0.0
@@ -208,12 +216,15 @@ class Attached:
                 return subject
             self._subject = None
             try:
-                self._subject = look_at_model(model, self._config, self._hashing)
+                self._subject = self._look_at(model)
             except KVStrataError as error:
                 if str(error) != self._refused:
                     self._refused = str(error)
                     logger.warning("KVStrata leaves this model uncached: %s", error)
             return self._subject
+
+    def _look_at(self, model: Any) -> Subject:
+        return look_at_model(model, self._config, self._hashing, self._context_tokens)
 
     def _load(self, subject: Subject, described: Described, call: Call, cache: Any) -> Load:
         """Ask the node, unless there is none, or it has just been too slow."""
@@ -247,7 +258,10 @@ class Attached:
             elif taken.num_chunks > first:
                 # What the caller is handed may be changed before it is stored.
                 taken = taken.copied() if plan.call.keeps_cache else taken
-                self._stores.add(Kept(plan.described.parts, taken, ""))
+                parts, model_told = plan.described.parts, plan.described.model
+                # A table of a codec's damage is of the files, and found by them.
+                weights = model_told["weights"] if parts.pages else ""
+                self._stores.add(Kept(parts, taken, weights))
             self._record(plan, len(tokens))
         except Exception:
             logger.exception("KVStrata: the end of a call died of a bug")

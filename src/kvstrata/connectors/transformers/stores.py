@@ -108,7 +108,9 @@ class Stores:
     def _write(self, client: NodeClient, kept: Kept) -> None:
         taken, secret = kept.taken, client.hello.secret
         size = taken.kinds.chunk_tokens
-        keys = chain_of(kept.namespace, secret).keys(taken.tokens[: taken.num_chunks * size])
+        digest, pages = kept.namespace.digest(), kept.namespace.pages
+        chain = chain_of(secret, digest, size, pages=pages)
+        keys = chain.keys(taken.tokens[: taken.num_chunks * size])
         for first in range(taken.first, len(keys), MAX_RESERVED):
             some = keys[: first + MAX_RESERVED]
             # Full attention first: without it the others are of no use.

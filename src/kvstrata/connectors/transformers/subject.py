@@ -12,9 +12,10 @@ from msgspec.structs import replace
 
 from kvstrata.config import Config
 from kvstrata.connectors.identity import found
-from kvstrata.connectors.transformers.fingerprint import namespace_of
+from kvstrata.connectors.transformers.fingerprint import details, own_namespace
 from kvstrata.connectors.transformers.kinds import Kinds, kinds_of
 from kvstrata.connectors.transformers.proof import prove
+from kvstrata.connectors.transformers.sharing import engines_namespace, foreign_orders
 from kvstrata.connectors.transformers.witness import Witness, hooked, witness
 from kvstrata.errors import Incompatible
 from kvstrata.parts import PORTABLE
@@ -64,13 +65,17 @@ class Subject:
         )
 
 
-def look_at(model: Any, config: Config, hashing: Executor) -> Subject:
+def look_at(
+    model: Any, config: Config, hashing: Executor, context_tokens: int | None = None
+) -> Subject:
     """Look at a model, and begin to find out who it is.
 
     Runs one token through it. Nothing else may use it meanwhile.
 
     Args:
+        config: KVStrata's.
         hashing: where its weights are read.
+        context_tokens: as of `engines_namespace`.
     Raises:
         Incompatible: it is left uncached, in words.
     """
@@ -79,8 +84,21 @@ def look_at(model: Any, config: Config, hashing: Executor) -> Subject:
     seen = witness(model)
     kinds = kinds_of(model, config.chunk_tokens)
     prove(model, kinds)
-    named = hashing.submit(namespace_of, model, kinds.layout, kinds.chunk_tokens, config.tenant)
-    return Subject(seen, kinds, (PORTABLE,), named)
+    named = hashing.submit(_identify, model, kinds, config, context_tokens)
+    foreign = foreign_orders(kinds) if "engines" in config.share else ()
+    return Subject(seen, kinds, (PORTABLE, *foreign), named)
+
+
+def _identify(model: Any, kinds: Kinds, config: Config, context_tokens: int | None) -> Described:
+    """The namespace of a model: that of engines where it may share with them, or its own."""
+    if "engines" in config.share:
+        try:
+            named = engines_namespace(model, kinds, config.tenant, context_tokens)
+            return Described(named[0], details(model, *named))
+        except Incompatible as error:
+            logger.warning("KVStrata shares no KV with other engines: %s", error)
+    named = own_namespace(model, kinds, config.tenant)
+    return Described(named[0], details(model, *named))
 
 
 def refused(model: Any) -> str:
