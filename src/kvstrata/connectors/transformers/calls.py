@@ -22,10 +22,17 @@ class Call(NamedTuple):
     Args:
         tokens: of the prompt.
         keeps_cache: whether the caller is handed the cache that was used.
+        names_cache: whether the kind of cache is named, which goes with no cache that is given.
     """
 
     tokens: list[int]
     keeps_cache: bool
+    names_cache: bool
+
+    def with_cache(self, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+        """The named arguments of the same call with a cache."""
+        unnamed = {"cache_implementation": None} if self.names_cache else {}
+        return {**arguments, **unnamed, "past_key_values": cache}
 
 
 def look_at(model: Any, arguments: Mapping[str, Any]) -> Call | str:
@@ -70,7 +77,8 @@ def look_at(model: Any, arguments: Mapping[str, Any]) -> Call | str:
     tokens: list[int] = ids[0].tolist()
     if not tokens or _is_padded(tokens, rest.get("attention_mask"), ids, options):
         return "padding" if tokens else "no token ids"
-    return Call(tokens, bool(options.return_dict_in_generate))
+    keeps_cache = bool(options.return_dict_in_generate)
+    return Call(tokens, keeps_cache, options.cache_implementation is not None)
 
 
 def _of_options(options: Any) -> str:

@@ -168,7 +168,7 @@ class Attached:
         plan = self._begin(model, named)
         if plan is None:
             return plain(*args, **kwargs)
-        result = plain(*args, **{**kwargs, "past_key_values": plan.cache})
+        result = plain(*args, **plan.call.with_cache(kwargs, plan.cache))
         self._end(model, plan, result)
         return result
 

@@ -115,6 +115,8 @@ RECIPES: Mapping[str, Recipe] = {
         },
         config="Gemma3TextConfig",
     ),
+    # Full attention whose queries and keys are normalised.
+    "tiny_qwen3": Recipe("Qwen3", {"num_hidden_layers": 3}),
     # Windows and full attention in turn, a learnt sink in each head, and experts.
     "tiny_gpt_oss": Recipe(
         "GptOss",
