@@ -17,6 +17,8 @@ with warnings.catch_warnings():
     from tests.sglang.kit import Kit, kind
 from tests.sglang.place import Place
 
+from kvstrata.connectors.sglang.plugin import UPDATES, missing
+
 KINDS = ("full", "swa", "mamba", "mla")
 LAYOUTS = ("layer_first", "page_first", "page_first_direct")
 
@@ -190,3 +192,35 @@ def test_a_prompt_goes_on_from_a_state_in_its_middle(kits: Kits) -> None:
     shorter = tokens[: 5 * 64]
     assert consumer.prefetch(shorter) == 3 * 64, "of five pages only the third has a state"
     assert torch.equal(consumer.loaded(tokens[: 3 * 64])["mamba"], early["mamba"])
+
+
+@pytest.mark.parametrize("name", ["full", "swa"])
+def test_a_prompt_of_several_of_sglangs_batches(kits: Kits, name: str) -> None:
+    what = kind(name, 64, kv_size=300 * 64, max_context_len=300 * 64, num_layers=4,
+                full_attention_layer_ids=(1, 3))  # fmt: skip
+    kit = kits(what)
+    tokens = kit.tokens(270, more=9)
+    stored = kit.cache(1).store(tokens)
+    consumer = kit.cache(2)
+    assert consumer.prefetch(tokens) == 270 * 64
+    loaded = consumer.loaded(tokens)
+    for pool, expected in stored.items():
+        assert torch.equal(loaded[pool], expected), pool
+
+
+def test_without_a_hook_nothing_may_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.scheduler_components.weight_updater import (
+        SchedulerWeightUpdaterManager as Updater,
+    )
+
+    assert missing() == ""
+    owners = [(Updater, name) for name in UPDATES] + [(Scheduler, "flush_cache")]
+    for owner, name in owners:
+        hooked = getattr(owner, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, hooked.__wrapped__)
+            assert "plugin is not active" in missing()
+            patch.delattr(owner, name)
+            assert f"no {owner.__name__}.{name}" in missing()
+        assert missing() == ""
