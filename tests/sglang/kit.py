@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import unittest
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +27,8 @@ from sglang.srt.server_args import ServerArgs, set_global_server_args_for_schedu
 from sglang.test.kits.unified_radix_cache.config import CacheConfig
 from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
 from tests.sglang.place import CONNECTOR
+
+from kvstrata.connectors.sglang import KVStrataStorage
 
 FULL, SWA, MAMBA = ComponentType.FULL, ComponentType.SWA, ComponentType.MAMBA
 
@@ -78,6 +81,15 @@ class Cache:
     def storage(self) -> Any:
         """Our storage."""
         return self.tree.cache_controller.storage_backend
+
+    def storage_of(self, rank: int, ranks: int) -> Any:
+        """Another storage of the same pool, of a rank of so many; it is closed with the kit."""
+        config = self.tree.cache_controller.storage_config
+        made = KVStrataStorage(replace(config, tp_rank=rank, tp_size=ranks))
+        self._kit.addCleanup(made.close)
+        made.register_mem_pool_host(self.pool)
+        made.on_host_pools_registered()
+        return made
 
     @property
     def pool(self) -> Any:
@@ -150,6 +162,15 @@ class Cache:
         match = fixtures.match_prefix(tree, list(tokens))
         return int(match.device_prefix_len + match.host_hit_length)
 
+    def give_up(self, tokens: Sequence[int], asked: Callable[[], bool]) -> None:
+        """Have the storage asked for a prompt whose request ends as soon as it was."""
+        request, tree = self._kit.request(), self.tree
+        tree.prefetch_from_storage(request, tree.root_node_handle(), array("q", tokens))
+        while not asked():
+            time.sleep(0.0002)
+        tree.release_aborted_request(request)
+        tree.check_hicache_events()
+
     def loaded(self, tokens: Sequence[int]) -> dict[str, torch.Tensor]:
         """The bytes of a prompt that was prefetched, once they are on the device."""
         match = fixtures.match_prefix(self.tree, list(tokens))
@@ -208,7 +229,6 @@ class Kit(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
         settings: KVStrata's options.
         layout: of host pools.
         buffered: their mode: ``buffer_only``, or ``cache``.
-        rank, ranks: of tensor parallelism.
         prefetch: SGLang's policy.
     """
 
@@ -221,8 +241,6 @@ class Kit(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
         settings: Mapping[str, Any],
         layout: str = "page_first_direct",
         buffered: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
         prefetch: str = "wait_complete",
     ) -> None:
         super().__init__("runTest")
@@ -231,7 +249,6 @@ class Kit(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
         self._settings = settings
         self._layout = layout
         self._buffered = buffered
-        self._rank, self._ranks = rank, ranks
         self._prefetch = prefetch
         self._requests = 0
 
@@ -269,9 +286,7 @@ class Kit(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
             return fixtures.build_fixture(self.cfg)  # type: ignore[no-any-return]
 
     def _init_hicache(self, cache: Any, **options: Any) -> None:
-        place = get_parallel().override(
-            tp_rank=self._rank, tp_size=self._ranks, pp_rank=0, pp_size=1
-        )
+        place = get_parallel().override(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)
         place.__enter__()
         self.addCleanup(place.__exit__, None, None, None)
         extra = {**CONNECTOR, "prefetch_threshold": 1, "kvstrata": dict(self._settings)}

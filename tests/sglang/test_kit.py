@@ -224,3 +224,27 @@ def test_without_a_hook_nothing_may_be_served(monkeypatch: pytest.MonkeyPatch) -
             patch.delattr(owner, name)
             assert f"no {owner.__name__}.{name}" in missing()
         assert missing() == ""
+
+
+@pytest.mark.parametrize("name", ["full", "mla"])
+def test_ranks_have_parts_of_their_own_unless_they_hold_the_same(kits: Kits, name: str) -> None:
+    kit = kits(kind(name, 64))
+    cache, tokens = kit.cache(), kit.tokens(6)
+    ranks = [cache.storage_of(rank, 2) for rank in range(2)]
+    hashes, indices, there = cache.hashes(tokens), cache.host_pages(6), cache.host_pages(6, 8)
+    cache.fill_host(1)
+    stored = [cache.host_bytes(indices)] * 2
+    assert ranks[0].batch_set_v1(hashes, indices) == [True] * 6
+    counts = [6, 6]
+    if name == "full":
+        # Of the other rank's part two pages are gone.
+        assert ranks[1].batch_exists(hashes) == 0
+        cache.fill_host(2)
+        stored[1] = cache.host_bytes(indices)
+        assert ranks[1].batch_set_v1(hashes[:4], indices[: 4 * 64]) == [True] * 4
+        counts = [6, 4]
+    for storage, count, expected in zip(ranks, counts, stored, strict=True):
+        assert storage.batch_exists(hashes) == count
+        cache.fill_host(3)
+        assert storage.batch_get_v1(hashes, there) == [True] * count + [False] * (6 - count)
+        assert torch.equal(cache.host_bytes(there)[:count], expected[:count])

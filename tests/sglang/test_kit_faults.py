@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +341,26 @@ def test_prefetches_that_nobody_reads_hold_nothing_for_long(kits: Kits, place: P
     eventually(lambda: place.node.status()["leases"]["bytes"] == 0, "all leases ended", 5.0)
     assert len(stored.storage._session._holds) == 0
     assert stored.exist() == stored.read() == PAGES
+
+
+def more_than(things: list[Any], count: int) -> bool:
+    """Whether a list is longer."""
+    return len(things) > count
+
+
+def test_prompts_that_are_given_up_hold_nothing_for_long(kits: Kits, place: Place) -> None:
+    kit = kits(kind("full", 64), {"deadlines.load": "500ms"})
+    tokens = kit.tokens(PAGES)
+    kit.cache(1).store(tokens)
+    consumer = kit.cache(2)
+    ask, asked = consumer.storage.batch_exists, []
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(1)
+        return ask(*arguments)
+
+    consumer.storage.batch_exists = counted
+    for number in range(1000):
+        consumer.give_up(tokens[: (1 + number % PAGES) * 64], partial(more_than, asked, number))
+    eventually(lambda: place.node.status()["leases"]["bytes"] == 0, "all leases ended", 10.0)
+    assert consumer.prefetch(tokens) == len(tokens)
