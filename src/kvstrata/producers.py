@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from kvstrata.errors import UsageError
+from kvstrata.objects import ObjectHeader
 
 MAX_PRODUCER = 32
+UNKNOWN = "a lossy codec"
+"""Of a portable object whose producer nobody named: a codec has made it out of an engine's own."""
 
 _FIRST = 255
 """No codec's parameters begin with it: it would be the codec's version."""
@@ -38,6 +41,13 @@ def apart(codec_parameters: bytes) -> tuple[str, bytes]:
         if 0 < len(producer) == codec_parameters[1] <= MAX_PRODUCER and _is_plain(producer):
             return producer, codec_parameters[end:]
     return "", codec_parameters
+
+
+def origin(header: ObjectHeader) -> str:
+    """The engine that computed an object."""
+    if header.kind == "native":
+        return header.order.partition("/")[0]
+    return apart(header.codec_parameters)[0] or UNKNOWN
 
 
 def _is_plain(text: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from blake3 import blake3
 
 from kvstrata.connectors.identity import cache_file, found, from_anywhere, succeeded
-from kvstrata.errors import ConfigError
+from kvstrata.errors import ConfigError, Incompatible
 from kvstrata.identity import adapter_identity, model_fingerprint, weights_identity
 from kvstrata.keys import Namespace
 from kvstrata.wire.namespaces import MAX_DETAIL_CHARS, Described
@@ -36,6 +37,8 @@ class Identity:
         self._server_args = server_args
         self._storage_config = storage_config
         self._tenant = tenant
+        self.shares = False
+        """Whether the namespace is one that other engines have, too."""
         self._hashing = ThreadPoolExecutor(1, "kvstrata-identity")
         self._model: Future[dict[str, Any]] = self._hashing.submit(model_of, server_args)
         self._adapter: Future[str] = self._hashing.submit(adapters_of, server_args)
@@ -47,13 +50,21 @@ class Identity:
         except TimeoutError:
             logger.warning("KVStrata: still hashing the weights; nothing is cached until then")
 
-    def namespace(self, layout: str, page_tokens: int, generation: str) -> Namespace | None:
+    def namespace(
+        self,
+        layout: str,
+        page_tokens: int,
+        generation: str,
+        share: Callable[[dict[str, Any]], Namespace] | None = None,
+    ) -> Namespace | None:
         """The namespace; None while the weights are being hashed.
 
         Args:
             layout: logical layout of the KV of this rank, in one canonical text.
             page_tokens: tokens of a page.
             generation: which of the weights that this engine has had.
+            share: makes the namespace that other engines have, too, of `model_of` them, where it is
+                to be shared; where it cannot be, `Incompatible`.
         Raises:
             ConfigError: an identity cannot be had, so nothing may be cached.
         """
@@ -70,7 +81,14 @@ class Identity:
             context_parallel=config.attn_cp_size,
             adapter=adapter,
             tenant=self._tenant,
+            pages=True,
         )
+        self.shares = False
+        if share is not None:
+            try:
+                namespace, self.shares = share(model), not generation
+            except Incompatible as error:
+                logger.warning("KVStrata shares no KV with other engines: %s", error)
         return replace(namespace, model=namespace.model + generation)
 
     def describe(self, namespace: Namespace, generation: str) -> Described | None:
@@ -100,7 +118,7 @@ class Identity:
 
 
 def model_of(server_args: Any) -> dict[str, Any]:
-    """What the model computes with, and the identity of its weights.
+    """What the model computes with, the identity of its weights, and its commit in a hub.
 
     Raises:
         ConfigError: the weights cannot be identified, so nothing may be cached.
@@ -126,7 +144,8 @@ def model_of(server_args: Any) -> dict[str, Any]:
         if draft := getattr(server_args, "speculative_draft_model_path", None):
             effective["draft"] = _weights(draft, None, server_args.load_format)
     weights = _weights(server_args.model_path, model.hf_config, server_args.load_format)
-    return {"effective": effective, "weights": weights}
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    return {"effective": effective, "weights": weights, "commit": commit}
 
 
 def adapters_of(server_args: Any) -> str:

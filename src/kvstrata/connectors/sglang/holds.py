@@ -35,8 +35,8 @@ class Hold:
         asked: pages that SGLang asked for.
         why: of those that were not found.
 
-    ``loaded`` are the numbers of the pages whose keys and values have been read, ``failed`` that of
-    the first that could not be.
+    ``loaded`` are the numbers of the pages whose keys and values have been read, ``origins`` the
+    engines that computed these, ``failed`` the number of the first that could not be.
     """
 
     client: NodeClient
@@ -54,6 +54,7 @@ class Hold:
     began: float = field(default_factory=time.monotonic)
     load_s: float = 0.0
     loaded: set[int] = field(default_factory=set)
+    origins: dict[int, str] = field(default_factory=dict)
     failed: int = -1
     unread: set[int] = field(default_factory=set)
     busy: bool = False

@@ -13,6 +13,7 @@ from kvstrata.connectors.sglang.pools import Pools
 from kvstrata.connectors.sglang.stats import Tally
 from kvstrata.errors import CorruptObject, DeadlineExceeded
 from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.producers import origin
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
 
@@ -164,3 +165,5 @@ class Loads:
             )
         payload = pool.array(offset + HEADER_BYTES, header.raw_length)
         pages.write(index, payload, header.order if header.order != pages.order else "")
+        if header.group == 0:
+            hold.origins[number] = origin(header)

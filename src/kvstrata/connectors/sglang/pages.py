@@ -90,6 +90,7 @@ class Pages(ABC):
             group=group,
             group_kind=self.kind,
             boundary=self.page_tokens if looks_back else 0,
+            producer="" if self.order else producer,
         )
 
     def fits(self, header: ObjectHeader) -> bool:
@@ -143,7 +144,7 @@ class TokenPages(Pages):
         self.group = LayerGroup(0, "full", int(pool.layer_num), heads, dim, states, self.dtype)
         self.shape = self.group.portable_shape(page_tokens)
         self.nbytes = prod(self.shape) * self.group.item_bytes
-        self._foreign = foreign
+        self._foreign = tuple(one for one in foreign if one.endswith(f"/{self.dtype}"))
         self._by_layer = pool.layout == "page_first"
         self._cache = _by_state(pool, self.group)
         self.layout = (

@@ -18,13 +18,16 @@ from kvstrata.observe.reasons import Reason, Unloaded, Why
 _HERE = ("host", "memory")
 
 
-def record_of(hold: Hold, page_tokens: int, names: Sequence[str]) -> dict[str, Any]:
+def record_of(
+    hold: Hold, page_tokens: int, names: Sequence[str], *, shares: bool = False
+) -> dict[str, Any]:
     """A prefetch's record; see ``docs/reasons.md``.
 
     Args:
         hold: that has ended.
         page_tokens: tokens of a page.
         names: of the tiers, by number.
+        shares: whether other engines have its namespace, too.
     """
     held = (hold.tiers[number] for number in hold.loaded)
     tiers = Counter(names[tier] for tier in held if tier < len(names))
@@ -39,7 +42,8 @@ def record_of(hold: Hold, page_tokens: int, names: Sequence[str]) -> dict[str, A
         "slower_tokens": (tiers.total() - here) * page_tokens,
         "local_tokens": hold.before * page_tokens,
         "loaded_tokens": len(hold.loaded) * page_tokens,
-        "tier_tokens": {name: count * page_tokens for name, count in tiers.items()},
+        "tier_tokens": _tokens(tiers, page_tokens),
+        **({"loaded_from": _tokens(_engines(hold), page_tokens)} if shares else {}),
         "load": "prefetch" if hold.loaded else "",
         "load_s": round(hold.load_s, 4),
         "miss": "" if found == hold.asked else "partly stored" if found else "not stored",
@@ -48,6 +52,15 @@ def record_of(hold: Hold, page_tokens: int, names: Sequence[str]) -> dict[str, A
         "seconds": round(time.monotonic() - hold.began, 4),
         "arrived_at": hold.began,
     }
+
+
+def _engines(hold: Hold) -> Counter[str]:
+    """The pages that were read, by the engine that computed them."""
+    return Counter(hold.origins[number] for number in hold.loaded)
+
+
+def _tokens(pages: Counter[str], page_tokens: int) -> dict[str, int]:
+    return {name: count * page_tokens for name, count in pages.items()}
 
 
 def _reasons(hold: Hold, page_tokens: int) -> list[Unloaded]:

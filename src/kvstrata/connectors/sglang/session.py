@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from kvstrata.config import Config
 from kvstrata.connectors.sglang.attachment import Attachment
+from kvstrata.connectors.sglang.engines import engines_namespace, foreign_orders
 from kvstrata.connectors.sglang.fingerprint import Identity
 from kvstrata.connectors.sglang.holds import Hold, Holds
 from kvstrata.connectors.sglang.loads import Loads
@@ -45,7 +46,14 @@ class Session:
     def __init__(self, config: Config, server_args: Any, storage_config: Any) -> None:
         self._config = config
         self._page_tokens = int(server_args.page_size)
-        self._pools = Pools(storage_config, self._page_tokens)
+        shares = "engines" in config.share
+        foreign = foreign_orders(self._page_tokens) if shares else ()
+        pools = self._pools = Pools(storage_config, self._page_tokens, foreign)
+        self._share: Callable[[dict[str, Any]], Namespace] | None = None
+        if shares:
+            self._share = lambda model: engines_namespace(
+                server_args, storage_config, pools, model, config.tenant
+            )
         self._identity = Identity(server_args, storage_config, config.tenant)
         self._names = Names(self._namespace, OF_THIS_PROCESS)
         self._tally = Tally()
@@ -146,7 +154,8 @@ class Session:
     def _namespace(self, generation: str) -> Namespace | None:
         if self._pools.get(KV) is None:
             raise ConfigError("pools", "; ".join(self.problems) or "SGLang has registered none")
-        return self._identity.namespace(self._pools.layout, self._page_tokens, generation)
+        layout, share = self._pools.layout, self._share
+        return self._identity.namespace(layout, self._page_tokens, generation, share)
 
     def _starts(self, name: str, count: int, indices: torch.Tensor | None) -> list[int]:
         """The first index of each page; none where SGLang's are not those of so many pages."""
@@ -185,4 +194,5 @@ class Session:
         """Hand in the record of a prefetch that has ended."""
         with contextlib.suppress(KVStrataError):
             names = ["host", *hold.client.hello.tiers]
-            hold.client.record(record_of(hold, self._page_tokens, names))
+            shares = self._identity.shares
+            hold.client.record(record_of(hold, self._page_tokens, names, shares=shares))

@@ -6,10 +6,7 @@ import threading
 from collections import Counter
 
 from kvstrata.objects import ObjectHeader
-from kvstrata.producers import apart
-
-UNKNOWN = "a lossy codec"
-"""Of a portable object whose producer nobody named: a codec has made it out of an engine's own."""
+from kvstrata.producers import origin
 
 
 class Origins:
@@ -30,10 +27,3 @@ class Origins:
         with self._lock:
             taken, self._tokens = self._tokens, {}
         return taken
-
-
-def origin(header: ObjectHeader) -> str:
-    """The engine that computed an object."""
-    if header.kind == "native":
-        return header.order.partition("/")[0]
-    return apart(header.codec_parameters)[0] or UNKNOWN
