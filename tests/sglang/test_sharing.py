@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -79,17 +81,15 @@ def test_each_loads_what_the_other_computed(both: Both, texts: Texts) -> None:
     whole = sum((len(prompt) + TOKENS - 1) // PAGE * PAGE for prompt in prompts)
     with await_stored(both.place.node, whole):
         of_vllm = both.vllm.answers(prompts, TOKENS)
-    by_sglang = [both.sglang.ask(prompt, TOKENS) for prompt in prompts]
+    by_sglang = both.sglang.ask_all(prompts, TOKENS)
     # The other way round, with a salt: what is there already is nobody's who has it.
     with await_stored(both.place.node, whole):
-        of_sglang = [both.sglang.ask(one, TOKENS, cache_salt="other") for one in prompts]
+        of_sglang = both.sglang.ask_all(prompts, TOKENS, cache_salt=["other"] * len(prompts))
     by_vllm = both.vllm.answers(prompts, TOKENS, "other")
     assert {one.cached for one in (*of_vllm, *of_sglang)} == {0}
     assert loaded_share(by_sglang, prompts) >= 0.95
     assert loaded_share(by_vllm, prompts) >= 0.95
     cold = apart(of_vllm, of_sglang)
-    print(f"cold {cold:.4f}, SGLang with vLLM's {apart(of_sglang, by_sglang):.4f}, vLLM with "
-          f"SGLang's {apart(of_vllm, by_vllm):.4f}")  # fmt: skip
     assert cold > 0, "two engines that round alike show nothing"
     assert apart(of_sglang, by_sglang) <= 1.5 * cold
     assert apart(of_vllm, by_vllm) <= 1.5 * cold
@@ -99,16 +99,50 @@ def test_each_loads_what_the_other_computed(both: Both, texts: Texts) -> None:
     both.place.check()
 
 
+def test_each_goes_on_with_what_the_other_began(both: Both, texts: Texts) -> None:
+    (document,) = texts.of(1000)
+    (cold,) = both.vllm.answers([document], 8, "once")
+    with await_stored(both.place.node, 3 * PAGE):
+        both.vllm.answers([document[:400]], 1)
+    with await_stored(both.place.node, 4 * PAGE):
+        assert both.sglang.ask(document[:930], 1).loaded == 3 * PAGE
+    (asked,) = both.vllm.answers([document], 8)
+    assert asked.loaded == 7 * PAGE
+    assert asked.tokens[0] == cold.tokens[0]
+    told = both.place.node.status()["requests"][-1]
+    assert told["loaded_from"] == {"vllm": 3 * PAGE, "sglang": 4 * PAGE}
+    said = explained(both.place, told["request"])
+    assert said.endswith("896 loaded (computed: 384 by vllm, 512 by sglang)")
+
+
+def explained(place: Place, request: str) -> str:
+    """The first line of what ``kvstrata explain`` says of a request."""
+    command = [sys.executable, "-m", "kvstrata.cli", "explain", request]
+    told = subprocess.run(
+        [*command, "--set", f"node={place.settings['node']}"], capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    return told.stdout.splitlines()[0]
+
+
 def test_engines_that_are_not_told_to_never_meet(both: Both, alone: Both, texts: Texts) -> None:
-    first, second = texts.of(*LENGTHS[:2]), texts.of(*LENGTHS[2:4])
-    for prompts in (first, second):
-        whole = sum(pages(len(prompt)) for prompt in prompts)
-        with await_stored(both.place.node, whole):
-            asked = alone.vllm.answers(prompts, 2)
-        with await_stored(both.place.node, whole):
-            asked += [alone.sglang.ask(prompt, 2) for prompt in prompts]
-        assert {one.cached for one in asked} == {0}
-        assert {one.cached for one in both.vllm.answers(prompts, 2)} == {0}
-    for prompt in first:
-        assert both.sglang.ask(prompt, 2).loaded == pages(len(prompt)), "of the vLLM that shares"
+    ones, others = texts.of(300, 520), texts.of(300, 520)
+    whole = sum(pages(len(prompt)) for prompt in ones)
+
+    def of_vllm(vllm: VLLM, prompts: list[list[int]], hits: int) -> None:
+        with await_stored(both.place.node, 0 if hits else whole):
+            assert sum(one.loaded for one in vllm.answers(prompts, 2)) == hits
+
+    def of_sglang(sglang: Server, prompts: list[list[int]], hits: int) -> None:
+        with await_stored(both.place.node, 0 if hits else whole):
+            assert sum(one.loaded for one in sglang.ask_all(prompts, 2)) == hits
+
+    of_vllm(alone.vllm, ones, 0)
+    of_sglang(alone.sglang, ones, 0)
+    of_vllm(both.vllm, ones, 0)
+    of_sglang(both.sglang, ones, whole)  # of the vLLM that shares
+    of_sglang(alone.sglang, others, 0)
+    of_vllm(alone.vllm, others, 0)
+    of_sglang(both.sglang, others, 0)
+    of_vllm(both.vllm, others, whole)
     both.place.check()

@@ -58,6 +58,11 @@ class VLLM(base.Engine):
         """Everything that it has printed."""
         return self._log.read_text(errors="replace")
 
+    def close(self) -> None:
+        """Kill it, and wait for that. Repeatable."""
+        self._process.kill()
+        super().close()
+
     def _start(self, theirs: socket.socket, environment: Mapping[str, str]) -> base.Process:
         # SGLang's environment is none of vLLM's, and two threads of it would wait for one another.
         own = {
