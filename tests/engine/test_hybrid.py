@@ -69,25 +69,31 @@ def test_latents_by_reference_kernels_are_left_alone(engines: Engines, texts: Te
         assert "KVStrata leaves this engine's KV uncached" in engine.log
 
 
-def adapter(folder: Path, seed: int) -> Path:
-    """A LoRA adapter for the tiny Llama with random weights that change every answer."""
+def adapter(folder: Path, seed: int, *, queries: bool = False) -> Path:
+    """A LoRA adapter for the tiny Llama with random weights that change every answer.
+
+    Args:
+        queries: change these, too, not only keys and values.
+    """
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    rank, hidden, kv = 8, 256, 128
+    rank, hidden, sizes = 8, 256, {"k_proj": 128, "v_proj": 128}
+    if queries:
+        sizes["q_proj"] = 256
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0, "bias": "none", "target_modules": ["k_proj", "v_proj"],
+        "lora_dropout": 0.0, "bias": "none", "target_modules": list(sizes),
         "base_model_name_or_path": "tiny", "inference_mode": True,
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for layer in range(3):
-        for module in ("k_proj", "v_proj"):
+        for module, size in sizes.items():
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            for part, shape in (("lora_A", (rank, hidden)), ("lora_B", (kv, rank))):
+            for part, shape in (("lora_A", (rank, hidden)), ("lora_B", (size, rank))):
                 random = torch.randn(shape, generator=generator) * 0.05
                 weights[f"{name}.{part}.weight"] = random.to(torch.bfloat16)
     save_file(weights, folder / "adapter_model.safetensors")

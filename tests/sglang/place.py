@@ -93,6 +93,15 @@ class Place(Serviced):
         self._servers.append(server)
         return server
 
+    def await_hits(self, server: Server) -> None:
+        """Until its ranks use the node; that there is another one they notice when they ask."""
+
+        def hits() -> bool:
+            server.flush()
+            return server.ask([7] * (PAGE + 1), 1).loaded == PAGE
+
+        eventually(hits, "a hit")
+
     def detach(self, server: Server) -> None:
         """Let SGLang's operator take the storage away, as soon as it is idle."""
 

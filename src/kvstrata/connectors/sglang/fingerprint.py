@@ -28,20 +28,21 @@ class Identity:
     """The engine's namespace, found out in the background.
 
     Args:
-        server_args: SGLang's arguments, resolved.
+        server_args: SGLang's arguments.
         storage_config: what SGLang gave the storage: ranks and their number.
         tenant: as configured.
     """
 
     def __init__(self, server_args: Any, storage_config: Any, tenant: str) -> None:
-        self._server_args = server_args
+        arguments = resolved(server_args)
+        self._name = str(arguments.model_path)
         self._storage_config = storage_config
         self._tenant = tenant
         self.shares = False
         """Whether the namespace is one that other engines have, too."""
         self._hashing = ThreadPoolExecutor(1, "kvstrata-identity")
         self._model: Future[dict[str, Any]] = self._hashing.submit(model_of, server_args)
-        self._adapter: Future[str] = self._hashing.submit(adapters_of, server_args)
+        self._adapter: Future[str] = self._hashing.submit(adapters_of, arguments)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until everything is known, well or not."""
@@ -99,7 +100,7 @@ class Identity:
         effective = dict(model["effective"])
         configuration = json.dumps(effective.pop("model"), sort_keys=True).encode()
         told = {
-            "name": str(self._server_args.model_path),
+            "name": self._name,
             "weights": model["weights"],
             "configuration": blake3(configuration).hexdigest()[:16],
             **effective,
@@ -117,6 +118,13 @@ class Identity:
         self._hashing.shutdown(wait=False, cancel_futures=True)
 
 
+def resolved(server_args: Any) -> Any:
+    """SGLang's arguments with what it has decided since, which it keeps beside them: to be read."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    return resolved_view(server_args)
+
+
 def model_of(server_args: Any) -> dict[str, Any]:
     """What the model computes with, the identity of its weights, and its commit in a hub.
 
@@ -126,6 +134,7 @@ def model_of(server_args: Any) -> dict[str, Any]:
     from sglang.srt.configs.model_config import ModelConfig
 
     model = ModelConfig.from_server_args(server_args)
+    server_args = resolved(server_args)
     effective: dict[str, Any] = {
         "engine": "sglang",
         "model": _described(model.hf_config),
@@ -148,7 +157,7 @@ def model_of(server_args: Any) -> dict[str, Any]:
     return {"effective": effective, "weights": weights, "commit": commit}
 
 
-def adapters_of(server_args: Any) -> str:
+def adapters_of(arguments: Any) -> str:
     """What the adapters hold that the engine starts with; empty where there is none.
 
     Their ids, which SGLang's page hashes cover, are made of name and path. The id of one that is
@@ -158,7 +167,7 @@ def adapters_of(server_args: Any) -> str:
         ConfigError: one of them cannot be identified.
     """
     texts = []
-    for one in getattr(server_args, "lora_paths", None) or ():
+    for one in getattr(arguments, "lora_paths", None) or ():
         name, path = one.lora_name, one.lora_path
         if not os.path.exists(path):
             raise ConfigError(f"adapter {name}", f"{path!r} is no local path; download it first")

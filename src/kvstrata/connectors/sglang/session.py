@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from kvstrata.config import Config
 from kvstrata.connectors.sglang.attachment import Attachment
 from kvstrata.connectors.sglang.engines import engines_namespace, foreign_orders
-from kvstrata.connectors.sglang.fingerprint import Identity
+from kvstrata.connectors.sglang.fingerprint import Identity, resolved
 from kvstrata.connectors.sglang.holds import Hold, Holds
 from kvstrata.connectors.sglang.loads import Loads
 from kvstrata.connectors.sglang.lookups import Lookups, Wanted
@@ -39,20 +39,21 @@ class Session:
 
     Args:
         config: KVStrata's.
-        server_args: SGLang's arguments, resolved.
+        server_args: SGLang's arguments.
         storage_config: ranks and their number.
     """
 
     def __init__(self, config: Config, server_args: Any, storage_config: Any) -> None:
         self._config = config
-        self._page_tokens = int(server_args.page_size)
+        arguments = resolved(server_args)
+        self._page_tokens = int(arguments.page_size)
         shares = "engines" in config.share
         foreign = foreign_orders(self._page_tokens) if shares else ()
         pools = self._pools = Pools(storage_config, self._page_tokens, foreign)
         self._share: Callable[[dict[str, Any]], Namespace] | None = None
         if shares:
             self._share = lambda model: engines_namespace(
-                server_args, storage_config, pools, model, config.tenant
+                arguments, storage_config, pools, model, config.tenant
             )
         self._identity = Identity(server_args, storage_config, config.tenant)
         self._names = Names(self._namespace, OF_THIS_PROCESS)
