@@ -74,7 +74,7 @@ HICACHE: Mapping[str, object] = {
 """Of one with storage behind its cache."""
 
 ADMIN_KEY = "for-tests"
-"""SGLang lets nobody exchange its storage where it has none."""
+"""SGLang lets its storage be exchanged only where it has one."""
 AUTHORIZED: dict[str, str] = {"Authorization": f"Bearer {ADMIN_KEY}"}
 READY = "The server is fired up and ready to roll!"
 
@@ -120,7 +120,7 @@ class Server:
         self._log_file = log
         self._begins_at = log.stat().st_size if log.exists() else 0
         self._ready_at: int | None = None
-        own = {"model-path": str(model), "host": HOST, "port": port, "admin-api-key": ADMIN_KEY}
+        own = {"model-path": str(model), "host": HOST, "port": port}
         arguments = spelled({**own, **OPTIONS, **(options or {})})
         around = surroundings(environment)
         self._process: Process

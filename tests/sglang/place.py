@@ -15,13 +15,15 @@ from typing import Any
 
 from tests.engine.checked_node import CODE
 from tests.engine.service import Serviced
-from tests.sglang.children import HICACHE, PAGE, Server
+from tests.sglang.children import ADMIN_KEY, HICACHE, PAGE, Server
 
 from kvstrata.testing.workplace import wait_stored
 from kvstrata.wire.client import NodeClient
 
 PATIENCE_S = 60.0
 
+ADMIN: Mapping[str, object] = {"admin-api-key": ADMIN_KEY}
+"""Of an SGLang whose storage is exchanged while it runs."""
 CONNECTOR: Mapping[str, object] = {
     "backend_name": "kvstrata",
     "module_path": "kvstrata.connectors.sglang",
@@ -103,7 +105,7 @@ class Place(Serviced):
         eventually(hits, "a hit")
 
     def detach(self, server: Server) -> None:
-        """Let SGLang's operator take the storage away, as soon as it is idle."""
+        """Let SGLang's operator take the storage away, as soon as it is idle; see `ADMIN`."""
 
         def gone() -> bool:
             with contextlib.suppress(urllib.error.HTTPError):

@@ -97,7 +97,10 @@ class _Unpinned:
 
 def _plain_adapters(module: Any) -> None:
     """Adapters pin a few small tensors beside them, whatever the device."""
-    module.torch = _Unpinned(module.torch)
+    import torch
+
+    module.torch = _Unpinned(torch)
+    torch.Tensor.pin_memory = lambda tensor: tensor
 
 
 _POOLS = "sglang.srt.mem_cache.pool_host"

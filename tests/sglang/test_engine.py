@@ -1,0 +1,116 @@
+"""What is stored once is loaded whole and right: after a flush, by another engine, from the disk.
+
+Every answer is compared with a cold one of the same SGLang, token by token and by the
+log-probability of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from tests.engine.plain import Texts
+from tests.sglang.children import Answer, Server
+from tests.sglang.place import Place, await_stored, pages
+
+LENGTHS = (127, 128, 129, 130, 255, 256, 257, 300, 385, 511, 640, 1000, 1500)
+
+
+@pytest.fixture(scope="module")
+def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    disk = {"disk.path": str(tmp_path_factory.mktemp("disk")), "disk.capacity": "1GiB"}
+    with Place(tiny_llama, disk) as place:
+        place.server()
+        yield place
+
+
+@pytest.fixture
+def server(place: Place) -> Iterator[Server]:
+    """The place's first SGLang."""
+    server = place.servers[0]
+    server.wait()
+    yield server
+    place.check()
+    assert "Traceback" not in server.said
+
+
+def same(one: Answer, other: Answer) -> bool:
+    """Whether two answers are equal, however they came about."""
+    return (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
+
+
+def cold(place: Place, server: Server, prompts: Sequence[list[int]], new: int = 8) -> list[Answer]:
+    """Answers of prompts that nobody has asked before; returns when they are stored."""
+    with await_stored(place.node, sum(pages(len(prompt) + new) for prompt in prompts)):
+        answers = [server.ask(prompt, new) for prompt in prompts]
+    assert [(answer.cached, answer.loaded) for answer in answers] == [(0, 0)] * len(prompts)
+    return answers
+
+
+def all_hit(server: Server, prompts: Sequence[list[int]], first: Sequence[Answer]) -> None:
+    """Each prompt's whole pages come from the node, and the answer is the one that it was."""
+    for prompt, answer in zip(prompts, first, strict=True):
+        loaded = server.ask(prompt)
+        assert loaded.loaded == loaded.cached == pages(len(prompt))
+        assert same(loaded, answer), len(prompt)
+
+
+def test_every_whole_page_comes_back_after_a_flush(
+    place: Place, server: Server, texts: Texts
+) -> None:
+    prompts = texts.of(*LENGTHS)
+    first = cold(place, server, prompts)
+    for _ in range(2):
+        server.flush()
+        all_hit(server, prompts, first)
+
+
+def test_what_was_answered_is_stored_too_and_gone_on_from(
+    place: Place, server: Server, plain: Server, texts: Texts
+) -> None:
+    questions = texts.of(300, 140, 90)
+    chat: list[int] = []
+    for question in questions:
+        chat += question
+        server.flush()
+        before = pages(len(chat) - len(question))
+        with await_stored(place.node, pages(len(chat) + 200) - before):
+            answer = server.ask(chat, 200)
+        assert answer.loaded == answer.cached == before
+        # Plain SGLang goes on from its own cache, so that the same tokens are computed at once.
+        right = plain.ask(chat, 200)
+        assert right.cached == before
+        assert same(answer, right)
+        chat += answer.tokens
+
+
+def test_a_common_beginning_is_loaded_and_the_rest_computed(
+    place: Place, server: Server, texts: Texts
+) -> None:
+    begin, *ends = texts.of(900, 130, 300, 700)
+    prompts = [begin + end for end in ends]
+    common = pages(len(begin) + 1)
+    with await_stored(place.node, pages(len(begin) + 8)):
+        server.ask(begin)
+    for prompt in prompts:
+        server.flush()
+        with await_stored(place.node, pages(len(prompt) + 8) - common):
+            answer = server.ask(prompt)
+        assert answer.loaded == answer.cached == common
+        server.flush()
+        again = server.ask(prompt)
+        assert again.loaded == pages(len(prompt))
+        assert again.tokens == answer.tokens
+
+
+def test_what_sglang_has_itself_is_not_loaded_again(
+    place: Place, server: Server, texts: Texts
+) -> None:
+    begin, rest = texts.of(512, 700)
+    first = cold(place, server, [begin + rest])
+    server.flush()
+    assert server.ask(begin + rest[:1]).loaded == 512
+    upon = server.ask(begin + rest)
+    assert (upon.cached, upon.loaded) == (pages(1212), pages(1212) - 512)
+    assert same(upon, first[0])
