@@ -11,7 +11,7 @@ from kvstrata.connectors.sglang.lookups import Lookups
 from kvstrata.connectors.sglang.pages import Pages
 from kvstrata.connectors.sglang.pools import Pools
 from kvstrata.connectors.sglang.stats import Tally
-from kvstrata.errors import CorruptObject, DeadlineExceeded
+from kvstrata.errors import CorruptObject, KVStrataError
 from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.producers import origin
 from kvstrata.wire import protocol as p
@@ -63,13 +63,13 @@ class Loads:
     ) -> int:
         """Fill pages of a pool; how many leading ones were filled.
 
+        Whatever goes wrong with a page ends them there; those before it are kept.
+
         Args:
             generation: of the weights.
             name: of the pool.
             hashes: SGLang's, of the pages.
             indices: the first index of each.
-        Raises:
-            KVStrataError: the node did not answer as it should; what it had is lost.
         """
         pages, part = self._pools.get(name), self._pools.part(name)
         if pages is None or not hashes:
@@ -83,7 +83,10 @@ class Loads:
             if hold is None:
                 if time.monotonic() >= deadline:
                     break
-                hold = self._lookups.one(client, generation, hashes[done:], name)
+                try:
+                    hold = self._lookups.one(client, generation, hashes[done:], name)
+                except KVStrataError as error:
+                    logger.info("KVStrata: a miss: %s", error)
                 if hold is None:
                     break
                 if not hold.hashes:
@@ -93,7 +96,7 @@ class Loads:
                 self._holds.add(hold)
             came = self._read(hold, pages, part, hashes[done:], indices[done:], deadline)
             done += came
-            if not came:
+            if not came or hold.failed >= 0:
                 break
         seconds = time.perf_counter() - begun
         self._tally.note("prefetch", done, done * pages.nbytes, seconds)
@@ -115,19 +118,25 @@ class Loads:
             for page, index in zip(hashes, indices, strict=True):
                 number = start + count
                 if number >= len(hold.hashes) or hold.hashes[number] != page:
+                    failed = False
                     break
-                if hold.offset(number, part) < 0 and not self._arrive(hold, number, deadline):
+                try:
+                    if hold.offset(number, part) < 0:
+                        self._arrive(hold, number, deadline)
+                    if hold.offset(number, part) < 0:
+                        break  # too late, or not needed at the boundary that was found
+                    self._copy(hold, pages, part, number, index)
+                except KVStrataError as error:
+                    logger.info("KVStrata: a miss from page %d on: %s", number, error)
                     break
-                if hold.offset(number, part) < 0:
-                    break  # not needed at the boundary that was found
-                self._copy(hold, pages, part, number, index)
                 count += 1
-            failed = False
+            else:
+                failed = False
         finally:
             ended = start + count == len(hold.hashes)
             if ended:
                 hold.unread.discard(part)
-            elif failed or not count:
+            elif failed:
                 hold.failed = start + count
             if part & 0xFFFF0000 == 0:
                 hold.loaded.update(range(start, start + count))
@@ -135,18 +144,16 @@ class Loads:
             self._holds.leave(hold, done=not hold.unread or hold.failed >= 0)
         return count
 
-    def _arrive(self, hold: Hold, number: int, deadline: float) -> bool:
-        """Wait until a page has come into host memory; False: it does not, or not in time."""
-        if hold.offset(number, hold.parts[0]) == p.NEEDLESS:
-            return False
+    def _arrive(self, hold: Hold, number: int, deadline: float) -> None:
+        """Wait until a page has come into host memory, as long as there is time.
+
+        Raises:
+            KVStrataError: it has not, or the node has gone.
+        """
         left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        try:
+        if hold.offset(number, hold.parts[0]) != p.NEEDLESS and left > 0:
             arrived: p.Arrived = hold.client.await_arrival(hold.lease, number).wait(left)
-        except DeadlineExceeded:
-            return False
-        return hold.arrived(number, arrived.offsets) > 0
+            hold.arrived(number, arrived.offsets)
 
     def _copy(self, hold: Hold, pages: Pages, part: int, number: int, index: int) -> None:
         """One object into one page.
