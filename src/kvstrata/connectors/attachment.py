@@ -43,12 +43,19 @@ class Attachment:
             if client is not None:
                 with self._lock:
                     self._users -= 1
+                if self._closed:
+                    self._let_go()
 
     def close(self) -> None:
-        """Let go of the node. Repeatable; who still uses it may end what it does."""
+        """Let go of the node. Repeatable; who still uses it ends what it does, and the last of
+        them hangs up."""
         self._link.close()
         with self._lock:
             self._closed = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with self._lock:
             client = self._client if not self._users else None
             if client is not None:
                 self._client = None
@@ -57,12 +64,14 @@ class Attachment:
 
     def _enter(self) -> NodeClient | None:
         with self._lock:
+            if self._closed:
+                return None
             client, gone = self._client, None
             if client is not None and not client.alive:
                 if self._users:
                     return None
                 client, gone = None, client
-            if client is None and not self._closed:
+            if client is None:
                 client = self._link.take()
                 if client is None:
                     self._link.start()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvstrata.config import Config, load_config
-from kvstrata.connectors.sglang.attachment import Attachment
+from kvstrata.connectors.attachment import Attachment
 from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
 from kvstrata.wire.client import NodeClient

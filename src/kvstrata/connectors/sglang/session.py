@@ -11,7 +11,7 @@ import torch
 from msgspec.structs import replace
 
 from kvstrata.config import Config
-from kvstrata.connectors.sglang.attachment import Attachment
+from kvstrata.connectors.attachment import Attachment
 from kvstrata.connectors.sglang.engines import engines_namespace, foreign_orders
 from kvstrata.connectors.sglang.fingerprint import Identity, resolved
 from kvstrata.connectors.sglang.holds import Hold, Holds
