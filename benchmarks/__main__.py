@@ -126,6 +126,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "codecs": ours("codecs"),
     "cold_overhead": ours("cold_overhead"),
     "hybrid": ours("hybrid"),
+    "transformers_turns": ours("transformers_turns"),
     "overhead": ours("overhead"),
     "concurrent": ours("concurrent"),
     "disaggregated": ours("disaggregated"),
