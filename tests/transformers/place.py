@@ -93,7 +93,8 @@ def load(name: str, dtype: str = "float32", **more: Any) -> Any:
 def greedy(model: Any, tokens: Sequence[int], count: int, **more: Any) -> list[int]:
     """Prompt and answer: so many tokens, whatever they are."""
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **more}
-    found = model.generate(torch.tensor([list(tokens)]), max_new_tokens=count, **options)
+    given = () if "input_ids" in more else (torch.tensor([list(tokens)]),)
+    found = model.generate(*given, max_new_tokens=count, **options)
     answer: list[int] = found[0].tolist()
     return answer
 

@@ -14,6 +14,8 @@ from tests.engine.plain import Texts
 from tests.transformers.place import CHUNK, Place, greedy, load, whole
 from transformers import TextStreamer, pipeline
 
+from kvstrata.testing.workplace import wait_ready
+
 # In float32, where cutting a prompt otherwise turns no token; windows of 300 and 200 tokens, pieces
 # of 384.
 MODELS = ("tiny_llama", "tiny_qwen3", "tiny_gemma3", "tiny_gpt_oss", "tiny_llama4")
@@ -151,6 +153,7 @@ def test_from_disk_after_a_restart(own: Place, texts: Texts) -> None:
     own.detach()
     own.stop_node()
     own.start_node()
+    wait_ready(own.node)  # it knows what is on the disk
     attached = own.attach(model)
     assert greedy(model, prompt, NEW) == cold
     assert attached.last.loaded_tokens == 640

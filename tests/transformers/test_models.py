@@ -155,11 +155,15 @@ def _convert(model: Any) -> None:
     model.to(torch.bfloat16)
 
 
+def _rescale(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling *= 3
+
+
 def _behind_its_back(model: Any) -> None:
     model.model.layers[0].self_attn.v_proj.weight.data.mul_(2)
 
 
-CHANGES = [_optimizer, _load_state, _adapt, _convert, _behind_its_back]
+CHANGES = [_optimizer, _load_state, _adapt, _rescale, _convert, _behind_its_back]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -186,6 +190,35 @@ def test_a_changed_model_is_another(change: Any, place: Place, texts: Texts) -> 
     answer = greedy(model, prompt, NEW)
     assert answer == cold or change is _convert  # in bfloat16 another cut may turn a token
     assert attached.last.loaded_tokens == 256
+
+
+def test_adapters_are_refused_until_they_are_merged(place: Place, texts: Texts) -> None:
+    """Of PEFT, where it is installed: which adapter is on is no tensor's affair."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)
+    (prompt,) = texts.of(200)
+    model = load("tiny_llama")
+    attached = place.attach(model)
+    base = greedy(model, prompt, NEW)
+    assert attached.flush()
+    adapted = peft.get_peft_model(model, config).eval()
+    answer = greedy(adapted, prompt, NEW, input_ids=torch.tensor([prompt]))
+    assert answer != base
+    with adapted.disable_adapter():
+        assert greedy(adapted, prompt, NEW, input_ids=torch.tensor([prompt])) == base
+    assert attached.stats()["bypassed"] == {"the model was changed": 2}
+    for one in (adapted, load("tiny_llama")):
+        if one is not adapted:
+            one.add_adapter(config)
+        with pytest.raises(Incompatible, match=r"wrapped|adapters"):
+            attach(one, **place.settings)
+    attached.detach()
+    merged = adapted.merge_and_unload()
+    with place.attach(merged) as attached:
+        for loaded in (0, 128):
+            assert greedy(merged, prompt, NEW) == answer
+            assert attached.last.loaded_tokens == loaded
+            assert attached.flush()
 
 
 def test_hooks_that_come_later_refuse_and_go_again(place: Place, texts: Texts) -> None:

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from kvstrata.connectors.identity import from_anywhere
 from kvstrata.connectors.transformers.kinds import Kinds
+from kvstrata.connectors.transformers.witness import settings
 from kvstrata.errors import ConfigError
 from kvstrata.identity import model_fingerprint
 from kvstrata.keys import Namespace, length_prefixed
@@ -64,10 +65,17 @@ def effective_of(model: Any) -> dict[str, Any]:
         "model": described(model.config),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "code": code_of(model),
+        "settings": _settings_of(model),
         "dtype": str(model.dtype),
         "quantization": str(getattr(model.config, "quantization_config", None)),
         **how,
     }
+
+
+def _settings_of(model: Any) -> str:
+    """A hash of what modules have in attributes, which need not be in the configuration."""
+    each = {name: settings(module) for name, module in model.named_modules()}
+    return blake3(json.dumps(each, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def described(config: Any) -> Any:

@@ -115,7 +115,8 @@ def refused(model: Any) -> str:
         return f"{name} does not generate from a prompt of tokens alone"
     if not type(model)._supports_default_dynamic_cache():
         return f"{name} has a cache of its own"
-    if getattr(model, "_hf_peft_config_loaded", False):
+    adapted = any(type(one).__module__.startswith("peft.") for one in model.modules())
+    if adapted or getattr(model, "_hf_peft_config_loaded", False):
         return "it has adapters, which may be switched between two calls: merge them first"
     if getattr(model, "_tp_size", None) not in (None, 1):
         return "it is spread over ranks"
