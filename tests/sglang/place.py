@@ -48,7 +48,8 @@ class Place(Serviced):
     def __init__(
         self, model: Path, settings: Mapping[str, Any] | None = None, on_demand: bool = False
     ) -> None:
-        defaults = {"host.capacity": "256MiB", "planner": "off"}
+        # Patient, since the machine may be busy; how long is waited at most is for other tests.
+        defaults = {"host.capacity": "256MiB", "planner": "off", "deadlines.request": "5s"}
         self._servers: list[Server] = []
         super().__init__(model, {**defaults, **(settings or {})}, False if on_demand else CODE)
 

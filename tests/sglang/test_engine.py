@@ -7,12 +7,15 @@ log-probability of each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from tests.engine.plain import Texts
 from tests.sglang.children import Answer, Server
-from tests.sglang.place import Place, await_stored, pages
+from tests.sglang.place import Place, await_stored, loaded_from, pages
+
+from kvstrata.testing.workplace import wait_ready
 
 LENGTHS = (127, 128, 129, 130, 255, 256, 257, 300, 385, 511, 640, 1000, 1500)
 
@@ -114,3 +117,19 @@ def test_what_sglang_has_itself_is_not_loaded_again(
     upon = server.ask(begin + rest)
     assert (upon.cached, upon.loaded) == (pages(1212), pages(1212) - 512)
     assert same(upon, first[0])
+
+
+def test_another_engine_and_another_node_go_on(place: Place, server: Server, texts: Texts) -> None:
+    prompts = texts.of(257, 640, 1500)
+    first = cold(place, server, prompts)
+    with closing(place.server()) as second:
+        all_hit(second, prompts, first)
+        assert "Traceback" not in second.said
+    place.node.flush()
+    place.stop_node()
+    place.start_node()
+    wait_ready(place.node)
+    place.await_hits(server)
+    server.flush()
+    all_hit(server, prompts, first)
+    assert loaded_from(place.node)["disk"] >= pages(257) + pages(640) + pages(1500)
