@@ -13,7 +13,7 @@ from tests.support.host_pools import HostPool
 from tests.unit.sglang.test_records import NAMES, PAGE, a_hold
 
 from kvstrata.connectors.identity import shared_layout, shared_namespace
-from kvstrata.connectors.sglang.engines import engines_namespace, foreign_orders
+from kvstrata.connectors.sglang.engines import engines_namespace, orders_of
 from kvstrata.connectors.sglang.pages import KV, TokenPages
 from kvstrata.connectors.sglang.pools import Pools
 from kvstrata.connectors.sglang.records import record_of
@@ -88,7 +88,7 @@ def test_what_cannot_be_shared_says_why(make: Make, changed: dict[str, Any], why
 
 @pytest.mark.parametrize("page_tokens", [16, 64, 96, 128, 256, 4096])
 def test_orders_that_are_read_are_known_and_fill_pages(page_tokens: int) -> None:
-    names = foreign_orders(page_tokens)
+    names = orders_of(page_tokens)
     assert len(set(names)) == len(names) > 0
     for name in names:
         order = native_order(name)

@@ -6,27 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvstrata.connectors.identity import checkpoint_folder, shared_layout, shared_namespace
+from kvstrata.connectors.orders import foreign_orders
 from kvstrata.connectors.sglang.pages import KV, TokenPages
 from kvstrata.connectors.sglang.pools import Pools
 from kvstrata.errors import Incompatible
 from kvstrata.keys import Namespace
 from kvstrata.layout import ITEM_BYTES
 
-_CPU_ORDERS, _CPU_BLOCKS = ("cpu-vec", "cpu-amx"), (128, 32, 64)
-_GPU_ORDERS, _GPU_BLOCKS = ("strided-NHC", "strided-HNC"), (16, 128, 32, 64)
 
-
-def foreign_orders(page_tokens: int) -> tuple[str, ...]:
-    """The byte orders of vLLM's that can be read, by name: of blocks that fill a page."""
-    return tuple(
-        f"vllm/{order}/b{block}/{dtype}"
-        for dtype, nbytes in ITEM_BYTES.items()
-        if nbytes > 1
-        for orders, blocks in ((_CPU_ORDERS, _CPU_BLOCKS), (_GPU_ORDERS, _GPU_BLOCKS))
-        for order in orders
-        for block in blocks
-        if page_tokens % block == 0
-    )
+def orders_of(page_tokens: int) -> tuple[str, ...]:
+    """The byte orders of vLLM's that can be read, by name, of pools of any dtype."""
+    dtypes = [name for name, nbytes in ITEM_BYTES.items() if nbytes > 1]
+    return tuple(name for dtype in dtypes for name in foreign_orders(page_tokens, dtype))
 
 
 def engines_namespace(

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from kvstrata.config import Config
 from kvstrata.connectors.attachment import Attachment
-from kvstrata.connectors.sglang.engines import engines_namespace, foreign_orders
+from kvstrata.connectors.sglang.engines import engines_namespace, orders_of
 from kvstrata.connectors.sglang.fingerprint import Identity, resolved
 from kvstrata.connectors.sglang.holds import Hold, Holds
 from kvstrata.connectors.sglang.loads import Loads
@@ -48,7 +48,7 @@ class Session:
         arguments = resolved(server_args)
         self._page_tokens = int(arguments.page_size)
         shares = "engines" in config.share
-        foreign = foreign_orders(self._page_tokens) if shares else ()
+        foreign = orders_of(self._page_tokens) if shares else ()
         pools = self._pools = Pools(storage_config, self._page_tokens, foreign)
         self._share: Callable[[dict[str, Any]], Namespace] | None = None
         if shares:

@@ -16,7 +16,7 @@ from kvstrata.keys import owner_digest
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode
 from kvstrata.observe.reasons import Reason
 from kvstrata.pagekeys import chain_of
-from kvstrata.producers import apart
+from kvstrata.producers import origin
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 from kvstrata.wire.namespaces import Described
@@ -135,7 +135,7 @@ class Loads:
                     if offset >= 0:
                         header = _copy(client, kind, load.keys[done], done, offset, filling)
                         if kind is kinds.each[0]:
-                            load.origins[_origin(header)] += header.num_tokens
+                            load.origins[origin(header)] += header.num_tokens
                 done += 1
                 continue
             left = deadline - time.monotonic()
@@ -168,10 +168,3 @@ def _copy(
     payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
     filling.put(kind, number, payload, header.order)
     return header
-
-
-def _origin(header: ObjectHeader) -> str:
-    """The engine that computed an object; "" where nobody said."""
-    if header.kind == "native":
-        return header.order.partition("/")[0]
-    return apart(header.codec_parameters)[0]

@@ -26,21 +26,6 @@ from kvstrata.errors import Incompatible
 from kvstrata.identity import weights_identity
 from kvstrata.keys import Namespace
 
-_ON_CPU = [("cpu-vec", (128, 32, 64)), ("cpu-amx", (128, 32, 64))]
-_ON_GPU = [("strided-NHC", (16, 128, 32, 64)), ("strided-HNC", (16, 128, 32, 64))]
-
-
-def foreign_orders(kinds: Kinds) -> tuple[str, ...]:
-    """The byte orders of vLLM's that can be read, by name; those of the same device first."""
-    size, dtype = kinds.chunk_tokens, kinds.each[0].group.dtype
-    orders = [*_ON_CPU, *_ON_GPU] if kinds.device.type == "cpu" else [*_ON_GPU, *_ON_CPU]
-    return tuple(
-        f"vllm/{order}/b{block}/{dtype}"
-        for order, blocks in orders
-        for block in blocks
-        if size % block == 0
-    )
-
 
 def engines_namespace(
     model: Any, kinds: Kinds, tenant: str, context_tokens: int | None

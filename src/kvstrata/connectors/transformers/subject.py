@@ -12,10 +12,11 @@ from msgspec.structs import replace
 
 from kvstrata.config import Config
 from kvstrata.connectors.identity import found
+from kvstrata.connectors.orders import foreign_orders
 from kvstrata.connectors.transformers.fingerprint import details, own_namespace
 from kvstrata.connectors.transformers.kinds import Kinds, kinds_of
 from kvstrata.connectors.transformers.proof import prove
-from kvstrata.connectors.transformers.sharing import engines_namespace, foreign_orders
+from kvstrata.connectors.transformers.sharing import engines_namespace
 from kvstrata.connectors.transformers.witness import Witness, hooked, witness
 from kvstrata.errors import Incompatible
 from kvstrata.parts import PORTABLE
@@ -85,7 +86,10 @@ def look_at(
     kinds = kinds_of(model, config.chunk_tokens)
     prove(model, kinds)
     named = hashing.submit(_identify, model, kinds, config, context_tokens)
-    foreign = foreign_orders(kinds) if "engines" in config.share else ()
+    foreign: tuple[str, ...] = ()
+    if "engines" in config.share:
+        dtype = kinds.each[0].group.dtype
+        foreign = foreign_orders(kinds.chunk_tokens, dtype, kinds.device.type)
     return Subject(seen, kinds, (PORTABLE, *foreign), named)
 
 
