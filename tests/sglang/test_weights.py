@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.engine.plain import Texts
+from tests.engine.test_hybrid import adapter
 from tests.sglang.children import Answer, Server
 from tests.sglang.place import ADMIN, Place, await_stored, pages
 
@@ -155,3 +156,36 @@ def test_without_its_plugin_it_serves_nothing_and_says_why(
         assert "its plugin is not active" in server.log
         assert "Traceback" not in server.said
     assert place.node.status()["counters"].get("stored_objects_total", 0) == before
+
+
+def test_an_adapter_replaced_in_its_folder_is_another(
+    place: Place, tiny_llama: Path, tmp_path: Path, texts: Texts
+) -> None:
+    (prompt,) = texts.of(LENGTH)
+    folder = tmp_path / "adapter"
+    options = {
+        "enable-lora": True,
+        "lora-paths": f"one={folder}",
+        "lora-backend": "torch_native",
+    }
+    answers = []
+    for seed in (1, 2):
+        shutil.rmtree(folder, ignore_errors=True)
+        # SGLang takes none that leaves queries out.
+        adapter(folder, seed, queries=True)
+        with (
+            closing(Server(tiny_llama, tmp_path / f"plain-{seed}.log", options)) as plain,
+            closing(place.server(options)) as server,
+        ):
+            answer = stored(place, server, prompt, lora_path="one")
+            assert answer[:2] == plain.ask(prompt, lora_path="one")[:2]
+            base = stored(place, server, prompt)
+            assert base.tokens != answer.tokens
+            server.flush()
+            again = server.ask(prompt, lora_path="one")
+            assert again.loaded == pages(LENGTH)
+            assert again[:2] == answer[:2]
+            assert "Traceback" not in server.said
+        answers.append(answer.tokens)
+    assert answers[0] != answers[1]
+    place.check()

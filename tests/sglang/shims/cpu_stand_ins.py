@@ -90,7 +90,7 @@ class _Unpinned:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._torch, name)
-        if name not in ("tensor", "empty"):
+        if name not in ("tensor", "empty", "zeros", "arange"):
             return found
         return lambda *values, **options: found(*values, **{**options, "pin_memory": False})
 
