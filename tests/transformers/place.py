@@ -31,7 +31,11 @@ class Place(Serviced):
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
         self._attached: list[Attached] = []
         # On a busy machine seconds may pass before the node has its turn; that is no one's fault.
-        defaults = {"host.capacity": "128MiB", "planner": "off", "deadlines.request": "20s"}
+        # And a node that looks at a hit by chance would find what a test broke before a call does.
+        defaults = {
+            "host.capacity": "128MiB", "planner": "off", "deadlines.request": "20s",
+            "host.verify_every": "0",
+        }  # fmt: skip
         super().__init__(Path(), {**defaults, **(settings or {})}, CODE)
 
     @property

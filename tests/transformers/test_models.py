@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from tests.transformers.place import Place, eventually, greedy, load
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -61,6 +64,13 @@ def hooked() -> Any:
     return model
 
 
+def from_both_ends() -> Any:
+    config = Gemma3TextConfig(vocab_size=64, hidden_size=32, intermediate_size=32, head_dim=16,
+                              num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                              use_bidirectional_attention=True)  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
 REFUSED: dict[str, Callable[[], Any]] = {
     "values of": lambda: load("tiny_deepseek"),
     "LinearAttentionLayer": lambda: load("tiny_qwen3_next"),
@@ -68,6 +78,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "prompt of tokens alone": encoder_and_decoder,
     "hooks on a LlamaDecoderLayer": hooked,
     "no model of transformers": lambda: torch.nn.Sequential(small()),
+    "what follows the token": from_both_ends,
+    "training mode": lambda: small().train(),
     "not in memory": lambda: small().to("meta"),
 }
 
@@ -113,6 +125,18 @@ def test_a_copy_is_another_model(place: Place, texts: Texts) -> None:
         other.lm_head.weight.mul_(-1)
     assert greedy(other, prompt, NEW) != greedy(model, prompt, NEW)
     assert attached.stats()["calls"] == 1
+
+
+def test_a_model_that_goes_lets_go_of_the_node(own: Place, texts: Texts) -> None:
+    model = load("tiny_llama")
+    attached = attach(model, **own.settings)
+    greedy(model, texts.of(200)[0], 1)
+    with attached._attachment.client() as client:
+        assert client is not None
+    del model
+    gc.collect()
+    eventually(lambda: not client.alive, "its client has hung up")
+    assert attached.stats()["stored_chunks"] == 1
 
 
 def test_a_self_test_that_fails_refuses(shared: Place, monkeypatch: pytest.MonkeyPatch) -> None:

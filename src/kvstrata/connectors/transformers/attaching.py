@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import threading
 import types
 import weakref
 from typing import Any
@@ -26,11 +27,11 @@ def attach(model: Any, *, context_tokens: int | None = None, **options: Any) -> 
     """Let a model's ``generate`` find what it, or another process, has computed before.
 
     Waits until a node is there, or cannot be had, and some seconds at most for the weights to be
-    hashed; runs one token through the model. Afterwards ``model.generate(...)`` is called as ever,
-    by whomever: a pipeline, too.
+    hashed; runs a few tokens through the model. Afterwards ``model.generate(...)`` is called as
+    ever, by whomever: a pipeline, too.
 
     Args:
-        model: of transformers, on one device, in evaluation mode when it generates.
+        model: of transformers, on one device, in evaluation mode.
         context_tokens: the longest context that vLLM or SGLang are told, where ``share`` has
             ``engines``; None: the model's own.
         options: of KVStrata, nested (``host={"capacity": "4GiB"}``) or dotted; on top of its
@@ -89,7 +90,7 @@ def session_of(
     unhook = functools.partial(_unhook, weakref.ref(model))
     attached = Attached(model, config, unhook, context_tokens)
     _SESSIONS[model] = attached
-    weakref.finalize(model, attached.close)
+    weakref.finalize(model, _end, attached)
     return attached
 
 
@@ -97,6 +98,14 @@ def _unhook(reference: weakref.ref[Any]) -> None:
     model = reference()
     if model is not None and _SESSIONS.pop(model, None) is not None:
         vars(model).pop("generate", None)
+
+
+def _end(attached: Attached) -> None:
+    """Close the session of a model that has gone; whichever thread found that out waits not."""
+    try:
+        threading.Thread(target=attached.close, name="kvstrata-end", daemon=True).start()
+    except RuntimeError:  # the interpreter ends, and so have our threads
+        attached.close()
 
 
 def _named(

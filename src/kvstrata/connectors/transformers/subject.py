@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from kvstrata.config import Config
 from kvstrata.connectors.identity import found
 from kvstrata.connectors.orders import foreign_orders
+from kvstrata.connectors.transformers.causality import prove_causal
 from kvstrata.connectors.transformers.fingerprint import details, own_namespace
 from kvstrata.connectors.transformers.kinds import Kinds, kinds_of
 from kvstrata.connectors.transformers.proof import prove
@@ -71,7 +72,7 @@ def look_at(
 ) -> Subject:
     """Look at a model, and begin to find out who it is.
 
-    Runs one token through it. Nothing else may use it meanwhile.
+    Runs a few tokens through it. Nothing else may use it meanwhile.
 
     Args:
         config: KVStrata's.
@@ -85,6 +86,7 @@ def look_at(
     seen = witness(model)
     kinds = kinds_of(model, config.chunk_tokens)
     prove(model, kinds)
+    prove_causal(model)
     named = hashing.submit(_identify, model, kinds, config, context_tokens)
     foreign: tuple[str, ...] = ()
     if "engines" in config.share:
@@ -119,6 +121,8 @@ def refused(model: Any) -> str:
         return f"{name} does not generate from a prompt of tokens alone"
     if not type(model)._supports_default_dynamic_cache():
         return f"{name} has a cache of its own"
+    if model.training:
+        return "it is in training mode: call its eval() first"
     adapted = any(type(one).__module__.startswith("peft.") for one in model.modules())
     if adapted or getattr(model, "_hf_peft_config_loaded", False):
         return "it has adapters, which may be switched between two calls: merge them first"
