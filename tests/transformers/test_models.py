@@ -23,6 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvstrata.connectors.transformers import attach, detach
 from kvstrata.errors import ConfigError, Incompatible, LayoutMismatch, UsageError
@@ -273,6 +274,8 @@ def test_what_decides_the_namespace(place: Place) -> None:
     assert digest(load("tiny_llama")) == same
     others = [
         digest(load("tiny_llama", "bfloat16")),
+        digest(load("tiny_llama").to(torch.bfloat16)),
+        digest(_forward(load("tiny_llama"))),
         digest(load("tiny_llama", attn_implementation="eager")),
         digest(AutoModelForCausalLM.from_pretrained(tiny_llama(seed=1), dtype=torch.float32)),
         digest(load("tiny_llama", rope_parameters={"rope_theta": 5e5, "rope_type": "default"})),
@@ -282,6 +285,10 @@ def test_what_decides_the_namespace(place: Place) -> None:
         digest(load("tiny_llama", "bfloat16"), share="engines"),
     ]
     assert len({same, *others}) == 1 + len(others)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = LlamaAttention.forward
+        patch.setattr(LlamaAttention, "forward", lambda *args, **kwargs: plain(*args, **kwargs))
+        assert digest(load("tiny_llama")) != same
 
 
 def _changed() -> Any:
@@ -291,7 +298,29 @@ def _changed() -> Any:
     return model
 
 
+def _rounded() -> Any:
+    """In bfloat16, its rotary angles too: what it was loaded in has them in float32."""
+    return load("tiny_llama").to(torch.bfloat16)
+
+
+def _scaled() -> Any:
+    model = load("tiny_llama")
+    _rescale(model)
+    return model
+
+
+def _forward(model: Any) -> Any:
+    """With a method that is its own."""
+    attention = model.model.layers[0].self_attn
+    plain = attention.forward
+    attention.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    return model
+
+
 ALONE: dict[str, Callable[[], Any]] = {
+    "inv_freq is not what its configuration makes": _rounded,
+    "self_attn is not what its configuration makes": _scaled,
+    "its code is its own": lambda: _forward(load("tiny_llama")),
     "not the checkpoint's": _changed,
     "not the checkpoint's alone": lambda: load("tiny_llama", rms_norm_eps=1e-3),
     "full attention of one shape": lambda: load("tiny_gemma3"),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -91,8 +93,8 @@ def described(config: Any) -> Any:
 def weights_in_memory(model: Any) -> str:
     """64 hex digits for the tensors of a model, by their names.
 
-    A second for a few GB. Tensors that a model makes from its configuration, and would not save,
-    are not read.
+    A second for a few GB. Those that a model makes for itself, and would not save, are read too:
+    ``model.to(torch.bfloat16)`` rounds the angles of a rotary embedding, and ``dtype`` does not.
 
     Raises:
         ConfigError: a tensor that cannot be read, since it lies on a disk or is of a class of its
@@ -100,7 +102,8 @@ def weights_in_memory(model: Any) -> str:
     """
     hasher = blake3(max_threads=blake3.AUTO)
     named: dict[int, str] = {}
-    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+    tensors = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
+    for name, value in sorted(tensors.items()):
         if not isinstance(value, torch.Tensor):
             hasher.update(length_prefixed(name) + length_prefixed(repr(value)))
             continue
@@ -121,20 +124,39 @@ def weights_in_memory(model: Any) -> str:
 
 
 def code_of(model: Any) -> str:
-    """A hash of the files whose classes are no library's: their code is no part of the weights."""
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    foreign = [one for one in classes if not f"{one.__module__}.".startswith(_LIBRARIES)]
+    """A hash of the files whose code is no library's: it is no part of the weights.
+
+    That of classes, and of functions that stand in the place of a class's or of one module's own.
+    """
+    classes = {base for module in model.modules() for base in type(module).__mro__} - {object}
+    foreign: list[Any] = [one for one in classes if not _is_librarys(one.__module__)]
+    for one in classes.difference(foreign):
+        foreign += [value for value in vars(one).values() if _is_foreign(value)]
+    for module in model.modules():
+        own = vars(module)
+        foreign += [own[name] for name in own if name != "generate" and _is_foreign(own[name])]
     files = set()
     for one in foreign:
-        if one is object:
-            continue
         try:
             file = inspect.getsourcefile(one)
         except (OSError, TypeError):
             file = None
         if file is None and one.__module__ not in ("builtins", "abc", "typing"):
-            raise ConfigError("model", f"the code of its class {one.__qualname__} is in no file")
+            raise ConfigError("model", f"the code of {one.__qualname__} is in no file")
         if file is not None:
             files.add(file)
     digests = sorted(blake3(Path(file).read_bytes()).hexdigest() for file in files)
     return blake3("\n".join(digests).encode()).hexdigest()[:16] if digests else ""
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether it is a function that somebody else has defined, whatever it calls itself."""
+    function = getattr(value, "__func__", value)
+    if not isinstance(function, FunctionType):
+        return False
+    where = str(function.__globals__.get("__name__", ""))
+    return not _is_librarys(where) and where.split(".")[0] not in sys.stdlib_module_names
+
+
+def _is_librarys(module: str) -> bool:
+    return f"{module}.".startswith(_LIBRARIES)

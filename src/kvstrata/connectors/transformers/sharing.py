@@ -22,6 +22,7 @@ from kvstrata.connectors.identity import (
 )
 from kvstrata.connectors.transformers.fingerprint import code_of, described
 from kvstrata.connectors.transformers.kinds import Kinds
+from kvstrata.connectors.transformers.witness import settings
 from kvstrata.errors import Incompatible
 from kvstrata.identity import weights_identity
 from kvstrata.keys import Namespace
@@ -100,3 +101,37 @@ def _compare(model: Any, folder: Path) -> None:
     for name, mine in tensors.items():
         if id(mine) not in seen:
             raise Incompatible(f"its tensor {name} is not in its checkpoint")
+    _compare_made(model)
+
+
+def _compare_made(model: Any) -> None:
+    """Refuse what no checkpoint has, where it is not what the configuration makes it."""
+    with torch.device("meta"):
+        fresh = dict(type(model)(model.config).named_modules())
+    for where, module in model.named_modules():
+        if where not in fresh or _settings(module) != _settings(fresh[where]):
+            raise Incompatible(f"its module {where} is not what its configuration makes")
+        names = sorted(module._non_persistent_buffers_set)
+        made = _made_again(where, module) if names else {}
+        for name in names:
+            mine, other = getattr(module, name), made.get(name)
+            if (
+                other is None
+                or (mine.dtype, mine.shape) != (other.dtype, other.shape)
+                or not torch.allclose(mine.cpu(), other, 1e-5, 0.0)
+            ):
+                raise Incompatible(f"its tensor {where}.{name} is not what its configuration makes")
+
+
+def _settings(module: Any) -> dict[str, Any]:
+    return {name: value for name, value in settings(module) if not name.startswith("_")}
+
+
+def _made_again(where: str, module: Any) -> dict[str, torch.Tensor]:
+    """The buffers of a new module of that class, by their names."""
+    try:
+        return dict(type(module)(module.config).named_buffers(recurse=False))
+    except Exception as error:
+        raise Incompatible(
+            f"what {where} makes for itself cannot be made again: {error}"
+        ) from error

@@ -45,7 +45,7 @@ def settings(thing: Any) -> list[tuple[str, Any]]:
 
 def _module(module: Any) -> tuple[Any, ...]:
     hooks = sum(1 for hook in _hooks(module) if _foreign(hook))
-    forward = id(vars(module).get("forward"))
+    forward = id(vars(module).get("forward")), id(type(module).forward)
     return id(module), id(type(module)), hooks, forward, settings(module)
 
 
