@@ -10,7 +10,7 @@ from typing import Any
 
 from kvstrata.connectors.transformers.contents import Filling
 from kvstrata.connectors.transformers.kinds import Kind, Kinds
-from kvstrata.errors import CorruptObject, KVStrataError
+from kvstrata.errors import CorruptObject, DeadlineExceeded, KVStrataError
 from kvstrata.heads import heads
 from kvstrata.keys import owner_digest
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode
@@ -41,6 +41,8 @@ class Load:
     """Of those that were not found."""
     failed: str = ""
     """Why what was found was not loaded, or nothing was found out."""
+    too_late: bool = False
+    """Whether that is because the node did not answer in time."""
     seconds: float = 0.0
     shared: bool = False
     """Whether other engines may have computed them."""
@@ -111,6 +113,7 @@ class Loads:
                 load.loaded = came
         except KVStrataError as error:
             load.failed = f"{type(error).__name__}: {error}"
+            load.too_late = isinstance(error, DeadlineExceeded)
         finally:
             client.release(lease)
         load.seconds = time.monotonic() - begun

@@ -62,23 +62,22 @@ def record_of(
 def _reasons(load: Load, prompt_tokens: int, chunk_tokens: int) -> list[Unloaded]:
     """Why tokens were computed, in their order, each once."""
     reasons: list[Unloaded] = []
-    if load.failed:
-        count = max(load.found, len(load.keys) if not load.found else 0) - load.loaded
-        key = load.keys[load.loaded].hex() if load.loaded < len(load.keys) else ""
-        reasons.append(Unloaded(Why.FAILED, count * chunk_tokens, key=key))
-        at = load.loaded + count
-    else:
-        at = load.found
-    for reason in load.why:
-        count = min(reason.chunks, len(load.keys) - at)
-        if count > 0:
-            reasons.append(
-                Unloaded(reason.why, count * chunk_tokens, reason.tier, reason.detail, reason.ago_s)
-            )
+    at = load.loaded
+
+    def until(chunk: int, why: Why, tier: str = "", detail: str = "", ago_s: float = 0.0) -> None:
+        nonlocal at
+        if (count := min(chunk, len(load.keys)) - at) > 0:
+            key = load.keys[at].hex() if why is Why.FAILED else ""
+            reasons.append(Unloaded(why, count * chunk_tokens, tier, detail, ago_s, key))
             at += count
-    if at < len(load.keys):
-        left = (len(load.keys) - at) * chunk_tokens
-        reasons.append(Unloaded(Why.CAPPED, left, detail="message"))
+
+    trouble = Why.DEADLINE if load.too_late else Why.FAILED
+    if load.failed:
+        until(load.found or len(load.keys), trouble)
+    for reason in load.why:
+        until(at + reason.chunks, reason.why, reason.tier, reason.detail, reason.ago_s)
+    until(len(load.keys), Why.CAPPED, detail="message")
     rest = prompt_tokens - len(load.keys) * chunk_tokens
-    why = Why.PARTIAL if rest < chunk_tokens else Why.LAST
-    return [*reasons, Unloaded(why, rest)]
+    if load.failed and not load.keys:
+        return [Unloaded(trouble, rest)]
+    return [*reasons, Unloaded(Why.PARTIAL if rest < chunk_tokens else Why.LAST, rest)]

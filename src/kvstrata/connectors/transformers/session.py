@@ -229,7 +229,7 @@ class Attached:
     def _load(self, subject: Subject, described: Described, call: Call, cache: Any) -> Load:
         """Ask the node, unless there is none, or it has just been too slow."""
         if time.monotonic() < self._quiet_until:
-            return Load([], failed="the node was too slow")
+            return Load([], failed="the node was too slow", too_late=True)
         with self._attachment.client() as client:
             if client is None:
                 self._tally.note("errors", "no node")
@@ -238,7 +238,7 @@ class Attached:
             load = self._loads.load(client, subject.kinds, described, call.tokens, cache)
         if load.failed:
             self._tally.note("errors", "a load failed")
-            if load.failed.startswith("DeadlineExceeded"):
+            if load.too_late:
                 self._quiet_until = time.monotonic() + BACK_OFF_S
             logger.info("KVStrata: a load failed, the model computes: %s", load.failed)
         return load
