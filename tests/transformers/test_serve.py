@@ -36,17 +36,52 @@ def environment(place: Place, **more: str) -> dict[str, str]:
     }
 
 
-def test_transformers_serve(place: Place, texts: Texts, tokenizer: Tokenizer) -> None:
-    """The page's file in a model's folder, and two turns over HTTP."""
+def served(folder: Path) -> Path:
+    """A model's folder with the page's file in it."""
     recipe = re.search(
         r"```python\n# custom_generate/generate.py\n(.*?)```", PAGE.read_text(), re.S
     )
     assert recipe is not None
-    folder = place.folder / "served"
     (folder / "custom_generate").mkdir(parents=True)
     (folder / "custom_generate" / "generate.py").write_text(recipe[1])
     for file in tiny_llama().iterdir():
         (folder / file.name).symlink_to(file)
+    return folder
+
+
+CHILD = """
+import sys
+from tests.transformers.place import greedy, load
+from kvstrata.connectors.transformers.attaching import session_of
+model, prompt = load("tiny_llama"), list(range(5, 305))
+alone = greedy(model, prompt, 4)
+for loaded in (0, 256):
+    assert greedy(model, prompt, 4, custom_generate=sys.argv[1], trust_remote_code=True) == alone
+    session = session_of(model)
+    assert session.last.loaded_tokens == loaded, session.last
+    assert session.flush()
+assert "generate" not in vars(model)
+"""
+
+
+def test_custom_generate_of_one_call(place: Place) -> None:
+    folder = served(place.folder / "one-call")
+    ran = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder)],
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_transformers_serve(place: Place, texts: Texts, tokenizer: Tokenizer) -> None:
+    """The page's file in a model's folder, and two turns over HTTP."""
+    folder = served(place.folder / "served")
+    before, records = stored(place), len(place.node.status()["requests"])
     port = free_port()
     command = re.search(r"transformers serve MODEL (.*)", PAGE.read_text())
     assert command is not None
@@ -61,15 +96,21 @@ def test_transformers_serve(place: Place, texts: Texts, tokenizer: Tokenizer) ->
         chat = [{"role": "user", "content": tokenizer.decode(text)}]  # type: ignore[attr-defined]
         first = say(server.url, folder, chat)
         chat += [{"role": "assistant", "content": first}, {"role": "user", "content": "And now?"}]
-        eventually(lambda: place.node.status()["counters"].get("stored_objects_total", 0) >= 3, "")
+        eventually(lambda: stored(place) >= before + 3, "the first turn is stored")
         say(server.url, folder, chat)
     finally:
         server.kill()
-    eventually(lambda: len(place.node.status()["requests"]) >= 2, "two records")
+    eventually(lambda: len(place.node.status()["requests"]) == records + 2, "two records")
     one, two = place.node.status()["requests"][-2:]
     assert one["loaded_tokens"] == 0
     assert two["loaded_tokens"] >= 256
     assert two["prompt_tokens"] > one["prompt_tokens"]
+
+
+def stored(place: Place) -> float:
+    """Objects that the node here was given."""
+    count: float = place.node.status()["counters"].get("stored_objects_total", 0)
+    return count
 
 
 def say(url: str, model: Path, chat: list[dict[str, str]]) -> str:
