@@ -73,6 +73,7 @@ def test_it_is_the_one_that_every_engine_makes(make: Make, tmp_path: Path) -> No
         ({"ranks": {"attn_cp_size": 2}}, "context parallelism"),
         ({"ranks": {"pp_size": 2}}, "pipeline"),
         ({"effective": {"quantization": "fp8"}}, "quantized by the engine"),
+        ({"args": {"modelopt_quant": "fp8"}}, "quantized by the engine"),
         ({"model": {"weights": "dummy:1f"}}, "random"),
         ({"pools": {KV: HostPool("page_first", page_tokens=PAGE, states=1)}}, "latent"),
         (

@@ -45,6 +45,10 @@ def engines_namespace(
         raise Incompatible("its adapters have names here that other engines do not know")
     if getattr(server_args, "json_model_override_args", "{}") not in ("", "{}", None):
         raise Incompatible("its configuration is not the checkpoint's alone")
+    if getattr(server_args, "modelopt_quant", None) or getattr(
+        server_args, "quantize_and_serve", 0
+    ):
+        raise Incompatible("its weights are quantized by the engine")
     if not isinstance(pages, TokenPages) or pools.names != [KV]:
         raise Incompatible("not all of its layers are full attention of one shape")
     group = pages.group

@@ -23,6 +23,19 @@ from kvstrata.wire.namespaces import MAX_DETAIL_CHARS, Described
 
 logger = logging.getLogger(__name__)
 
+_SHAPING = (
+    "model_impl", "model_loader_extra_config", "modelopt_quant", "quantize_and_serve",
+    "rl_on_policy_target", "dllm_algorithm", "mm_process_config",
+    "enable_precise_embedding_interpolation", "enable_w4a4_mxfp4_megamoe",
+    "flashinfer_mxfp4_moe_precision", "enable_quant_communications",
+    "enable_int8_mamba_checkpoint", "enable_mamba_cache_stochastic_rounding",
+    "enable_encoder_swa_bounded_replay", "enable_decoder_swa_bounded_replay",
+    "prefill_kv_cache_dequant_dtype",
+)  # fmt: skip
+"""Arguments of SGLang that shape what it computes, beside those that have names of their own."""
+_FORMATS_FROM_ELSEWHERE = ("remote_instance", "rdma", "remote", "private", "flash_rl")
+_FROM_ELSEWHERE = ("forward_hooks", "kt_weight_path", "modelopt_checkpoint_restore_path")
+
 
 class Identity:
     """The engine's namespace, found out in the background.
@@ -135,6 +148,8 @@ def model_of(server_args: Any) -> dict[str, Any]:
 
     model = ModelConfig.from_server_args(server_args)
     server_args = resolved(server_args)
+    if why := from_elsewhere(server_args):
+        raise ConfigError("model", f"{why}: what it computes with is not in its folder alone")
     effective: dict[str, Any] = {
         "engine": "sglang",
         "model": _described(model.hf_config),
@@ -143,6 +158,7 @@ def model_of(server_args: Any) -> dict[str, Any]:
         # LongRoPE picks its factors by it, so keys of one token differ between two lengths.
         "context_length": int(model.context_len),
         "kv_cache_dtype": str(server_args.kv_cache_dtype),
+        "arguments": {name: str(getattr(server_args, name, None)) for name in _SHAPING},
     }
     if scales := getattr(server_args, "quantization_param_path", None):
         with open(scales, "rb") as file:
@@ -155,6 +171,25 @@ def model_of(server_args: Any) -> dict[str, Any]:
     weights = _weights(server_args.model_path, model.hf_config, server_args.load_format)
     commit = getattr(model.hf_config, "_commit_hash", None)
     return {"effective": effective, "weights": weights, "commit": commit}
+
+
+def from_elsewhere(arguments: Any) -> str:
+    """The option by which SGLang's weights, or code, come from where nobody can identify them;
+    empty: there is none.
+
+    An engine that seeds another may have had its weights exchanged, and hooks are any code at all.
+
+    Args:
+        arguments: SGLang's, resolved.
+    """
+    if (how := str(arguments.load_format)) in _FORMATS_FROM_ELSEWHERE:
+        return f"--load-format {how}"
+    if getattr(arguments, "weight_cache_mode", "off") == "client":
+        return "--weight-cache-mode client"
+    for name in _FROM_ELSEWHERE:
+        if getattr(arguments, name, None):
+            return f"--{name.replace('_', '-')}"
+    return ""
 
 
 def adapters_of(arguments: Any) -> str:

@@ -27,6 +27,8 @@ UPDATES = (
     "end_weight_update",
 )
 """SGLang's ways to exchange weights, in its scheduler's process and on each rank."""
+RELEASE = "release_memory_occupation"
+"""Its way to give memory back; weights of which there is no copy are lost by it."""
 
 
 def register() -> None:
@@ -37,6 +39,7 @@ def register() -> None:
 
     for name in UPDATES:
         HookRegistry.register(".".join((*_UPDATER, name)), _around_update, HookType.AROUND)
+    HookRegistry.register(".".join((*_UPDATER, RELEASE)), _around_release, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}.Scheduler.flush_cache", _after_flush, HookType.AFTER)
 
 
@@ -46,7 +49,7 @@ def missing() -> str:
     Without it an answer might come from KV of other weights, so nothing may be served.
     """
     module, owner = _UPDATER
-    places = [(module, owner, name) for name in UPDATES]
+    places = [(module, owner, name) for name in (*UPDATES, RELEASE)]
     places.append((_SCHEDULER, "Scheduler", "flush_cache"))
     for module, owner, name in places:
         method = getattr(getattr(importlib.import_module(module), owner, None), name, None)
@@ -64,6 +67,22 @@ def missing() -> str:
 def _around_update(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
     OF_THIS_PROCESS.renew(_same_on_all_ranks(updater))
     return original(updater, *args, **kwargs)
+
+
+def _around_release(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
+    request = args[0] if args else kwargs["recv_req"]
+    if "weights" in (request.tags or ["weights"]) and _loses(updater):
+        # What it computes before it is given weights again is nobody's, and no checkpoint's.
+        OF_THIS_PROCESS.renew(_same_on_all_ranks(updater))
+    return original(updater, *args, **kwargs)
+
+
+def _loses(updater: Any) -> bool:
+    """Whether weights that are released come back empty."""
+    from sglang.srt.runtime_context import get_server_args
+
+    kept = getattr(get_server_args(), "enable_weights_cpu_backup", False)
+    return bool(updater.memory_saver_adapter.enabled) and not kept
 
 
 def _after_flush(flushed: Any, *args: Any, **kwargs: Any) -> Any:
