@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_chunks_are_counted_in_order(host: HostMemory) -> None:
     slots = filling(host, 2, 2)
     lease = grant(table(host), Client("a"), rows_of(host, slots, 2))
     told: list[int] = []
-    lease.listeners.append((0, lambda: told.append(lease.ready)))
+    lease.listeners.append((partial(lease.settled, 0), lambda: told.append(lease.ready)))
     assert (lease.num_chunks, lease.ready) == (2, 0)
     for at in (3, 0):
         host.publish(chunk(slots[at // 2 * 2]), at % 2, slots[at], "a/b")
@@ -92,7 +93,7 @@ def test_a_chunk_that_will_not_come_ends_it(host: HostMemory, order: str | None)
     lease = grant(table(host), Client("a"), rows_of(host, slots))
     settle(host, slots[0])
     told: list[bool] = []
-    lease.listeners.append((1, lambda: told.append(lease.failed)))
+    lease.listeners.append((partial(lease.settled, 1), lambda: told.append(lease.failed)))
     settle(host, slots[1], order)
     settle(host, slots[2])
     assert (lease.ready, lease.failed, told) == (1, True, [True])
@@ -123,7 +124,7 @@ def test_a_release_tells_who_waits(host: HostMemory) -> None:
     leases = table(host)
     lease = grant(leases, Client("a"), rows_of(host, filling(host, 3)))
     told: list[int] = []
-    lease.listeners.append((0, lambda: told.append(lease.num_chunks)))
+    lease.listeners.append((partial(lease.settled, 0), lambda: told.append(lease.num_chunks)))
     leases.release(lease, keep=2)
     assert told == []
     leases.release(lease)

@@ -50,6 +50,7 @@ class Answers:
             search.peer_refused,
             why,
             search.bounds.end if search.bounds is not None and search.bounds.full else 0,
+            search.meet,
         )
         if search.lease is None or search.client.ended:
             return p.Matched(search.id, 0, b"", b"", *reckoned)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from types import MappingProxyType
 
 from kvstrata.node.answering import Answers
-from kvstrata.node.common.planner import plan
+from kvstrata.node.common.planner import MEETING_GAIN, Link, meeting, plan
 from kvstrata.node.common.slices import Work, in_slices
 from kvstrata.node.foreseeing import Foresight
 from kvstrata.node.locating import Located, with_slots
@@ -321,16 +321,43 @@ class Matcher:
         if self.planning and not search.expected_s and search.prepared and not search.client.ended:
             links = [self._movement.link(backing) for backing in self._backings]
             best = plan(search.tiers[first:], search.coming[first:], links, search.prefill, first)
-            search.load_s = max(search.load_s, best.load_s)
-            keep = first + best.keep
+            keep, load_s = first + best.keep, best.load_s
             decision = "load" if keep == count else "part" if best.load_s else "compute"
+            if met := self._meeting(search, links, best.load_s + best.rest_s):
+                keep, load_s, decision = count, met, "meet"
+            search.load_s = max(search.load_s, load_s)
             self._counters.add("plans_total", decision=decision)
             if keep < count:
                 others = self._let_go(search, keep)
         search.num_decided = len(search.tiers)
+        if search.meet:
+            search.prepared.reverse()
         slots = [slot for _, some in search.prepared for slot in some] + others
         search.prepared = []
         yield from self._bring(search, slots, len(search.parts))
+
+    def _meeting(self, search: Search, links: Sequence[Link], otherwise_s: float) -> float:
+        """Have the engine compute from the front while the end is brought, where that is sooner.
+
+        What is found in several goes is not brought from its end.
+
+        Args:
+            search: with what was found and not decided on yet.
+            links: to the slower tiers.
+            otherwise_s: what the best plan without that takes.
+        Returns:
+            What it takes; 0: it is not worth it.
+        """
+        first, again = search.num_decided, search.meet
+        search.meet = 0
+        if not search.may_meet or again:
+            return 0.0
+        tiers, coming = search.tiers[first:], search.coming[first:]
+        met = meeting(tiers, coming, links, search.prefill, first)
+        if met is None or met.seconds > MEETING_GAIN * otherwise_s:
+            return 0.0
+        search.meet = first + met.at
+        return met.seconds
 
     def _let_go(self, search: Search, keep: int) -> list[Slot]:
         """Leave all but the first chunks to the engine; the slots of these that others wait for."""

@@ -65,6 +65,8 @@ class Search:
         self.num_decided = 0  # chunks that were decided on
         self.num_found = 0  # chunks that were found, whatever was decided
         self.load_s = 0.0
+        self.may_meet = message.meet and not message.needs and not message.expected_s
+        self.meet = 0  # the chunk at which computing and loading are to meet; 0: they are not
         self.here = -1  # the longest boundary in host memory, where that was found out
         self.lease: Lease | None = None
         self.load: Load | None = None

@@ -159,6 +159,7 @@ class NodeClient:
         traceparent: str = "",
         tiers: Sequence[str] = (),
         needs: Sequence[int] = (),
+        meet: bool = False,
     ) -> Call:
         """Begin a match; `Call.wait` answers `kvstrata.wire.protocol.Matched`.
 
@@ -181,16 +182,23 @@ class NodeClient:
             tiers: names of those that may be loaded from, besides host memory; none: all.
             needs: of each part, how many of the last chunks a boundary needs, 0: all; the longest
                 one is answered that has what it needs. Empty: all chunks of each part.
+            meet: whether the caller can compute chunks from the front while they arrive from the
+                end, where that is sooner; not with ``needs`` or ``expected_s``.
         """
         some = keys[: _most_keys(parts)]
         packed, tail = b"".join(some), tail if len(some) == len(keys) else ()
         fields = (packed, parts, orders, list(lengths), owner, namespace, chunk_s, pair_s, peer,
-                  expected_s, list(tail), heads, traceparent, list(tiers), list(needs))  # fmt: skip
+                  expected_s, list(tail), heads, traceparent, list(tiers), list(needs),
+                  meet)  # fmt: skip
         return self.begin(p.Match, p.Matched, *fields)
 
     def await_arrival(self, lease: int, have: int) -> Call:
         """Begin to wait for more than ``have`` chunks of a lease; answers `Arrived`."""
         return self.begin(p.Await, p.Arrived, lease, have)
+
+    def await_arrival_before(self, lease: int, first: int) -> Call:
+        """Begin to wait for the chunks right before number ``first``; answers `Arrived`."""
+        return self.begin(p.Await, p.Arrived, lease, first, True)
 
     def release(self, lease: int, keep: int = 0) -> None:
         """End a lease but for its first ``keep`` chunks; nothing happens if the node is gone."""

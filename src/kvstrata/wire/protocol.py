@@ -103,6 +103,7 @@ class Match(Message, tag="match", frozen=True):
     traceparent: str = ""
     tiers: Strings = msgspec.field(default_factory=list)
     needs: Numbers = msgspec.field(default_factory=list)
+    meet: bool = False
 
 
 class Matched(Message, tag="matched", frozen=True):
@@ -117,12 +118,14 @@ class Matched(Message, tag="matched", frozen=True):
     peer_refused: str = ""
     why: Reasons = msgspec.field(default_factory=list)
     end: int = 0
+    meet: int = 0
 
 
 class Await(Message, tag="await", frozen=True):
     id: int
     lease: int
     have: int
+    backwards: bool = False
 
 
 class Arrived(Message, tag="arrived", frozen=True):

@@ -5,6 +5,9 @@ slow, far away, or has much to carry already. For every number of chunks that co
 time is estimated until all of them are there and the rest is computed, and the least wins. What is
 in host memory costs nothing; tiers bring theirs side by side.
 
+An engine that can compute chunks from the front while others arrive from the end waits for neither:
+the two meet where they meet, and `meeting` says where that is likely.
+
 Always loading was seen to lose a fifth against choosing, and in bad moments far more
 (llm-d-router, issue 2833).
 """
@@ -103,4 +106,50 @@ def plan(
         if not prefill.known or load_s + rest_s <= least:
             least = load_s + rest_s
             best = Plan(number + 1, load_s, rest_s)
+    return best
+
+
+#: of what the better of loading and computing takes, what a meeting may take to be worth it: part
+#: of a step is lost where the two meet
+MEETING_GAIN = 0.9
+
+
+class Meeting(NamedTuple):
+    """Computing from the front while loading from the end.
+
+    Args:
+        at: the chunk where they meet, counted from the first one given.
+        seconds: until they do.
+    """
+
+    at: int
+    seconds: float
+
+
+def meeting(
+    tiers: Sequence[int],
+    nbytes: Sequence[int],
+    links: Sequence[Link],
+    prefill: Prefill,
+    first: int = 0,
+) -> Meeting | None:
+    """Where computing and loading would meet soonest; the arguments are those of `plan`.
+
+    Leading chunks in host memory are not computed. None where one side does it all, or where
+    nothing is known of the engine or of a link.
+    """
+    if not prefill.known or any(
+        tier and links[tier - 1].bytes_per_s is None for tier in set(tiers)
+    ):
+        return None
+    here = next((i for i, tier in enumerate(tiers) if tier), len(tiers))
+    coming, load_s = [0] * (len(links) + 1), 0.0
+    best: Meeting | None = None
+    for place in range(len(tiers) - 1, here, -1):
+        if tier := tiers[place]:
+            coming[tier] += nbytes[place]
+            load_s = max(load_s, links[tier - 1].seconds(coming[tier]))
+        seconds = max(load_s, prefill.seconds(first + here, first + place))
+        if best is None or seconds < best.seconds:
+            best = Meeting(place, seconds)
     return best

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from kvstrata.errors import KVStrataError, TierUnavailable, UsageError
@@ -134,7 +135,7 @@ class Prefetcher:
             if not told.done():
                 told.set_result(None)
 
-        lease.listeners.append((lease.ready, tell))
+        lease.listeners.append((partial(lease.settled, lease.ready), tell))
         await job.wait(told)
 
     async def _ask_peer(self, keys: Sequence[bytes], sought: Sought) -> None:

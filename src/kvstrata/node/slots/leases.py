@@ -43,7 +43,8 @@ class Lease:
         self.rows: list[Row] = []
         self.ready = 0
         self.failed = self.whole = False
-        self.listeners: list[tuple[int, Callable[[], None]]] = []
+        # whether one who waits can be told something, and what tells it
+        self.listeners: list[tuple[Callable[[], bool], Callable[[], None]]] = []
 
     @property
     def num_chunks(self) -> int:
@@ -75,11 +76,11 @@ class Lease:
         self.ready = 0 if self.failed and self.shape else place
         if self.listeners:
             waiting, self.listeners = self.listeners, []
-            for have, tell in waiting:
-                if self.settled(have):
+            for settled, tell in waiting:
+                if settled():
                     tell()
                 else:
-                    self.listeners.append((have, tell))
+                    self.listeners.append((settled, tell))
 
     def _hear(self, row: Row) -> None:
         self.failed = self.failed or (row.failed and row in self.rows)
@@ -94,6 +95,35 @@ class Lease:
     def settled(self, have: int) -> bool:
         """Whether a client that has ``have`` chunks can be told something new, or the end."""
         return self.ready > have or self.failed or self.ready >= self.num_chunks
+
+    # for one who has its last chunks first
+
+    def settled_before(self, first: int) -> bool:
+        """Whether a client that has the chunks from ``first`` on can be told something new."""
+        return not 0 < first <= len(self.rows) or self._ended(self.rows[first - 1])
+
+    def first_before(self, first: int) -> int:
+        """The first of those chunks right before ``first`` that are in host memory."""
+        place = first
+        while 0 < place <= len(self.rows) and self._is_here(self.rows[place - 1]):
+            place -= 1
+        return place
+
+    def fails_before(self, first: int) -> bool:
+        """Whether the chunk before ``first`` will not come, or is not of this lease."""
+        if not 0 < first <= len(self.rows):
+            return True
+        row = self.rows[first - 1]
+        return self._ended(row) and not self._is_here(row)
+
+    def _ended(self, row: Row) -> bool:
+        return row.failed or not row.num_filling
+
+    def _is_here(self, row: Row) -> bool:
+        """Whether all of a chunk is in host memory, as the client reads it."""
+        if row.failed or row.num_filling:
+            return False
+        return row.order in self.orders or row.in_orders(self.orders)
 
 
 class LeaseTable:
