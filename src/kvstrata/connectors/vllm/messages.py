@@ -46,6 +46,7 @@ class WorkerHello(KVConnectorHandshakeMetadata):
         problem: why the worker cannot take part; empty if it can.
         slices: into how many a layer's KV heads are cut for every number of ranks; 0: they are not.
         why_alone: why not, where they were to be.
+        no_fronts: why it computes nothing of loads, where it was to.
     """
 
     held: tuple[Held, ...] = ()
@@ -54,6 +55,35 @@ class WorkerHello(KVConnectorHandshakeMetadata):
     problem: str = ""
     slices: int = 0
     why_alone: str = ""
+    no_fronts: str = ""
+
+
+@dataclass(frozen=True)
+class Front:
+    """What it takes to compute a load from the front while it arrives from the end.
+
+    Args:
+        tokens: of the prompt, up to the load's end.
+        table: the request's blocks up to there, also those that are not loaded.
+        start: tokens that vLLM has itself, a whole number of blocks.
+    """
+
+    tokens: list[int]
+    table: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The beginning of a prompt that a step computes, to be computed once more; see `trial`.
+
+    Args:
+        tokens: whole blocks of them.
+        blocks: that the step writes them to.
+    """
+
+    tokens: list[int]
+    blocks: list[int]
 
 
 @dataclass(frozen=True)
@@ -77,6 +107,7 @@ class Load:
         tail_marks: with which that object must begin; none: its key says all.
         followed: whether they are still being computed elsewhere, so that its deadline is one for
             each of them.
+        front: what the workers may compute meanwhile; None: nothing, it arrives head first.
     """
 
     request_id: str
@@ -91,6 +122,7 @@ class Load:
     tail_tokens: int = 0
     tail_marks: bytes = b""
     followed: bool = False
+    front: Front | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +187,7 @@ class StepMetadata(KVConnectorMetadata):
         late_stores: of requests that have ended; copied before anything in this step is written.
         fresh_blocks: blocks that this step may overwrite.
         num_tokens: tokens computed in this step.
+        trial: what of these to compute once more; None: nothing.
     """
 
     node: bytes = b""
@@ -165,6 +198,7 @@ class StepMetadata(KVConnectorMetadata):
     late_stores: list[Store] = field(default_factory=list)
     fresh_blocks: set[int] = field(default_factory=set)
     num_tokens: int = 0
+    trial: Trial | None = None
 
 
 @dataclass
@@ -178,6 +212,10 @@ class WorkerReport(KVConnectorWorkerMetadata):
         copy_rate: bytes per second that the slowest worker copies; 0: none has copied yet.
         origins: of what one of the workers has begun to load, tokens by the engine that computed
             them; only where engines share.
+        met: of loads that were computed from the front, the first chunk that was not, of the
+            prompt's.
+        tried: why nothing can be computed besides the engine's steps, "" if it can be; None: it
+            was not tried in this step. All ranks say the same.
     """
 
     nodes: set[bytes] = field(default_factory=set)
@@ -185,6 +223,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
     came: dict[str, int] = field(default_factory=dict)
     copy_rate: float = 0.0
     origins: dict[str, Counter[str]] = field(default_factory=dict)
+    met: dict[str, int] = field(default_factory=dict)
+    tried: str | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports in one."""
@@ -202,6 +242,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             came,
             min(rates, default=0.0),
             self.origins or other.origins,
+            {**self.met, **other.met},
+            other.tried if self.tried is None else self.tried,
         )
 
 
