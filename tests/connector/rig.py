@@ -17,6 +17,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
+from tests.connector.fake_forward import FakeForward, FakeProof, fronts
 from tests.connector.fake_model import (
     BLOCK,
     CHUNK,
@@ -179,6 +180,9 @@ class Rig:
         connector = self.scheduler.connector
         assert isinstance(connector, KVStrataConnector)
         self.connector = connector
+        # of a worker that computes inside loads
+        self.forward: FakeForward
+        self.proof: FakeProof
         self.memories = [Memory(num_blocks, heads_of(rank, ranks, heads)) for rank in range(ranks)]
         self.workers = [self._worker(rank, caches) for rank in range(ranks)]
         connector.set_xfer_handshake_metadata_pp_aware(
@@ -354,6 +358,11 @@ class Rig:
             self._hear()
         return meta
 
+    def blocks_of(self, name: str) -> list[int]:
+        """A request's blocks, of the first group."""
+        blocks: list[int] = self.scheduler.kv_cache_manager.get_block_ids(name)[0]
+        return blocks
+
     def wrong(self) -> list[str]:
         """Answers that a model without any cache would not have given."""
         return [
@@ -418,6 +427,8 @@ class Rig:
         config.parallel_config = replace_rank(self.vllm_config.parallel_config, rank, self.ranks)
         memory, shapes = self.memories[rank], (*self.groups.each, *self.groups.more)
         # The self-test needs a model; what it proves, tests/engine/test_pages.py shows.
+        chunk = self.groups.chunk_tokens
+        make = (lambda _: fronts(self, memory, chunk)) if self.config.meet == "on" else None
         with patch.multiple(
             "kvstrata.connectors.vllm.worker",
             describe=lambda *args: memory.pages(shapes[args[-1]]),
@@ -428,7 +439,9 @@ class Rig:
         ):
             link = Link(self.config, f"worker {rank}")
             link.start()
-            return WorkerSide(config, cut_by_shape(caches), {}, link, self.config, self.groups)
+            return WorkerSide(
+                config, cut_by_shape(caches), {}, link, self.config, self.groups, make
+            )
 
     def _execute(self, rank: int, output: Any, meta: Any) -> ModelRunnerOutput:
         worker, memory = self.workers[rank], self.memories[rank]

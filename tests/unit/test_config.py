@@ -46,6 +46,7 @@ SAMPLES: Mapping[str, Any] = {
     "log": "debug",
     "quality": "kl <= 0.01 and agreement >= 0.98",
     "planner": "off",
+    "meet": "on",
     "inside": "off",
     "canary": "off",
     "hints": "store, pin",
@@ -497,7 +498,7 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
         "object_store.load_target": "1s",
     }
     identity = load(base).node_identity(uid=1)
-    clients = {"node", "chunk_tokens", "tenant", "log", "hints", "inside", "reset", "share"}
+    clients = {"node", "chunk_tokens", "tenant", "log", "hints", "inside", "meet", "reset", "share"}
     for path, value in SAMPLES.items():
         given = dict(base)
         if path == "network.transport":

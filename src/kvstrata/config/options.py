@@ -91,6 +91,12 @@ class Config:
         "Whether what a prompt has in common with a stored chunk that it parts from is reused, and "
         "ends shorter than a chunk are stored, see docs/inside.md.",
     )
+    meet: str = option(
+        kinds.one_of(("off", "on")),
+        "off",
+        "Whether vLLM computes a prompt from its beginning while a slower tier brings its end, "
+        "where that is sooner, see docs/meeting.md.",
+    )
     canary: float = option(
         kinds.EVERY,
         "1min",

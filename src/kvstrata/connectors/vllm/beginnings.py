@@ -29,6 +29,8 @@ def is_next(state: RequestState) -> bool:
         return False  # by the other secret
     if state.reckoned is not None and num_chunks < state.reckoned.found:
         return False  # computing is faster
+    if state.reckoned is not None and state.reckoned.meet:
+        return False  # it would come behind all the others, which are brought from their end
     return num_tokens(state) > MARK_TOKENS
 
 

@@ -20,11 +20,15 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from kvstrata.config import load_config
 from kvstrata.connectors.link import Link
+from kvstrata.connectors.vllm.engine import Forward, find_model
 from kvstrata.connectors.vllm.events import Events, events_of
+from kvstrata.connectors.vllm.fronts import Fronts
 from kvstrata.connectors.vllm.groups import Groups, cut_by_shape, groups_of
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
+from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
 from kvstrata.connectors.vllm.stats import ConnectorPromMetrics, ConnectorStats
+from kvstrata.connectors.vllm.trial import Proof
 from kvstrata.connectors.vllm.worker import WorkerSide
 from kvstrata.errors import Incompatible, KVStrataError
 
@@ -71,9 +75,18 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._link = Link(config, f"worker of rank {vllm_config.parallel_config.rank}")
             self._link.start()
-            self._make_worker = lambda kv_caches: WorkerSide(
-                vllm_config, kv_cache_config, kv_caches, self._link, config, groups
-            )
+
+            def make(kv_caches: dict[str, Any]) -> WorkerSide:
+                def fronts(pages: Pages) -> Fronts:
+                    forward = Forward(vllm_config, kv_cache_config, pages, find_model())
+                    return Fronts(forward, Proof(pages, kv_caches), groups.chunk_tokens)
+
+                return WorkerSide(
+                    vllm_config, kv_cache_config, kv_caches, self._link, config, groups,
+                    fronts if config.meet == "on" else None,
+                )  # fmt: skip
+
+            self._make_worker = make
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Container, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from typing import Any
 
 from msgspec.structs import replace
@@ -53,6 +53,7 @@ class Lookups:
         states: all requests.
         loading: those of them whose lease the workers use, so that it is not given up here.
         events: that vLLM publishes, if it does.
+        may_meet: says whether a request may be computed from the front while it is loaded.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Lookups:
         states: Mapping[str, RequestState],
         loading: Container[str],
         events: Events | None = None,
+        may_meet: Callable[[RequestState], bool] = lambda state: False,
     ) -> None:
         self._config = config
+        self._may_meet = may_meet
         self._groups = groups
         self._chunk = groups.chunk_tokens
         self._model = vllm_config.model_config.model
@@ -271,6 +274,7 @@ class Lookups:
                 state.look_up(),
                 state.hints.tiers,
                 self.needs,
+                not by_other and self._may_meet(state),
             )  # fmt: skip
             self.looking.add(state.request.request_id)
             state.seen_at = time.monotonic()

@@ -115,6 +115,7 @@ class RequestState:
         self.arrived_at = time.monotonic()
         self.hit_chunks: Counter[str] = Counter()  # by the tier's name
         self.loaded_tokens = 0
+        self.met_tokens = 0  # that were computed while the others were loaded
         self.inside_tokens = 0  # of them, of an object that only begins like the prompt
         self.loaded_how = ""
         self.loaded_from: Counter[str] = Counter()  # tokens of objects, by who computed them
@@ -289,12 +290,21 @@ class RequestState:
                 key, tier = self.found[lost].hex(), self.tier_names.get(self.tiers[lost], "")
             self.account.end_at(came * chunk_tokens, key, tier)
         # What it was thought to have is not there: store what is recomputed.
-        came_tokens = came * chunk_tokens - self.local_tokens
+        came_tokens = came * chunk_tokens - self.local_tokens - self.met_tokens
         self.loaded_tokens = max(0, min(self.loaded_tokens, came_tokens))
         self.inside_tokens = 0
         self.num_stored = min(self.num_stored, came)
         self.num_states = min(self.num_states, came)
         self.num_given = came
+
+    def met(self, first: int, chunk_tokens: int) -> None:
+        """What lies before chunk number ``first`` was computed, not loaded, unless it was there."""
+        slower = range(self.local_tokens // chunk_tokens, min(first, len(self.tiers)))
+        computed = [number for number in slower if self.tiers[number]]
+        self.hit_chunks.subtract(self.tier_names.get(self.tiers[i], "?") for i in computed)
+        start = max(self.local_tokens, computed[0] * chunk_tokens) if computed else 0
+        self.met_tokens = first * chunk_tokens - start if computed else 0
+        self.loaded_tokens = max(0, self.loaded_tokens - self.met_tokens)
 
     def _media(self) -> list[MediaItem]:
         return [

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -21,6 +22,7 @@ from kvstrata.connectors.vllm.events import Events
 from kvstrata.connectors.vllm.groups import Groups
 from kvstrata.connectors.vllm.loads import load_of
 from kvstrata.connectors.vllm.lookups import LOOK_AHEAD, Lookups
+from kvstrata.connectors.vllm.meets import Meets
 from kvstrata.connectors.vllm.messages import (
     StepMetadata,
     WorkerHello,
@@ -72,10 +74,13 @@ class SchedulerSide:
         self._loads: dict[str, tuple[int, bytes]] = {}  # in workers' hands: lease, first chunk
         self._loading_chunks: dict[bytes, str] = {}
         self._unrecorded: dict[str, RequestState] = {}  # ended, before their loads were heard of
+        self._meeting: set[str] = set()  # of them, those that are computed meanwhile
         self._next = StepMetadata()
         self._pace = Pace(config.deadlines.match)
+        self._meets = Meets(config.meet == "on", groups)
         self._lookups = Lookups(
             vllm_config, config, groups, self._pace, self._states, self._loads, events,
+            self._meets.may_ask,
         )  # fmt: skip
         self._stores = Stores(self._lookups, groups)
 
@@ -96,7 +101,9 @@ class SchedulerSide:
             self._off = f"the model cannot be identified: {error}"
         if self._off:
             logger.error("KVStrata is off: %s", self._off)
-        elif why := ranked[0].why_alone:
+        else:
+            self._meets.introduce(ranked)
+        if not self._off and (why := ranked[0].why_alone):
             logger.warning("KVStrata shares no KV with engines of more or fewer ranks: %s", why)
         if not same:
             self._forsake("the workers have changed")
@@ -199,6 +206,9 @@ class SchedulerSide:
             state.other_tokens += num_external_tokens
         state.loaded_how = "sync" if state.sync else "async"
         state.load_began = time.monotonic()
+        if (front := self._meets.front(state, load, blocks, end)) is not None:
+            load = replace(load, front=front)
+            self._meeting.add(request.request_id)
         if state.sync:
             self._pace.copies(self._copy_s(last - first))
         self._loads[request.request_id] = (state.lease, chunk)
@@ -230,7 +240,10 @@ class SchedulerSide:
                 known = min(before + count, state.request.num_tokens)
                 step = range(before, before + count)
                 meta.stores += self._stores.of_step(state, step, known, resolve)
-        self._pace.step(meta.num_tokens, num_pairs)
+                meta.trial = meta.trial or self._meets.trial(state, step, resolve)
+        # What is computed inside a load says nothing of what else a step takes.
+        inside = bool(self._meeting) or meta.trial is not None
+        self._pace.step(0 if inside else meta.num_tokens, num_pairs)
         return meta
 
     def update_connector_output(self, output: Any) -> None:
@@ -244,6 +257,10 @@ class SchedulerSide:
                 state = self._states.get(request_id) or self._unrecorded.get(request_id)
                 if state is not None:
                     state.loaded_from += tokens
+            self._meets.hear(report.tried)
+            for request_id, first in report.met.items():
+                if (state := self._states.get(request_id)) is not None:
+                    state.met(first, self._chunk)
             for request_id, first in report.came.items():
                 if (state := self._states.get(request_id)) is not None:
                     # Of several ranks the one that has least counts.
@@ -385,6 +402,7 @@ class SchedulerSide:
 
     def _end_load(self, request_id: str, *, failed: bool) -> None:
         lease, chunk = self._loads.pop(request_id, (0, b""))
+        self._meeting.discard(request_id)
         if self._loading_chunks.get(chunk) == request_id:
             del self._loading_chunks[chunk]
         if self._lookups.client is not None:

@@ -17,8 +17,10 @@ from typing import Any
 
 from kvstrata.config import DeadlineConfig
 from kvstrata.connectors.threads import use_given_cores, yield_to_the_engine
+from kvstrata.connectors.vllm.backwards import bring
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
 from kvstrata.connectors.vllm.fills import fill
+from kvstrata.connectors.vllm.meeting import Meeting, Meetings
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pace import Rate
 from kvstrata.connectors.vllm.payloads import Payloads
@@ -131,11 +133,22 @@ class Transfers:
         self._failed: set[str] = set()
         self._cut: dict[str, tuple[int, set[int]]] = {}
 
-    def begin_loads(self, loads: list[Load], client: NodeClient | None) -> None:
-        """Begin loads into blocks that the engine has finished with; each ends exactly once."""
+    def begin_loads(
+        self, loads: list[Load], client: NodeClient | None, meetings: Meetings | None = None
+    ) -> None:
+        """Begin loads into blocks that the engine has finished with; each ends exactly once.
+
+        Args:
+            loads: that the scheduler's side planned.
+            client: of the node.
+            meetings: those of them with a front are part of; `meeting_ended` ends them.
+        """
         after = self._copier.mark()
         deadline = time.monotonic() + self._deadlines.load
         for load in loads:
+            if meetings is not None and load.front is not None:
+                self._begin_meeting(meetings.begin(load), client, after, deadline)
+                continue
             arriving = any(p.ARRIVING in chunk for chunk in load.offsets)
             with self._changed:
                 self._num_loading += 1
@@ -144,6 +157,14 @@ class Transfers:
             threads = self._awaiting if arriving else self._loading
             future = threads.submit(self._load, load, client, after, deadline, arriving)
             future.add_done_callback(partial(self._called_off, load, arriving))
+
+    def meeting_ended(self, meeting: Meeting) -> None:
+        """A load has met what was computed, or will not: its blocks are the engine's again."""
+        came = meeting.computed - meeting.load.first_chunk
+        with self._changed:
+            self._loaded.add(meeting.load.request_id)
+            if not meeting.met:
+                self._cut_at(meeting.load, came)
 
     def call_off(self, request_ids: set[str]) -> None:
         """Let the loads of these requests end without what has not come yet."""
@@ -268,12 +289,52 @@ class Transfers:
             self._unwanted.discard(load.request_id)
             self._loaded.add(load.request_id)
             if came < len(load.keys):
-                rest = load.blocks[came * len(load.blocks) // len(load.keys) :]
-                missing = {block for block in rest if block >= 0}
-                self._cut[load.request_id] = load.first_chunk + came, missing
+                self._cut_at(load, came)
             if failed:
                 self._failed.add(load.request_id)
             self._changed.notify_all()
+
+    def _cut_at(self, load: Load, came: int) -> None:
+        """Nothing of use is in the blocks of the chunks from number ``came`` of the load on."""
+        rest = load.blocks[came * len(load.blocks) // len(load.keys) :]
+        missing = {block for block in rest if block >= 0}
+        self._cut[load.request_id] = load.first_chunk + came, missing
+
+    def _begin_meeting(
+        self, meeting: Meeting, client: NodeClient | None, after: Any, deadline: float
+    ) -> None:
+        def copy(offsets: list[list[int]], first: int, last: int) -> None:
+            self._copy(meeting.load, client, offsets, first, last, after)
+            with self._changed:
+                self._changed.notify_all()
+
+        def ended(future: Future[None]) -> None:
+            if future.cancelled():
+                meeting.fail()
+            with self._changed:
+                self._num_loading -= 1
+                self._changed.notify_all()
+
+        with self._changed:
+            self._num_loading += 1
+        self._awaiting.submit(bring, meeting, client, copy, deadline).add_done_callback(ended)
+
+    def _copy(
+        self,
+        load: Load,
+        client: NodeClient | None,
+        offsets: list[list[int]],
+        first: int,
+        last: int,
+        after: Any,
+    ) -> None:
+        """Copy these chunks of a load into their blocks."""
+        plans, kept = self.plan(load, client, offsets, first, last)
+        begun = time.perf_counter()
+        for plan in plans:
+            self._copier.load(plan, after)
+        self.rate.note(sum(plan.nbytes for plan in plans), time.perf_counter() - begun)
+        del kept
 
     def _load_chunks(
         self, load: Load, client: NodeClient | None, after: Any, deadline: float
@@ -290,13 +351,7 @@ class Transfers:
             while ready < total and p.ARRIVING not in offsets[ready]:
                 ready += 1
             if ready > done:
-                plans, kept = self.plan(load, client, offsets, done, ready)
-                begun = time.perf_counter()
-                for plan in plans:
-                    self._copier.load(plan, after)
-                seconds = time.perf_counter() - begun
-                self.rate.note(sum(plan.nbytes for plan in plans), seconds)
-                del kept
+                self._copy(load, client, offsets, done, ready, after)
                 done = ready
                 continue
             have = load.first_chunk + done

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
@@ -18,6 +19,7 @@ from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.link import Link
 from kvstrata.connectors.vllm.copies import Copier, Runs, copy_runs, make_copier
 from kvstrata.connectors.vllm.engines import shares
+from kvstrata.connectors.vllm.fronts import Fronts
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.origins import Origins
@@ -29,7 +31,7 @@ from kvstrata.connectors.vllm.ranks import cut
 from kvstrata.connectors.vllm.states import describe_states, prove_states
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.connectors.vllm.transfers import Transfers
-from kvstrata.errors import KVStrataError
+from kvstrata.errors import Incompatible, KVStrataError
 from kvstrata.wire.client import NodeClient
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class WorkerSide:
         link: the way to the node, already started.
         config: KVStrata's.
         groups: what these groups are to KVStrata.
+        make_fronts: gives what computes loads from the front, from the pages of the engine's
+            first group, or raises `Incompatible`; None: nothing does.
 
     Raises:
         Incompatible: the engine keeps KV in a way that is not understood; the reason is readable.
@@ -66,6 +70,7 @@ class WorkerSide:
         link: Link,
         config: Config,
         groups: Groups,
+        make_fronts: Callable[[Pages], Fronts] | None = None,
     ) -> None:
         parallel = vllm_config.parallel_config
         whole = {
@@ -113,6 +118,15 @@ class WorkerSide:
         # steps still to come that were planned before a failed synchronous load was heard of
         self._num_doubtful = 0
         self._num_in_flight = vllm_config.max_concurrent_batches
+        self._fronts: Fronts | None = None
+        self._no_fronts = ""
+        if make_fronts is not None:
+            try:
+                self._fronts = make_fronts(pages)
+            except Exception as error:  # another vLLM's, perhaps; loads go on without it
+                self._no_fronts = str(error) or type(error).__name__
+                if not isinstance(error, Incompatible):
+                    logger.exception("KVStrata cannot compute inside loads")
         # vLLM 0.32 unmaps the blocks of an engine that falls asleep without a word to anybody.
         self._drain_always = vllm_config.model_config.enable_sleep_mode and not hasattr(
             KVConnectorBase_V1, "unregister_kv_caches"
@@ -128,6 +142,7 @@ class WorkerSide:
             node=self._node,
             slices=self._cut.slices,
             why_alone=self._cut.why_alone,
+            no_fronts=self._no_fronts,
         )
 
     # called by vLLM's model runner, in this order in each step
@@ -142,6 +157,8 @@ class WorkerSide:
         self._began = time.monotonic()
         self._follow(meta)
         self._transfers.call_off(meta.called_off)
+        if self._fronts is not None:
+            self._fronts.meetings.call_off(meta.called_off)
         self._begin_stores(meta.late_stores, 0.0)
         overwritten = set(meta.fresh_blocks)
         for load in (*meta.sync_loads, *meta.async_loads):
@@ -153,7 +170,8 @@ class WorkerSide:
         self._meta = meta
         self._unfinished = True
         if meta.async_loads:
-            self._transfers.begin_loads(meta.async_loads, self._client)
+            meetings = self._fronts.meetings if self._fronts is not None else None
+            self._transfers.begin_loads(meta.async_loads, self._client, meetings)
 
     def load_sync(self) -> None:
         """Prepare the copies that this forward needs; on a GPU, do them.
@@ -214,6 +232,8 @@ class WorkerSide:
         self._transfers.rate.note(self._sync_bytes, self._sync_s)
         self._sync_bytes, self._sync_s = 0, 0.0
         self._sync_kept.clear()
+        if self._fronts is not None and meta.trial is not None:
+            self._fronts.prove(meta.trial)
         if self._num_doubtful:
             # This step's KV was computed from blocks that were not filled.
             self._num_doubtful -= 1
@@ -229,7 +249,9 @@ class WorkerSide:
 
     def loads_ended(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last step, and those of them that failed."""
-        if self._meta.num_tokens:
+        if self._compute_fronts():
+            ended = self._transfers.loads_ended(0.0)
+        elif self._meta.num_tokens:
             wait_s = min(STEP_WAIT_S, WAIT_SHARE * (time.monotonic() - self._began))
             ended = self._transfers.loads_ended(wait_s, idle=False)
         else:
@@ -248,12 +270,15 @@ class WorkerSide:
         """What the scheduler's side wants to hear after each step."""
         loaded, self._sync_loaded = self._sync_loaded, {}
         came, self._came = self._came, {}
+        met, tried = self._fronts.report() if self._fronts is not None else ({}, None)
         return WorkerReport(
             {self._node},
             loaded,
             came,
             self._transfers.rate.best(),
             self._origins.take() if self._origins is not None else {},
+            met,
+            tried,
         )
 
     def drain(self) -> None:
@@ -266,6 +291,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """End what is under way and let go of the node. Repeatable."""
+        if self._fronts is not None:
+            self._fronts.meetings.close()
         self._transfers.close()
         if self._tracer is not None:
             self._tracer.close()
@@ -273,6 +300,15 @@ class WorkerSide:
         self._detach()
 
     # how
+
+    def _compute_fronts(self) -> bool:
+        """Compute a slice of a load that arrives from its end; whether that was done."""
+        if self._fronts is None:
+            return False
+        ended, computed = self._fronts.step(self._meta.num_tokens)
+        for meeting in ended:
+            self._transfers.meeting_ended(meeting)
+        return computed
 
     def _copy_layer(self, layer_name: str) -> None:
         begun = time.perf_counter()
