@@ -122,6 +122,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "encoded_disk": ours("encoded_disk"),
     "streaming": ours("streaming"),
     "planner": ours("planner"),
+    "meeting": ours("meeting"),
     "stores": ours("stores"),
     "codecs": ours("codecs"),
     "cold_overhead": ours("cold_overhead"),
