@@ -108,8 +108,8 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
     "Load or compute": (
         _counter(
             "plans_total",
-            "Decisions of the planner over what slower tiers have: load all, part of it, or "
-            "compute.",
+            "Decisions of the planner over what slower tiers have: load all, part of it, compute, "
+            "or meet, where an engine does both at once.",
             "decision",
         ),
         _counter(
