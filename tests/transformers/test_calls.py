@@ -101,6 +101,21 @@ def test_training_mode(model: Any, place: Place, texts: Texts) -> None:
     assert attached.stats()["bypassed"] == {"training mode": 1}
 
 
+def test_autocast(model: Any, place: Place, texts: Texts) -> None:
+    """It computes in another dtype than the model has, and so would what was loaded not be its."""
+    (prompt,) = texts.of(140)
+    ids = torch.tensor([prompt])
+    with torch.autocast("cpu", torch.bfloat16):
+        cold = model.generate(ids, **NEW, output_logits=True, return_dict_in_generate=True)
+    attached = place.attach(model)
+    model.generate(ids, **NEW)
+    assert attached.flush()
+    with torch.autocast("cpu", torch.bfloat16):
+        warm = model.generate(ids, **NEW, output_logits=True, return_dict_in_generate=True)
+    assert all(map(torch.equal, warm.logits, cold.logits))
+    assert attached.stats()["bypassed"] == {"autocast": 1}
+
+
 def test_every_way_to_ask_is_understood(model: Any, place: Place, texts: Texts) -> None:
     (prompt,) = texts.of(140)
     ids, config = torch.tensor([prompt]), GenerationConfig(**NEW)

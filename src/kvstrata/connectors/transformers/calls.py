@@ -48,6 +48,8 @@ def look_at(model: Any, arguments: Mapping[str, Any]) -> Call | str:
     ids, config = more.pop("inputs", None), more.pop("generation_config", None)
     if model.training:
         return "training mode"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast"
     if more.pop("custom_generate", None) is not None:
         return "custom generate"
     if more.pop("assistant_model", None) is not None:
