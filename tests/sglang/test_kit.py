@@ -67,6 +67,22 @@ def test_what_one_stores_another_loads_bit_by_bit(
         assert torch.equal(loaded[pool], expected), pool
 
 
+@pytest.mark.parametrize("buffered", [False, True], ids=["cache", "buffer_only"])
+@pytest.mark.parametrize("layout", ["layer_first", "page_first_direct"])
+@pytest.mark.parametrize("name", ["full", "swa"])
+def test_float8_comes_back_bit_by_bit(kits: Kits, name: str, layout: str, buffered: bool) -> None:
+    """SGLang keeps it as bytes, whichever float8 it is."""
+    kit = kits(kind(name, 64, dtype=torch.float8_e4m3fn), layout=layout, buffered=buffered)
+    tokens = kit.tokens(4)
+    stored = kit.cache(1).store(tokens)
+    consumer = kit.cache(2)
+    assert consumer.pool.dtype == torch.uint8
+    assert consumer.prefetch(tokens) == len(tokens)
+    loaded = consumer.loaded(tokens)
+    for pool, expected in stored.items():
+        assert torch.equal(loaded[pool], expected), pool
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_what_follows_is_stored_and_found_behind_what_was(kits: Kits, name: str) -> None:
     kit = kits(kind(name, 64))

@@ -266,6 +266,8 @@ def describe(pool: Any, name: str, page_tokens: int, foreign: tuple[str, ...] = 
     if getattr(pool, "_layer_shard_enabled", False):
         raise Incompatible("its layers are spread over ranks")
     plain = type(pool) in (MHATokenToKVPoolHost, MLATokenToKVPoolHost)
+    # SGLang keeps all kinds of float8 as bytes; which kind these are is the namespace's to tell.
+    plain = plain and pool.dtype != torch.uint8
     if plain and not getattr(pool, "_is_dummy", False) and isinstance(pool.kv_buffer, torch.Tensor):
         return TokenPages(pool, name, page_tokens, foreign if name == KV else ())
     return BytePages(pool, name, page_tokens)
