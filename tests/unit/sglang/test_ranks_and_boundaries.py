@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from tests.support.host_pools import HostPool
 
 from kvstrata.config import load_config
@@ -23,6 +24,7 @@ from kvstrata.connectors.sglang.records import record_of
 from kvstrata.connectors.sglang.renewals import Generation
 from kvstrata.connectors.sglang.stats import Tally
 from kvstrata.connectors.sglang.stores import Stores
+from kvstrata.errors import DeadlineExceeded
 from kvstrata.keys import Namespace
 from kvstrata.node.process.inprocess import InProcessNode
 
@@ -223,3 +225,29 @@ def test_what_is_there_or_being_written_counts_as_kept(node: InProcessNode) -> N
     assert rank.lookups.prefix(rank.client, "", ["ee" * 32], ()) == 0
     rank.close()
     other.close()
+
+
+def test_a_lookup_that_fails_leaves_no_lease(
+    node: InProcessNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Rank(node)) as rank:
+        rank.write(0, 4)
+        client = rank.client
+        with pytest.raises(ValueError, match="hex"):
+            rank.lookups.prefix(client, "", HASHES, ["no hash"])
+        assert client.status()["leases"]["count"] == 0
+        # While two secrets are known, the answer for the second one does not come.
+        secrets = [client.hello.secret, bytes(32)]
+        monkeypatch.setattr(client, "hello", replace(client.hello, secrets=secrets))
+        match, asked = client.match, list[Any]()
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            asked.append(args)
+            if len(asked) > 1:
+                raise DeadlineExceeded("late")
+            return match(*args, **kwargs)
+
+        monkeypatch.setattr(client, "match", late)
+        assert rank.read(0, 8) == 4
+        assert len(asked) == 3, "and once more, for what follows"
+        assert client.status()["leases"]["count"] == 0

@@ -13,6 +13,7 @@ from kvstrata.connectors.sglang.holds import Hold, Holds
 from kvstrata.connectors.sglang.names import Names
 from kvstrata.connectors.sglang.pages import KV
 from kvstrata.connectors.sglang.pools import Pools
+from kvstrata.errors import KVStrataError
 from kvstrata.keys import owner_digest
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
@@ -122,7 +123,12 @@ class Lookups:
         """
         best: Hold | None = None
         for secret in client.hello.secrets:
-            hold = self._match(client, generation, secret, hashes, (), [Wanted(name)])
+            try:
+                hold = self._match(client, generation, secret, hashes, (), [Wanted(name)])
+            except KVStrataError:
+                if best is None:
+                    raise
+                break  # what is leased already is there to be read
             if hold is None:
                 continue
             if best is None or len(hold.hashes) > len(best.hashes):
@@ -146,6 +152,7 @@ class Lookups:
         if not digest or not hashes:
             return None
         keys = self._names.keys(secret, digest, hashes)
+        first = self._names.keys(secret, digest, before[:1])[0] if before else keys[0]
         parts = [self._pools.part(one.name) for one in wanted]
         kinds = [pages for one in wanted if (pages := self._pools.get(one.name)) is not None]
         orders = list(dict.fromkeys(order for pages in kinds for order in pages.orders))
@@ -159,7 +166,6 @@ class Lookups:
             needs=[one.last for one in wanted] if any(one.last for one in wanted) else (),
         ).wait(self._patience_s)
         count = len(answer.tiers)
-        first = self._names.keys(secret, digest, before[:1])[0] if before else keys[0]
         return Hold(
             client=client,
             lease=answer.lease,
