@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 #: SGLang's own limit on a prefetch begins with a second, and adds a quarter for 1,024 tokens. What
 #: it gives up on is lost, so a read ends before that with what has come.
 BASE_S, EACH_1024_TOKENS_S = 0.75, 0.2
+#: a flush waits for the reading thread for ten seconds, and raises after that
+MOST_S = 8.0
 
 
 def patience_s(num_tokens: int, most_s: float) -> float:
@@ -30,7 +32,7 @@ def patience_s(num_tokens: int, most_s: float) -> float:
     Args:
         most_s: the operator's limit, ``deadlines.load``.
     """
-    return min(most_s, BASE_S + EACH_1024_TOKENS_S * num_tokens / 1024)
+    return min(most_s, MOST_S, BASE_S + EACH_1024_TOKENS_S * num_tokens / 1024)
 
 
 class Loads:
