@@ -199,10 +199,10 @@ class Child:
 
         begin = self._begin_loads = Transfers.begin_loads
 
-        def stopping(transfers: Any, loads: Any, client: Any) -> None:
+        def stopping(transfers: Any, *how: Any) -> None:
             os.kill(pid, signal.SIGSTOP)
             self.stop_no_more()
-            begin(transfers, loads, client)
+            begin(transfers, *how)
 
         Transfers.begin_loads = stopping  # type: ignore[assignment, method-assign]
         return {}
