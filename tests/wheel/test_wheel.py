@@ -24,7 +24,7 @@ VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 LIGHT_EXTRAS = "redis,s3,control"
 # Who may need more than is there: the engine's side, the GPU's kernels, authors' contract suites.
 NEED_MORE = {
-    "kvstrata.connectors": {"sglang", "torch", "vllm"},
+    "kvstrata.connectors": {"sglang", "torch", "transformers", "vllm"},
     "kvstrata.codecs.triton": {"torch", "triton"},
     "kvstrata.testing": {"pytest"},
     "kvstrata.node.coding.sealing": {"cryptography"},
