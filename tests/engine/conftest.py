@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,21 +66,34 @@ def tiny_idefics3() -> Path:
     return models.tiny_idefics3()
 
 
-@pytest.fixture(scope="package")
-def engines() -> Iterator[Engines]:
+_ENGINES = Engines()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Shared engines end with the last test of this folder, and some of them with their file.
+
+    A folder that is no package has no fixtures of its own: they would live as long as the session.
+    """
+    if nextitem is None or _HERE not in nextitem.path.parents:
+        _ENGINES.close()
+    elif nextitem.path != item.path:
+        _ENGINES.leave_file()
+
+
+@pytest.fixture(scope="session")
+def engines() -> Engines:
     """The engines that tests share; they end with the last test of this folder."""
-    engines = Engines()
-    yield engines
-    engines.close()
+    return _ENGINES
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def plain(engines: Engines, tiny_llama: Path) -> Plain:
     """Plain vLLM with the tiny Llama: what most answers are compared with."""
-    return engines.plain(tiny_llama)
+    return engines.plain(tiny_llama, keep=True)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def shared(engines: Engines, tiny_llama: Path) -> Shared:
     """The engine that most tests use: the tiny Llama with KVStrata."""
     return engines.shared(tiny_llama)

@@ -29,24 +29,30 @@ class Engines:
     """Every engine of this session that more than one test uses.
 
     Whoever asks with the same arguments gets the same engine. None is waited for before it is
-    asked something, so those that a test needs start side by side.
+    asked something, so those that a test needs start side by side. An engine takes a GiB and more,
+    so those that few files ask for end with the file.
     """
 
     def __init__(self) -> None:
         self._ends = ExitStack()
+        self._of_file = ExitStack()
         self._plain: dict[str, Plain] = {}
+        self._kept: set[str] = set()
         self._places: dict[Path, Place] = {}
         self._engines: dict[str, Engine] = {}
 
-    def plain(self, model: Path, **options: Any) -> Plain:
+    def plain(self, model: Path, *, keep: bool = False, **options: Any) -> Plain:
         """Plain vLLM with this model.
 
         Args:
+            keep: beyond the file that asks for it first.
             options: of `Place.engine`.
         """
-        known = repr((model, sorted(options.items())))
+        known = repr((model, keep, sorted(options.items())))
         if known not in self._plain:
-            place = self._ends.enter_context(Place(model))
+            if keep:
+                self._kept.add(known)
+            place = (self._ends if keep else self._of_file).enter_context(Place(model))
             self._plain[known] = Plain(place.engine(with_kvstrata=False, **options))
         return self._plain[known]
 
@@ -69,6 +75,12 @@ class Engines:
             self._engines[known] = place.engine(**options)
         return Shared(place, self._engines[known])
 
+    def leave_file(self) -> None:
+        """End what is not kept beyond a file."""
+        self._of_file.close()
+        self._plain = {known: self._plain[known] for known in self._kept}
+
     def close(self) -> None:
-        """End them all."""
+        """End them all. Repeatable."""
+        self._of_file.close()
         self._ends.close()
