@@ -27,9 +27,11 @@ from tests.support.forked import Forked, fork_server
 from kvstrata.errors import UsageError
 from kvstrata.testing.engine import Process, last_words
 from kvstrata.testing.serving import HOST, free_port
+from kvstrata.testing.sglang import spelled
 
 SHIMS = Path(__file__).parent / "shims"
 START_S = 240.0
+START_TRIES = 3
 ANSWER_S = 120.0
 NEW_TOKENS = 8
 PAGE = 128
@@ -104,7 +106,6 @@ class Server:
         options: on top of `OPTIONS`, in its own spelling without dashes; True for a flag, None to
             leave one of those out.
         environment: on top of this process's and of `ENVIRONMENT`.
-        fresh: start it with the command line itself, in interpreters of its own.
     """
 
     def __init__(
@@ -113,7 +114,6 @@ class Server:
         log: Path,
         options: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
-        fresh: bool = False,
     ) -> None:
         port = free_port()
         self.url = f"http://{HOST}:{port}"
@@ -122,18 +122,12 @@ class Server:
         self._ready_at: int | None = None
         own = {"model-path": str(model), "host": HOST, "port": port}
         arguments = spelled({**own, **OPTIONS, **(options or {})})
-        around = surroundings(environment)
-        self._process: Process
-        if fresh:
-            command = [sys.executable, "-m", "sglang.launch_server", *arguments]
-            with log.open("ab") as output:
-                self._process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=around,
-                    start_new_session=True,
-                )  # fmt: skip
-        else:
-            server = fork_server("tests.sglang.preload", surroundings)
-            self._process = Forked(launch, (arguments,), log, around, server)
+        self._arguments, self._around = arguments, surroundings(environment)
+        self._process = self._begin()
+
+    def _begin(self) -> Process:
+        server = fork_server("tests.sglang.preload", surroundings)
+        return Forked(launch, (self._arguments,), self._log_file, self._around, server)
 
     @property
     def pid(self) -> int:
@@ -170,11 +164,16 @@ class Server:
         """
         if self._ready_at is not None:
             return
-        deadline = time.monotonic() + START_S
+        deadline, tries = time.monotonic() + START_S, START_TRIES
         while READY not in self.log or not self._healthy():
             if self.ended() or time.monotonic() > deadline:
                 self.kill()
-                raise UsageError(f"SGLang did not start: {last_words(self._log_file, 40)}")
+                tries -= 1
+                if not tries or time.monotonic() > deadline:
+                    raise UsageError(f"SGLang did not start: {last_words(self._log_file, 40)}")
+                # It gives itself ten seconds to answer; a busy machine may need more.
+                self._begins_at = self._log_file.stat().st_size
+                self._process = self._begin()
             time.sleep(0.05)
         self._ready_at = self._log_file.stat().st_size
 
@@ -261,15 +260,6 @@ class Server:
         with self._log_file.open("rb") as log:
             log.seek(offset)
             return log.read().decode(errors="replace")
-
-
-def spelled(options: Mapping[str, object]) -> list[str]:
-    """Options as arguments of a command line."""
-    return [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in options.items()
-        if value is not None
-    ]
 
 
 def surroundings(more: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -26,9 +26,9 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.test.kits.unified_radix_cache.config import CacheConfig
 from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
-from tests.sglang.place import CONNECTOR
 
 from kvstrata.connectors.sglang import KVStrataStorage
+from kvstrata.testing.sglang import CONNECTOR
 
 FULL, SWA, MAMBA = ComponentType.FULL, ComponentType.SWA, ComponentType.MAMBA
 

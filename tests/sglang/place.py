@@ -17,6 +17,7 @@ from tests.engine.checked_node import CODE
 from tests.engine.service import Serviced
 from tests.sglang.children import ADMIN_KEY, HICACHE, PAGE, Server
 
+from kvstrata.testing.sglang import CONNECTOR
 from kvstrata.testing.workplace import wait_stored
 from kvstrata.wire.client import NodeClient
 
@@ -24,16 +25,6 @@ PATIENCE_S = 60.0
 
 ADMIN: Mapping[str, object] = {"admin-api-key": ADMIN_KEY}
 """Of an SGLang whose storage is exchanged while it runs."""
-CONNECTOR: Mapping[str, object] = {
-    "backend_name": "kvstrata",
-    "module_path": "kvstrata.connectors.sglang",
-    "class_name": "KVStrataStorage",
-    "interface_v1": 1,
-    "hicache_storage_pass_prefix_keys": True,
-    # SGLang asks for nothing shorter; a page is the least.
-    "prefetch_threshold": PAGE,
-}
-"""SGLang's extra configuration for KVStrata, without KVStrata's own options."""
 
 
 class Place(Serviced):
@@ -60,7 +51,9 @@ class Place(Serviced):
 
     def storage(self, settings: Mapping[str, Any] | None = None) -> dict[str, object]:
         """SGLang's options for one with KVStrata behind its cache."""
-        extra = {**CONNECTOR, "kvstrata": {**self._settings, **(settings or {})}}
+        # Without it SGLang asks for nothing that is shorter than 256 tokens.
+        own = {**self._settings, **(settings or {})}
+        extra = {**CONNECTOR, "prefetch_threshold": PAGE, "kvstrata": own}
         return {
             **HICACHE,
             "hicache-host-memory-mode": "buffer_only",
@@ -74,7 +67,6 @@ class Place(Serviced):
         environment: Mapping[str, str] | None = None,
         model: Path | None = None,
         settings: Mapping[str, Any] | None = None,
-        fresh: bool = False,
     ) -> Server:
         """Begin to start an SGLang with KVStrata.
 
@@ -83,7 +75,6 @@ class Place(Serviced):
             environment: on top of what every one has.
             model: another one.
             settings: KVStrata's, on top of those of this place.
-            fresh: as of `Server`.
         """
         log = self.folder / f"sglang-{len(self._servers)}-{os.urandom(2).hex()}.log"
         server = Server(
@@ -91,7 +82,6 @@ class Place(Serviced):
             log,
             {**self.storage(settings), **(options or {})},
             {**self.environment, **(environment or {})},
-            fresh,
         )
         self._servers.append(server)
         return server

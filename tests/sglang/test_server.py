@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
 from tests.engine.plain import Texts
@@ -56,12 +55,3 @@ def test_a_wrong_byte_in_its_storage_changes_its_answer(
     loaded = with_files.ask(prompt)
     assert loaded.loaded == pages(len(prompt))
     assert loaded.tokens != cold.tokens
-
-
-def test_its_command_line_starts_the_same(
-    plain: Server, tiny_llama: Path, tmp_path: Path, texts: Texts
-) -> None:
-    prompts = texts.of(200, 513)
-    with closing(Server(tiny_llama, tmp_path / "sglang.log", fresh=True)) as fresh:
-        assert [fresh.ask(prompt) for prompt in prompts] == [plain.ask(p) for p in prompts]
-        assert "Traceback" not in fresh.said
