@@ -254,6 +254,7 @@ class NodeClient:
         parts: list[int],
         orders: Sequence[str] = (),
         namespace: bytes = b"",
+        timeout_s: float | None = None,
     ) -> bytes:
         """The tier of each chunk, one byte each, 255 where absent.
 
@@ -262,11 +263,12 @@ class NodeClient:
             parts: what makes up a chunk.
             orders: in one of which an object has to be; empty: any will do.
             namespace: as of `match`; with it and ``orders`` the shared tiers are asked too.
+            timeout_s: for each request that this takes; the client's own if None.
         """
-        tiers = b""
+        tiers, patience_s = b"", self._timeout_s if timeout_s is None else timeout_s
         for some in _pieces(keys, parts):
             call = self.begin(p.Lookup, p.Found, b"".join(some), parts, list(orders), namespace)
-            found: p.Found = call.wait(self._timeout_s)
+            found: p.Found = call.wait(patience_s)
             tiers += found.tiers
         return tiers
 

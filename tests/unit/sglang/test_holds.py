@@ -189,3 +189,16 @@ def test_pages_that_arrive_are_taken_in() -> None:
     assert hold.arrived(1, b"".join(n.to_bytes(8, "little") for n in (10, 11, 12, 13))) == 2
     assert hold.offsets == [-1, -1, 10, 11, 12, 13, -1, -1]
     assert (hold.offset(1, 0), hold.offset(2, 65536)) == (10, 13)
+
+
+def test_a_record_that_fails_keeps_no_lease() -> None:
+    def ended(hold: Hold) -> None:
+        raise RuntimeError("a bug")
+
+    client, holds = Client(), Holds(0.05, ended)
+    holds.add(a_hold(client, 1, "ab"))
+    eventually(lambda: client.released == [1])
+    holds.add(a_hold(client, 2, "ab"))
+    holds.add(a_hold(client, 3, ""))
+    eventually(lambda: sorted(client.released) == [1, 2, 3])
+    holds.close()

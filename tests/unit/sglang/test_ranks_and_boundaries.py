@@ -27,6 +27,7 @@ from kvstrata.connectors.sglang.stores import Stores
 from kvstrata.errors import DeadlineExceeded
 from kvstrata.keys import Namespace
 from kvstrata.node.process.inprocess import InProcessNode
+from kvstrata.wire.client import Call
 
 PAGE, PATIENCE_S = 16, 20.0
 HASHES = [bytes([n] * 32).hex() for n in range(1, 9)]
@@ -251,3 +252,20 @@ def test_a_lookup_that_fails_leaves_no_lease(
         assert rank.read(0, 8) == 4
         assert len(asked) == 3, "and once more, for what follows"
         assert client.status()["leases"]["count"] == 0
+
+
+def test_boundaries_are_not_waited_for_longer_than_a_match(
+    node: InProcessNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(node, more=("swa",))
+    with closing(rank.client):
+        waited = list[float]()
+        wait = Call.wait
+
+        def noted(call: Call, timeout_s: float) -> Any:
+            waited.append(timeout_s)
+            return wait(call, timeout_s)
+
+        monkeypatch.setattr(Call, "wait", noted)
+        rank.lookups.restorable(rank.client, "", HASHES, [Wanted(KV), Wanted("swa", 1)])
+        assert waited == [PATIENCE_S]

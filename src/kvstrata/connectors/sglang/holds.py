@@ -6,6 +6,7 @@ when its last page has been read, when a read of it fails, by its age, or when t
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 
 from kvstrata.observe.reasons import Reason
 from kvstrata.wire.client import NodeClient, offsets_of
+
+logger = logging.getLogger(__name__)
 
 MAX_HOLDS = 64
 
@@ -24,6 +27,7 @@ class Hold:
     Args:
         client: whose lease it is.
         lease: its number.
+        generation: of the weights that its pages were computed with.
         hashes: SGLang's, of the pages that are leased.
         keys: KVStrata's, of the same.
         parts: the objects of each page.
@@ -175,4 +179,8 @@ class Holds:
 
     def _end(self, hold: Hold) -> None:
         hold.client.release(hold.lease)
-        self._ended(hold)
+        try:
+            self._ended(hold)
+        except Exception:
+            # Whoever ends holds has others to end: a lease must not stay for a record's sake.
+            logger.exception("KVStrata: the record of a prefetch died of a bug")

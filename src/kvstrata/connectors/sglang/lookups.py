@@ -99,18 +99,17 @@ class Lookups:
         """
         digest = self._names.digest(generation)
         good = set(range(1, len(hashes) + 1))
-        for secret in client.hello.secrets[:1]:
-            keys = self._names.keys(secret, digest, hashes)
-            for one in wanted:
-                pages, part = self._pools.get(one.name), self._pools.part(one.name)
-                if pages is None or one.name == KV:
-                    continue
-                tiers = client.lookup(keys, [part], pages.orders, digest)
-                run, there = 0, []
-                for tier in tiers:
-                    run = run + 1 if tier != p.ABSENT else 0
-                    there.append(run)
-                good &= {n for n, run in enumerate(there, 1) if run >= min(n, one.last or n)}
+        keys = self._names.keys(client.hello.secret, digest, hashes)
+        for one in wanted:
+            pages, part = self._pools.get(one.name), self._pools.part(one.name)
+            if pages is None or one.name == KV:
+                continue
+            tiers = client.lookup(keys, [part], pages.orders, digest, self._patience_s)
+            run, there = 0, []
+            for tier in tiers:
+                run = run + 1 if tier != p.ABSENT else 0
+                there.append(run)
+            good &= {n for n, run in enumerate(there, 1) if run >= min(n, one.last or n)}
         return sorted(good)
 
     def one(

@@ -46,7 +46,6 @@ class KVStrataStorage(HiCacheStorage):
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: Any = None) -> None:
         self._session: Session | None = None
-        self._off = ""
         self._told: set[str] = set()
         try:
             self._begin(storage_config)
@@ -237,7 +236,6 @@ class KVStrataStorage(HiCacheStorage):
         return nothing
 
     def _leave_uncached(self, why: str) -> None:
-        self._off = why
         logger.error("KVStrata leaves this engine's KV uncached: %s", why)
 
     def _say_once(self, what: str) -> None:
