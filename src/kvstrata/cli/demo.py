@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstrata.cli.demo_fleet import FleetDemo, fleet_table
-from kvstrata.cli.demo_results import WAYS, Asked, Reused, plot, reuse_table, table
+from kvstrata.cli.demo_results import Reused, plot, reuse_table, table
 from kvstrata.cli.demo_sglang import SGLangDemo
 from kvstrata.cli.demo_story import (
     ANSWER_TOKENS,
@@ -31,7 +31,6 @@ from kvstrata.cli.demo_story import (
     DOCUMENT_STEPS,
     STEP_TOKENS,
     Story,
-    hits,
 )
 from kvstrata.errors import UsageError
 from kvstrata.objects import MARK_TOKENS
@@ -206,16 +205,16 @@ class Demo(Story):
         stored = _num_objects(len(self._warm_up))
         for asked, prompt in zip(self.asked, self._prompts, strict=True):
             held = len(prompt) // STEP_TOKENS * STEP_TOKENS
-            self._ask("cold", engine, client, asked, prompt, 0)
+            self._ask("cold", engine.ask, client, asked, prompt, 0)
             answer = tokenizer.decode(asked.tokens["cold"][0], skip_special_tokens=True)
             asked.answer = " ".join(answer.split())
             # Let the stores and the disk finish: this is about answers, not about writes.
             stored += _num_objects(len(prompt) + ANSWER_TOKENS - 1)
             wait_stored(client, stored)
             for _ in range(TIMES_WARM):
-                self._ask("own", engine, client, asked, prompt, held)
+                self._ask("own", engine.ask, client, asked, prompt, held)
                 engine.reset_prefix_cache()
-                self._ask("host", engine, client, asked, prompt, held)
+                self._ask("host", engine.ask, client, asked, prompt, held)
             self._say(
                 f"document {asked.number}, {asked.prompt_tokens:,} tokens: cold "
                 f"{asked.ms('cold'):.0f} ms, vLLM's own hit {asked.ms('own'):.0f} ms, "
@@ -230,7 +229,7 @@ class Demo(Story):
                 client.clear(tiers=["host"])
             for asked, prompt in zip(self.asked, self._prompts, strict=True):
                 held = len(prompt) // STEP_TOKENS * STEP_TOKENS
-                self._ask("disk", engine, client, asked, prompt, held)
+                self._ask("disk", engine.ask, client, asked, prompt, held)
         for asked in self.asked:
             self._say(
                 f"document {asked.number}, {asked.prompt_tokens:,} tokens: loaded from disk "
@@ -257,28 +256,6 @@ class Demo(Story):
                 f"{one.common:,} known tokens were reused, of another question {two.loaded:,} of "
                 f"{two.common:,}; by whole chunks alone {one.whole:,} and {two.whole:,}"
             )
-
-    def _ask(
-        self,
-        way: str,
-        engine: Engine,
-        client: NodeClient,
-        asked: Asked,
-        prompt: Sequence[int],
-        cached: int,
-    ) -> None:
-        before = hits(client)
-        answer = engine.ask(prompt, ANSWER_TOKENS)
-        asked.heard(way, answer.first_s, answer.tokens)
-        about = f"document {asked.number}, {WAYS[way]}: "
-        if answer.cached_tokens != cached:
-            raise UsageError(
-                f"{about}{answer.cached_tokens} tokens were cached, {cached} expected; "
-                "`kvstrata doctor` may say why"
-            )
-        hit = {tier for tier, count in hits(client).items() if count > before[tier]}
-        if way in before and hit != {way}:
-            raise UsageError(f"{about}it came from {' and '.join(sorted(hit)) or 'nowhere'}")
 
 
 def in_common(these: Sequence[int], those: Sequence[int]) -> int:

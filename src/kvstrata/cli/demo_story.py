@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvstrata.cli.demo_results import Asked
+from kvstrata.cli.demo_results import WAYS, Asked
+from kvstrata.errors import UsageError
 from kvstrata.testing.others import OtherWork
 
 if TYPE_CHECKING:
+    from kvstrata.testing.engine import Answer
     from kvstrata.wire.client import NodeClient
 
 #: a prompt is computed in steps of so many tokens; documents are a whole number of them, so that
@@ -81,6 +83,40 @@ class Story(ABC):
 
     def _say(self, text: str) -> None:
         typer.echo(f"[{time.monotonic() - self._began:5.0f} s] {text}", err=True)
+
+    def _ask(
+        self,
+        way: str,
+        answer: Callable[[Sequence[int], int], Answer],
+        client: NodeClient,
+        asked: Asked,
+        prompt: Sequence[int],
+        cached: int,
+    ) -> None:
+        """Have a prompt answered, and see that it came from where it is said to.
+
+        Args:
+            way: one of `kvstrata.cli.demo_results.WAYS`.
+            answer: an engine's own; takes the prompt and how many tokens to answer with.
+            client: of the node.
+            asked: takes the answer.
+            prompt: token ids.
+            cached: tokens of it that are not computed.
+        Raises:
+            UsageError: it came from elsewhere.
+        """
+        before = hits(client)
+        heard = answer(prompt, ANSWER_TOKENS)
+        asked.heard(way, heard.first_s, heard.tokens)
+        about = f"document {asked.number}, {WAYS[way]}: "
+        if heard.cached_tokens != cached:
+            raise UsageError(
+                f"{about}{heard.cached_tokens} tokens were cached, {cached} expected; "
+                "`kvstrata doctor` may say why"
+            )
+        hit = {tier for tier, count in hits(client).items() if count > before[tier]}
+        if way in before and hit != {way}:
+            raise UsageError(f"{about}it came from {' and '.join(sorted(hit)) or 'nowhere'}")
 
 
 def hits(client: NodeClient) -> dict[str, float]:
