@@ -19,7 +19,7 @@ STOREYS = (
     "canaries",
     "observe",
     "memory",
-    "codecs",
+    "codecs blend",
     "policies",
     "routing",
     "transfer",

@@ -126,6 +126,79 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Stored chunks that one lease holds.
+
+    Args:
+        lease: that holds them still; the scheduler's side releases it.
+        keys: of the chunks.
+        offsets: as of `Load`: for each, the slot of each part; `ARRIVING` while it is on its way.
+    """
+
+    lease: int
+    keys: list[bytes]
+    offsets: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one stored chunk, and where in a prompt they go.
+
+    Args:
+        source: number of the source that has the chunk.
+        chunk: number of the chunk in that.
+        row: the first of its tokens.
+        count: how many.
+        position: of the first of them in this prompt.
+        was: of the first of them in the prompt that it was computed in.
+    """
+
+    source: int
+    chunk: int
+    row: int
+    count: int
+    position: int
+    was: int
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Put a prompt together: what was computed elsewhere in it, turned, and the rest computed.
+
+    To vLLM it is one load in the background, from ``start`` to the end of ``tokens``.
+
+    Args:
+        request_id: whose blocks.
+        node: identity of the node whose pool the slots are in.
+        sources: all that is copied out of.
+        pieces: by ascending position, none over another; the exact head's too, which have ``was``
+            == ``position`` and end at ``first`` at the latest. What no piece covers is computed,
+            and so is one whose source does not come in time.
+        tokens: of the prompt, up to the load's end: a whole number of blocks.
+        table: the request's blocks up to there.
+        start: tokens that vLLM has itself, a whole number of blocks.
+        first: position of the first token that is not exact.
+        plan: one of `kvstrata.blend.PLANS`: which of the reused tokens are computed anew.
+        ratio: the part of the reused tokens, 0 to 1.
+        parts: what makes up a chunk, as the sources' ``offsets`` have it.
+        seed: for the plan ``random``.
+    """
+
+    request_id: str
+    node: bytes
+    sources: list[Source]
+    pieces: list[Piece]
+    tokens: list[int]
+    table: list[int]
+    start: int
+    first: int
+    plan: str
+    ratio: float
+    parts: list[int]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Store:
     """Copy a request's full blocks into slots that the worker reserves.
 
@@ -182,6 +255,7 @@ class StepMetadata(KVConnectorMetadata):
         node: identity of the node that the scheduler is attached to; empty if to none.
         sync_loads: done before and during this step's forward.
         async_loads: done in the background; each is reported exactly once.
+        blends: the same.
         called_off: requests that have ended, whose loads need not wait for what has not come.
         stores: copied after this step's forward.
         late_stores: of requests that have ended; copied before anything in this step is written.
@@ -193,6 +267,7 @@ class StepMetadata(KVConnectorMetadata):
     node: bytes = b""
     sync_loads: list[Load] = field(default_factory=list)
     async_loads: list[Load] = field(default_factory=list)
+    blends: list[Blend] = field(default_factory=list)
     called_off: set[str] = field(default_factory=set)
     stores: list[Store] = field(default_factory=list)
     late_stores: list[Store] = field(default_factory=list)
@@ -216,6 +291,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             prompt's.
         tried: why nothing can be computed besides the engine's steps, "" if it can be; None: it
             was not tried in this step. All ranks say the same.
+        blended: of blends that have ended well, how many tokens were computed: gaps, and what the
+            plan chose. Once each.
     """
 
     nodes: set[bytes] = field(default_factory=set)
@@ -225,6 +302,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     origins: dict[str, Counter[str]] = field(default_factory=dict)
     met: dict[str, int] = field(default_factory=dict)
     tried: str | None = None
+    blended: dict[str, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports in one."""
@@ -244,6 +322,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.origins or other.origins,
             {**self.met, **other.met},
             other.tried if self.tried is None else self.tried,
+            {**self.blended, **other.blended},
         )
 
 
