@@ -32,12 +32,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWa
 
 NEW = 6
 LENGTHS = (300, 700, 1100, 1500, 900, 2000, 500, 1300)
-LOAD_S, REQUEST_S = 1.0, 0.5
+LOAD_S, REQUEST_S = 2.0, 0.5
 # What a request may take beyond its deadlines on a machine that others use too.
 SLACK_S = 60.0
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_model_len": 4096, "num_gpu_blocks_override": 96}
 SETTINGS = {
-    "deadlines.load": "1s",
+    "deadlines.load": f"{LOAD_S}s",
     "deadlines.request": "500ms",
     "host.capacity": "256MiB",
     "linger": "20s",
@@ -117,6 +117,12 @@ def node_of(place: Place) -> NodeClient:
 
     eventually(there, "a node")
     return found[0]
+
+
+def next_node(place: Place, engine: Engine, world: World) -> NodeClient:
+    """A client of a node that an engine starts: an idle one starts none until it is asked."""
+    world.ask(engine, world.prompts[:1])
+    return node_of(place)
 
 
 def end_service(place: Place) -> None:
@@ -301,7 +307,7 @@ def test_killed_nodes_cost_hits_and_nothing_else(
     chance = random.Random(7)
     killed = set()
     for number in range(7):
-        node = node_of(place)
+        node = next_node(place, engine, world)
         node.clear(tiers=["host"])  # so that what is loaded has to be promoted first
         engine.forget()
         prompts = chance.sample(world.prompts, 6)
@@ -326,7 +332,7 @@ def test_a_stopped_node_is_waited_for_until_the_deadline(
     pair: tuple[Place, Engine, Engine], world: World, moment: str
 ) -> None:
     place, engine, _ = pair
-    node = node_of(place)
+    node = next_node(place, engine, world)
     prompts = world.prompts[:5]
     if moment == "store":
         node.clear()

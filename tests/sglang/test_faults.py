@@ -26,7 +26,8 @@ from kvstrata.testing import models
 FLOAT32: Mapping[str, object] = {"dtype": "float32"}
 LENGTHS = (300, 700, 1100, 900, 500, 140)
 REQUEST_S = 0.5
-SETTINGS = {"deadlines.load": "1s", "deadlines.request": "500ms"}
+# A busy disk may take a second for what is cleared; that is no fault.
+SETTINGS = {"deadlines.load": "5s", "deadlines.request": "500ms"}
 SGLANG_S = 1.0
 """SGLang's own patience with a prefetch."""
 SLACK_S = 15.0
