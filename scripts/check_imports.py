@@ -20,6 +20,7 @@ STOREYS = (
     "observe",
     "memory",
     "codecs blend",
+    "selection",
     "policies",
     "routing",
     "transfer",

@@ -182,6 +182,8 @@ class ObjectHeader(msgspec.Struct, frozen=True, kw_only=True):
             return f"a {self.kind} payload with positions"
         if self.kind == "kept" and len(self.shape) != 5:
             return f"a kept payload of shape {self.shape}, not [L, S, H, R, D]"
+        if self.kind == "kept" and self.group_kind != "recurrent":
+            return f"a kept payload of a {self.group_kind} group: it stands for all before its end"
         return ""
 
     def _problem_of_lengths(self) -> str:

@@ -87,7 +87,7 @@ TOGETHER: dict[str, dict[str, object]] = {
     "order": {"kind": "native"},
     "group_kind": {"boundary": 64},
     "boundary": {"group_kind": "chunked"},
-    "positions": {"kind": "kept"},
+    "positions": {"kind": "kept", "group_kind": "recurrent", "boundary": 160},
 }
 WHERE_IT_IS_STORED = ("epoch", "stored_checksum", "stored_length", "encryption_key")
 

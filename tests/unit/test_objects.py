@@ -290,7 +290,8 @@ def headers(draw: st.DrawFn) -> ObjectHeader:
     raw = codec == "raw"
     chunk_tokens = draw(st.integers(1, 4096))
     num_tokens = draw(st.integers(1, chunk_tokens))
-    group_kind = draw(st.sampled_from(["full", "sliding", "chunked", "recurrent"]))
+    group_kinds = ["recurrent"] + ["full", "sliding", "chunked"] * (kind != "kept")
+    group_kind = draw(st.sampled_from(group_kinds))
     boundary = {"full": 0, "recurrent": start + num_tokens}
     num_marks = draw(st.sampled_from([0, num_tokens // 16]))
     dims = 5 if kind == "kept" else draw(st.integers(1, 8))
@@ -350,6 +351,7 @@ def test_round_trip(header: ObjectHeader) -> None:
         ({"num_tokens": 16, "marks": bytes(24)}, "marks of 24 bytes do not go with 16 tokens"),
         ({"positions": b"p" * 16}, "a portable payload with positions"),
         ({"kind": "kept", "shape": (1, 2)}, "a kept payload of shape (1, 2)"),
+        ({"kind": "kept", "shape": (1, 2, 1, 2, 4)}, "a kept payload of a full group"),
         ({"encryption_key": b"k" * 16}, "raw, but 5124 bytes became 5124"),
         (
             {"encryption_key": b"k" * 16, "codec": "lossless", "stored_length": 28},

@@ -89,7 +89,8 @@ def test_what_was_made_by_hand_is_opened() -> None:
 
 def test_positions_of_kept_tokens_are_hidden_too() -> None:
     raw, positions = kv(), checksum(b"positions")
-    whole = an_object(raw, kind="kept", positions=positions)
+    kept = {"kind": "kept", "group_kind": "recurrent", "boundary": 160}
+    whole = an_object(raw, positions=positions, **kept)
     data = sealed(whole)
     mask_key = blake3(KEY, derive_key_context="KVStrata 1 sealed checksums").digest()
     mask = blake3(bytes(data[4096:4108]), key=mask_key).digest(32)[16:]
