@@ -5,12 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from kvstrata.quality.table import Scores
-
-# What it is called, the field of `Scores`, and whether more of it is worse.
+# What it is called, the field of a table's row, and whether more of it is worse.
 METRICS: Mapping[str, tuple[str, bool]] = {
     "kl": ("kl_mean", True),
     "kl_p99": ("kl_p99", True),
@@ -25,7 +21,7 @@ _TERM = re.compile(r"\s*([a-z_0-9]+)\s*(<=|>=)\s*([0-9.]+(?:e-?[0-9]+)?)\s*(%?)\
 
 @dataclass(frozen=True)
 class Bound:
-    """Limits on the scores of a codec, all of which it has to keep.
+    """Limits on the scores of a codec or a plan of blending, all of which it has to keep.
 
     Args:
         limits: metric and limit; of perplexity the increase, so 0.01 is one percent.
@@ -63,14 +59,17 @@ class Bound:
             for metric, limit in self.limits
         )
 
-    def meets(self, scores: Scores) -> bool:
-        """Whether a codec keeps every limit, by the worse end of its 95% interval.
+    def meets(self, scores: object) -> bool:
+        """Whether a codec, or a plan, keeps every limit, by the worse end of its 95% interval.
 
         What was not measured (retrieval, where the exact cache finds nothing) is not kept.
+
+        Args:
+            scores: `kvstrata.quality.table.Scores`, or a row of the table of blending.
         """
         for metric, limit in self.limits:
             field, more_is_worse = METRICS[metric]
-            estimate = getattr(scores, field)
+            estimate = getattr(scores, field, None)
             if estimate is None:
                 return False
             if estimate.high > limit if more_is_worse else estimate.low < limit:

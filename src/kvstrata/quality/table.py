@@ -159,12 +159,16 @@ def path_for(weights: str) -> Path:
 
 def save(table: Table, path: Path) -> None:
     """Write the table, whole or not at all."""
+    replace_file(path, msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that everyone may read, whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = msgspec.json.format(msgspec.json.encode(table), indent=1)
     descriptor, whole = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with open(descriptor, "wb") as file:
-            file.write(text + b"\n")
+            file.write(content)
         os.chmod(whole, 0o644)
         os.replace(whole, path)
     except BaseException:

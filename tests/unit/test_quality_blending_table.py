@@ -1,0 +1,141 @@
+"""The table of blending on numbers worked out by hand, and what a bound picks from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvstrata.errors import CorruptObject, Incompatible, UsageError
+from kvstrata.quality.blending.choice import pick_blend
+from kvstrata.quality.blending.table import BlendTable, Row, find, load, path_for, save
+from kvstrata.quality.bound import Bound
+from kvstrata.quality.table import Estimate
+
+WEIGHTS = "ab" * 32
+
+
+def row(plan: str, ratio: float, kl: float, worst: float | None = None) -> Row:
+    exact = Estimate(kl, kl, kl if worst is None else worst)
+    same = Estimate(1.0, 1.0, 1.0)
+    return Row(
+        plan=plan,
+        ratio=ratio,
+        computed=ratio,
+        kl_mean=exact,
+        kl_p95=exact,
+        closed=same,
+        over_random=None,
+        perplexity=exact,
+        agreement=same,
+        answer_nats=exact,
+        retrieval=None,
+        found=(1.0, 0.5),
+    )
+
+
+def table(*rows: Row) -> BlendTable:
+    return BlendTable(
+        kvstrata="0.1.0",
+        model="a-model",
+        weights=WEIGHTS,
+        layers=30,
+        text="00",
+        windows=20,
+        documents=2,
+        document_tokens=256,
+        perplexity=7.0,
+        found=(1.0, 0.5),
+        rows=rows,
+        left_out={"droidspeak": "no other model"},
+    )
+
+
+ROWS = (
+    row("unturned", 0.0, 0.5),
+    row("none", 0.0, 0.04),
+    row("random", 0.05, 0.0001),
+    row("edges", 0.15, 0.03),
+    row("edges", 0.3, 0.019, worst=0.021),
+    row("edges", 0.5, 0.012),
+    row("deviation", 0.15, 0.015),
+    row("deviation", 0.3, 0.008),
+    row("all", 1.0, 0.0),
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return path_for(WEIGHTS)
+
+
+class TestFile:
+    def test_it_comes_back_as_it_was(self, cache: Path) -> None:
+        assert find(WEIGHTS) is None
+        save(table(*ROWS), cache)
+        assert find(WEIGHTS) == table(*ROWS)
+
+    @pytest.mark.parametrize(
+        ("change", "error"),
+        [
+            ({"version": 2}, Incompatible),
+            ({"layers": 0}, CorruptObject),
+            ({"more": 1}, CorruptObject),
+            ({"rows": [{**msgspec.to_builtins(ROWS[0]), "ratio": 1.5}]}, CorruptObject),
+        ],
+    )
+    def test_what_is_no_table_is_refused(
+        self, cache: Path, change: dict[str, object], error: type[Exception]
+    ) -> None:
+        save(table(*ROWS), cache)
+        cache.write_text(json.dumps({**json.loads(cache.read_bytes()), **change}))
+        with pytest.raises(error):
+            load(cache)
+
+    def test_a_row_is_found_by_plan_and_ratio(self) -> None:
+        assert table(*ROWS).row("edges", 0.3).kl_mean.value == 0.019
+        with pytest.raises(UsageError, match=r"no edges at 0\.2"):
+            table(*ROWS).row("edges", 0.2)
+
+
+class TestPick:
+    @pytest.mark.parametrize(
+        ("bound", "picked"),
+        [
+            ("kl <= 0.1", ("none", 0.0)),
+            ("kl <= 0.035", ("edges", 0.15)),
+            # 30% of edges would do by its mean, not by its worse end. 15% by deviation cost as
+            # much as 30% of edges and the check, 50% of edges more.
+            ("kl <= 0.02", ("deviation", 0.15)),
+            ("kl <= 0.01", ("deviation", 0.3)),
+            ("kl <= 0.021", ("edges", 0.3)),
+        ],
+    )
+    def test_the_cheapest_that_keeps_the_bound(
+        self, cache: Path, bound: str, picked: tuple[str, float]
+    ) -> None:
+        save(table(*ROWS), cache)
+        assert pick_blend(WEIGHTS, Bound.parse(bound)) == picked
+
+    def test_neither_a_baseline_nor_computing_all_is_picked(self, cache: Path) -> None:
+        save(table(*ROWS), cache)
+        why = pick_blend(WEIGHTS, Bound.parse("kl <= 0.001"))
+        assert isinstance(why, str)
+        assert "no plan that was measured on a-model keeps kl <= 0.001" in why
+
+    def test_what_was_not_measured_is_not_kept(self, cache: Path) -> None:
+        save(table(*ROWS), cache)
+        for bound in ("retrieval >= 50%", "rules >= 1%"):
+            assert isinstance(pick_blend(WEIGHTS, Bound.parse(bound)), str)
+
+    def test_without_a_table_it_says_how_to_make_one(self, cache: Path) -> None:
+        for weights in (WEIGHTS, "hub:org/model@main"):
+            assert "quality MODEL --blend" in pick_blend(weights, Bound.parse("kl <= 1"))
+
+    def test_a_broken_table_is_said(self, cache: Path) -> None:
+        cache.parent.mkdir(parents=True)
+        cache.write_text("{")
+        assert "cannot be read" in pick_blend(WEIGHTS, Bound.parse("kl <= 1"))
