@@ -47,6 +47,7 @@ class WorkerHello(KVConnectorHandshakeMetadata):
         slices: into how many a layer's KV heads are cut for every number of ranks; 0: they are not.
         why_alone: why not, where they were to be.
         no_fronts: why it computes nothing of loads, where it was to.
+        no_blends: why it blends nothing, where it was to.
     """
 
     held: tuple[Held, ...] = ()
@@ -56,6 +57,7 @@ class WorkerHello(KVConnectorHandshakeMetadata):
     slices: int = 0
     why_alone: str = ""
     no_fronts: str = ""
+    no_blends: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Source:
 
     Args:
         lease: that holds them still; the scheduler's side releases it.
-        keys: of the chunks.
+        keys: of its chunks, from the lease's first one on, whether a piece needs them or not.
         offsets: as of `Load`: for each, the slot of each part; `ARRIVING` while it is on its way.
     """
 
@@ -293,6 +295,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             was not tried in this step. All ranks say the same.
         blended: of blends that have ended well, how many tokens were computed: gaps, and what the
             plan chose. Once each.
+        turned: why no keys can be turned to other positions, "" if they can be; None: it was not
+            tried in this step. It is tried on what ``tried`` is tried on. All ranks say the same.
     """
 
     nodes: set[bytes] = field(default_factory=set)
@@ -303,6 +307,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     met: dict[str, int] = field(default_factory=dict)
     tried: str | None = None
     blended: dict[str, int] = field(default_factory=dict)
+    turned: str | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both reports in one."""
@@ -323,6 +328,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             {**self.met, **other.met},
             other.tried if self.tried is None else self.tried,
             {**self.blended, **other.blended},
+            other.turned if self.turned is None else self.turned,
         )
 
 
