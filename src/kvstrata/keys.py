@@ -46,6 +46,8 @@ class Namespace:
         slices: into how many a layer's KV heads are cut, where all tensor-parallel sizes share them
             (``tensor_parallel`` is 1 then); 0: they are those of one size.
         pages: whether its keys are those of pages (`kvstrata.pagekeys`), not of a `KeyChain`.
+        selection: by which method, with which parameters, tokens were selected; empty: all are
+            there.
     Raises:
         UsageError: an empty model or layout, or a size below 1.
     """
@@ -60,6 +62,7 @@ class Namespace:
     tenant: str = ""
     slices: int = 0
     pages: bool = False
+    selection: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -89,6 +92,7 @@ class Namespace:
             f"pages {self.chunk_tokens}" if self.pages else str(self.chunk_tokens),
             self.adapter,
             self.tenant,
+            *((f"selection {self.selection}",) if self.selection else ()),
         )
         return blake3(b"".join(map(length_prefixed, ordered))).digest()
 

@@ -30,6 +30,10 @@ def at_level(part: int, level: int) -> int:
 
 PORTABLE = "portable"
 """The name of the one order that every engine reads."""
+KEPT = "kept"
+"""The name of the one order of selected tokens."""
+PERHAPS_LOSSY = (PORTABLE, KEPT)
+"""What may have been through a lossy codec: nothing else tells, and none may have it again."""
 
 
 def order_name(kind: str, order: str) -> str:

@@ -322,6 +322,7 @@ PARTS: dict[str, Any] = {
     "chunk_tokens": 64,
     "tensor_parallel": 2,
     "slices": 2,
+    "selection": "a-method",
     "pipeline_parallel": 2,
     "context_parallel": 2,
     "adapter": "lora-1",

@@ -366,6 +366,7 @@ class TestCompare:
             "tensor_parallel": 2,
             "slices": 2,
             "pages": True,
+            "selection": "a-method",
             "pipeline_parallel": 2,
             "context_parallel": 2,
             "adapter": "7a",

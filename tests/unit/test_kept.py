@@ -5,43 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.selected import drawn, encoded
 
 from kvstrata.errors import CorruptObject, UsageError
-from kvstrata.layout import ITEM_BYTES, WORDS, Bytes
+from kvstrata.layout import ITEM_BYTES
 from kvstrata.selection import kept as k
 from kvstrata.selection.kept import Kept
 
 TOKENS = 40
-
-
-def drawn(
-    seed: int = 0, counts: Any = ((2, 0, 3), (1, 4, 2)), dim: int = 4, dtype: str = "bfloat16"
-) -> Kept:
-    """Tokens that a seed selects, with KV that it draws."""
-    rng = np.random.default_rng(seed)
-    kept = np.array(counts, np.int32)
-    each = [np.sort(rng.choice(TOKENS, count, replace=False)) for count in kept.ravel()]
-    rows = int(kept.sum())
-    item_bytes = ITEM_BYTES[dtype]
-
-    def words() -> npt.NDArray[Any]:
-        return rng.integers(0, 1 << 8 * item_bytes, (rows, dim), np.uint64).astype(
-            WORDS[item_bytes]
-        )
-
-    positions = np.concatenate(each).astype(np.int32)
-    return Kept(kept, positions, words(), words(), dtype, TOKENS)
-
-
-def encoded(kept: Kept, rows: int = 0) -> Bytes:
-    """Its payload, in memory that was something else before."""
-    out = np.full(k.payload_bytes(kept.shape(rows), kept.dtype), 0xA5, np.uint8)
-    k.encode(kept, out, rows)
-    return out
 
 
 @pytest.mark.parametrize("rows", [0, 5, 12, 17])

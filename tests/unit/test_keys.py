@@ -41,6 +41,7 @@ namespaces = st.builds(
     context_parallel=st.integers(1, 12),
     adapter=st.text("ab", max_size=3),
     tenant=st.text("ab", max_size=3),
+    selection=st.text("ab", max_size=3),
 )
 namespaces |= st.builds(
     lambda one, slices: dataclasses.replace(one, tensor_parallel=1, slices=slices),

@@ -13,7 +13,7 @@ from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 
 TEMPLATE = p.Template(
-    "native", "a/b", "bfloat16", [2, 3], 128, 4096, 256, 1, "sliding", 7, "sglang"
+    "native", "a/b", "bfloat16", [2, 3], 128, 4096, 256, 1, "sliding", 7, "sglang", b"d" * 16
 )
 
 REASON = Reason(Why.EVICTED, 3, "disk", "x", 0.5)
@@ -81,9 +81,10 @@ GOLDEN: list[tuple[p.Request | p.Reply, str]] = [
             ["host"],
             b"m",
         ),
-        "730000009fa77265736572766501c4016ec4016b00ce000100019ba66e6174697665a3612f62a862666c"
-        "6f61743136920203cc80cd1000cd010001a7736c6964696e6707a673676c616e67cb3fe0000000000000"
-        "a177c410000102030405060708090a0b0c0d0e0fc3a330302dff91a4686f7374c4016d",
+        "850000009fa77265736572766501c4016ec4016b00ce000100019ca66e6174697665a3612f62a862666c6f61"
+        "743136920203cc80cd1000cd010001a7736c6964696e6707a673676c616e67c4106464646464646464646464"
+        "6464646464cb3fe0000000000000a177c410000102030405060708090a0b0c0d0e0fc3a330302dff91a4686f"
+        "7374c4016d",
     ),
     (p.Reserved(1, 2, b"o"), "0f00000094a872657365727665640102c4016f"),
     (p.Commit(1, 2, b"c"), "0d00000094a6636f6d6d69740102c40163"),

@@ -90,6 +90,9 @@ class Codec(ABC):
     lossless: ClassVar[bool] = False
     """Whether decoding gives back every bit, of any order of any elements, numbers or not."""
 
+    positional: ClassVar[bool] = False
+    """Whether each token is taken to stand right behind the one before it."""
+
     @property
     @abstractmethod
     def name(self) -> str:

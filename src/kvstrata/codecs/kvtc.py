@@ -65,6 +65,7 @@ class Kvtc(LossyCodec):
     calibration: Calibration
 
     family = "kvtc"
+    positional = True  # keys are turned back, each by where it stands
 
     def __post_init__(self) -> None:
         if str(self.level) not in self.calibration.header.steps:

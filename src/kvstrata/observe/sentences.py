@@ -122,6 +122,7 @@ _PARTS = {
     ),
     "slices": ("another value of the option share", "give all engines the same value of share"),
     "pages": ("another value of the option share", "give all engines the same value of share"),
+    "selection": ("selected tokens", "nothing: exact and selected KV never share"),
     "reset": ("an engine that was reset since", "nothing: its weights may have changed"),
     "unknown": ("another namespace that nobody has described", "see `kvstrata status`"),
 }

@@ -143,6 +143,20 @@ def ends_of(counts: Numbers) -> Numbers:
     return np.cumsum(counts, dtype=np.int32).reshape(counts.shape)
 
 
+def budget_rows(heads: int, tokens: int, fraction: float) -> int:
+    """The rows that a fraction of a context is, of all layers and heads together.
+
+    So the size of an object follows from how many tokens it stands for, and whoever looks for one
+    knows what to make room for.
+
+    Args:
+        heads: L * H.
+        tokens: of the context.
+        fraction: of all rows, above 0, at most 1.
+    """
+    return int(fraction * heads * tokens)
+
+
 def payload_bytes(shape: Sequence[int], dtype: str) -> int:
     """Bytes of a payload of this shape, (L, S, H, R, D)."""
     layers, states, heads, rows, dim = shape

@@ -14,7 +14,7 @@ import msgspec
 
 import kvstrata
 from kvstrata.errors import Incompatible, UsageError
-from kvstrata.objects import NOBODY
+from kvstrata.objects import CHECKSUM_BYTES, NOBODY
 from kvstrata.secret import MAX_SECRETS
 from kvstrata.wire import operating
 from kvstrata.wire.message import Message, Numbers, Strings
@@ -169,7 +169,7 @@ class Template(Message, frozen=True):
     """What the headers of one reservation share; fields as in `kvstrata.objects.ObjectHeader`.
 
     ``producer`` is the engine that computes them, printable ASCII without spaces, 32 characters at
-    most; empty: nobody says.
+    most; empty: nobody says. ``positions`` is of the one object of kept tokens.
     """
 
     kind: str
@@ -183,6 +183,7 @@ class Template(Message, frozen=True):
     group_kind: str = "full"
     boundary: int = 0
     producer: str = ""
+    positions: bytes = bytes(CHECKSUM_BYTES)
 
 
 class Reserve(Message, tag="reserve", frozen=True):

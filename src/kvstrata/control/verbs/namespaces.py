@@ -29,6 +29,10 @@ class Namespace(Told):
     pages: bool = Field(
         description="Whether its keys are those of pages, as where several engines share them."
     )
+    selection: str = Field(
+        description="By which method, with which parameters, tokens were selected; empty: all are "
+        "there."
+    )
     details: dict[str, str] = Field(description="What the model's fingerprint is made of.")
 
 
@@ -55,6 +59,7 @@ async def namespaces(here: Here) -> Namespaces:
                 context_parallel=one.parts.context_parallel,
                 slices=one.parts.slices,
                 pages=one.parts.pages,
+                selection=one.parts.selection,
                 details=one.model,
             )
             for one in found

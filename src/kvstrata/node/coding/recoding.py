@@ -31,10 +31,11 @@ from kvstrata.objects import (
     verify_object,
 )
 from kvstrata.objects import decode as decode_header
+from kvstrata.parts import PERHAPS_LOSSY
 from kvstrata.producers import apart, with_producer
 
 if TYPE_CHECKING:
-    from kvstrata.codecs import Codec, Payload
+    from kvstrata.codecs import Codec
     from kvstrata.node.coding.sealing import KeyRing
 
 
@@ -88,7 +89,7 @@ def encoded_object(
         CorruptObject: ``data`` is not what its writer made a checksum of. What is encoded gets a
             checksum of its own, so nobody could tell afterwards.
     """
-    from kvstrata.codecs.framing import encode, encoded_bound
+    from kvstrata.node.coding.forms import form_of
 
     header = _own_header(data[:HEADER_BYTES])
     if codec.family == "raw" or header.codec != "raw" or header.dtype not in ITEM_BYTES:
@@ -101,14 +102,14 @@ def encoded_object(
     try:
         if not codec.lossless:
             header, raw = _portable(header, raw)
-        payload = _payload(header, codec)
-        codec.check(payload)
+        form = form_of(header, codec)
+        bound = form.bound(raw)
     except (Incompatible, UsageError):
         return None
-    buffer = scratch.take(HEADER_BYTES + encoded_bound(codec, payload))
+    buffer = scratch.take(HEADER_BYTES + bound)
     try:
         whole = memoryview(buffer)
-        size = encode(codec, payload, raw, np.frombuffer(whole, np.uint8, offset=HEADER_BYTES))
+        size = form.encode(raw, np.frombuffer(whole, np.uint8, offset=HEADER_BYTES))
         end, padded = HEADER_BYTES + size, stored_bytes(size)
         if padded >= len(data):
             scratch.give(buffer)
@@ -216,18 +217,18 @@ def _decoded(header: ObjectHeader, data: memoryview, into: memoryview) -> Object
     if len(data) >= len(into):
         raise CorruptObject(f"{header.codec} made {len(into)} bytes no smaller: {len(data)}")
     from kvstrata.codecs import stored_codec
-    from kvstrata.codecs.framing import decode
+    from kvstrata.node.coding.forms import form_of
 
     producer, parameters = apart(header.codec_parameters)
     codec = stored_codec(header.codec, parameters)
     try:
-        payload = _payload(header, codec)
+        form = form_of(header, codec)
     except UsageError as error:
         raise CorruptObject(f"header: {error}") from error
     end = HEADER_BYTES + header.raw_length
     stored = np.frombuffer(data, np.uint8, header.stored_length, HEADER_BYTES)
     raw = np.frombuffer(into, np.uint8, header.raw_length, HEADER_BYTES)
-    decode(codec, payload, stored, raw)
+    form.decode(stored, raw)
     digest = checksum(into[HEADER_BYTES:end])
     if codec.lossless and digest != header.raw_checksum:
         raise CorruptObject(f"{codec.name} gave back other bytes than were stored")
@@ -253,29 +254,9 @@ def _own_header(page: memoryview) -> ObjectHeader:
         raise CorruptObject(f"header: {error}") from error
 
 
-def _payload(header: ObjectHeader, codec: Codec) -> Payload:
-    """What the codec sees of an object: numbers in a known order, or for a lossless one words."""
-    from kvstrata.codecs import Payload
-
-    if header.kind == "portable" and len(header.shape) == 5:
-        layers, states, heads, tokens, dim = header.shape
-        payload = Payload((layers, states, heads, tokens, dim), header.dtype, header.start)
-    elif codec.lossless and header.dtype in ITEM_BYTES:
-        layers = header.shape[0]
-        elements = header.raw_length // (layers * ITEM_BYTES[header.dtype])
-        payload = Payload((layers, 1, 1, 1, elements), header.dtype, header.start)
-    else:
-        raise LayoutMismatch(
-            f"a {header.kind} payload of {header.dtype} {header.shape} is nothing for {codec.name}"
-        )
-    if payload.nbytes != header.raw_length:
-        raise LayoutMismatch(f"{header.raw_length} bytes are not {payload}")
-    return payload
-
-
 def _portable(header: ObjectHeader, raw: Bytes) -> tuple[ObjectHeader, Bytes]:
-    """The same object in the portable order, which is what lossy codecs work on."""
-    if header.kind == "portable":
+    """The same object in the portable order, or of kept tokens: what lossy codecs work on."""
+    if header.kind in PERHAPS_LOSSY:
         return header, raw
     if len(header.shape) != 6:
         raise LayoutMismatch(f"a native payload {header.shape} tells no heads from channels")

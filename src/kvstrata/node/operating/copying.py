@@ -21,7 +21,7 @@ from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.single import Singly, unreachable
 from kvstrata.node.slots.slot import Slot
 from kvstrata.objects import ObjectHeader, verify_object
-from kvstrata.parts import PORTABLE, identity, order_name
+from kvstrata.parts import PERHAPS_LOSSY, PORTABLE, identity, order_name
 from kvstrata.tiers.marks import Whose
 from kvstrata.wire.protocol import split
 
@@ -246,7 +246,7 @@ class Copier:
             return "it was cleared meanwhile"
         namespace, priority = lent.header.namespace, lent.priority
         origin = Origin([key], part, order, lent.cost, "", namespace, priority=priority)
-        if order != PORTABLE:
+        if order not in PERHAPS_LOSSY:
             stored = await backing.write(key, lent.data, origin)
         else:
             if problem := twice_lossy(lent.stored, backing):
@@ -321,12 +321,12 @@ class Copier:
 
 
 def twice_lossy(stored: ObjectHeader, backing: Singly) -> str:
-    """Why an object in the portable order may not go where a lossy codec stores; empty: it may.
+    """Why an object, portable or kept, may not go where a lossy codec stores; empty: it may.
 
-    Lossy codecs keep that order, and nothing else tells KV that has been through one.
+    Lossy codecs leave these orders, and nothing else tells KV that has been through one.
     """
     choice = backing.choice
-    if choice is None or choice.lossless or stored.kind != PORTABLE:
+    if choice is None or choice.lossless or stored.kind not in PERHAPS_LOSSY:
         return ""
     return (
         f"{backing.name} stores with {choice.name}, and this may have been through a lossy codec "

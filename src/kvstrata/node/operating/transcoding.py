@@ -20,7 +20,7 @@ from kvstrata.node.operating.jobs import Job
 from kvstrata.node.operating.places import Made, Places
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.single import Singly, unreachable
-from kvstrata.parts import PORTABLE, identity, order_name
+from kvstrata.parts import PERHAPS_LOSSY, identity, order_name
 from kvstrata.producers import apart
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Transcoder:
         self, way: OnWay, backing: Singly, part: int, lent: Lent, choice: Choice | None
     ) -> str:
         header = lent.header
-        if choice is not None and not choice.lossless and lent.stored.kind == PORTABLE:
+        if choice is not None and not choice.lossless and lent.stored.kind in PERHAPS_LOSSY:
             return (
                 f"it may have been through a lossy codec already, so {choice.name} may not have it"
             )

@@ -11,7 +11,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Literal, cast
+from typing import cast
 
 from kvstrata.errors import UsageError
 from kvstrata.node.slots.clients import Client, Holder
@@ -22,12 +22,13 @@ from kvstrata.objects import (
     MARK_BYTES,
     MARK_TOKENS,
     GroupKind,
+    Kind,
     ObjectHeader,
     saved_s,
     stored_bytes,
 )
 from kvstrata.observe.tracing import checked
-from kvstrata.parts import MAX_PART, order_name
+from kvstrata.parts import KEPT, MAX_PART, PORTABLE, order_name
 from kvstrata.policies.base import PRIORITIES
 from kvstrata.producers import with_producer
 from kvstrata.tiers.marks import Mark, Whose
@@ -99,8 +100,10 @@ class Reservation:
         if self.template.group != self.part >> 16:
             raise UsageError(f"a template of group {self.template.group} for part {self.part}, "
                              f"which is of group {self.part >> 16}")  # fmt: skip
-        if self.template.kind == "native" and self.template.order == "portable":
-            raise UsageError("no native byte order may be called portable")
+        if self.template.kind == "native" and self.template.order in (PORTABLE, KEPT):
+            raise UsageError(f"no native byte order may be called {self.template.order}")
+        if self.template.kind == "kept" and len(self.prefix) != self.first + 1:
+            raise UsageError("kept tokens are one object, the last of its prompt")
         num_marks = self.num_marks * (len(self.prefix) - self.first)
         if self.marks and len(self.marks) != num_marks * MARK_BYTES:
             raise UsageError(f"{len(self.marks)} bytes of marks, not {num_marks} marks")
@@ -135,7 +138,7 @@ class Reservation:
             num_tokens=template.num_tokens,
             group=self.part >> 16,
             rank=self.part & 0xFFFF,
-            kind=cast("Literal['native', 'portable']", template.kind),
+            kind=cast("Kind", template.kind),
             order=template.order,
             dtype=template.dtype,
             shape=tuple(template.shape),
@@ -151,6 +154,7 @@ class Reservation:
             owner=self.owner,
             group_kind=cast("GroupKind", template.group_kind),
             boundary=start + template.num_tokens if is_state else template.boundary,
+            positions=template.positions,
             marks=self.marks_of(number),
         )
 
