@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import typer.main
+from tests.support.little_models import byte_pairs, little
 
 from kvstrata import cli
 from kvstrata.codecs import CODECS
@@ -73,73 +74,29 @@ class Refusing(Raw):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Byte pairs learnt from the text itself: nothing is downloaded."""
-    pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast
-
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=900,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator([english_text()[:40_000]], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=model)
+    return byte_pairs()
 
 
 @pytest.fixture(scope="module")
 def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, wide enough that answers depend on the whole cache."""
-    import torch
-    import transformers
-
-    folder = tmp_path_factory.mktemp("llama")
-    config = transformers.LlamaConfig(
-        vocab_size=900,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-    )
-    return _saved(transformers.LlamaForCausalLM, config, tokenizer, folder, torch)
+    return little("Llama", tokenizer, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
 def gemma(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layers with a sliding window of 32 tokens among full ones."""
-    import torch
-    import transformers
-
-    folder = tmp_path_factory.mktemp("gemma")
-    config = transformers.Gemma3TextConfig(
-        vocab_size=900,
-        hidden_size=32,
-        intermediate_size=64,
+    return little(
+        "Gemma3",
+        tokenizer,
+        tmp_path_factory.mktemp("gemma"),
+        config="Gemma3TextConfig",
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
         sliding_window=32,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     )
-    return _saved(transformers.Gemma3ForCausalLM, config, tokenizer, folder, torch)
-
-
-def _saved(kind: Any, config: Any, tokenizer: Any, folder: Path, torch: Any) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        kind(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def real_like(tokens: int) -> Elements:

@@ -54,6 +54,12 @@ def run(
         Path | None,
         typer.Option("--output", metavar="DIR", help="Write quality.md and quality.png here."),
     ] = None,
+    blend: Annotated[
+        bool,
+        typer.Option(
+            "--blend", help="Measure not codecs but plans of reusing documents at any position."
+        ),
+    ] = False,
 ) -> None:
     """Measure codecs on a real model: size, damage and speed, in one table.
 
@@ -73,12 +79,19 @@ def run(
         raise UsageError("--output draws a plot, which needs matplotlib: pip install matplotlib")
     if only_speeds and (codec or quick):
         raise UsageError("--speeds goes with neither --codec nor --quick")
+    if blend and (only_speeds or codec):
+        raise UsageError("--blend goes with neither --codec nor --speeds")
     weights_cache = results.cache_folder() / "weights"
 
     def tell(line: str) -> None:
         typer.echo(line, err=True)
 
     folder, name = model_folder(model)
+    if blend:
+        from kvstrata.cli.quality_blend import measure_blending
+
+        measure_blending(folder, name, quick=quick, json_file=json_file, output=output, tell=tell)
+        return
     codecs = measuring.choose(codec or [], name)
     there = results.path_for(weights_identity(folder, weights_cache))
     kept = json_file is None and not quick

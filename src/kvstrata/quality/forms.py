@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from kvstrata.quality.table import Estimate, Measured, Table, frontier
 
 
-def _spread(estimate: Estimate | None, show: Callable[[float], str]) -> str:
+def spread(estimate: Estimate | None, show: Callable[[float], str]) -> str:
+    """A figure and its interval, unless that is the figure."""
     if estimate is None:
         return "-"
     if estimate.low == estimate.high:
@@ -15,11 +16,13 @@ def _spread(estimate: Estimate | None, show: Callable[[float], str]) -> str:
     return f"{show(estimate.value)} [{show(estimate.low)}, {show(estimate.high)}]"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share, with one digit."""
     return f"{100 * value:.1f}%"
 
 
-def _small(value: float) -> str:
+def small(value: float) -> str:
+    """Two digits, however small."""
     return f"{value:.2g}" if value else "0"
 
 
@@ -36,14 +39,14 @@ def cells(measured: Measured, length: int = 0) -> tuple[str, ...]:
         measured.name,
         f"{scores.bits:.2f}",
         f"{scores.ratio:.2f}",
-        f"{_small(scores.key_error)} / {_small(scores.value_error)}",
-        _spread(scores.perplexity, lambda value: f"{100 * value:+.2f}%"),
-        _spread(scores.kl_mean, _small),
-        _small(scores.kl_p99.value),
-        _spread(scores.agreement, _percent),
-        _spread(scores.retrieval, _percent),
-        _spread(scores.rules, _percent),
-        _small(scores.rules_nats.value),
+        f"{small(scores.key_error)} / {small(scores.value_error)}",
+        spread(scores.perplexity, lambda value: f"{100 * value:+.2f}%"),
+        spread(scores.kl_mean, small),
+        small(scores.kl_p99.value),
+        spread(scores.agreement, percent),
+        spread(scores.retrieval, percent),
+        spread(scores.rules, percent),
+        small(scores.rules_nats.value),
         f"{measured.encode_gbps:.2f} / {measured.decode_gbps:.2f}",
     )
 
@@ -52,7 +55,7 @@ def markdown(table: Table) -> str:
     """The whole table for the page of documentation."""
     exact = "; ".join(
         f"{row.length} tokens: perplexity {row.perplexity:.2f}, facts found by depth "
-        f"{' '.join(map(_percent, row.retrieval))}, tokens of rules {_percent(row.rules)}"
+        f"{' '.join(map(percent, row.retrieval))}, tokens of rules {percent(row.rules)}"
         for row in table.exact
     )
     lines = [
@@ -65,22 +68,23 @@ def markdown(table: Table) -> str:
         where = f"{length} tokens of context" if length else "All lengths together"
         lines += ["", f"**{where}** (`*`: on the frontier of bits and KL)", ""]
         best = frontier(table.codecs, length)
-        lines += [_line(HEADINGS), _line(["---"] * len(HEADINGS))]
+        lines += [line(HEADINGS), line(["---"] * len(HEADINGS))]
         for measured in table.codecs:
             name, *rest = cells(measured, length)
-            lines.append(_line([f"`{name}`{' *' if name in best else ''}", *rest]))
+            lines.append(line([f"`{name}`{' *' if name in best else ''}", *rest]))
     lines += ["", "**Rules by their place** (share of equal tokens, first rule to last)", ""]
     places = len(table.codecs[0].at().rules_by_place) if table.codecs else 0
     heads = ["codec", *map(str, range(1, places + 1))]
-    lines += [_line(heads), _line(["---"] * len(heads))]
+    lines += [line(heads), line(["---"] * len(heads))]
     for measured in table.codecs:
-        shares = map(_percent, measured.at().rules_by_place)
-        lines.append(_line([f"`{measured.name}`", *shares]))
+        shares = map(percent, measured.at().rules_by_place)
+        lines.append(line([f"`{measured.name}`", *shares]))
     if table.left_out:
         lines += ["", "Left out:", ""]
         lines += [f"- `{name}`: {why}" for name, why in table.left_out.items()]
     return "\n".join(lines) + "\n"
 
 
-def _line(texts: Iterable[str]) -> str:
+def line(texts: Iterable[str]) -> str:
+    """A row of a table of Markdown."""
     return f"| {' | '.join(texts)} |"

@@ -38,19 +38,19 @@ class Model:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._torch = _library("torch")
+        self.torch: Any = _library("torch")
         transformers = _library("transformers")
         with _quiet(transformers):
             try:
                 self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=self._torch.float32, local_files_only=True
+                    folder, dtype=self.torch.float32, local_files_only=True
                 ).eval()
                 self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                     folder, local_files_only=True
                 )
             except (OSError, ValueError, KeyError) as error:
                 raise UsageError(f"{folder} holds no causal language model: {error}") from error
-        self.device = "cuda" if self._torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
         self._model.to(self.device)
         self._new_cache = transformers.DynamicCache
         config = self._model.config.get_text_config()
@@ -60,9 +60,14 @@ class Model:
         types = list(getattr(config, "layer_types", None) or [])
         # Without types all layers are alike, and take one mask.
         self._masks_by_type = bool(types)
-        self._layer_types: list[str] = (
+        self.layer_types: list[str] = (
             types or [_SLIDING if window else _FULL] * config.num_hidden_layers
         )
+
+    @property
+    def base(self) -> Any:
+        """The model of transformers without its head."""
+        return self._model.base_model
 
     def prefill(self, ids: Sequence[int]) -> Elements:
         """The KV of a prompt, layers with a sliding window in full length too.
@@ -81,13 +86,15 @@ class Model:
             pieces.append(self._take(cache, len(piece)))
         return np.concatenate(pieces, axis=3)
 
-    def branches(self, kv: Elements, count: int) -> Branches:
+    def branches(self, kv: Elements, count: int, start: int | None = None) -> Branches:
         """``count`` continuations of one prefix, none of which sees another.
 
         Args:
             kv: (L, 2, H, T, D), words of bfloat16, as of `prefill`; slices along T are fine.
+            start: position of the first token behind it; T where it is a whole prompt's. Another
+                one for full attention alone.
         """
-        return Branches(self, kv, count)
+        return Branches(self, kv, count, kv.shape[3] if start is None else start)
 
     def read(
         self,
@@ -97,21 +104,23 @@ class Model:
         position: npt.NDArray[np.int64],
         prefix: int,
         keep: Sequence[int] | npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64] | None = None,
     ) -> Any:
         """Let the model read tokens; the cache then holds them too.
 
         Args:
             cache: of transformers; its sliding layers hold of the prefix what they can see.
             ids: of the new tokens.
-            branch, position: of every token so far, the new ones last; of branch -1 are those
-                that everyone sees.
+            branch, position: of every token that the cache then holds, in its order; of branch
+                -1 are those that everyone sees.
             prefix: tokens before all branches, or before the new ones if there are no branches.
             keep: of which of the new tokens the predictions are wanted.
+            places: of the new tokens in the cache; None: they are its last ones.
         Returns:
             Logits (len(keep), vocabulary), a tensor.
         """
-        torch = self._torch
-        new = slice(len(position) - len(ids), None)
+        torch = self.torch
+        new = np.arange(len(position))[-len(ids) :] if places is None else places
         with torch.inference_mode():
             return self._model(
                 torch.tensor([list(ids)], device=self.device),
@@ -129,7 +138,7 @@ class Model:
         self,
         branch: npt.NDArray[np.int64],
         position: npt.NDArray[np.int64],
-        new: slice,
+        new: npt.NDArray[np.int64],
         hidden: int,
     ) -> Any:
         """What each new token may see: the prefix, and its own branch up to itself."""
@@ -137,7 +146,7 @@ class Model:
         distance = position[new, None] - position[None]
         seen &= distance >= 0
         masks = {_FULL: lambda: seen, _SLIDING: lambda: seen & (distance < self._window)}
-        kinds = set(self._layer_types)
+        kinds = set(self.layer_types)
         if kinds - set(masks):
             unknown = ", ".join(sorted(kinds - set(masks)))
             raise UsageError(f"cannot measure a model with layers of {unknown}")
@@ -148,7 +157,7 @@ class Model:
         return made if self._masks_by_type else made.popitem()[1]
 
     def _tensor(self, mask: npt.NDArray[np.bool_]) -> Any:
-        return self._torch.from_numpy(np.ascontiguousarray(mask)[None, None]).to(self.device)
+        return self.torch.from_numpy(np.ascontiguousarray(mask)[None, None]).to(self.device)
 
     def _take(self, cache: Any, tokens: int) -> Elements:
         """The KV of the last tokens, and out of the cache what no later token will see.
@@ -156,19 +165,19 @@ class Model:
         Returns:
             (L, 2, H, tokens, D), words of bfloat16.
         """
-        torch = self._torch
+        torch = self.torch
         with torch.inference_mode():
             states = [
                 x[:, :, -tokens:] for layer in cache.layers for x in (layer.keys, layer.values)
             ]
             shapes = sorted({str(list(state.shape)) for state in states})
-            if len(shapes) != 1 or len(cache.layers) != len(self._layer_types):
+            if len(shapes) != 1 or len(cache.layers) != len(self.layer_types):
                 raise UsageError(
-                    f"{len(cache.layers)} of {len(self._layer_types)} layers have KV, of the "
+                    f"{len(cache.layers)} of {len(self.layer_types)} layers have KV, of the "
                     f"shapes {', '.join(shapes)}; expected one shape for all"
                 )
             kv = torch.cat(states).to(torch.bfloat16).view(torch.int16).cpu().numpy()
-            for layer, kind in zip(cache.layers, self._layer_types, strict=True):
+            for layer, kind in zip(cache.layers, self.layer_types, strict=True):
                 if kind == _SLIDING:
                     layer.keys = layer.keys[:, :, 1 - self._window :]
                     layer.values = layer.values[:, :, 1 - self._window :]
@@ -178,11 +187,11 @@ class Model:
     def _cache(self, kv: Elements) -> Any:
         cache = self._new_cache()
         for layer, states in enumerate(kv):
-            if self._layer_types[layer] == _SLIDING:
+            if self.layer_types[layer] == _SLIDING:
                 states = states[:, :, self._hidden(kv.shape[3]) :]
             # torch has no bfloat16 from numpy and no unsigned words; the bits are the same.
-            words = self._torch.from_numpy(np.ascontiguousarray(states).view(np.int16))
-            keys, values = words.view(self._torch.bfloat16).to(self.device, self._torch.float32)
+            words = self.torch.from_numpy(np.ascontiguousarray(states).view(np.int16))
+            keys, values = words.view(self.torch.bfloat16).to(self.device, self.torch.float32)
             cache.update(keys[None], values[None], layer)
         return cache
 
@@ -195,15 +204,18 @@ class Branches:
         model: of which it is.
         kv: (L, 2, H, T, D), words of bfloat16.
         count: how many continuations.
+        start: position of their first token.
     """
 
-    def __init__(self, model: Model, kv: Elements, count: int) -> None:
+    def __init__(self, model: Model, kv: Elements, count: int, start: int) -> None:
         self._model = model
         self._cache = model._cache(kv)
         self._prefix = kv.shape[3]
+        self._start = start
         self._lengths = [0] * count
         self._branch = np.full(self._prefix, -1)
-        self._position = np.arange(self._prefix)
+        # Whatever else it was, the prefix lies before what follows.
+        self._position = np.arange(self._prefix).clip(max=start - 1)
 
     def append(self, steps: Sequence[Sequence[int]], keep: Sequence[int]) -> list[Floats]:
         """Let every branch read some more tokens.
@@ -216,7 +228,7 @@ class Branches:
             token that follows.
         """
         for branch, step in enumerate(steps):
-            start = self._prefix + self._lengths[branch]
+            start = self._start + self._lengths[branch]
             self._branch = np.append(self._branch, np.full(len(step), branch))
             self._position = np.append(self._position, np.arange(start, start + len(step)))
             self._lengths[branch] += len(step)
@@ -226,7 +238,7 @@ class Branches:
         logits = self._model.read(
             self._cache, ids, self._branch, self._position, self._prefix, kept
         ).float()
-        with self._model._torch.inference_mode():
+        with self._model.torch.inference_mode():
             # In place, a few rows at a time: logits of 262,144 tokens are hundreds of megabytes.
             for rows in logits.split(_ROWS):
                 rows -= rows.logsumexp(-1, keepdim=True)

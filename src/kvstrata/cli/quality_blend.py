@@ -1,0 +1,91 @@
+"""``kvstrata quality --blend``: what each plan of reuse at any position costs a model's answers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from kvstrata.quality.blending.table import BlendTable
+
+QUICK_WINDOWS, QUICK_RATIOS = 2, (0.15,)
+
+
+def measure_blending(
+    folder: Path,
+    name: str,
+    *,
+    quick: bool,
+    json_file: Path | None,
+    output: Path | None,
+    tell: Callable[[str], None],
+) -> None:
+    """Measure, show and write it.
+
+    Args:
+        folder: of the model.
+        name: of the model, for people.
+        quick: a few windows and one ratio; kept only where ``json_file`` says.
+        json_file: where the table goes instead of the cache.
+        output: folder for the Markdown and the plot.
+        tell: hears what goes on.
+    """
+    from kvstrata.quality.blending import run, table
+    from kvstrata.quality.blending.forms import markdown
+    from kvstrata.quality.blending.plot import plot
+    from kvstrata.quality.blending.ways import RATIOS, ways
+    from kvstrata.quality.run import held_out_text
+    from kvstrata.quality.table import cache_folder
+
+    began = time.monotonic()
+    measured = run.measure(
+        folder,
+        name,
+        held_out_text(),
+        measured=ways(QUICK_RATIOS if quick else RATIOS),
+        count=QUICK_WINDOWS if quick else run.WINDOWS,
+        weights_cache=cache_folder() / "weights",
+        tell=tell,
+    )
+    _print(rich_table(measured))
+    for plan, why in measured.left_out.items():
+        tell(f"left out: {plan}: {why}")
+    target = json_file or (None if quick else table.path_for(measured.weights))
+    if target is not None:
+        table.save(measured, target)
+        tell(f"wrote {target}")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "blend.md").write_text(markdown(measured), encoding="utf-8")
+        plot(measured, output / "blend.png")
+        tell(f"wrote {output / 'blend.md'} and {output / 'blend.png'}")
+    tell(f"took {time.monotonic() - began:.0f} s")
+
+
+def rich_table(table: BlendTable) -> RichTable:
+    """For a terminal."""
+    from rich.table import Table as RichTable
+
+    from kvstrata.quality.blending.forms import HEADINGS, cells
+
+    shown = RichTable(
+        title=f"{table.model}: {table.documents} documents of {table.document_tokens} tokens in "
+        f"another order, windows: {table.windows}"
+    )
+    for number, heading in enumerate(HEADINGS):
+        shown.add_column(heading, justify="right" if number else "left")
+    for row in table.rows:
+        shown.add_row(*cells(row))
+    return shown
+
+
+def _print(shown: RichTable) -> None:
+    from rich.console import Console
+
+    # Wide enough for all columns where the output is no terminal.
+    Console(width=None if sys.stdout.isatty() else 220).print(shown)

@@ -1,0 +1,63 @@
+"""KL against the share of tokens that is computed anew, one line for each plan."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from kvstrata.errors import UsageError
+from kvstrata.quality.blending.table import BlendTable
+
+_FLOOR = 1e-4  # a logarithmic axis has no 0
+
+
+def plot(table: BlendTable, path: Path) -> None:
+    """Draw the table as the kind of file that the suffix says.
+
+    A plan of several ratios is a line from none of the tokens on; what has but one is a point.
+
+    Raises:
+        UsageError: matplotlib is missing.
+    """
+    try:
+        figures: Any = importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError as error:
+        raise UsageError("a plot needs matplotlib: pip install matplotlib") from error
+    figure = figures.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    start = table.row("none", 0.0)
+    lines: dict[str, list[Any]] = {}
+    for row in table.rows:
+        lines.setdefault(row.plan, []).append(row)
+    for plan, rows in lines.items():
+        if plan in ("all", "none"):
+            continue
+        if len(rows) > 1 and rows[0].computed > 0:
+            rows = [start, *rows]
+        shares = [100 * row.computed for row in rows]
+        values = [max(row.kl_mean.value, _FLOOR) for row in rows]
+        spreads = [
+            [max(0.0, v - max(r.kl_mean.low, _FLOOR)) for v, r in zip(values, rows, strict=True)],
+            [max(0.0, r.kl_mean.high - v) for v, r in zip(values, rows, strict=True)],
+        ]
+        style: dict[str, Any] = {"color": "0.6"} if plan == "random" else {}
+        many = len(rows) > 1
+        axes.errorbar(
+            shares,
+            values,
+            yerr=spreads,
+            marker="o" if many else "x",
+            linestyle="-" if many else "",
+            capsize=2,
+            label=plan,
+            **style,
+        )
+    axes.axhline(start.kl_mean.value, color="0.8", linewidth=1, zorder=0)
+    axes.set_yscale("log")
+    axes.set_xlabel("reused tokens computed anew, %")
+    axes.set_ylabel("mean KL(exact || blended), nats per token")
+    axes.set_title(f"{table.model}: the line is reuse with nothing computed anew")
+    axes.grid(visible=True, which="major", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
