@@ -192,8 +192,7 @@ class NativeOrder:
         portable = self._portable(out, shape, group)
         native = np.ascontiguousarray(payload).view(WORDS[group.item_bytes])
         for state in range(group.states):
-            there, here = self._views(portable, native, state, group)
-            np.copyto(there, here)
+            _copy(*self._views(portable, native, state, group))
         return portable
 
     def pack_layers(self, portable: Elements, group: LayerGroup, out: Bytes | None = None) -> Bytes:
@@ -222,7 +221,7 @@ class NativeOrder:
         native = out.view(WORDS[group.item_bytes])
         for state in range(group.states):
             here, there = self._views(source, native, state, group)
-            np.copyto(there, here)
+            _copy(there, here)
         return out
 
     def blank_behind(self, payload: Bytes, num_tokens: int, group: LayerGroup) -> None:
@@ -297,6 +296,20 @@ class NativeOrder:
         )
         # Splitting axes never copies, so this stays a view of the portable side.
         return portable[:, state].reshape(moved.shape), moved
+
+
+def _copy(to: Elements, source: Elements) -> None:
+    """Copy between views of one shape, which numpy does in runs along the target's dense axis.
+
+    Pairs of elements are such runs, too, and slow ones: all first ones go before all second ones.
+    """
+    dense = next((i for i in reversed(range(to.ndim)) if to.strides[i] == to.itemsize), -1)
+    if dense < 0 or to.shape[dense] > 2:
+        np.copyto(to, source)
+        return
+    for i in range(to.shape[dense]):
+        at = (slice(None),) * dense + (i,)
+        np.copyto(to[at], source[at])
 
 
 def _inner(axes: str, letter: str) -> int:

@@ -200,7 +200,7 @@ def test_forwards_keep_the_engines_bounds() -> None:
     forward = engine.Forward.__new__(engine.Forward)
     forward._most_tokens, forward._most_runs = 5, 2
     called: list[list[tuple[int, int]]] = []
-    forward._forward = lambda *told: called.append(told[-1])  # type: ignore[method-assign]
+    forward._forward = lambda *told: called.append(told[3])  # type: ignore[method-assign]
     positions = [0, 1, 2, 10, 11, 12, 20, 21, 22, 23, 24, 25, 26, 30]
     forward.compute(positions, positions, [0])
     assert called == [[(0, 3), (3, 5)], [(5, 6), (6, 10)], [(10, 13), (13, 14)]]

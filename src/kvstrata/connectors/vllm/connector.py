@@ -20,15 +20,13 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from kvstrata.config import load_config
 from kvstrata.connectors.link import Link
-from kvstrata.connectors.vllm.engine import Forward, find_model
 from kvstrata.connectors.vllm.events import Events, events_of
-from kvstrata.connectors.vllm.fronts import Fronts
+from kvstrata.connectors.vllm.fronts import Fronts, fronts_of
 from kvstrata.connectors.vllm.groups import Groups, cut_by_shape, groups_of
 from kvstrata.connectors.vllm.messages import StepMetadata, WorkerHello
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.scheduler import SchedulerSide
 from kvstrata.connectors.vllm.stats import ConnectorPromMetrics, ConnectorStats
-from kvstrata.connectors.vllm.trial import Proof
 from kvstrata.connectors.vllm.worker import WorkerSide
 from kvstrata.errors import Incompatible, KVStrataError
 
@@ -78,12 +76,14 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
 
             def make(kv_caches: dict[str, Any]) -> WorkerSide:
                 def fronts(pages: Pages) -> Fronts:
-                    forward = Forward(vllm_config, kv_cache_config, pages, find_model())
-                    return Fronts(forward, Proof(pages, kv_caches), groups.chunk_tokens)
+                    return fronts_of(
+                        vllm_config, kv_cache_config, kv_caches, pages, groups.chunk_tokens,
+                        blends=getattr(config, "blend", "off") == "on",
+                    )  # fmt: skip
 
                 return WorkerSide(
                     vllm_config, kv_cache_config, kv_caches, self._link, config, groups,
-                    fronts if config.meet == "on" else None,
+                    fronts if "on" in (config.meet, getattr(config, "blend", "off")) else None,
                 )  # fmt: skip
 
             self._make_worker = make

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -138,6 +140,9 @@ class Forward:
         positions: Sequence[int],
         blocks: Sequence[int],
         cuts: Sequence[int] = (),
+        *,
+        told_further: int = 0,
+        compiled: bool = True,
     ) -> None:
         """Compute the KV of some of a request's tokens; returns when it lies in its blocks.
 
@@ -148,6 +153,8 @@ class Forward:
             positions: of each in its prompt, ascending.
             blocks: the request's, all of them up to the last of these.
             cuts: positions at which a run ends in any case.
+            told_further: by how much the model takes all positions to be larger than they are.
+            compiled: whether the model may run as it was compiled, if it was.
         """
         runs = _runs(positions, set(cuts))
         while runs:
@@ -160,7 +167,7 @@ class Forward:
                     stop = start + left
                 some.append((start, stop))
                 left -= stop - start
-            self._forward(tokens, positions, blocks, some)
+            self._forward(tokens, positions, blocks, some, told_further, compiled)
 
     def agree(self, numbers: list[int]) -> list[int]:
         """The largest of what the ranks say, number by number; each must ask for as many."""
@@ -174,8 +181,26 @@ class Forward:
         )
         return [int(number) for number in told.tolist()]
 
+    def add_up(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The sum over the ranks, number by number and to the last bit the same on all of them."""
+        if self._world == 1:
+            return numbers
+        from vllm.distributed.parallel_state import get_tp_group
+
+        mine = torch.from_numpy(numbers)
+        every = [torch.empty_like(mine) for _ in range(self._world)]
+        torch.distributed.all_gather(every, mine, group=get_tp_group().cpu_group)
+        total: npt.NDArray[np.float32] = np.stack([one.numpy() for one in every]).sum(0)
+        return total
+
     def _forward(
-        self, tokens: Sequence[int], positions: Sequence[int], blocks: Sequence[int], runs: Runs
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        blocks: Sequence[int],
+        runs: Runs,
+        told_further: int,
+        compiled: bool,
     ) -> None:
         # Kernels expect those that compute least first, as where some decode.
         runs = sorted(runs, key=lambda run: run[1] - run[0])
@@ -188,7 +213,7 @@ class Forward:
         table = torch.tensor(blocks, dtype=torch.int32)
         slots = table.to(torch.int64)[where // self._block] * self._block + where % self._block
         on = self._device
-        where, slots = where.to(on), slots.to(on)
+        told, where, slots = (where + told_further).to(on), where.to(on), slots.to(on)
         common = CommonAttentionMetadata(
             query_start_loc=starts.to(on),
             query_start_loc_cpu=starts,
@@ -216,9 +241,10 @@ class Forward:
                 self._config,
                 num_tokens=len(order),
                 slot_mapping=dict.fromkeys(self._names, slots),
+                skip_compiled=not compiled,
             ):
                 self._model(
-                    input_ids=ids, positions=where, intermediate_tensors=None, inputs_embeds=None
+                    input_ids=ids, positions=told, intermediate_tensors=None, inputs_embeds=None
                 )
         if on.type == "cuda":
             torch.cuda.current_stream(on).synchronize()

@@ -6,13 +6,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvstrata.connectors.vllm.copies import Plan
+from kvstrata.connectors.vllm.copies import Plan, payload_address
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.messages import Held, Load, Store
 from kvstrata.connectors.vllm.origins import Origins
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.ranks import Shard
 from kvstrata.errors import CorruptObject, UsageError
+from kvstrata.layout import Elements
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
@@ -39,6 +40,7 @@ class Payloads:
     ) -> None:
         self.pages = pages
         self.part = group.index << 16 | shard.rank
+        self.heads = shard.heads
         self.stores = shard.stores
         self.table = group.table
         self.template = _template(pages, groups, group)
@@ -93,6 +95,49 @@ class Payloads:
             addresses.append(address)
             ids += blocks[: self._num_blocks(tokens)]
         return [Plan(self.pages, *some) for some in (whole, tail) if some[0]], kept
+
+    def rows(
+        self, request_id: str, client: NodeClient, offset: int, key: bytes, tokens: range
+    ) -> Elements:
+        """Some tokens of the chunk in a slot, out of whatever order it is kept in.
+
+        Args:
+            request_id: for whom.
+            client: of the node with the slot, which a lease holds still.
+            offset: of the slot.
+            key: the chunk's.
+            tokens: their numbers in the chunk.
+        Returns:
+            (L, S, H, T, D), unsigned integers of the element's width; perhaps the slot's own bytes.
+        Raises:
+            CorruptObject: the slot holds something else.
+        """
+        header = self._header(client, offset, key, self.template.num_tokens, b"")
+        if not 0 <= tokens.start < tokens.stop <= header.num_tokens:
+            raise CorruptObject(f"there are no tokens {tokens} in {header.num_tokens}")
+        if self._origins is not None:
+            self._origins.note(request_id, header)
+        payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
+        order, group = self.pages.order, self.pages.group
+        if header.kind == "portable":
+            self.read_portable = True
+            portable = payload.view(f"u{group.item_bytes}").reshape(header.shape)
+            return portable[:, :, :, tokens.start : tokens.stop]
+        first, last = tokens.start // order.block_tokens, -(-tokens.stop // order.block_tokens)
+        native = payload.reshape(group.num_layers, -1, order.page_bytes(group))[:, first:last]
+        behind = tokens.start - first * order.block_tokens
+        return order.unpack_layers(native, group)[:, :, :, behind : behind + len(tokens)]
+
+    def run_of(self, client: NodeClient, offset: int, key: bytes) -> int | None:
+        """Address of a chunk's bytes in a slot, if they are in the engine's own order.
+
+        Raises:
+            CorruptObject: the slot holds something else.
+        """
+        header = self._header(client, offset, key, self.template.num_tokens, b"")
+        if header.kind == "portable":
+            return None
+        return payload_address(client.pool, offset)
 
     def _num_blocks(self, num_tokens: int) -> int:
         if self.template.group_kind == "recurrent":

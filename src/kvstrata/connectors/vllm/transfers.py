@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,8 +18,10 @@ from typing import Any
 from kvstrata.config import DeadlineConfig
 from kvstrata.connectors.threads import use_given_cores, yield_to_the_engine
 from kvstrata.connectors.vllm.backwards import bring
+from kvstrata.connectors.vllm.blends import Blending
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
 from kvstrata.connectors.vllm.fills import fill
+from kvstrata.connectors.vllm.gathering import Gatherer
 from kvstrata.connectors.vllm.meeting import Meeting, Meetings
 from kvstrata.connectors.vllm.messages import Load, Store
 from kvstrata.connectors.vllm.pace import Rate
@@ -157,6 +159,26 @@ class Transfers:
             threads = self._awaiting if arriving else self._loading
             future = threads.submit(self._load, load, client, after, deadline, arriving)
             future.add_done_callback(partial(self._called_off, load, arriving))
+
+    def begin_blends(
+        self, blendings: Sequence[Blending], gatherer: Gatherer, client: NodeClient | None
+    ) -> None:
+        """Begin to copy what belongs into blends; `blend_ended` ends them."""
+        after = self._copier.mark()
+        deadline = time.monotonic() + self._deadlines.load
+        for blending in blendings:
+            spans = gatherer.spans(blending)
+            blending.begin(len(spans))
+            for span in spans:
+                work = partial(gatherer.bring, blending, span, client, after, deadline)
+                self._begin(work, lambda _, one=blending: one.thread_ended())  # type: ignore[misc]
+
+    def blend_ended(self, request_id: str, *, failed: bool) -> None:
+        """A blend is complete, or will not be: its blocks are the engine's again."""
+        with self._changed:
+            self._loaded.add(request_id)
+            if failed:
+                self._failed.add(request_id)
 
     def meeting_ended(self, meeting: Meeting) -> None:
         """A load has met what was computed, or will not: its blocks are the engine's again."""
@@ -308,16 +330,24 @@ class Transfers:
             with self._changed:
                 self._changed.notify_all()
 
-        def ended(future: Future[None]) -> None:
-            if future.cancelled():
+        def ended(cancelled: bool) -> None:
+            if cancelled:
                 meeting.fail()
+
+        self._begin(partial(bring, meeting, client, copy, deadline), ended)
+
+    def _begin(self, work: Callable[[], None], ended: Callable[[bool], None]) -> None:
+        """Have a thread do some work; then, or if it will not be done, ``ended`` hears which."""
+
+        def end(future: Future[None]) -> None:
+            ended(future.cancelled())
             with self._changed:
                 self._num_loading -= 1
                 self._changed.notify_all()
 
         with self._changed:
             self._num_loading += 1
-        self._awaiting.submit(bring, meeting, client, copy, deadline).add_done_callback(ended)
+        self._awaiting.submit(work).add_done_callback(end)
 
     def _copy(
         self,

@@ -9,7 +9,8 @@ The blocks are restored, whatever comes out, so a proof that fails harms nobody.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,43 +47,65 @@ class Proof:
         blocks, dtype = list(trial.blocks), self._pages.group.dtype
         if dtype not in ROUNDING:
             return f"KV in {dtype}"
-        saved = [pages[blocks].clone() for pages in self._tensors]
-        try:
-            for pages in self._tensors:
-                pages[blocks] = 0
+        with blank(self._tensors, blocks) as saved:
             _compute(forward, trial.tokens, blocks)
             for name, pages, was in zip(self._pages.layer_names, self._tensors, saved, strict=True):
-                off = self._furthest(pages[blocks], was)
+                rows, wanted = (rows_of(self._pages, one) for one in (pages[blocks], was))
+                off = furthest(rows, wanted)
                 if not off <= ROUNDING[dtype]:
                     return f"layer {name} comes out otherwise, a token by {off:.2g} of its length"
-            return ""
-        finally:
-            for pages, was in zip(self._tensors, saved, strict=True):
-                pages[blocks] = was
+        return ""
 
-    def _furthest(self, pages: torch.Tensor, was: torch.Tensor) -> float:
-        """How far the keys or values of a token are off, of all tokens the furthest.
 
-        By their length, or, where they are shorter than most, by the usual one.
+@contextmanager
+def blank(layers: Sequence[torch.Tensor], blocks: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+    """Some blocks are blank meanwhile, and restored in the end, whatever comes.
 
-        Args:
-            pages: (blocks, page_bytes) uint8, of one layer.
-            was: the same, as it ought to be.
-        """
-        rows, wanted = self._rows(pages), self._rows(was)
-        lengths = wanted.norm(dim=-1)
-        usual = lengths.median(dim=-1, keepdim=True).values
-        off = (rows - wanted).norm(dim=-1) / torch.maximum(lengths, usual).clamp_min(1e-30)
-        # NaN is the furthest of all, and no comparison is true of it.
-        return float(off.max())
+    Args:
+        layers: of each, (blocks, page_bytes) uint8.
+        blocks: their numbers.
+    Yields:
+        What was in them, layer by layer.
+    """
+    saved = [pages[blocks].clone() for pages in layers]
+    try:
+        for pages in layers:
+            pages[blocks] = 0
+        yield saved
+    finally:
+        for pages, was in zip(layers, saved, strict=True):
+            pages[blocks] = was
 
-    def _rows(self, pages: torch.Tensor) -> torch.Tensor:
-        """A layer's keys and values: (states, tokens, all heads' numbers) float32."""
-        group, order = self._pages.group, self._pages.order
-        native = np.ascontiguousarray(pages.cpu().numpy()).reshape(-1, order.page_bytes(group))
-        words = np.ascontiguousarray(order.unpack(native, group))
-        signed = torch.from_numpy(words.view(f"i{group.item_bytes}"))
-        return signed.view(getattr(torch, group.dtype)).float().transpose(1, 2).flatten(2)
+
+def rows_of(pages: Pages, native: torch.Tensor) -> torch.Tensor:
+    """A layer's keys and values: (S, H, T, D) float32, on the CPU.
+
+    Args:
+        pages: of the layer.
+        native: (blocks, page_bytes) uint8.
+    """
+    group, order = pages.group, pages.order
+    pieces = np.ascontiguousarray(native.cpu().numpy()).reshape(-1, order.page_bytes(group))
+    words = np.ascontiguousarray(order.unpack(pieces, group))
+    signed = torch.from_numpy(words.view(f"i{group.item_bytes}"))
+    return signed.view(getattr(torch, group.dtype)).float()
+
+
+def furthest(rows: torch.Tensor, wanted: torch.Tensor) -> float:
+    """How far the keys or values of a token are off, of all tokens the furthest.
+
+    By their length, or, where they are shorter than most, by the usual one.
+
+    Args:
+        rows: (S, H, T, D) float32.
+        wanted: the same, as it ought to be.
+    """
+    found, right = (one.transpose(1, 2).flatten(2) for one in (rows, wanted))
+    lengths = right.norm(dim=-1)
+    usual = lengths.median(dim=-1, keepdim=True).values
+    off = (found - right).norm(dim=-1) / torch.maximum(lengths, usual).clamp_min(1e-30)
+    # NaN is the furthest of all, and no comparison is true of it.
+    return float(off.max())
 
 
 def _compute(forward: Forward, tokens: Sequence[int], blocks: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
@@ -17,11 +17,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.link import Link
+from kvstrata.connectors.vllm.blends import Blending
 from kvstrata.connectors.vllm.copies import Copier, Runs, copy_runs, make_copier
 from kvstrata.connectors.vllm.engines import shares
 from kvstrata.connectors.vllm.fronts import Fronts
+from kvstrata.connectors.vllm.gathering import Gatherer
 from kvstrata.connectors.vllm.groups import Group, Groups
-from kvstrata.connectors.vllm.messages import Load, StepMetadata, WorkerHello, WorkerReport
+from kvstrata.connectors.vllm.messages import Blend, Load, StepMetadata, WorkerHello, WorkerReport
 from kvstrata.connectors.vllm.origins import Origins
 from kvstrata.connectors.vllm.pace import WAIT_SHARE
 from kvstrata.connectors.vllm.pages import Pages, attention_layers, describe
@@ -31,7 +33,7 @@ from kvstrata.connectors.vllm.ranks import cut
 from kvstrata.connectors.vllm.states import describe_states, prove_states
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.connectors.vllm.transfers import Transfers
-from kvstrata.errors import Incompatible, KVStrataError
+from kvstrata.errors import Incompatible, KVStrataError, UsageError
 from kvstrata.wire.client import NodeClient
 
 logger = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ class WorkerSide:
             self._tracer,
         )
         self._on_cpu = pages.device.type == "cpu"
-        self._chunk = groups.chunk_tokens
+        self._chunk, self._block = groups.chunk_tokens, groups.each[0].block_tokens
         self._link = link
         self._client: NodeClient | None = None
         # this step's
@@ -127,6 +129,12 @@ class WorkerSide:
                 self._no_fronts = str(error) or type(error).__name__
                 if not isinstance(error, Incompatible):
                     logger.exception("KVStrata cannot compute inside loads")
+        turning = self._fronts.turning if self._fronts is not None else None
+        self._gatherer = (
+            Gatherer(self.payloads, self._copier, turning.rotary, self._chunk)
+            if turning is not None
+            else None
+        )
         # vLLM 0.32 unmaps the blocks of an engine that falls asleep without a word to anybody.
         self._drain_always = vllm_config.model_config.enable_sleep_mode and not hasattr(
             KVConnectorBase_V1, "unregister_kv_caches"
@@ -143,6 +151,8 @@ class WorkerSide:
             slices=self._cut.slices,
             why_alone=self._cut.why_alone,
             no_fronts=self._no_fronts,
+            no_blends=self._no_fronts
+            or (self._fronts.no_blends if self._fronts is not None else ""),
         )
 
     # called by vLLM's model runner, in this order in each step
@@ -158,11 +168,13 @@ class WorkerSide:
         self._follow(meta)
         self._transfers.call_off(meta.called_off)
         if self._fronts is not None:
-            self._fronts.meetings.call_off(meta.called_off)
+            self._fronts.call_off(meta.called_off)
         self._begin_stores(meta.late_stores, 0.0)
         overwritten = set(meta.fresh_blocks)
         for load in (*meta.sync_loads, *meta.async_loads):
             overwritten.update(load.blocks)
+        for blend in meta.blends:
+            overwritten.update(blend.table[blend.start // self._block :])
         self._transfers.fence(overwritten)
 
     def bind(self, meta: StepMetadata) -> None:
@@ -172,6 +184,8 @@ class WorkerSide:
         if meta.async_loads:
             meetings = self._fronts.meetings if self._fronts is not None else None
             self._transfers.begin_loads(meta.async_loads, self._client, meetings)
+        if meta.blends:
+            self._begin_blends(meta.blends)
 
     def load_sync(self) -> None:
         """Prepare the copies that this forward needs; on a GPU, do them.
@@ -270,15 +284,14 @@ class WorkerSide:
         """What the scheduler's side wants to hear after each step."""
         loaded, self._sync_loaded = self._sync_loaded, {}
         came, self._came = self._came, {}
-        met, tried = self._fronts.report() if self._fronts is not None else ({}, None)
+        fronts = self._fronts.report() if self._fronts is not None else {}
         return WorkerReport(
             {self._node},
             loaded,
             came,
             self._transfers.rate.best(),
             self._origins.take() if self._origins is not None else {},
-            met,
-            tried,
+            **fronts,
         )
 
     def drain(self) -> None:
@@ -292,7 +305,7 @@ class WorkerSide:
     def close(self) -> None:
         """End what is under way and let go of the node. Repeatable."""
         if self._fronts is not None:
-            self._fronts.meetings.close()
+            self._fronts.close()
         self._transfers.close()
         if self._tracer is not None:
             self._tracer.close()
@@ -302,13 +315,32 @@ class WorkerSide:
     # how
 
     def _compute_fronts(self) -> bool:
-        """Compute a slice of a load that arrives from its end; whether that was done."""
+        """Compute a slice of a load that has a part to compute; whether that was done."""
         if self._fronts is None:
             return False
-        ended, computed = self._fronts.step(self._meta.num_tokens)
-        for meeting in ended:
+        met, blended, computed = self._fronts.step(self._meta.num_tokens)
+        for meeting in met:
             self._transfers.meeting_ended(meeting)
+        for name, _, failed in blended:
+            self._transfers.blend_ended(name, failed=failed)
         return computed
+
+    def _begin_blends(self, blends: Sequence[Blend]) -> None:
+        """Begin blends, or tell that they fail; the same on all ranks."""
+        begun: list[Blending] = []
+        for blend in blends:
+            try:
+                if self._fronts is None or self._fronts.blends is None or self._gatherer is None:
+                    raise UsageError("this worker blends nothing")
+                blending = Blending(blend, self._gatherer.shapes())
+            except UsageError as error:
+                logger.error("KVStrata: request %s is computed: %s", blend.request_id, error)
+                self._transfers.blend_ended(blend.request_id, failed=True)
+            else:
+                self._fronts.blends.begin(blending)
+                begun.append(blending)
+        if begun and self._gatherer is not None:
+            self._transfers.begin_blends(begun, self._gatherer, self._client)
 
     def _copy_layer(self, layer_name: str) -> None:
         begun = time.perf_counter()

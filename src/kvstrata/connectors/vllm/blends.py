@@ -1,0 +1,330 @@
+"""Prompts that are put together of what was computed elsewhere, and of what is computed here.
+
+Threads copy stored rows into their blocks as they arrive (`gathering`); what has not come in time
+is a gap. Then the engine's main thread computes, in slices after each step's own forward: for a
+plan that asks for it how much the rows differ from what they would be here (`deviation`), and then,
+in ascending order, the gaps and the tokens that the plan chooses.
+
+Ranks agree before each of these: the same messages reach all of them in the same steps, what each
+has to say of its own copies is compared (`Forward.agree`), and all of them go on by the same
+numbers.
+
+Source: CacheBlend, arXiv:2405.16444; differs: any tokens are computed at once by the model's own
+forward, not layer by layer, so those of the first layers choose for all.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstrata.blend import budget, choose, stretches
+from kvstrata.connectors.vllm.messages import Blend, Piece
+from kvstrata.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+
+
+class Computes(Protocol):
+    """What `engine.Forward` does, as far as it takes that."""
+
+    def compute(
+        self, tokens: Sequence[int], positions: Sequence[int], blocks: Sequence[int]
+    ) -> None: ...
+
+    def agree(self, numbers: list[int]) -> list[int]: ...
+
+    def add_up(self, numbers: Floats) -> Floats: ...
+
+
+class Deviates(Protocol):
+    """What `deviation.Check` does."""
+
+    def deviation(self, blending: Blending, positions: range) -> Floats:
+        """How far the rows at these positions are off; computes what it takes to know."""
+        ...
+
+
+class Kept(NamedTuple):
+    """Reused rows of one layer, of some of the worker's KV heads.
+
+    Args:
+        heads: which.
+        rows: (S, H, T, D).
+    """
+
+    heads: range
+    rows: Floats
+
+
+class Blending:
+    """One blend under way.
+
+    Args:
+        blend: what is to be done.
+        shapes: of each of this worker's objects of a chunk: states, KV heads, numbers of a head.
+
+    Raises:
+        UsageError: it makes no sense.
+    """
+
+    def __init__(self, blend: Blend, shapes: Mapping[int, tuple[int, range, int]]) -> None:
+        self.blend = blend
+        self.end = len(blend.tokens)
+        # What vLLM has itself is exact, whatever else was found.
+        self.first = max(blend.first, blend.start)
+        if not blend.start < self.end:
+            raise UsageError(f"a blend from {blend.start} to {self.end}")
+        count = max(0, self.end - self.first)
+        self._kept = {
+            part: Kept(heads, np.zeros((states, len(heads), count, dim), np.float32))
+            for part, (states, heads, dim) in shapes.items()
+            if blend.plan == "deviation"
+        }
+        self._lock = threading.Lock()
+        self._num_threads = 0
+        self._came = [0] * len(blend.pieces)
+        self._wanted = True
+        # for the main thread alone
+        self.failed = False
+        self.met = False  # all of it is there
+        self.prepared = False
+        self.reused: list[range] = []
+        self.unchecked = range(0)  # positions whose deviation is still to be known
+        self.off: Floats = np.zeros(0, np.float32)
+        self.todo: list[int] = []  # positions to compute
+        self.done = 0  # of these
+
+    # for the threads that copy
+
+    def begin(self, num_threads: int) -> None:
+        """So many are about to copy."""
+        with self._lock:
+            self._num_threads = num_threads
+
+    def thread_ended(self) -> None:
+        """One of them writes nothing any more."""
+        with self._lock:
+            self._num_threads -= 1
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is to be copied at all; once it is not, it never is again."""
+        with self._lock:
+            return self._wanted
+
+    def came(self, rows: list[tuple[int, int]]) -> None:
+        """These lie in their blocks: numbers of pieces, and how many of the rows of each."""
+        with self._lock:
+            for piece, count in rows:
+                self._came[piece] += count
+
+    def kept_rows(self, part: int, positions: range) -> Floats | None:
+        """Where the rows of one layer are kept: (S, H, T, D); None: nowhere."""
+        if part not in self._kept or positions.start < self.first:
+            return None
+        begin = positions.start - self.first
+        return self._kept[part].rows[:, :, begin : begin + len(positions)]
+
+    # for the main thread
+
+    def give_up(self) -> None:
+        """Nothing is copied any more, soon."""
+        with self._lock:
+            self._wanted = False
+
+    @property
+    def copying(self) -> bool:
+        """Whether a thread may still write to its blocks."""
+        with self._lock:
+            return self._num_threads > 0
+
+    def lost(self) -> list[int]:
+        """For each piece whether rows of it did not come."""
+        with self._lock:
+            return [
+                int(came < len(self._mine(piece)))
+                for piece, came in zip(self.blend.pieces, self._came, strict=True)
+            ]
+
+    def kept(self, positions: range) -> list[Kept]:
+        """What was kept of these positions, of each object."""
+        begin = positions.start - self.first
+        return [
+            Kept(heads, rows[:, :, begin : begin + len(positions)])
+            for heads, rows in self._kept.values()
+        ]
+
+    def prepare(self, lost: Sequence[int]) -> None:
+        """Find out what is to be computed, once it is known what did not come.
+
+        Raises:
+            UsageError: the blend makes no sense.
+        """
+        blend = self.blend
+        there = np.zeros(self.end, bool)
+        here: list[tuple[int, int, int]] = []
+        for piece, gone in zip(blend.pieces, lost, strict=True):
+            mine = self._mine(piece)
+            if not gone and mine:
+                there[mine.start : mine.stop] = True
+                here.append((mine.start, piece.was + mine.start - piece.position, len(mine)))
+        self.reused = stretches(here, self.first)
+        self._gaps = np.flatnonzero(~there[blend.start :]) + blend.start
+        self.prepared = True
+        count = budget(blend.plan, blend.ratio, sum(map(len, self.reused)))
+        if blend.plan == "deviation" and count:
+            # What lies before the first of them is exact.
+            self.unchecked = range(self.first, self.reused[-1].stop)
+            self.off = np.zeros(self.end - self.first, np.float32)
+        else:
+            self.choose(None)
+
+    def choose(self, off: Floats | None) -> None:
+        """Decide which of the reused tokens are computed, and so all that is."""
+        blend, deviation = self.blend, None
+        if off is not None:
+            each = [off[one.start - self.first : one.stop - self.first] for one in self.reused]
+            deviation = np.concatenate(each)
+        elif blend.plan == "deviation":
+            deviation = np.zeros(sum(map(len, self.reused)), np.float32)
+        chosen = choose(blend.plan, blend.ratio, self.reused, deviation, blend.seed)
+        self.todo = np.union1d(self._gaps, np.array(chosen, np.int64)).tolist()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to compute."""
+        return self.prepared and not self.unchecked and self.done == len(self.todo)
+
+    def _mine(self, piece: Piece) -> range:
+        """Positions of the rows of a piece that vLLM does not have."""
+        return range(
+            max(piece.position, self.blend.start), min(piece.position + piece.count, self.end)
+        )
+
+
+class Ended(NamedTuple):
+    """A blend that has ended.
+
+    Args:
+        request_id: whose.
+        num_computed: tokens that were computed of it.
+        failed: whether its blocks hold nothing of use.
+    """
+
+    request_id: str
+    num_computed: int
+    failed: bool
+
+
+class Blends:
+    """The blends under way in one worker, in the order in which they began.
+
+    Args:
+        forward: computes.
+        check: says how far rows are off.
+    """
+
+    def __init__(self, forward: Computes, check: Deviates) -> None:
+        self._forward, self._check = forward, check
+        self._under_way: dict[str, Blending] = {}
+        self._unwanted: set[str] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._under_way)
+
+    def begin(self, blending: Blending) -> None:
+        """A blend of this step; on every rank."""
+        self._under_way[blending.blend.request_id] = blending
+
+    def call_off(self, request_ids: set[str]) -> None:
+        """These requests have ended: nothing is computed for them. All ranks hear it at once."""
+        self._unwanted |= request_ids & self._under_way.keys()
+
+    def close(self) -> None:
+        """Let their threads end; nothing is computed any more. Repeatable."""
+        for blending in self._under_way.values():
+            blending.give_up()
+
+    def step(self, most_tokens: int) -> tuple[list[Ended], bool]:
+        """Compute a slice of one of them, see who is done.
+
+        Args:
+            most_tokens: that may be computed.
+        Returns:
+            Those that have ended, whose request may have its blocks back; and whether anything was
+            computed.
+        """
+        ended = self._end()
+        for blending in self._under_way.values():
+            if blending.prepared and most_tokens > 0:
+                self._compute(blending, most_tokens)
+                return ended + self._end(), True
+        return ended, False
+
+    def _end(self) -> list[Ended]:
+        """Which of them have ended; those that have all their copies are prepared."""
+        each = list(self._under_way.values())
+        if not each:
+            return []
+        told = [number for one in each for number in (int(one.copying), int(one.failed))]
+        said = self._forward.agree(told)
+        ready = []
+        for one, copying, failed in zip(each, said[::2], said[1::2], strict=True):
+            if failed or one.blend.request_id in self._unwanted:
+                one.failed = True
+                one.give_up()
+            elif not copying and not one.prepared:
+                ready.append(one)
+        if ready:
+            self._prepare(ready)
+        ended = []
+        for one, copying in zip(each, said[::2], strict=True):
+            if not copying and (one.failed or one.complete):
+                one.met = not one.failed
+                ended.append(Ended(one.blend.request_id, one.done, one.failed))
+        for name, _, _ in ended:
+            del self._under_way[name]
+            self._unwanted.discard(name)
+        return ended
+
+    def _prepare(self, ready: list[Blending]) -> None:
+        lost = self._forward.agree([gone for one in ready for gone in one.lost()])
+        for one in ready:
+            mine, lost = lost[: len(one.blend.pieces)], lost[len(one.blend.pieces) :]
+            try:
+                one.prepare(mine)
+            except UsageError as error:
+                # Of what all ranks have alike, so that all of them say so.
+                logger.warning("KVStrata: request %s: %s", one.blend.request_id, error)
+                one.failed = True
+
+    def _compute(self, blending: Blending, most_tokens: int) -> None:
+        """A slice of one of them."""
+        try:
+            if blending.unchecked:
+                self._check_some(blending, most_tokens)
+            else:
+                some = blending.todo[blending.done : blending.done + most_tokens]
+                tokens = [blending.blend.tokens[position] for position in some]
+                self._forward.compute(tokens, some, blending.blend.table)
+                blending.done += len(some)
+        except Exception:
+            name = blending.blend.request_id
+            logger.exception("KVStrata: computing inside a blend failed, request %s", name)
+            blending.failed = True
+
+    def _check_some(self, blending: Blending, most_tokens: int) -> None:
+        some, rest = blending.unchecked[:most_tokens], blending.unchecked[most_tokens:]
+        begin = some.start - blending.first
+        blending.off[begin : begin + len(some)] = self._check.deviation(blending, some)
+        blending.unchecked = rest
+        if not rest:
+            blending.choose(self._forward.add_up(blending.off))

@@ -1,0 +1,223 @@
+"""Stored chunks' rows as they arrive, on their way into a blend's blocks; runs in threads."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvstrata.connectors.vllm.blends import Blending
+from kvstrata.connectors.vllm.copies import Copier
+from kvstrata.connectors.vllm.messages import Blend, Piece
+from kvstrata.connectors.vllm.payloads import Payloads
+from kvstrata.connectors.vllm.rotary import Rotary
+from kvstrata.connectors.vllm.turned import Sheet
+from kvstrata.errors import CorruptObject, KVStrataError, NodeUnavailable
+from kvstrata.wire import protocol as p
+from kvstrata.wire.client import NodeClient, offsets_of
+
+logger = logging.getLogger(__name__)
+
+SLEEP_S = 0.02
+"""For how long one who waits sleeps before it sees that nothing is wanted any more."""
+
+
+class Gatherer:
+    """Puts blends' rows where they belong.
+
+    Args:
+        payloads: the worker's objects of a chunk, by their part; of one layer group.
+        copier: into the engine's blocks.
+        rotary: of the layers.
+        chunk_tokens: of a chunk.
+    """
+
+    def __init__(
+        self,
+        payloads: Mapping[int, Payloads],
+        copier: Copier,
+        rotary: Sequence[Rotary],
+        chunk_tokens: int,
+    ) -> None:
+        self._payloads, self._copier, self._rotary = payloads, copier, rotary
+        self._chunk = chunk_tokens
+
+    def shapes(self) -> dict[int, tuple[int, range, int]]:
+        """As `Blending` takes them."""
+        return {
+            part: (one.pages.group.states, one.heads, one.pages.group.head_dim)
+            for part, one in self._payloads.items()
+        }
+
+    def spans(self, blending: Blending) -> list[range]:
+        """The tokens that each of the threads copies."""
+        start, end, each = blending.blend.start, blending.end, self._chunk
+        middle = start + -(-(end - start) // (2 * each)) * each
+        return [one for one in (range(start, min(middle, end)), range(middle, end)) if one]
+
+    def bring(
+        self,
+        blending: Blending,
+        span: range,
+        client: NodeClient | None,
+        after: Any,
+        deadline: float,
+    ) -> None:
+        """Copy what belongs into a span of a blend; what does not come is lost; never raises.
+
+        Args:
+            blending: of the blend.
+            span: of its tokens, whole chunks from its start on.
+            client: of the node with the leases.
+            after: a mark of the copier's; the blocks may be written from then on.
+            deadline: of the whole blend, monotonic seconds.
+        """
+        name = blending.blend.request_id
+        try:
+            if client is None or client.hello.node != blending.blend.node:
+                raise NodeUnavailable("this worker is not attached to the node of the leases")
+            _Bringing(self, blending, span, client, after, deadline).run()
+        except KVStrataError as error:
+            logger.warning("KVStrata: some of request %s is computed: %s", name, error)
+        except Exception:
+            logger.exception("KVStrata: gathering died of a bug, request %s", name)
+
+    def sheets(self, blend: Blend, span: range, after: Any) -> dict[int, Sheet]:
+        """By part."""
+        return {
+            part: Sheet(
+                one.pages, self._rotary, self._copier, after, blend.table, span, self._chunk
+            )
+            for part, one in self._payloads.items()
+        }
+
+
+class _Bringing:
+    """One span of one blend."""
+
+    def __init__(
+        self,
+        gatherer: Gatherer,
+        blending: Blending,
+        span: range,
+        client: NodeClient,
+        after: Any,
+        deadline: float,
+    ) -> None:
+        self._blending, self._blend, self._span = blending, blending.blend, span
+        self._client, self._deadline = client, deadline
+        self._payloads = gatherer._payloads
+        self._sheets = gatherer.sheets(self._blend, span, after)
+        self._offsets = [list(source.offsets) for source in self._blend.sources]
+        self._gone: set[int] = set()  # sources of which no more comes
+
+    def run(self) -> None:
+        """Piece by piece."""
+        came: list[tuple[int, int]] = []
+        for number, whole in enumerate(self._blend.pieces):
+            piece = _within(whole, self._span)
+            if piece is None:
+                continue
+            slots = self._slots(piece)
+            if not self._blending.wanted:
+                return
+            if slots is None:
+                continue
+            try:
+                self._put(piece, slots)
+            except CorruptObject as error:
+                logger.warning(
+                    "KVStrata: a chunk of request %s is computed: %s", self._blend.request_id, error
+                )
+            else:
+                came.append((number, piece.count))
+        for sheet in self._sheets.values():
+            sheet.write()
+        self._blending.came(came)
+
+    def _slots(self, piece: Piece) -> list[int] | None:
+        """Of the piece's chunk, by part, once it is there; None: it does not come."""
+        offsets = self._offsets[piece.source]
+        while p.ARRIVING in offsets[piece.chunk]:
+            if piece.source in self._gone or not self._blending.wanted:
+                return None
+            if not self._arrived(piece.source, offsets):
+                self._gone.add(piece.source)
+        return offsets[piece.chunk]
+
+    def _arrived(self, source: int, offsets: list[list[int]]) -> bool:
+        """Wait for more of a source's chunks; whether any came."""
+        have = next(i for i, slots in enumerate(offsets) if p.ARRIVING in slots)
+        try:
+            call = self._client.await_arrival(self._blend.sources[source].lease, have)
+            while call.reply is None and self._blending.wanted:
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._client.pump(call, min(left, SLEEP_S))
+            if call.reply is None and not self._blending.wanted:
+                call.abandon()
+                return False
+            arrived: p.Arrived = call.wait(0)
+        except KVStrataError as error:
+            name = self._blend.request_id
+            logger.warning("KVStrata: chunks of request %s are computed: %s", name, error)
+            return False
+        flat, width = offsets_of(arrived.offsets).tolist(), len(self._blend.parts)
+        some = [flat[i : i + width] for i in range(0, len(flat), width)]
+        offsets[have : have + len(some)] = some[: len(offsets) - have]
+        return bool(some)
+
+    def _put(self, piece: Piece, slots: list[int]) -> None:
+        """Take a piece's rows, of each of this worker's objects of the chunk.
+
+        Raises:
+            CorruptObject: one of them is not what was leased.
+        """
+        key = self._blend.sources[piece.source].keys[piece.chunk]
+        name = self._blend.request_id
+        for part, payloads in self._payloads.items():
+            offset, sheet = slots[self._blend.parts.index(part)], self._sheets[part]
+            rest = self._copy_whole(payloads, sheet, offset, key, piece)
+            if not rest.count:
+                continue
+            tokens = range(rest.row, rest.row + rest.count)
+            rows = payloads.rows(name, self._client, offset, key, tokens)
+            keep = self._blending.kept_rows(part, range(rest.position, rest.position + rest.count))
+            sheet.put(rows, rest.position, rest.was, keep)
+
+    def _copy_whole(
+        self, payloads: Payloads, sheet: Sheet, offset: int, key: bytes, piece: Piece
+    ) -> Piece:
+        """Copy the whole blocks of what is exact; what is left of the piece."""
+        size = payloads.pages.block_tokens
+        count = piece.count // size
+        exact = piece.was == piece.position and piece.position + piece.count <= self._blend.first
+        if not exact or piece.position % size or piece.row % size or not count:
+            return piece
+        address = payloads.run_of(self._client, offset, key)
+        if address is None:
+            return piece
+        width = payloads.template.num_tokens // size
+        sheet.copy(address, width, piece.row // size, piece.position, count)
+        return _cut(piece, count * size, piece.count)
+
+
+def _within(piece: Piece, span: range) -> Piece | None:
+    """What of a piece lies in a span."""
+    first = max(span.start - piece.position, 0)
+    last = min(span.stop - piece.position, piece.count)
+    return _cut(piece, first, last) if first < last else None
+
+
+def _cut(piece: Piece, first: int, last: int) -> Piece:
+    """The rows ``first`` to ``last`` of a piece."""
+    return Piece(
+        piece.source,
+        piece.chunk,
+        piece.row + first,
+        last - first,
+        piece.position + first,
+        piece.was + first,
+    )
