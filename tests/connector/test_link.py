@@ -110,16 +110,49 @@ def test_a_start_does_not_wait_for_a_node_that_is_not_there(world: World, link: 
     assert link.take() is None
 
 
-def test_a_bug_does_not_make_anybody_wait(
+def test_a_bug_does_not_make_anybody_wait_and_is_told_once(
     world: World, link: Link, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world.outcomes = [refuse(ZeroDivisionError())]
+    gate = threading.Event()
+
+    def at_last() -> Client:
+        gate.wait(PATIENCE_S)
+        return Client()
+
+    world.outcomes = [*[refuse(ZeroDivisionError())] * (module.MOST_BUGS - 1), at_last]
     link.start()
     begun = time.monotonic()
     link.wait(PATIENCE_S)
     assert time.monotonic() - begun < PATIENCE_S / 2
-    assert "bug" in caplog.text
     assert link.take() is None
+    gate.set()
+    take(link)
+    assert world.num_attempts == module.MOST_BUGS
+    (told,) = [record for record in caplog.records if record.exc_info]
+    assert "bug" in told.getMessage()
+
+
+def test_what_is_a_bug_each_time_ends(
+    world: World, link: Link, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.outcomes = [refuse(ZeroDivisionError())] * 100
+    link.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while "not tried again" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    link.start()
+    assert link.take() is None
+    assert world.num_attempts == module.MOST_BUGS
+
+
+def test_a_client_whose_memory_cannot_be_had_is_closed(world: World, link: Link) -> None:
+    bad = Client()
+    bad.pool.populate = staticmethod(refuse(OSError("no memory")))
+    world.outcomes = [lambda: bad]
+    link.start()
+    assert take(link) is world.clients[1]
+    assert bad.closed
 
 
 def test_however_often_it_is_started_there_is_one_client(world: World, link: Link) -> None:

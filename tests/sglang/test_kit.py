@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -224,6 +225,14 @@ def test_a_prompt_of_several_of_sglangs_batches(kits: Kits, name: str) -> None:
         assert torch.equal(loaded[pool], expected), pool
 
 
+def wrapped_by_another(method: Any) -> Any:
+    @functools.wraps(method)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        return method(*arguments, **options)
+
+    return wrapper
+
+
 def test_without_a_hook_nothing_may_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.scheduler_components.weight_updater import (
@@ -237,6 +246,11 @@ def test_without_a_hook_nothing_may_be_served(monkeypatch: pytest.MonkeyPatch) -
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, hooked.__wrapped__)
             assert "plugin is not active" in missing()
+            # What others wrap it in counts for nothing, and hides nothing.
+            patch.setattr(owner, name, wrapped_by_another(hooked.__wrapped__))
+            assert "plugin is not active" in missing()
+            patch.setattr(owner, name, wrapped_by_another(hooked))
+            assert missing() == ""
             patch.delattr(owner, name)
             assert f"no {owner.__name__}.{name}" in missing()
         assert missing() == ""

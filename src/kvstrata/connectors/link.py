@@ -13,10 +13,13 @@ from kvstrata.wire.launch import connect
 logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.25, 2.0
+MOST_BUGS = 5
+"""Attempts that may end in what nobody foresaw: each of them may have started a node."""
 
 
 class Link:
-    """Attaches to the configured node in the background, again and again until it succeeds.
+    """Attaches to the configured node in the background, again and again until it succeeds, or
+    until it has died of bugs too often.
 
     Args:
         config: says which node.
@@ -62,11 +65,11 @@ class Link:
             client.close()
 
     def _attach(self) -> None:
-        delay, told = FIRST_RETRY_S, False
+        delay, told, num_bugs = FIRST_RETRY_S, False, 0
         try:
             while not self._closing.is_set():
                 try:
-                    client = connect(self._config)
+                    client = self._attached()
                 except (KVStrataError, OSError) as error:
                     if not told:
                         logger.warning(
@@ -74,22 +77,41 @@ class Link:
                             "it keeps trying: %s", self._who, error,
                         )  # fmt: skip
                         told = True
-                    self._tried.set()
-                    self._closing.wait(delay)
-                    delay = min(2 * delay, LONGEST_RETRY_S)
+                except Exception:
+                    num_bugs += 1
+                    if num_bugs == 1:
+                        logger.exception(
+                            "KVStrata: attaching the %s died of a bug, the engine computes "
+                            "everything; it is tried again", self._who,
+                        )  # fmt: skip
+                    if num_bugs == MOST_BUGS:
+                        logger.error(
+                            "KVStrata: attaching the %s died of bugs %d times; it is not tried "
+                            "again", self._who, num_bugs,
+                        )  # fmt: skip
+                        return
                 else:
-                    logger.info(
-                        "KVStrata: the %s is attached to node %d, %.2f GiB of host memory",
-                        self._who, client.hello.pid, client.hello.capacity_bytes / 2**30,
-                    )  # fmt: skip
-                    client.pool.populate()
                     with self._lock:
                         # One step: between two, a second thread would attach a second client.
                         self._client, self._thread = client, None
                     if self._closing.is_set() and (late := self.take()) is not None:
                         late.close()
                     return
-        except Exception:
-            logger.exception("KVStrata: attaching died of a bug; the engine computes everything")
+                self._tried.set()
+                self._closing.wait(delay)
+                delay = min(2 * delay, LONGEST_RETRY_S)
         finally:
             self._tried.set()
+
+    def _attached(self) -> NodeClient:
+        client = connect(self._config)
+        try:
+            client.pool.populate()
+        except BaseException:
+            client.close()
+            raise
+        logger.info(
+            "KVStrata: the %s is attached to node %d, %.2f GiB of host memory",
+            self._who, client.hello.pid, client.hello.capacity_bytes / 2**30,
+        )  # fmt: skip
+        return client

@@ -37,10 +37,9 @@ def register() -> None:
         return  # a process without a storage
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for name in UPDATES:
-        HookRegistry.register(".".join((*_UPDATER, name)), _around_update, HookType.AROUND)
-    HookRegistry.register(".".join((*_UPDATER, RELEASE)), _around_release, HookType.AROUND)
-    HookRegistry.register(f"{_SCHEDULER}.Scheduler.flush_cache", _after_flush, HookType.AFTER)
+    for (*place, name), hook in _hooks().items():
+        how = HookType.AFTER if hook is _after_flush else HookType.AROUND
+        HookRegistry.register(".".join((*place, name)), hook, how)
 
 
 def missing() -> str:
@@ -48,20 +47,45 @@ def missing() -> str:
 
     Without it an answer might come from KV of other weights, so nothing may be served.
     """
-    module, owner = _UPDATER
-    places = [(module, owner, name) for name in (*UPDATES, RELEASE)]
-    places.append((_SCHEDULER, "Scheduler", "flush_cache"))
-    for module, owner, name in places:
+    for (module, owner, name), hook in _hooks().items():
         method = getattr(getattr(importlib.import_module(module), owner, None), name, None)
         if method is None:
             return f"this SGLang has no {owner}.{name}, so an update of weights may go unheard"
-        if not hasattr(method, "__wrapped__"):
+        if not _goes_through(method, hook):
             return (
                 "its plugin is not active, so an update of weights would go unheard: install "
                 "KVStrata with pip where SGLang is, and name kvstrata in SGLANG_PLUGINS if that "
                 "is set"
             )
     return ""
+
+
+def _hooks() -> dict[tuple[str, str, str], Callable[..., Any]]:
+    """Modules, classes and methods of SGLang, and what each is hooked with."""
+    module, owner = _UPDATER
+    hooks: dict[tuple[str, str, str], Callable[..., Any]] = {
+        (module, owner, name): _around_update for name in UPDATES
+    }
+    hooks[module, owner, RELEASE] = _around_release
+    hooks[_SCHEDULER, "Scheduler", "flush_cache"] = _after_flush
+    return hooks
+
+
+def _goes_through(method: Any, hook: Callable[..., Any]) -> bool:
+    """Whether a method is one that SGLang has wrapped in a hook, under whatever others wrap it."""
+    while (inner := getattr(method, "__wrapped__", None)) is not None:
+        # SGLang's wrapper calls the hook, so it closes over it.
+        if any(_content(cell) is hook for cell in getattr(method, "__closure__", None) or ()):
+            return True
+        method = inner
+    return False
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 def _around_update(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
