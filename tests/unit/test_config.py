@@ -47,6 +47,7 @@ SAMPLES: Mapping[str, Any] = {
     "quality": "kl <= 0.01 and agreement >= 0.98",
     "planner": "off",
     "meet": "on",
+    "blend": "on",
     "inside": "off",
     "canary": "off",
     "hints": "store, pin",
@@ -498,7 +499,10 @@ def test_identity_covers_the_nodes_options_and_no_others() -> None:
         "object_store.load_target": "1s",
     }
     identity = load(base).node_identity(uid=1)
-    clients = {"node", "chunk_tokens", "tenant", "log", "hints", "inside", "meet", "reset", "share"}
+    clients = {
+        "node", "chunk_tokens", "tenant", "log", "hints", "inside", "meet", "blend", "reset",
+        "share",
+    }  # fmt: skip
     for path, value in SAMPLES.items():
         given = dict(base)
         if path == "network.transport":

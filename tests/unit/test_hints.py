@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kvstrata.blend.segments import asked
 from kvstrata.config import load_config
 from kvstrata.config.kinds import HINTS
 from kvstrata.connectors.hints import MAX_UNKNOWN, NO_LIMIT, OF_PEERS, Hints, forwarded, hints
@@ -26,7 +27,9 @@ GOOD: dict[str, Any] = {
     "pin": 3600,
     "priority": 2,
     "tiers": ["host", "disk"],
+    "blend": {"segments": [[0, 40]], "plan": "edges", "ratio": 0.25},
 }
+TAKEN: dict[str, Any] = {**GOOD, "blend": asked(GOOD["blend"])}
 BAD: list[tuple[str, Any, str]] = [
     ("max_load_tokens", -1, ">= 0"),
     ("max_load_tokens", 1.5, "got `float`"),
@@ -48,6 +51,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("tiers", "disk", "got `str`"),
     ("tiers", ["disk", 3], "got `int`"),
     ("tiers", ["a\x1b[2J"], "printable"),
+    ("blend", {"segments": [[0, 40]], "plan": "best"}, "Invalid enum value"),
+    ("blend", {"separator": "x", "segments": [[0, 40]]}, "either segments or separator"),
+    ("blend", True, "Expected `object`"),
 ]
 
 
@@ -58,10 +64,10 @@ def sent(ours: Any) -> dict[str, Any]:
 def test_every_hint_is_taken_as_it_is() -> None:
     assert GOOD.keys() == set(HINTS)
     taken = hints(sent(GOOD), HINTS)
-    assert taken == Hints(GOOD, {})
+    assert taken == Hints(TAKEN, {})
     assert (taken.load_limit, taken.store_limit) == (512, 1024)
     assert (taken.pin_s, taken.priority, taken.tiers) == (3600, 2, ["host", "disk"])
-    assert taken.record() == {"hints": GOOD}
+    assert taken.record() == {"hints": {**GOOD, "blend": {**GOOD["blend"], "segments": 1}}}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,7 @@ def test_one_that_cannot_be_is_refused_and_the_others_count(
     name: str, value: Any, why: str
 ) -> None:
     taken = hints(sent({**GOOD, name: value}), HINTS)
-    assert taken.given == {other: GOOD[other] for other in GOOD if other != name}
+    assert taken.given == {other: TAKEN[other] for other in GOOD if other != name}
     assert list(taken.refused) == [name]
     assert why in taken.refused[name]
 
@@ -100,7 +106,7 @@ def test_clients_may_only_ask_for_less_unless_the_operator_says_so() -> None:
     allowed = load_config(environ={}).hints
     taken = hints(sent(GOOD), allowed)
     assert set(taken.given) == {"max_load_tokens", "max_store_tokens", "store", "load"}
-    assert set(taken.refused) == {"session", "pin", "priority", "tiers"}
+    assert set(taken.refused) == {"session", "pin", "priority", "tiers", "blend"}
     assert load_config(environ={"KVSTRATA_HINTS": "all"}).hints == HINTS
     assert load_config(environ={}, overrides={"hints": ["pin"]}).hints == ("pin",)
     assert load_config(environ={}, overrides={"hints": "none"}).hints == ()
@@ -137,7 +143,7 @@ def test_tiers_that_the_node_does_not_have_are_refused_together() -> None:
     assert taken.on(["host", "disk", "redis"]) is taken
     left = taken.on(["host", "redis"])
     assert left.tiers == []
-    assert left.given == {name: GOOD[name] for name in GOOD if name != "tiers"}
+    assert left.given == {name: TAKEN[name] for name in GOOD if name != "tiers"}
     assert left.refused == {"tiers": "the node has no tier disk"}
 
 
@@ -173,7 +179,10 @@ def test_anything_is_taken_or_refused_by_name(ours: Any, allowed: set[str]) -> N
     assert not taken.given.keys() & taken.refused.keys()
     said = {name for name in HINTS if isinstance(ours, dict) and ours.get(name) is not None}
     assert said <= taken.given.keys() | taken.refused.keys()
-    assert all(taken.given[name] == ours[name] for name in taken.given)
+    given = {name: ours[name] for name in taken.given}
+    if "blend" in given:
+        given["blend"] = asked(given["blend"])
+    assert taken.given == given
     assert taken.load_limit >= 0
     assert taken.store_limit >= 0
     assert 0 <= taken.pin_s <= 7 * 86400

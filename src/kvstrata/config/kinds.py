@@ -24,7 +24,7 @@ MAX_SOCKET_PATH = 107
 MAX_COARSER = 15
 MIN_EVERY_S = 1.0
 HINTS = ("max_load_tokens", "max_store_tokens", "store", "load",
-         "session", "pin", "priority", "tiers")  # fmt: skip
+         "session", "pin", "priority", "tiers", "blend")  # fmt: skip
 """What clients may say with a request, see docs/hints.md; `kvstrata.connectors.hints` reads it."""
 SHARED = ("engines", "ranks")
 """In what engines may differ that share KV all the same, see docs/sharing.md."""

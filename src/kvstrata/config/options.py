@@ -97,6 +97,12 @@ class Config:
         "Whether vLLM computes a prompt from its beginning while a slower tier brings its end, "
         "where that is sooner, see docs/meeting.md.",
     )
+    blend: str = option(
+        kinds.one_of(("off", "on")),
+        "off",
+        "Whether vLLM may reuse texts at other places of a prompt for requests that ask for it, "
+        "which changes their answers, see docs/blend.md; the hint `blend` has to be allowed, too.",
+    )
     canary: float = option(
         kinds.EVERY,
         "1min",

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
+from kvstrata.blend.segments import Asked, asked
 from kvstrata.config.kinds import HINTS
 from kvstrata.policies.base import PRIORITIES
 
@@ -39,6 +40,7 @@ _TYPES: Mapping[str, Any] = {
     "session": Annotated[str, Meta(min_length=1, max_length=MAX_SESSION)],
     "pin": Annotated[int, Meta(ge=1, le=MAX_PIN_S)],
     "priority": Annotated[int, Meta(ge=PRIORITIES[0], le=PRIORITIES[-1])],
+    "blend": Asked,
     "tiers": Annotated[
         list[Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]],
         Meta(min_length=1, max_length=MAX_TIERS),
@@ -95,15 +97,21 @@ class Hints(NamedTuple):
         unknown = next((name for name in self.tiers if name not in tiers), None)
         if unknown is None:
             return self
-        given = {name: value for name, value in self.given.items() if name != "tiers"}
-        why = f"the node has no tier {_shown(unknown)}"
-        return Hints(given, {**self.refused, "tiers": why})
+        return self.without("tiers", f"the node has no tier {_shown(unknown)}")
+
+    def without(self, name: str, why: str) -> Hints:
+        """What is left of it where one of the hints is refused after all."""
+        given = {one: value for one, value in self.given.items() if one != name}
+        return Hints(given, {**self.refused, name: _printable(why, MAX_WHY)})
 
     def record(self) -> dict[str, Any]:
         """For the request's record; empty where nothing was said."""
         record: dict[str, Any] = {}
         if self.given:
-            record["hints"] = dict(self.given)
+            record["hints"] = {
+                name: value.shown() if isinstance(value, Asked) else value
+                for name, value in self.given.items()
+            }
         if self.refused:
             record["hints_refused"] = dict(self.refused)
         return record
@@ -131,7 +139,7 @@ def hints(params: Any, allowed: Collection[str]) -> Hints:
                 raise ValueError("not allowed here: see the operator's option hints")
             given[name] = _taken(name, ours[name])
         except ValueError as error:
-            refused[name] = str(error)[:MAX_WHY]
+            refused[name] = _printable(str(error), MAX_WHY)
     unknown = (name for name in ours if name not in HINTS and name not in OF_PEERS)
     for name in itertools.islice(unknown, MAX_UNKNOWN):
         refused[_shown(name)] = "no such hint"
@@ -150,6 +158,8 @@ def forwarded(params: Mapping[str, Any], sent: Any) -> dict[str, Any]:
 
 def _taken(name: str, value: Any) -> Any:
     """A hint's value. Raises ValueError for one that it cannot have."""
+    if name == "blend":
+        return asked(value)
     taken = msgspec.convert(value, _TYPES[name])
     texts = [taken] if isinstance(taken, str) else taken if isinstance(taken, list) else []
     if not all(text.isprintable() for text in texts):
@@ -159,5 +169,9 @@ def _taken(name: str, value: Any) -> Any:
 
 def _shown(name: Any) -> str:
     """A name that a client gave, fit for a record."""
-    text = name if isinstance(name, str) else type(name).__name__
-    return (text[:MAX_NAME] if text.isprintable() else ascii(text[:MAX_NAME])[1:-1])[:MAX_NAME]
+    return _printable(name if isinstance(name, str) else type(name).__name__, MAX_NAME)
+
+
+def _printable(text: str, most: int) -> str:
+    """The beginning of a text that a client may have had its part in."""
+    return (text[:most] if text.isprintable() else ascii(text[:most])[1:-1])[:most]

@@ -24,6 +24,8 @@ def is_next(state: RequestState) -> bool:
     """Whether the node is to be asked what begins as a prompt goes on, behind what was found."""
     if not state.parts_inside or state.asked_inside or state.chain is None or state.failed:
         return False
+    if state.taint is not None:
+        return False  # it might go beyond where the request is exact
     num_chunks = len(state.tiers)
     if num_chunks > len(state.keys) or state.found[:num_chunks] != state.keys[:num_chunks]:
         return False  # by the other secret

@@ -69,7 +69,9 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             _say_stride(groups, vllm_config.scheduler_config.max_num_batched_tokens)
             self._events = events_of(vllm_config, kv_cache_config, groups)
-            self._scheduler = SchedulerSide(vllm_config, config, groups, self._events)
+            self._scheduler = SchedulerSide(
+                vllm_config, config, groups, kv_cache_config, self._events
+            )
         else:
             self._link = Link(config, f"worker of rank {vllm_config.parallel_config.rank}")
             self._link.start()
@@ -78,12 +80,12 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
                 def fronts(pages: Pages) -> Fronts:
                     return fronts_of(
                         vllm_config, kv_cache_config, kv_caches, pages, groups.chunk_tokens,
-                        blends=getattr(config, "blend", "off") == "on",
+                        blends=config.blend == "on",
                     )  # fmt: skip
 
                 return WorkerSide(
                     vllm_config, kv_cache_config, kv_caches, self._link, config, groups,
-                    fronts if "on" in (config.meet, getattr(config, "blend", "off")) else None,
+                    fronts if "on" in (config.meet, config.blend) else None,
                 )  # fmt: skip
 
             self._make_worker = make
@@ -153,7 +155,9 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.hit_sources(request, num_external_tokens)
 
     def take_events(self) -> Iterable[Any]:
-        return self._events.take() if self._events is not None else ()
+        if self._events is None or self._scheduler is None:
+            return ()
+        return (*self._events.take(), *self._scheduler.blending.withdraw())
 
     def reset_cache(self) -> bool | None:
         return self._scheduler.reset_cache() if self._scheduler is not None else None

@@ -20,6 +20,26 @@ logger = logging.getLogger(__name__)
 LEAST_TRIAL_TOKENS, MOST_TRIAL_TOKENS = 64, 512
 
 
+def trial_of(state: RequestState, step: range, resolve: Any, groups: Groups) -> Trial | None:
+    """What of a step's tokens to try the workers' forward on; None: nothing.
+
+    Args:
+        state: of a request.
+        step: the tokens that it computes.
+        resolve: vLLM's own, gives a request's blocks.
+        groups: the engine's.
+    """
+    block = groups.each[0].block_tokens
+    count = min(len(step), state.request.num_prompt_tokens, MOST_TRIAL_TOKENS) // block * block
+    if step.start or count < LEAST_TRIAL_TOKENS:
+        return None
+    if state.request.mm_features or state.request.lora_request is not None:
+        return None
+    ids = resolve.get_block_ids(state.request.request_id)[0]
+    tokens = list(state.request.all_token_ids[:count])
+    return Trial(tokens, list(ids[: count // block]))
+
+
 class Meets:
     """Lives on the scheduler's one thread.
 
@@ -39,29 +59,16 @@ class Meets:
         if self._possible and why:
             self._refuse(why)
 
-    def trial(self, state: RequestState, step: range, resolve: Any) -> Trial | None:
-        """What of this step's tokens to try the workers' forward on; None: nothing.
-
-        Args:
-            state: of a request.
-            step: the tokens that it computes.
-            resolve: vLLM's own, gives a request's blocks.
-        """
-        block = self._groups.each[0].block_tokens
-        count = min(len(step), state.request.num_prompt_tokens, MOST_TRIAL_TOKENS) // block * block
-        if not self._possible or self.proven or step.start or count < LEAST_TRIAL_TOKENS:
-            return None
-        if state.request.mm_features or state.request.lora_request is not None:
-            return None
-        ids = resolve.get_block_ids(state.request.request_id)[0]
-        tokens = list(state.request.all_token_ids[:count])
-        return Trial(tokens, list(ids[: count // block]))
+    @property
+    def untried(self) -> bool:
+        """Whether the workers are to show that they can."""
+        return self._possible and not self.proven
 
     def hear(self, tried: str | None) -> None:
         """What the workers' trial said, if there was one."""
-        if tried:
+        if tried and self._possible:
             self._refuse(f"its forward failed the test: {tried}")
-        elif tried is not None and self._possible and not self.proven:
+        elif tried is not None and self.untried:
             self.proven = True
             logger.info("KVStrata computes from the front while loads arrive from the end")
 

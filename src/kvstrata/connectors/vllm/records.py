@@ -40,6 +40,7 @@ def record_of(state: RequestState, outcome: str, chunk_tokens: int) -> dict[str,
         "first_key": state.keys[0].hex() if state.keys else "",
         "peer": state.peer_refused or state.roles.peer,
         **state.hints.record(),
+        **({} if state.named is None else state.named.record()),
         **_plan(state),
         "seconds": round(time.monotonic() - state.arrived_at, 4),
         "arrived_at": state.arrived_at,  # for the node, which shows it to nobody

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from kvstrata.connectors.hints import hints
 from kvstrata.connectors.naming import roles
+from kvstrata.connectors.vllm.named import Named
 from kvstrata.connectors.vllm.reasons import Account
 from kvstrata.connectors.vllm.stats import Tally
 from kvstrata.heads import heads
@@ -94,6 +95,9 @@ class RequestState:
         self.beginning: Beginning | None = None  # what of the last of these is no chunk of it
         self.inside = inside
         self.asked_inside = False
+        # what it names of its prompt, and from which token on it is not exact any more
+        self.named: Named | None = None
+        self.taint: int | None = None
         self.matched = False
         self.reckoned: p.Matched | None = None  # with what the node thought it would take
         self.why: Sequence[Reason] = ()  # what the node said of the chunks behind those
@@ -154,7 +158,16 @@ class RequestState:
     def _most_chunks(self) -> int:
         """Leading chunks that may be loaded: as the request's hints let it."""
         assert self.chain is not None
-        return min(self.hints.load_limit, self.reach) // self.chain.chunk_tokens
+        most = min(self.hints.load_limit, self.reach)
+        if self.taint is not None:
+            most = min(most, self.taint)
+        return most // self.chain.chunk_tokens
+
+    @property
+    def store_limit(self) -> int:
+        """Leading tokens that may be stored: as its hints let it, and nothing that is not exact."""
+        limit = self.hints.store_limit
+        return limit if self.taint is None else min(limit, self.taint)
 
     @property
     def reach(self) -> int:

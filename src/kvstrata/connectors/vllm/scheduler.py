@@ -17,12 +17,13 @@ from typing import Any
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.config import Config
+from kvstrata.connectors.vllm.blending import Blending
 from kvstrata.connectors.vllm.elsewhere import ask_for_what_is_there
 from kvstrata.connectors.vllm.events import Events
 from kvstrata.connectors.vllm.groups import Groups
 from kvstrata.connectors.vllm.loads import load_of
 from kvstrata.connectors.vllm.lookups import LOOK_AHEAD, Lookups
-from kvstrata.connectors.vllm.meets import Meets
+from kvstrata.connectors.vllm.meets import Meets, trial_of
 from kvstrata.connectors.vllm.messages import (
     StepMetadata,
     WorkerHello,
@@ -47,6 +48,7 @@ class SchedulerSide:
         vllm_config: the engine's configuration.
         config: KVStrata's.
         groups: the engine's KV cache groups, and the chunks they are cut into.
+        kv_cache_config: the engine's groups as vLLM has them.
         events: that vLLM publishes, if it does.
     """
 
@@ -55,6 +57,7 @@ class SchedulerSide:
         vllm_config: Any,
         config: Config,
         groups: Groups,
+        kv_cache_config: Any,
         events: Events | None = None,
     ) -> None:
         self.tally = Tally()  # for vLLM's own metrics
@@ -83,6 +86,9 @@ class SchedulerSide:
             self._meets.may_ask,
         )  # fmt: skip
         self._stores = Stores(self._lookups, groups)
+        self.blending = Blending(
+            vllm_config, kv_cache_config, config, groups, self._lookups, self._pace
+        )
 
     def introduce(self, hellos: Mapping[tuple[int, int], WorkerHello]) -> None:
         """Learn of the workers' KV: before the first request, and when vLLM wakes from sleep."""
@@ -103,6 +109,7 @@ class SchedulerSide:
             logger.error("KVStrata is off: %s", self._off)
         else:
             self._meets.introduce(ranked)
+            self.blending.introduce(ranked)
         if not self._off and (why := ranked[0].why_alone):
             logger.warning("KVStrata shares no KV with engines of more or fewer ranks: %s", why)
         if not same:
@@ -118,6 +125,7 @@ class SchedulerSide:
             self._groups.stateful,
         )  # fmt: skip
         self._states[request.request_id] = state
+        self.blending.begin(state)
         # Those that wait already come first, whether they have asked or not.
         if not state.bypass and len(self._states) - len(self._active) <= LOOK_AHEAD:
             self._lookups.ask(state)
@@ -156,15 +164,22 @@ class SchedulerSide:
         if self._groups.stateful:
             part_at(state, self._chunk)
         found = state.num_found(self._chunk)
-        if found <= num_computed_tokens:
-            return 0, False
         first = num_computed_tokens // self._chunk
-        if first < state.num_whole:
+        if num_computed_tokens < found and first < state.num_whole:
             other = self._loading_chunks.get(state.asked[first], request.request_id)
             if other != request.request_id:
                 # It loads this very chunk: wait, and find it in vLLM's own prefix cache.
                 return None, False
         state.local_tokens = num_computed_tokens
+        busy = bool(self._active - self._admitted - {request.request_id})
+        blended = self.blending.answer(state, num_computed_tokens, busy=busy)
+        if blended is None:
+            return None, False
+        if blended:
+            state.sync = False
+            return blended, True
+        if found <= num_computed_tokens:
+            return 0, False
         state.sync = self._may_load_sync(state, first)
         if state.sync:
             found = min(found, request.num_tokens - 1)
@@ -189,7 +204,12 @@ class SchedulerSide:
             state.num_stored = max(state.num_stored, state.num_kept)
         if num_external_tokens == 0:
             self._lookups.give_up(state)
+            self.blending.give_up(state)
             return
+        if self.blending.is_next(state):
+            self._begin_blend(state, blocks, num_external_tokens)
+            return
+        self.blending.give_up(state)
         load = load_of(state, self._lookups, self._groups, blocks, num_external_tokens)
         first, last = load.first_chunk, load.first_chunk + len(load.keys)
         slower = self._lookups.client.hello.tiers if self._lookups.client is not None else []
@@ -240,7 +260,9 @@ class SchedulerSide:
                 known = min(before + count, state.request.num_tokens)
                 step = range(before, before + count)
                 meta.stores += self._stores.of_step(state, step, known, resolve)
-                meta.trial = meta.trial or self._meets.trial(state, step, resolve)
+                self.blending.sign(state)
+                if meta.trial is None and (self._meets.untried or self.blending.untried):
+                    meta.trial = trial_of(state, step, resolve, self._groups)
         # What is computed inside a load says nothing of what else a step takes.
         inside = bool(self._meeting) or meta.trial is not None
         self._pace.step(0 if inside else meta.num_tokens, num_pairs)
@@ -258,6 +280,10 @@ class SchedulerSide:
                 if state is not None:
                     state.loaded_from += tokens
             self._meets.hear(report.tried)
+            self.blending.hear(report.tried, report.turned)
+            for request_id, count in report.blended.items():
+                if (state := self._states.get(request_id)) is not None:
+                    self.blending.computed(state, count)
             for request_id, first in report.met.items():
                 if (state := self._states.get(request_id)) is not None:
                     state.met(first, self._chunk)
@@ -299,7 +325,7 @@ class SchedulerSide:
         else:
             self._lookups.give_up(state)
             known = min(request.num_computed_tokens - request.num_in_flight_tokens,
-                        request.num_tokens, state.hints.store_limit)  # fmt: skip
+                        request.num_tokens, state.store_limit)  # fmt: skip
             if (
                 state.chain is not None
                 and self._lookups.client is not None
@@ -308,6 +334,7 @@ class SchedulerSide:
                 self._next.late_stores += self._stores.whole(state, known // self._chunk, block_ids)
             if state.chain is not None and self._lookups.client is not None:
                 self._next.late_stores += self._stores.last(state, known, block_ids)
+        self.blending.finished(state)
         self._stores.pin(state)
         if state.engines and request.request_id in self._loads:
             self._unrecorded[request.request_id] = state  # who computed it is yet to be heard
@@ -337,6 +364,7 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Let go of the node. Repeatable."""
+        self.blending.close()
         self._lookups.close()
 
     # how
@@ -356,12 +384,27 @@ class SchedulerSide:
         """Have nothing to do any more with the requests that are there."""
         for state in self._states.values():
             state.bypass, state.chain = why, None
+            self.blending.give_up(state)
             if state.request.request_id in self._loads:
                 self._lookups.abandon(state)
             else:
                 self._lookups.give_up(state)
         self._next.stores.clear()
         self._next.late_stores.clear()
+
+    def _begin_blend(self, state: RequestState, blocks: Any, num_external_tokens: int) -> None:
+        """Hand a blend to the workers, which is a load to vLLM."""
+        blend, tiers = self.blending.hand_over(state, blocks)
+        slower = self._lookups.client.hello.tiers if self._lookups.client is not None else []
+        names = state.tier_names = dict(enumerate(["host", *slower]))
+        state.hit_chunks.update(names.get(tier, "?") for tier in tiers)
+        state.loaded_tokens += sum(piece.count for piece in blend.pieces)
+        state.num_given = max(state.num_given, state.num_whole)
+        state.loaded_how, state.load_began = "async", time.monotonic()
+        request_id = state.request.request_id
+        self._meeting.add(request_id)
+        self._loads[request_id] = (state.lease, b"")
+        self._next.blends.append(blend)
 
     def _retire(self, request_id: str) -> None:
         """A request neither runs nor loads any more."""
@@ -408,6 +451,7 @@ class SchedulerSide:
         if self._lookups.client is not None:
             self._lookups.client.release(lease)
         state = self._states.get(request_id)
+        self.blending.ended(request_id, state, failed=failed)
         if state is not None:
             state.load_ended(self.tally, failed=failed)
             sync, came = state.sync, 0 if failed else state.came

@@ -43,7 +43,7 @@ class Stores:
             known: tokens whose KV is there after the step, and whose ids are known.
             resolve: vLLM's own, gives a request's blocks, and those that hold a state.
         """
-        known = min(known, state.hints.store_limit)
+        known = min(known, state.store_limit)
         whole, end = known // self._chunk > state.num_stored, self._end_is_next(state, known)
         stores = self._states(state, step, known, resolve) if self._groups.stateful else []
         if not (whole or end):
@@ -183,7 +183,9 @@ class Stores:
             known: as of `of_step`.
             block_ids: the request's, of each group; a state has no end shorter than a chunk.
         """
-        if not state.inside or state.tail_stored or known % self._chunk < MARK_TOKENS:
+        if not state.inside or state.tail_stored or state.taint is not None:
+            return []
+        if known % self._chunk < MARK_TOKENS:
             return []
         return self._tail(state, known, block_ids)
 
