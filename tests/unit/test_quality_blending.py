@@ -12,6 +12,7 @@ from tests.support.little_models import byte_pairs, little
 
 from kvstrata import cli
 from kvstrata.blend.others import anchor_weights, high_deviation
+from kvstrata.cli.blend_ways import COMPUTED_LAYERS, KEPT, TEMPERATURES, further, sparse
 from kvstrata.codecs.elements import to_float32
 from kvstrata.errors import UsageError
 from kvstrata.quality import metrics
@@ -245,6 +246,11 @@ class TestMeasure:
             assert many.computed == pytest.approx(0.5, abs=0.01)
             assert many.kl_mean.value < few.kl_mean.value < table.row("none", 0.0).kl_mean.value
 
+    def test_kv_seen_behind_other_prefixes_is_nearer_than_one_of_them(
+        self, table: BlendTable
+    ) -> None:
+        assert table.row("anchors", 0.0).closed.value > 0.1
+
     def test_there_is_a_row_for_each_way(self, table: BlendTable) -> None:
         assert [(row.plan, row.ratio) for row in table.rows] == [
             (way.plan, way.ratio) for way in ways()
@@ -265,6 +271,26 @@ class TestMeasure:
         )  # fmt: skip
         assert found.left_out == {"other": "not with this one"}
         assert [row.plan for row in found.rows] == ["none"]
+
+    def test_ways_that_change_attention_or_layers(self, llama: Path) -> None:
+        first = [way for way in ways(()) if way.plan == "none"]
+        found = measure(
+            llama, "llama", held_out_text(), measured=first, documents=3, length=96, count=2,
+            more=lambda model: [
+                *further(model, llama), Way("all kept", 1.0, sparse(1.0), by_question=True)
+            ],
+        )  # fmt: skip
+        assert found.left_out == {}
+        for share in COMPUTED_LAYERS:
+            # Another model that is this one.
+            assert found.row("droidspeak", share).kl_mean.value < 1e-4
+        kept = [found.row("samkv", ratio) for ratio in KEPT]
+        for ratio, row in zip(KEPT, kept, strict=True):
+            # The ends of a document are kept in any case, and blocks as far as they fit.
+            assert ratio - 0.1 < row.computed < ratio + 0.05
+        assert found.row("all kept", 1.0).kl_mean.value < 1e-4 < kept[1].kl_mean.value
+        apart = {row.kl_mean.value for row in found.rows if row.plan.startswith("ape")}
+        assert len(apart) == len(TEMPERATURES)
 
     def test_what_cannot_be_measured_is_said(self, llama: Path) -> None:
         for options, why in (
@@ -306,6 +332,8 @@ class TestMeasure:
             "blend.md",
             "blend.png",
         ]
+        with pytest.raises(UsageError, match="--donor goes with --blend"):
+            command.main(["quality", str(llama), "--donor", str(llama)], standalone_mode=False)
         with pytest.raises(UsageError, match="--blend goes with neither"):
             command.main(["quality", str(llama), "--blend", "--speeds"], standalone_mode=False)
 

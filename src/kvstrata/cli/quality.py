@@ -60,6 +60,14 @@ def run(
             "--blend", help="Measure not codecs but plans of reusing documents at any position."
         ),
     ] = False,
+    donor: Annotated[
+        str | None,
+        typer.Option(
+            "--donor",
+            metavar="MODEL",
+            help="With --blend: another fine-tune of the model, whose lower layers are reused.",
+        ),
+    ] = None,
 ) -> None:
     """Measure codecs on a real model: size, damage and speed, in one table.
 
@@ -79,6 +87,8 @@ def run(
         raise UsageError("--output draws a plot, which needs matplotlib: pip install matplotlib")
     if only_speeds and (codec or quick):
         raise UsageError("--speeds goes with neither --codec nor --quick")
+    if donor and not blend:
+        raise UsageError("--donor goes with --blend alone")
     if blend and (only_speeds or codec):
         raise UsageError("--blend goes with neither --codec nor --speeds")
     weights_cache = results.cache_folder() / "weights"
@@ -90,7 +100,15 @@ def run(
     if blend:
         from kvstrata.cli.quality_blend import measure_blending
 
-        measure_blending(folder, name, quick=quick, json_file=json_file, output=output, tell=tell)
+        measure_blending(
+            folder,
+            name,
+            donor=donor,
+            quick=quick,
+            json_file=json_file,
+            output=output,
+            tell=tell,
+        )
         return
     codecs = measuring.choose(codec or [], name)
     there = results.path_for(weights_identity(folder, weights_cache))

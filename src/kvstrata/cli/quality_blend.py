@@ -20,6 +20,7 @@ def measure_blending(
     folder: Path,
     name: str,
     *,
+    donor: str | None,
     quick: bool,
     json_file: Path | None,
     output: Path | None,
@@ -30,11 +31,14 @@ def measure_blending(
     Args:
         folder: of the model.
         name: of the model, for people.
+        donor: another fine-tune of it: a folder, or the name of a packaged model.
         quick: a few windows and one ratio; kept only where ``json_file`` says.
         json_file: where the table goes instead of the cache.
         output: folder for the Markdown and the plot.
         tell: hears what goes on.
     """
+    from kvstrata.cli.blend_ways import further
+    from kvstrata.cli.models import model_folder
     from kvstrata.quality.blending import run, table
     from kvstrata.quality.blending.forms import markdown
     from kvstrata.quality.blending.plot import plot
@@ -43,11 +47,13 @@ def measure_blending(
     from kvstrata.quality.table import cache_folder
 
     began = time.monotonic()
+    donor_folder = model_folder(donor)[0] if donor else None
     measured = run.measure(
         folder,
         name,
         held_out_text(),
         measured=ways(QUICK_RATIOS if quick else RATIOS),
+        more=lambda model: further(model, donor_folder),
         count=QUICK_WINDOWS if quick else run.WINDOWS,
         weights_cache=cache_folder() / "weights",
         tell=tell,

@@ -65,6 +65,11 @@ class Model:
         )
 
     @property
+    def causal(self) -> Any:
+        """The model of transformers."""
+        return self._model
+
+    @property
     def base(self) -> Any:
         """The model of transformers without its head."""
         return self._model.base_model

@@ -30,19 +30,26 @@ _TOLERANCE = 1e-3  # of the largest number of a key
 _FORMS = ((False, False), (True, False), (True, True))
 
 
-def recompute(model: Model, kv: Elements, ids: Sequence[int], chosen: Sequence[int]) -> Elements:
+def recompute(
+    model: Model,
+    kv: Elements,
+    ids: Sequence[int],
+    chosen: Sequence[int],
+    positions: Sequence[int] | None = None,
+) -> Elements:
     """The KV with the rows of some tokens computed anew over all before them.
 
     Args:
-        kv: (L, 2, H, T, D), words of bfloat16, of the whole prompt.
-        ids: of the whole prompt.
-        chosen: positions, ascending.
+        kv: (L, 2, H, T, D), words of bfloat16, of all the tokens that there are.
+        ids: (T,), of the same.
+        chosen: places of the tokens to compute, ascending.
+        positions: (T,), ascending; None: tokens stand side by side, as in a whole prompt.
     Returns:
         The same of new rows, rounded; a copy.
     """
     cache = _Rows(model, kv, chosen)
     if len(chosen):
-        _read(model, cache, ids, chosen)
+        _read(model, cache, ids, chosen, positions)
     return cache.words()
 
 
@@ -212,8 +219,14 @@ class _Rows:
         return whole
 
 
-def _read(model: Model, cache: _Rows, ids: Sequence[int], chosen: Sequence[int]) -> None:
-    position = np.arange(len(ids))
+def _read(
+    model: Model,
+    cache: _Rows,
+    ids: Sequence[int],
+    chosen: Sequence[int],
+    positions: Sequence[int] | None = None,
+) -> None:
+    position = np.asarray(range(len(ids)) if positions is None else positions, np.int64)
     new = np.asarray(chosen, np.int64)
     read = [ids[place] for place in chosen]
     model.read(cache, read, np.full(len(ids), -1), position, 0, [len(read) - 1], new)

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from kvstrata import __version__
-from kvstrata.errors import UsageError
+from kvstrata.errors import Incompatible, UsageError
 from kvstrata.identity import weights_identity
 from kvstrata.quality.blending.prompts import prompts
 from kvstrata.quality.blending.rows import Turning
@@ -78,7 +78,7 @@ def measure(
             try:
                 if way.plan not in left_out:
                     gathered.append(window.sample(way))
-            except UsageError as error:
+            except (UsageError, Incompatible) as error:
                 left_out[way.plan] = str(error)
         tell(f"window {len(found)} of {count}: {time.monotonic() - began:.0f} s")
     of = {
@@ -97,6 +97,6 @@ def measure(
         document_tokens=length,
         perplexity=float(np.exp(np.mean(losses))),
         found=tuple(float(share) for share in np.mean(found, axis=0)),
-        rows=scored(of, found),
+        rows=scored(of, found, {way.plan for way in chosen if way.own_gap}),
         left_out=left_out,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,28 +19,32 @@ Samples = Sequence[Sample]
 
 
 def scored(
-    of: Mapping[tuple[str, float], Samples], found: Sequence[Sequence[bool]]
+    of: Mapping[tuple[str, float], Samples],
+    found: Sequence[Sequence[bool]],
+    own_gap: Collection[str] = (),
 ) -> tuple[Row, ...]:
     """The rows of a table.
 
     Args:
         of: samples by plan and ratio; of ``none`` too.
         found: for each window, whether the exact cache finds each document's fact.
+        own_gap: plans whose gap is their own at ratio 0.
     """
-    none = _kl(of["none", 0.0])
     random = {ratio: _kl(samples) for (plan, ratio), samples in of.items() if plan == "random"}
-    random[0.0] = none
-    return tuple(
-        _row(plan, ratio, samples, none, random, np.array(found))
-        for (plan, ratio), samples in of.items()
-    )
+    random[0.0] = _kl(of["none", 0.0])
+    rows = []
+    for (plan, ratio), samples in of.items():
+        own = plan in own_gap
+        gap = _kl(of[plan, 0.0]) if own else random[0.0]
+        rows.append(_row(plan, ratio, samples, gap, {} if own else random, np.array(found)))
+    return tuple(rows)
 
 
 def _row(
     plan: str,
     ratio: float,
     samples: Samples,
-    none: npt.NDArray[np.float64],
+    gap: npt.NDArray[np.float64],
     random: Mapping[float, npt.NDArray[np.float64]],
     exact_found: npt.NDArray[np.bool_],
 ) -> Row:
@@ -49,14 +53,14 @@ def _row(
 
     kl = _kl(samples)
     computed = _mean([sample.computed for sample in samples])
-    beaten = computed > 0 and computed <= max(random)
+    beaten = computed > 0 and computed <= max(random, default=0.0)
     return Row(
         plan=plan,
         ratio=ratio,
         computed=computed,
         kl_mean=estimate(list(kl), _mean),
         kl_p95=estimate([sample.kl for sample in samples], _p95),
-        closed=_closed(kl, none),
+        closed=_closed(kl, gap),
         over_random=(
             _closed(kl, _at(random, [sample.computed for sample in samples]))
             if beaten and plan != "random"

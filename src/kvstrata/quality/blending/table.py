@@ -26,7 +26,8 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         computed: of the reused tokens, how many it did; a token in some of the layers counts by
             their share.
         kl_mean, kl_p95: nats a position of a continuation: the mean, the 95th percentile.
-        closed: share of the KL of ``none`` that is gone: 1 is exact, below 0 is worse.
+        closed: share of the KL of ``none`` that is gone: 1 is exact, below 0 is worse. Where
+            another model's KV is reused: of the KL of all its layers.
         over_random: share of the KL that is left by as many random tokens, which is gone;
             None where nothing was computed, or all.
         perplexity: of the continuation, over that of the exact cache, less 1.

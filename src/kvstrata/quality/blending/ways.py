@@ -52,12 +52,15 @@ class Way:
         plan, ratio: what it is called.
         make: from a prompt, and the tokens that will follow it, to a cache.
         by_question: whether it makes another cache for other tokens that follow.
+        own_gap: whether it reuses something else than documents in another order, so that its gap
+            is its own at ratio 0.
     """
 
     plan: str
     ratio: float
     make: Callable[[Prompt, Sequence[int]], Made]
     by_question: bool = False
+    own_gap: bool = False
 
 
 def ways(ratios: Sequence[float] = RATIOS) -> list[Way]:

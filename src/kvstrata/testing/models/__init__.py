@@ -17,6 +17,7 @@ from kvstrata.testing.models.drafts import tiny_eagle, tiny_even_llama, tiny_glm
 from kvstrata.testing.models.packaged import gemma3, smollm2
 from kvstrata.testing.models.texts import Tokenizer, documents
 from kvstrata.testing.models.tiny import TINY, tiny_llama
+from kvstrata.testing.models.tuned import smollm2_tuned
 from kvstrata.testing.models.vision import tiny_idefics3
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "documents",
     "gemma3",
     "smollm2",
+    "smollm2_tuned",
     "tiny_eagle",
     "tiny_even_llama",
     "tiny_glm4_mtp",
@@ -37,6 +39,7 @@ __all__ = [
 MODELS: dict[str, Callable[[], Path]] = {
     "smollm2": smollm2,
     "gemma3": gemma3,
+    "smollm2_tuned": smollm2_tuned,
     **TINY,
     "tiny_even_llama": tiny_even_llama,
     "tiny_eagle": tiny_eagle,
