@@ -17,10 +17,9 @@ import pytest
 from tests.connector.test_fronts import Ranks
 
 from kvstrata.blend import budget
-from kvstrata.connectors.vllm.blends import Blending, Blends, Ended, Floats
+from kvstrata.connectors.vllm.blends import BlendJob, Blends, Ended, Floats
 from kvstrata.connectors.vllm.messages import Blend, Piece, Source
 
-SHAPES = {0: (2, range(1), 4)}
 PLANS = ("edges", "deviation", "random", "all", "none")
 
 
@@ -70,29 +69,29 @@ class Rank:
             there.add(position)
         self.computed.append((load, list(positions)))
 
-    def deviation(self, blending: Blending, positions: range) -> Floats:
-        self.checked.append((blending.blend.request_id, positions))
+    def deviation(self, blend: Blend, positions: range) -> Floats:
+        self.checked.append((blend.request_id, positions))
         return np.array([self.off(position) for position in positions], np.float32)
 
-    def copy(self, blending: Blending, number: int, count: int) -> None:
+    def copy(self, job: BlendJob, number: int, count: int) -> None:
         """Rows of a piece come."""
-        position = blending.blend.pieces[number].position
-        self.there[blending.blend.table[0]] |= set(range(position, position + count))
-        blending.came([(number, count)])
+        position = job.blend.pieces[number].position
+        self.there[job.blend.table[0]] |= set(range(position, position + count))
+        job.came([(number, count)])
 
-    def begin(self, one: Blend) -> Blending:
+    def begin(self, one: Blend) -> BlendJob:
         self.there[one.table[0]] = set(range(one.start))
-        return Blending(one, SHAPES)
+        return BlendJob(one)
 
 
 def alone(one: Blend, lost: Sequence[int] = (), most_tokens: int = 40) -> tuple[Rank, list[Ended]]:
     """A blend of one rank, whose pieces but some have come at once."""
     rank = Rank()
-    blends, blending = Blends(rank, rank), rank.begin(one)
-    blends.begin(blending)
+    blends, job = Blends(rank, rank), rank.begin(one)
+    blends.begin(job)
     for number, its in enumerate(one.pieces):
         if number not in lost:
-            rank.copy(blending, number, its.count)
+            rank.copy(job, number, its.count)
     ended: list[Ended] = []
     for _ in range(50):
         ended += blends.step(most_tokens)[0]
@@ -121,11 +120,11 @@ def test_rows_that_vllm_has_itself_are_not_waited_for() -> None:
     """Only those behind `start` are copied; what is exact before `first` is not chosen."""
     one = blend("r1", [piece(0, 48, was=0), piece(48, 48)], "all", 1.0, start=16, first=32)
     rank = Rank()
-    blends, blending = Blends(rank, rank), rank.begin(one)
-    blends.begin(blending)
-    rank.copy(blending, 0, 48)
-    blending._came[0] = 32  # of 48 rows
-    rank.copy(blending, 1, 48)
+    blends, job = Blends(rank, rank), rank.begin(one)
+    blends.begin(job)
+    rank.copy(job, 0, 48)
+    job._came[0] = 32  # of 48 rows
+    rank.copy(job, 1, 48)
     ended = blends.step(100)[0]
     assert positions(rank) == list(range(32, 96))
     assert ended == [Ended("r1", 64, failed=False)]
@@ -137,13 +136,13 @@ def test_slices_are_short_and_ascend(plan: str, most_tokens: int) -> None:
     pieces = [piece(0, 20, was=0), piece(24, 30), piece(54, 42, was=7)]
     one = blend("r1", pieces, plan, 0.25, first=20)
     rank = Rank()
-    blends, blending = Blends(rank, rank), rank.begin(one)
-    blending.begin(1)
-    blends.begin(blending)
+    blends, job = Blends(rank, rank), rank.begin(one)
+    job.begin(1)
+    blends.begin(job)
     assert blends.step(most_tokens) == ([], False)
     for number, its in enumerate(pieces):
-        rank.copy(blending, number, its.count)
-    blending.thread_ended()
+        rank.copy(job, number, its.count)
+    job.thread_ended()
     ended: list[Ended] = []
     for _ in range(400):
         some, computed = blends.step(most_tokens)
@@ -167,9 +166,9 @@ def test_slices_are_short_and_ascend(plan: str, most_tokens: int) -> None:
 def test_nothing_is_computed_in_a_full_step() -> None:
     one = blend("r1", [piece(0, 48)])
     rank = Rank()
-    blends, blending = Blends(rank, rank), rank.begin(one)
-    blends.begin(blending)
-    rank.copy(blending, 0, 48)
+    blends, job = Blends(rank, rank), rank.begin(one)
+    blends.begin(job)
+    rank.copy(job, 0, 48)
     for _ in range(3):
         assert blends.step(0) == ([], False)
     assert blends.step(100) == ([Ended("r1", 48, failed=False)], True)
@@ -177,16 +176,16 @@ def test_nothing_is_computed_in_a_full_step() -> None:
 
 def test_blocks_are_withheld_from_an_aborted_request_while_they_are_copied() -> None:
     rank = Rank()
-    blends, blending = Blends(rank, rank), rank.begin(blend("r1", [piece(0, 96)]))
-    blending.begin(2)
-    blends.begin(blending)
+    blends, job = Blends(rank, rank), rank.begin(blend("r1", [piece(0, 96)]))
+    job.begin(2)
+    blends.begin(job)
     blends.call_off({"r1", "r2"})
-    assert blending.wanted
+    assert job.wanted
     assert blends.step(10) == ([], False)
-    assert not blending.wanted
-    blending.thread_ended()
+    assert not job.wanted
+    job.thread_ended()
     assert blends.step(10) == ([], False)
-    blending.thread_ended()
+    job.thread_ended()
     assert blends.step(10) == ([Ended("r1", 0, failed=True)], False)
     assert rank.computed == []
     assert not blends
@@ -195,9 +194,9 @@ def test_blocks_are_withheld_from_an_aborted_request_while_they_are_copied() -> 
 def test_computing_fails(caplog: pytest.LogCaptureFixture) -> None:
     rank = Rank()
     rank.fails_at = 50
-    blends, blending = Blends(rank, rank), rank.begin(blend("r1", [piece(0, 10)]))
-    blends.begin(blending)
-    rank.copy(blending, 0, 10)
+    blends, job = Blends(rank, rank), rank.begin(blend("r1", [piece(0, 10)]))
+    blends.begin(job)
+    rank.copy(job, 0, 10)
     assert blends.step(30) == ([], True)
     assert blends.step(30) == ([Ended("r1", 30, failed=True)], True)
     assert "out of memory" in caplog.text
@@ -240,14 +239,14 @@ def test_ranks_agree_whatever_their_copies_do(seed: int) -> None:
     ends: list[list[tuple[int, Ended]]] = [[], []]
     errors: list[BaseException] = []
 
-    def bring(rank: Rank, blending: Blending, chance: random.Random) -> None:
-        for number, its in enumerate(blending.blend.pieces):
+    def bring(rank: Rank, job: BlendJob, chance: random.Random) -> None:
+        for number, its in enumerate(job.blend.pieces):
             time.sleep(chance.choice([0.0, 0.001, 0.004]))
-            if not blending.wanted:
+            if not job.wanted:
                 break
             if chance.random() < 0.8:
-                rank.copy(blending, number, its.count)
-        blending.thread_ended()
+                rank.copy(job, number, its.count)
+        job.thread_ended()
 
     def run(number: int) -> None:
         rank, threads = each[number], []
@@ -256,13 +255,11 @@ def test_ranks_agree_whatever_their_copies_do(seed: int) -> None:
             for step in range(2000):
                 for one, begins in plans:
                     if begins == step:
-                        blending = rank.begin(one)
-                        blending.begin(1)
-                        blends.begin(blending)
+                        job = rank.begin(one)
+                        job.begin(1)
+                        blends.begin(job)
                         chance = random.Random(f"{seed} {number} {one.request_id}")
-                        threads.append(
-                            threading.Thread(target=bring, args=(rank, blending, chance))
-                        )
+                        threads.append(threading.Thread(target=bring, args=(rank, job, chance)))
                         threads[-1].start()
                 blends.call_off({name for name, at in aborted.items() if at == step})
                 ended, _ = blends.step(budgets[step])

@@ -17,10 +17,12 @@ from tests.connector.fake_model import BLOCK, CHUNK, digests
 from tests.connector.gates import TIMEOUT_S, tiered
 from tests.connector.rig import Rig, prompt
 from tests.connector.test_meeting import CountedTier
+from tests.connector.test_turned import Table
 
 from kvstrata.connectors.vllm.fronts import Fronts, Turning
 from kvstrata.connectors.vllm.gathering import Gatherer
 from kvstrata.connectors.vllm.messages import Blend, Piece, Source, StepMetadata, WorkerReport
+from kvstrata.connectors.vllm.rotary import Rotary
 from kvstrata.keys import KeyChain
 from kvstrata.objects import HEADER_BYTES
 from kvstrata.wire.client import offsets_of
@@ -163,6 +165,23 @@ def test_rows_from_several_prompts(make_rig: Make) -> None:
     assert place.end() == (False, {"r1": NUM_GAPS})
     place.check(PIECES)
     assert place.worker.report().blended == {}
+
+
+@pytest.mark.parametrize(("was", "moves"), [(BLOCK, True), (4 * BLOCK, False)])
+def test_whole_blocks_are_turned_if_they_move(make_rig: Make, was: int, moves: bool) -> None:
+    place = make(make_rig)
+    rotary = [Rotary((0, 1), Table(2))]
+    place.worker._gatherer = Gatherer(place.worker.payloads, place.worker._copier, rotary, CHUNK)
+    position = 4 * BLOCK
+    piece = Piece(0, was // CHUNK, was % CHUNK, BLOCK, position, was)
+    place.begin([place.source(0)], [piece])
+    assert place.end()[0] is False
+    group = place.rig.groups.each[0]
+    rows = place.rig.memories[0].wanted(digests(place.prompts[0]), group)[:, was : was + BLOCK]
+    found = place.rig.memories[0].kv[:, TABLE[position // BLOCK]]
+    half = found.shape[-1] // 2
+    assert (found[..., half:] == rows[..., half:]).all(), "values have no position"
+    assert (found[..., :half] != rows[..., :half]).any() == moves
 
 
 def test_what_vllm_has_itself_is_left_alone(make_rig: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,6 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
-from kvstrata.connectors.vllm.blends import Blending
 from kvstrata.connectors.vllm.deviation import Check
 from kvstrata.connectors.vllm.messages import Trial
 from kvstrata.connectors.vllm.rotary import Rotary, find_rotary
@@ -197,50 +197,54 @@ class Impl:
 
 
 class StoppedForward:
-    def __init__(self, impl: Impl, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._impl, self._rows = impl, (keys, values)
+    """Asks a layer to write the keys and values of the positions that it computes."""
+
+    def __init__(self, impl: Impl, rows: torch.Tensor) -> None:
+        self._impl, self._rows = impl, rows
         self.after = False
         self.asked: list[Any] = []
 
     def compute(self, tokens: Any, positions: Any, blocks: Any, *, compiled: bool) -> None:
         assert not compiled
         self.asked.append((list(tokens), positions, blocks))
-        keys, values = (rows[positions.start : positions.stop] for rows in self._rows)
+        keys, values = self._rows[:, positions.start : positions.stop]
         self._impl.do_kv_cache_update(None, keys, values, None, None)
         self.after = True
 
 
-def test_the_distance_of_keys_and_values() -> None:
-    """Of all heads, wherever they are kept; what is kept of no position counts for nothing else."""
-    rng = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(96, 3, 4, generator=rng) for _ in range(2))
-    shapes = {0: (2, range(1), 4), 1: (2, range(1, 3), 4)}
-    blending = Blending(blend("r1", [], "deviation", first=16), shapes)
-    off = torch.zeros(96, 3, 4)
-    off[40, 2, 1], off[41, 0, 3] = 2.0, -3.0
-    for part, (_, heads, _) in shapes.items():
-        kept = blending.kept_rows(part, range(16, 96))
-        assert kept is not None
-        some = slice(heads.start, heads.stop)
-        kept[0] = (keys + off)[16:, some].transpose(0, 1)
-        kept[1] = (values - off)[16:, some].transpose(0, 1)
+def check_of(memory: Memory, forward: Any, impl: Impl) -> Check:
+    """Of a model whose second layer has this implementation, and no other."""
+    names = memory.pages.layer_names
+    caches = {
+        name: torch.from_numpy(layer) for name, layer in zip(names, memory.blocks, strict=True)
+    }
+    return Check(forward, memory.pages, caches, {names[1]: SimpleNamespace(impl=impl)})
+
+
+@pytest.mark.parametrize("positions", [range(64), range(16, 40), range(33, 95), range(64, 65)])
+def test_the_distance_of_keys_and_values(positions: range) -> None:
+    """Of all heads, in the second layer, wherever the blocks are."""
+    rows = torch.randn(2, 96, HEADS, DIM, generator=torch.Generator().manual_seed(0))
+    memory = Memory("cpu-vec", "float32", BLOCK_TOKENS, BLOCK_TOKENS)
+    off = torch.zeros(2, 96, HEADS, DIM)
+    off[0, 39, 1, 3], off[1, 39, 0, 5], off[1, 64, 1, 0] = 2.0, 3.0, -1.0
+    reused = np.zeros((LAYERS, 2, HEADS, 96, DIM), np.float32)
+    reused[1] = (rows + off).transpose(1, 2).numpy()
+    native = memory.order.pack_layers(reused, memory.group)
+    memory.blocks[:, BLOCKS] = native
     impl = Impl()
-    forward = StoppedForward(impl, keys, values)
-    check = Check(forward, SimpleNamespace(impl=impl))  # type: ignore[arg-type]
-    found = check.deviation(blending, range(32, 64))
-    assert np.allclose(found, [8.0 if i == 8 else 18.0 if i == 9 else 0.0 for i in range(32)])
-    assert forward.asked == [([1000 + i for i in range(32, 64)], range(32, 64), [1])]
+    forward = StoppedForward(impl, rows)
+    one = replace(blend("r1", [], "deviation"), table=BLOCKS)
+    found = check_of(memory, forward, impl).deviation(one, positions)
+    wanted = {39: 13.0, 64: 1.0}
+    assert np.allclose(found, [wanted.get(at, 0.0) for at in positions], atol=1e-4)
+    tokens = [1000 + at for at in positions]
+    assert forward.asked == [(tokens, positions, BLOCKS)]
+    assert (memory.blocks[:, BLOCKS] == native).all()
     assert not impl.written
     assert not forward.after
     impl.do_kv_cache_update(1, 2)
     assert impl.written == [(1, 2)], "the layer writes again"
-
-
-def test_nothing_is_kept_of_what_is_exact_or_not_compared() -> None:
-    some = Blending(blend("r1", [], "deviation", first=16), {0: (2, range(1), 4)})
-    assert some.kept_rows(0, range(0, 16)) is None
-    other = Blending(blend("r1", [], "edges", first=16), {0: (2, range(1), 4)})
-    assert other.kept_rows(0, range(16, 32)) is None
 
 
 def test_a_layer_that_does_not_write_is_not_compared() -> None:
@@ -250,10 +254,9 @@ def test_a_layer_that_does_not_write_is_not_compared() -> None:
         def compute(self, *_: Any, **__: Any) -> None:
             pass
 
-    blending = Blending(blend("r1", [], "deviation"), {0: (2, range(1), 4)})
+    memory = Memory("cpu-vec", "float32", BLOCK_TOKENS, BLOCK_TOKENS)
+    one = replace(blend("r1", [], "deviation"), table=BLOCKS)
     with pytest.raises(Incompatible):
-        Check(Forward(), SimpleNamespace(impl=impl)).deviation(  # type: ignore[arg-type]
-            blending, range(32)
-        )
+        check_of(memory, Forward(), impl).deviation(one, range(32))
     impl.do_kv_cache_update(1)
     assert impl.written == [(1,)]

@@ -137,17 +137,27 @@ class Engine:
             self._about = self._hear(PATIENCE_S)
         return self._about
 
-    def ask(self, prompt: Sequence[int], max_tokens: int = 1) -> Answer:
-        """Answer one prompt, greedily."""
-        return self.ask_all([prompt], max_tokens)[1][0]
+    def ask(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 1,
+        transfer: Mapping[str, Any] | None = None,
+    ) -> Answer:
+        """Answer one prompt, greedily; ``transfer`` are its ``kv_transfer_params``."""
+        return self.ask_all([prompt], max_tokens, transfer=transfer)[1][0]
 
     def ask_all(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int = 1, in_turn: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 1,
+        in_turn: bool = False,
+        transfer: Mapping[str, Any] | None = None,
     ) -> tuple[float, list[Answer]]:
         """Answer several prompts.
 
         Args:
             in_turn: the next one is handed in when the one before is answered; all at once if not.
+            transfer: the ``kv_transfer_params`` of each of them.
         Returns:
             Seconds from handing in the first to the end of the last answer, and the answers.
         """
@@ -156,6 +166,7 @@ class Engine:
             prompts=[list(prompt) for prompt in prompts],
             max_tokens=max_tokens,
             in_turn=in_turn,
+            transfer=transfer,
         )
         return reply["seconds"], [Answer(**answer) for answer in reply["answers"]]
 
@@ -264,8 +275,16 @@ class _Child:
             "num_groups": len(kept.kv_cache_groups),
         }
 
-    def ask(self, prompts: list[list[int]], max_tokens: int, in_turn: bool) -> dict[str, Any]:
+    def ask(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        in_turn: bool,
+        transfer: dict[str, Any] | None,
+    ) -> dict[str, Any]:
         params = self._vllm.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        if transfer is not None:
+            params.extra_args = {"kv_transfer_params": transfer}
         batches = [[prompt] for prompt in prompts] if in_turn else [prompts]
         answers: list[dict[str, Any]] = []
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -47,47 +47,28 @@ class Computes(Protocol):
 class Deviates(Protocol):
     """What `deviation.Check` does."""
 
-    def deviation(self, blending: Blending, positions: range) -> Floats:
+    def deviation(self, blend: Blend, positions: range) -> Floats:
         """How far the rows at these positions are off; computes what it takes to know."""
         ...
 
 
-class Kept(NamedTuple):
-    """Reused rows of one layer, of some of the worker's KV heads.
-
-    Args:
-        heads: which.
-        rows: (S, H, T, D).
-    """
-
-    heads: range
-    rows: Floats
-
-
-class Blending:
+class BlendJob:
     """One blend under way.
 
     Args:
         blend: what is to be done.
-        shapes: of each of this worker's objects of a chunk: states, KV heads, numbers of a head.
 
     Raises:
         UsageError: it makes no sense.
     """
 
-    def __init__(self, blend: Blend, shapes: Mapping[int, tuple[int, range, int]]) -> None:
+    def __init__(self, blend: Blend) -> None:
         self.blend = blend
         self.end = len(blend.tokens)
         # What vLLM has itself is exact, whatever else was found.
         self.first = max(blend.first, blend.start)
         if not blend.start < self.end:
             raise UsageError(f"a blend from {blend.start} to {self.end}")
-        count = max(0, self.end - self.first)
-        self._kept = {
-            part: Kept(heads, np.zeros((states, len(heads), count, dim), np.float32))
-            for part, (states, heads, dim) in shapes.items()
-            if blend.plan == "deviation"
-        }
         self._lock = threading.Lock()
         self._num_threads = 0
         self._came = [0] * len(blend.pieces)
@@ -126,13 +107,6 @@ class Blending:
             for piece, count in rows:
                 self._came[piece] += count
 
-    def kept_rows(self, part: int, positions: range) -> Floats | None:
-        """Where the rows of one layer are kept: (S, H, T, D); None: nowhere."""
-        if part not in self._kept or positions.start < self.first:
-            return None
-        begin = positions.start - self.first
-        return self._kept[part].rows[:, :, begin : begin + len(positions)]
-
     # for the main thread
 
     def give_up(self) -> None:
@@ -153,14 +127,6 @@ class Blending:
                 int(came < len(self._mine(piece)))
                 for piece, came in zip(self.blend.pieces, self._came, strict=True)
             ]
-
-    def kept(self, positions: range) -> list[Kept]:
-        """What was kept of these positions, of each object."""
-        begin = positions.start - self.first
-        return [
-            Kept(heads, rows[:, :, begin : begin + len(positions)])
-            for heads, rows in self._kept.values()
-        ]
 
     def prepare(self, lost: Sequence[int]) -> None:
         """Find out what is to be computed, once it is known what did not come.
@@ -234,15 +200,15 @@ class Blends:
 
     def __init__(self, forward: Computes, check: Deviates) -> None:
         self._forward, self._check = forward, check
-        self._under_way: dict[str, Blending] = {}
+        self._under_way: dict[str, BlendJob] = {}
         self._unwanted: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._under_way)
 
-    def begin(self, blending: Blending) -> None:
+    def begin(self, job: BlendJob) -> None:
         """A blend of this step; on every rank."""
-        self._under_way[blending.blend.request_id] = blending
+        self._under_way[job.blend.request_id] = job
 
     def call_off(self, request_ids: set[str]) -> None:
         """These requests have ended: nothing is computed for them. All ranks hear it at once."""
@@ -250,8 +216,8 @@ class Blends:
 
     def close(self) -> None:
         """Let their threads end; nothing is computed any more. Repeatable."""
-        for blending in self._under_way.values():
-            blending.give_up()
+        for job in self._under_way.values():
+            job.give_up()
 
     def step(self, most_tokens: int) -> tuple[list[Ended], bool]:
         """Compute a slice of one of them, see who is done.
@@ -263,9 +229,9 @@ class Blends:
             computed.
         """
         ended = self._end()
-        for blending in self._under_way.values():
-            if blending.prepared and most_tokens > 0:
-                self._compute(blending, most_tokens)
+        for job in self._under_way.values():
+            if job.prepared and most_tokens > 0:
+                self._compute(job, most_tokens)
                 return ended + self._end(), True
         return ended, False
 
@@ -295,7 +261,7 @@ class Blends:
             self._unwanted.discard(name)
         return ended
 
-    def _prepare(self, ready: list[Blending]) -> None:
+    def _prepare(self, ready: list[BlendJob]) -> None:
         lost = self._forward.agree([gone for one in ready for gone in one.lost()])
         for one in ready:
             mine, lost = lost[: len(one.blend.pieces)], lost[len(one.blend.pieces) :]
@@ -306,25 +272,25 @@ class Blends:
                 logger.warning("KVStrata: request %s: %s", one.blend.request_id, error)
                 one.failed = True
 
-    def _compute(self, blending: Blending, most_tokens: int) -> None:
+    def _compute(self, job: BlendJob, most_tokens: int) -> None:
         """A slice of one of them."""
         try:
-            if blending.unchecked:
-                self._check_some(blending, most_tokens)
+            if job.unchecked:
+                self._check_some(job, most_tokens)
             else:
-                some = blending.todo[blending.done : blending.done + most_tokens]
-                tokens = [blending.blend.tokens[position] for position in some]
-                self._forward.compute(tokens, some, blending.blend.table)
-                blending.done += len(some)
+                some = job.todo[job.done : job.done + most_tokens]
+                tokens = [job.blend.tokens[position] for position in some]
+                self._forward.compute(tokens, some, job.blend.table)
+                job.done += len(some)
         except Exception:
-            name = blending.blend.request_id
+            name = job.blend.request_id
             logger.exception("KVStrata: computing inside a blend failed, request %s", name)
-            blending.failed = True
+            job.failed = True
 
-    def _check_some(self, blending: Blending, most_tokens: int) -> None:
-        some, rest = blending.unchecked[:most_tokens], blending.unchecked[most_tokens:]
-        begin = some.start - blending.first
-        blending.off[begin : begin + len(some)] = self._check.deviation(blending, some)
-        blending.unchecked = rest
+    def _check_some(self, job: BlendJob, most_tokens: int) -> None:
+        some, rest = job.unchecked[:most_tokens], job.unchecked[most_tokens:]
+        begin = some.start - job.first
+        job.off[begin : begin + len(some)] = self._check.deviation(job.blend, some)
+        job.unchecked = rest
         if not rest:
-            blending.choose(self._forward.add_up(blending.off))
+            job.choose(self._forward.add_up(job.off))

@@ -9,62 +9,78 @@ Source: CacheBlend, arXiv:2405.16444.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
-from kvstrata.connectors.vllm.blends import Blending, Floats
+from kvstrata.connectors.vllm.blends import Floats
 from kvstrata.connectors.vllm.engine import Forward
+from kvstrata.connectors.vllm.messages import Blend
+from kvstrata.connectors.vllm.pages import Pages
+from kvstrata.connectors.vllm.proof import page_tensors
+from kvstrata.connectors.vllm.trial import rows_of
 from kvstrata.errors import Incompatible
 
 
 class Check:
-    """Computes as far as one layer, and compares that layer's rows.
+    """Computes as far as one layer, and compares that layer's rows with those in the blocks.
 
     Args:
         forward: of the model.
-        layer: the engine's attention layer whose rows are kept.
+        pages: of the engine's one group.
+        kv_caches: the engine's tensors by layer.
+        layers: the engine's attention layers, by name.
     """
 
-    def __init__(self, forward: Forward, layer: Any) -> None:
-        self._forward, self._layer = forward, layer
+    def __init__(
+        self,
+        forward: Forward,
+        pages: Pages,
+        kv_caches: Mapping[str, torch.Tensor],
+        layers: Mapping[str, Any],
+    ) -> None:
+        # What the layer before it holds depends on its own token alone.
+        number = min(1, len(pages.layer_names) - 1)
+        self._forward, self._pages = forward, pages
+        self._layer = layers[pages.layer_names[number]]
+        self._blocks = page_tensors(pages, kv_caches)[number]
 
-    def deviation(self, blending: Blending, positions: range) -> Floats:
+    @torch.inference_mode()
+    def deviation(self, blend: Blend, positions: range) -> Floats:
         """Squared distance of this worker's keys and values from the reused ones, of each token.
 
         Args:
-            blending: whose blocks hold all that lies before these positions.
+            blend: whose blocks hold all that lies before these positions, and the reused rows.
             positions: no more than may be computed at once.
         Returns:
             (T,) float32; of no meaning where nothing is reused.
         """
-        keys, values = self._computed(blending, positions)
-        off = np.zeros(len(positions), np.float32)
-        for heads, rows in blending.kept(positions):
-            for there, new in zip(rows, (keys, values), strict=True):
-                here = new[:, heads.start : heads.stop].transpose(0, 1).float().cpu().numpy()
-                off += np.square(here - there).sum(axis=(0, 2))
-        return off
+        here = self._computed(blend, positions)
+        size = self._pages.block_tokens
+        first, last = positions.start // size, -(-positions.stop // size)
+        there = rows_of(self._pages, self._blocks[blend.table[first:last]])
+        there = there[:, :, positions.start - first * size :][:, :, : len(positions)]
+        off = (here.transpose(1, 2).float().cpu() - there).square().sum(dim=(0, 1, 3))
+        found: Floats = off.numpy()
+        return found
 
-    def _computed(self, blending: Blending, positions: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer would write: twice (T, H, D)."""
-        blend = blending.blend
+    def _computed(self, blend: Blend, positions: range) -> torch.Tensor:
+        """What the layer would write: (S, T, H, D)."""
         tokens = blend.tokens[positions.start : positions.stop]
         try:
             with _stopping(self._layer.impl):
                 self._forward.compute(tokens, positions, blend.table, compiled=False)
         except _Stopped as stopped:
-            return stopped.keys, stopped.values
+            return stopped.rows
         raise Incompatible("the engine's layers do not write their KV when it is computed")
 
 
 class _Stopped(Exception):
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor) -> None:
         super().__init__("a forward was stopped on purpose")
-        self.keys, self.values = keys, values
+        self.rows = rows
 
 
 @contextmanager
@@ -72,7 +88,7 @@ def _stopping(impl: Any) -> Iterator[None]:
     """Have a layer write nothing, and stop the forward instead."""
 
     def stop(layer: Any, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> NoReturn:
-        raise _Stopped(keys, values)
+        raise _Stopped(torch.stack([keys, values]))
 
     impl.do_kv_cache_update = stop
     try:

@@ -15,7 +15,6 @@ from kvstrata.connectors.vllm.messages import Trial
 from kvstrata.connectors.vllm.pages import Pages, attention_layers
 from kvstrata.connectors.vllm.rotary import Rotary, find_rotary
 from kvstrata.connectors.vllm.trial import Proof
-from kvstrata.connectors.vllm.turned import kept_layer
 from kvstrata.connectors.vllm.turns import TurningProof
 from kvstrata.errors import Incompatible
 
@@ -162,8 +161,7 @@ def fronts_of(
             rotary = find_rotary(model, layers, pages.group.head_dim)
             positions = vllm_config.model_config.max_model_len
             proof = TurningProof(pages, kv_caches, rotary, positions)
-            compared = layers[pages.layer_names[kept_layer(len(layers))]]
-            turning = Turning(rotary, proof, Check(forward, compared))
+            turning = Turning(rotary, proof, Check(forward, pages, kv_caches, layers))
         except Incompatible as error:
             turning = str(error)
     return Fronts(forward, Proof(pages, kv_caches), chunk_tokens, turning)

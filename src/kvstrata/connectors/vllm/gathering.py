@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvstrata.connectors.vllm.blends import Blending
+from kvstrata.connectors.vllm.blends import BlendJob
 from kvstrata.connectors.vllm.copies import Copier
 from kvstrata.connectors.vllm.messages import Blend, Piece
 from kvstrata.connectors.vllm.payloads import Payloads
@@ -43,22 +43,15 @@ class Gatherer:
         self._payloads, self._copier, self._rotary = payloads, copier, rotary
         self._chunk = chunk_tokens
 
-    def shapes(self) -> dict[int, tuple[int, range, int]]:
-        """As `Blending` takes them."""
-        return {
-            part: (one.pages.group.states, one.heads, one.pages.group.head_dim)
-            for part, one in self._payloads.items()
-        }
-
-    def spans(self, blending: Blending) -> list[range]:
+    def spans(self, job: BlendJob) -> list[range]:
         """The tokens that each of the threads copies."""
-        start, end, each = blending.blend.start, blending.end, self._chunk
+        start, end, each = job.blend.start, job.end, self._chunk
         middle = start + -(-(end - start) // (2 * each)) * each
         return [one for one in (range(start, min(middle, end)), range(middle, end)) if one]
 
     def bring(
         self,
-        blending: Blending,
+        job: BlendJob,
         span: range,
         client: NodeClient | None,
         after: Any,
@@ -67,17 +60,17 @@ class Gatherer:
         """Copy what belongs into a span of a blend; what does not come is lost; never raises.
 
         Args:
-            blending: of the blend.
+            job: of the blend.
             span: of its tokens, whole chunks from its start on.
             client: of the node with the leases.
             after: a mark of the copier's; the blocks may be written from then on.
             deadline: of the whole blend, monotonic seconds.
         """
-        name = blending.blend.request_id
+        name = job.blend.request_id
         try:
-            if client is None or client.hello.node != blending.blend.node:
+            if client is None or client.hello.node != job.blend.node:
                 raise NodeUnavailable("this worker is not attached to the node of the leases")
-            _Bringing(self, blending, span, client, after, deadline).run()
+            _Bringing(self, job, span, client, after, deadline).run()
         except KVStrataError as error:
             logger.warning("KVStrata: some of request %s is computed: %s", name, error)
         except Exception:
@@ -99,13 +92,13 @@ class _Bringing:
     def __init__(
         self,
         gatherer: Gatherer,
-        blending: Blending,
+        job: BlendJob,
         span: range,
         client: NodeClient,
         after: Any,
         deadline: float,
     ) -> None:
-        self._blending, self._blend, self._span = blending, blending.blend, span
+        self._job, self._blend, self._span = job, job.blend, span
         self._client, self._deadline = client, deadline
         self._payloads = gatherer._payloads
         self._sheets = gatherer.sheets(self._blend, span, after)
@@ -120,7 +113,7 @@ class _Bringing:
             if piece is None:
                 continue
             slots = self._slots(piece)
-            if not self._blending.wanted:
+            if not self._job.wanted:
                 return
             if slots is None:
                 continue
@@ -134,13 +127,13 @@ class _Bringing:
                 came.append((number, piece.count))
         for sheet in self._sheets.values():
             sheet.write()
-        self._blending.came(came)
+        self._job.came(came)
 
     def _slots(self, piece: Piece) -> list[int] | None:
         """Of the piece's chunk, by part, once it is there; None: it does not come."""
         offsets = self._offsets[piece.source]
         while p.ARRIVING in offsets[piece.chunk]:
-            if piece.source in self._gone or not self._blending.wanted:
+            if piece.source in self._gone or not self._job.wanted:
                 return None
             if not self._arrived(piece.source, offsets):
                 self._gone.add(piece.source)
@@ -151,12 +144,12 @@ class _Bringing:
         have = next(i for i, slots in enumerate(offsets) if p.ARRIVING in slots)
         try:
             call = self._client.await_arrival(self._blend.sources[source].lease, have)
-            while call.reply is None and self._blending.wanted:
+            while call.reply is None and self._job.wanted:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
                     break
                 self._client.pump(call, min(left, SLEEP_S))
-            if call.reply is None and not self._blending.wanted:
+            if call.reply is None and not self._job.wanted:
                 call.abandon()
                 return False
             arrived: p.Arrived = call.wait(0)
@@ -184,17 +177,15 @@ class _Bringing:
                 continue
             tokens = range(rest.row, rest.row + rest.count)
             rows = payloads.rows(name, self._client, offset, key, tokens)
-            keep = self._blending.kept_rows(part, range(rest.position, rest.position + rest.count))
-            sheet.put(rows, rest.position, rest.was, keep)
+            sheet.put(rows, rest.position, rest.was)
 
     def _copy_whole(
         self, payloads: Payloads, sheet: Sheet, offset: int, key: bytes, piece: Piece
     ) -> Piece:
-        """Copy the whole blocks of what is exact; what is left of the piece."""
+        """Copy the whole blocks of what does not move; what is left of the piece."""
         size = payloads.pages.block_tokens
         count = piece.count // size
-        exact = piece.was == piece.position and piece.position + piece.count <= self._blend.first
-        if not exact or piece.position % size or piece.row % size or not count:
+        if piece.was != piece.position or piece.position % size or piece.row % size or not count:
             return piece
         address = payloads.run_of(self._client, offset, key)
         if address is None:

@@ -40,7 +40,6 @@ class Payloads:
     ) -> None:
         self.pages = pages
         self.part = group.index << 16 | shard.rank
-        self.heads = shard.heads
         self.stores = shard.stores
         self.table = group.table
         self.template = _template(pages, groups, group)

@@ -18,7 +18,7 @@ from typing import Any
 from kvstrata.config import DeadlineConfig
 from kvstrata.connectors.threads import use_given_cores, yield_to_the_engine
 from kvstrata.connectors.vllm.backwards import bring
-from kvstrata.connectors.vllm.blends import Blending
+from kvstrata.connectors.vllm.blends import BlendJob
 from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
 from kvstrata.connectors.vllm.fills import fill
 from kvstrata.connectors.vllm.gathering import Gatherer
@@ -161,17 +161,17 @@ class Transfers:
             future.add_done_callback(partial(self._called_off, load, arriving))
 
     def begin_blends(
-        self, blendings: Sequence[Blending], gatherer: Gatherer, client: NodeClient | None
+        self, jobs: Sequence[BlendJob], gatherer: Gatherer, client: NodeClient | None
     ) -> None:
         """Begin to copy what belongs into blends; `blend_ended` ends them."""
         after = self._copier.mark()
         deadline = time.monotonic() + self._deadlines.load
-        for blending in blendings:
-            spans = gatherer.spans(blending)
-            blending.begin(len(spans))
+        for job in jobs:
+            spans = gatherer.spans(job)
+            job.begin(len(spans))
             for span in spans:
-                work = partial(gatherer.bring, blending, span, client, after, deadline)
-                self._begin(work, lambda _, one=blending: one.thread_ended())  # type: ignore[misc]
+                work = partial(gatherer.bring, job, span, client, after, deadline)
+                self._begin(work, lambda _, one=job: one.thread_ended())  # type: ignore[misc]
 
     def blend_ended(self, request_id: str, *, failed: bool) -> None:
         """A blend is complete, or will not be: its blocks are the engine's again."""

@@ -53,14 +53,13 @@ class Sheet:
         self._at = span.start  # position of the first row
         self._touched: set[int] = set()  # numbers of blocks that have rows here
 
-    def put(self, rows: Elements, position: int, was: int, keep: Floats | None = None) -> None:
+    def put(self, rows: Elements, position: int, was: int) -> None:
         """Take rows; those that fill a sheet, and all before, are written.
 
         Args:
             rows: (L, S, H, T, D), unsigned integers of the element's width; copied.
             position: of the first of them in this prompt; all lie in the span.
             was: of the first of them in the prompt that they were computed in.
-            keep: (S, H, T, D), where the rows of one layer are kept, the one of number `KEPT`.
         """
         done, count = 0, rows.shape[3]
         while done < count:
@@ -74,9 +73,6 @@ class Sheet:
             np.copyto(target, rows[:, :, :, done : done + fit])
             if was != position:
                 self._turn(target[:, 0], range(was, was + fit), range(position, position + fit))
-            if keep is not None:
-                layer = kept_layer(len(target))
-                keep[:, :, done : done + fit] = floats(target[layer], self._pages.group.dtype)
             size = self._pages.block_tokens
             self._touched.update(range(position // size, (position + fit - 1) // size + 1))
             position, was, done = position + fit, was + fit, done + fit
@@ -127,14 +123,6 @@ class Sheet:
                 keys[...] = words(numbers, dtype)
             else:
                 keys[list(rotary.layers)] = words(numbers, dtype)
-
-
-def kept_layer(num_layers: int) -> int:
-    """Number of the layer whose rows are compared: the first that sees what comes before.
-
-    Of the layers in a payload. What the layer before it holds depends on its own token alone.
-    """
-    return min(1, num_layers - 1)
 
 
 def floats(elements: Elements, dtype: str) -> Floats:

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvstrata.config import Config
 from kvstrata.config.tracing import open_tracer
 from kvstrata.connectors.link import Link
-from kvstrata.connectors.vllm.blends import Blending
+from kvstrata.connectors.vllm.blends import BlendJob
 from kvstrata.connectors.vllm.copies import Copier, Runs, copy_runs, make_copier
 from kvstrata.connectors.vllm.engines import shares
 from kvstrata.connectors.vllm.fronts import Fronts
@@ -327,18 +327,18 @@ class WorkerSide:
 
     def _begin_blends(self, blends: Sequence[Blend]) -> None:
         """Begin blends, or tell that they fail; the same on all ranks."""
-        begun: list[Blending] = []
+        begun: list[BlendJob] = []
         for blend in blends:
             try:
                 if self._fronts is None or self._fronts.blends is None or self._gatherer is None:
                     raise UsageError("this worker blends nothing")
-                blending = Blending(blend, self._gatherer.shapes())
+                job = BlendJob(blend)
             except UsageError as error:
                 logger.error("KVStrata: request %s is computed: %s", blend.request_id, error)
                 self._transfers.blend_ended(blend.request_id, failed=True)
             else:
-                self._fronts.blends.begin(blending)
-                begun.append(blending)
+                self._fronts.blends.begin(job)
+                begun.append(job)
         if begun and self._gatherer is not None:
             self._transfers.begin_blends(begun, self._gatherer, self._client)
 

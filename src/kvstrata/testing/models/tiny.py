@@ -117,6 +117,21 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     # Full attention whose queries and keys are normalised.
     "tiny_qwen3": Recipe("Qwen3", {"num_hidden_layers": 3}),
+    # Full attention; positions stretched to four times as many, and keys lengthened for it.
+    "tiny_yarn": Recipe(
+        "Llama",
+        {
+            "num_hidden_layers": 3,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 2048,
+            },
+        },
+    ),
+    # Full attention; half of a head turns, and neighbours in it are a pair.
+    "tiny_glm": Recipe("Glm", {"num_hidden_layers": 3, "partial_rotary_factor": 0.5}),
     # Windows and full attention in turn, a learnt sink in each head, and experts.
     "tiny_gpt_oss": Recipe(
         "GptOss",
