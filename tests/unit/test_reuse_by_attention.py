@@ -193,7 +193,7 @@ class _taking:
 class TestDonation:
     @pytest.mark.parametrize("taken", [0, 1, 2, 3])
     def test_ones_own_layers_are_ones_own_cache(self, taken: int, llama: Any) -> None:
-        cache = accept(llama, donate(llama, HEAD + ONE, taken))
+        cache = accept(llama, donate(llama, HEAD + ONE, 2, taken)[1])
         for layer, (keys, values) in zip(cache.layers, layers(llama, HEAD + ONE), strict=True):
             torch.testing.assert_close(layer.keys, keys)
             torch.testing.assert_close(layer.values, values)
@@ -202,7 +202,7 @@ class TestDonation:
         self, llama: Any, other: Any
     ) -> None:
         ids = HEAD + ONE
-        cache = accept(llama, donate(other, ids, 1))
+        cache = accept(llama, donate(other, ids, 1)[0])
         theirs, ours = layers(other, ids), layers(llama, ids)
         assert (cache.layers[0].keys == theirs[0][0]).all()
         assert (cache.layers[0].values == theirs[0][1]).all()
@@ -210,7 +210,7 @@ class TestDonation:
             assert (cache.layers[upper].values != theirs[upper][1]).any()
             assert (cache.layers[upper].values != ours[upper][1]).any()
         # The second layer is this model's, of what the other one's first made.
-        hidden = donate(other, ids, 1).hidden
+        hidden = donate(other, ids, 1)[0].hidden
         layer = llama.model.layers[1]
         values = layer.self_attn.v_proj(layer.input_layernorm(hidden))
         torch.testing.assert_close(
@@ -220,7 +220,7 @@ class TestDonation:
     def test_what_does_not_fit_is_refused(self, llama: Any, tokenizer: Any, tmp_path: Path) -> None:
         wide = made("Llama", tokenizer, tmp_path, hidden_size=64)
         with pytest.raises(Incompatible, match="another size"):
-            accept(llama, donate(wide, ONE, 1))
+            accept(llama, *donate(wide, ONE, 1))
         with pytest.raises(Incompatible, match="4 layers of 3"):
             donate(llama, ONE, 4)
 

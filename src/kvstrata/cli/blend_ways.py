@@ -43,10 +43,9 @@ def further(model: Model, donor: Path | None = None) -> list[Way]:
     ]
     found += [Way("samkv", ratio, sparse(ratio), by_question=True) for ratio in KEPT]
     if donor is not None:
-        other = Model(donor)
+        other = _Donor(Model(donor))
         found += [
-            Way("droidspeak", share, _donated(other, share), own_gap=True)
-            for share in COMPUTED_LAYERS
+            Way("droidspeak", share, other.way(share), own_gap=True) for share in COMPUTED_LAYERS
         ]
     return found
 
@@ -103,19 +102,43 @@ def sparse(ratio: float) -> Callable[[Prompt, Sequence[int]], Made]:
     return make
 
 
-def _donated(donor: Model, share: float) -> Callable[[Prompt, Sequence[int]], Made]:
-    def make(prompt: Prompt, _: Sequence[int]) -> Made:
-        from kvstrata.connectors.transformers.donation import accept, donate
+class _Donor:
+    """Another model's KV, computed once for a prompt."""
 
-        layers = len(prompt.model.layer_types)
-        if donor.layer_types != prompt.model.layer_types:
+    def __init__(self, donor: Model) -> None:
+        self._donor = donor
+        self._prompt: Prompt | None = None
+        self._donations: dict[int, Any] = {}
+
+    def way(self, share: float) -> Callable[[Prompt, Sequence[int]], Made]:
+        """So many of the upper layers computed."""
+        from kvstrata.connectors.transformers.donation import accept
+
+        def make(prompt: Prompt, _: Sequence[int]) -> Made:
+            self._donate(prompt)
+            count = len(prompt.model.layer_types)
+            taken = _taken(share, count)
+            cache = accept(prompt.model.causal, self._donations[taken])
+            kv = _words(prompt.model, [(layer.keys, layer.values) for layer in cache.layers])
+            return Made(kv, 1 - taken / count)
+
+        return make
+
+    def _donate(self, prompt: Prompt) -> None:
+        from kvstrata.connectors.transformers.donation import donate
+
+        if self._prompt is prompt:
+            return
+        if self._donor.layer_types != prompt.model.layer_types:
             raise UsageError("the other model has other layers")
-        taken = layers - round(share * layers)
-        cache = accept(prompt.model.causal, donate(donor.causal, prompt.asked.ids, taken))
-        kv = _words(prompt.model, [(layer.keys, layer.values) for layer in cache.layers])
-        return Made(kv, 1 - taken / layers)
+        counts = [_taken(share, len(self._donor.layer_types)) for share in COMPUTED_LAYERS]
+        found = donate(self._donor.causal, prompt.asked.ids, *counts)
+        self._prompt, self._donations = prompt, dict(zip(counts, found, strict=True))
 
-    return make
+
+def _taken(share: float, layers: int) -> int:
+    """Layers that are taken over where that share is computed."""
+    return layers - round(share * layers)
 
 
 def _words(model: Model, layers: Sequence[tuple[Any, Any]]) -> Elements:

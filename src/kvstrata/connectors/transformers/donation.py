@@ -36,17 +36,17 @@ class Donation:
 
 
 @torch.no_grad()
-def donate(model: Any, ids: Sequence[int], layers: int) -> Donation:
-    """Compute a prompt, and keep what is below a layer.
+def donate(model: Any, ids: Sequence[int], *layers: int) -> list[Donation]:
+    """Compute a prompt once, and keep what is below some layer.
 
     Args:
         model: of transformers.
         ids: of the prompt.
-        layers: how many are to be taken over; at most all but none of them are computed then.
+        layers: how many are to be taken over, each for a donation of its own; none to all.
     Raises:
         Incompatible: the model has not so many layers.
     """
-    _check(model, layers)
+    _check(model, *layers)
     cache = new_cache(model)
     found = model.base_model(
         torch.tensor([list(ids)], device=model.device),
@@ -54,8 +54,8 @@ def donate(model: Any, ids: Sequence[int], layers: int) -> Donation:
         use_cache=True,
         output_hidden_states=True,
     )
-    kept = [(layer.keys, layer.values) for layer in cache.layers[:layers]]
-    return Donation(kept, found.hidden_states[layers])
+    states = [(layer.keys, layer.values) for layer in cache.layers]
+    return [Donation(states[:below], found.hidden_states[below]) for below in layers]
 
 
 @torch.no_grad()
@@ -99,9 +99,10 @@ def accept(model: Any, donation: Donation) -> DynamicCache:
     return cache
 
 
-def _check(model: Any, layers: int) -> None:
+def _check(model: Any, *layers: int) -> None:
     base = model.base_model
     if not hasattr(base, "layers") or not hasattr(base, "rotary_emb"):
         raise Incompatible(f"the layers of {type(base).__name__} cannot be run one by one")
-    if not 0 <= layers <= len(base.layers):
-        raise Incompatible(f"{layers} layers of {len(base.layers)}")
+    for count in layers:
+        if not 0 <= count <= len(base.layers):
+            raise Incompatible(f"{count} layers of {len(base.layers)}")
