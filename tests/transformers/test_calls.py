@@ -12,6 +12,8 @@ from tests.engine.plain import Texts
 from tests.transformers.place import Place, load
 from transformers import DynamicCache, GenerationConfig
 
+from kvstrata.connectors.transformers.parallel import adapted
+
 NEW = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
 
 
@@ -114,6 +116,28 @@ def test_autocast(model: Any, place: Place, texts: Texts) -> None:
         warm = model.generate(ids, **NEW, output_logits=True, return_dict_in_generate=True)
     assert all(map(torch.equal, warm.logits, cold.logits))
     assert attached.stats()["bypassed"] == {"autocast": 1}
+
+
+def test_changed_attention(model: Any, place: Place, texts: Texts) -> None:
+    """What a model computes by changed scores is nobody else's, and it takes nothing of others."""
+    (prompt,) = texts.of(300)
+    ids = torch.tensor([prompt])
+    cold = model.generate(ids, **NEW)
+    with adapted(model, range(1, 290), 0.2, 0.2):
+        apart = model.generate(ids, **NEW, output_logits=True, return_dict_in_generate=True)
+    attached = place.attach(model)
+    with adapted(model, range(1, 290), 0.2, 0.2):
+        first = model.generate(ids, **NEW, output_logits=True, return_dict_in_generate=True)
+    assert all(map(torch.equal, first.logits, apart.logits))
+    assert attached.last.bypassed == "attention scores are changed"
+    for loaded in (0, 256):
+        assert model.generate(ids, **NEW).tolist() == cold.tolist()
+        assert attached.last.loaded_tokens == loaded
+        assert attached.flush()
+    with adapted(model, range(1, 290), 0.2, 0.2):
+        again = model.generate(ids, **NEW, output_logits=True, return_dict_in_generate=True)
+    assert all(map(torch.equal, again.logits, apart.logits))
+    assert attached.stats()["bypassed"] == {"attention scores are changed": 2}
 
 
 def test_every_way_to_ask_is_understood(model: Any, place: Place, texts: Texts) -> None:

@@ -60,6 +60,11 @@ def scores_changed(model: Any, change: Change) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def are_changed(model: Any) -> bool:
+    """Whether a model attends by changed scores just now: what it computes is for no one else."""
+    return id(model.config.get_text_config(decoder=True)) in _CHANGES
+
+
 def _attend(
     module: Any,
     query: torch.Tensor,

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvstrata.connectors.transformers.attention import are_changed
+
 OURS = ("input_ids", "attention_mask", "logits_to_keep")
 """What may be given beside options of the generation."""
 NOT_THE_MODELS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
@@ -48,6 +50,8 @@ def look_at(model: Any, arguments: Mapping[str, Any]) -> Call | str:
     ids, config = more.pop("inputs", None), more.pop("generation_config", None)
     if model.training:
         return "training mode"
+    if are_changed(model):
+        return "attention scores are changed"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast"
     if more.pop("custom_generate", None) is not None:

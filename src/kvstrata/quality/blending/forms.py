@@ -43,11 +43,12 @@ def markdown(table: BlendTable) -> str:
     for row in table.rows:
         name, *rest = cells(row)
         lines.append(line([f"`{name}`", *rest]))
-    lines += ["", "**Facts found by document**, first to last in the prompt", ""]
-    heads = ["plan", "ratio", *map(str, range(1, table.documents + 1))]
-    lines += [line(heads), line(["---"] * len(heads))]
-    for row in table.rows:
-        lines.append(line([f"`{row.plan}`", cells(row)[1], *map(percent, row.found)]))
+    if any(table.found):
+        lines += ["", "**Facts found by document**, first to last in the prompt", ""]
+        heads = ["plan", "ratio", *map(str, range(1, table.documents + 1))]
+        lines += [line(heads), line(["---"] * len(heads))]
+        for row in table.rows:
+            lines.append(line([f"`{row.plan}`", cells(row)[1], *map(percent, row.found)]))
     if table.left_out:
         lines += ["", "Left out:", ""]
         lines += [f"- `{name}`: {why}" for name, why in table.left_out.items()]

@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from kvstrata.blend import PLANS
 from kvstrata.errors import UsageError
 from kvstrata.quality.blending.table import BlendTable
 
@@ -15,7 +16,7 @@ _FLOOR = 1e-4  # a logarithmic axis has no 0
 def plot(table: BlendTable, path: Path) -> None:
     """Draw the table as the kind of file that the suffix says.
 
-    A plan of several ratios is a line from none of the tokens on; what has but one is a point.
+    The engine's plans are lines from none of the tokens on; what has but one ratio is a point.
 
     Raises:
         UsageError: matplotlib is missing.
@@ -33,7 +34,7 @@ def plot(table: BlendTable, path: Path) -> None:
     for plan, rows in lines.items():
         if plan in ("all", "none"):
             continue
-        if len(rows) > 1 and rows[0].computed > 0:
+        if plan in PLANS:
             rows = [start, *rows]
         shares = [100 * row.computed for row in rows]
         values = [max(row.kl_mean.value, _FLOOR) for row in rows]

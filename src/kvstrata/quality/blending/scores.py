@@ -14,6 +14,8 @@ from kvstrata.quality.metrics import estimate
 from kvstrata.quality.scores import RELIABLE
 from kvstrata.quality.table import Estimate
 
+_CHOOSING = ("edges", "deviation", "share")  # what is compared with as many random tokens
+
 Samples = Sequence[Sample]
 """Of one way, for each window."""
 
@@ -34,9 +36,8 @@ def scored(
     random[0.0] = _kl(of["none", 0.0])
     rows = []
     for (plan, ratio), samples in of.items():
-        own = plan in own_gap
-        gap = _kl(of[plan, 0.0]) if own else random[0.0]
-        rows.append(_row(plan, ratio, samples, gap, {} if own else random, np.array(found)))
+        gap = _kl(of[plan, 0.0]) if plan in own_gap else random[0.0]
+        rows.append(_row(plan, ratio, samples, gap, random, np.array(found)))
     return tuple(rows)
 
 
@@ -53,7 +54,7 @@ def _row(
 
     kl = _kl(samples)
     computed = _mean([sample.computed for sample in samples])
-    beaten = computed > 0 and computed <= max(random, default=0.0)
+    beats = plan in _CHOOSING and 0 < computed <= max(random)
     return Row(
         plan=plan,
         ratio=ratio,
@@ -62,9 +63,7 @@ def _row(
         kl_p95=estimate([sample.kl for sample in samples], _p95),
         closed=_closed(kl, gap),
         over_random=(
-            _closed(kl, _at(random, [sample.computed for sample in samples]))
-            if beaten and plan != "random"
-            else None
+            _closed(kl, _at(random, [sample.computed for sample in samples])) if beats else None
         ),
         perplexity=estimate([s.loss for s in samples], lambda drawn: math.expm1(_mean(drawn))),
         agreement=of(lambda s: s.agreement),

@@ -28,8 +28,8 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         kl_mean, kl_p95: nats a position of a continuation: the mean, the 95th percentile.
         closed: share of the KL of ``none`` that is gone: 1 is exact, below 0 is worse. Where
             another model's KV is reused: of the KL of all its layers.
-        over_random: share of the KL that is left by as many random tokens, which is gone;
-            None where nothing was computed, or all.
+        over_random: share of the KL that is left by as many random tokens, which is gone; None
+            but for plans that choose tokens.
         perplexity: of the continuation, over that of the exact cache, less 1.
         agreement: share of positions with the same most likely token.
         answer_nats: how much less likely the right answers about facts are, nats a token.
