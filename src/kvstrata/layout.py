@@ -312,6 +312,7 @@ def _copy(to: Elements, source: Elements) -> None:
         np.copyto(to[at], source[at])
 
 
+@lru_cache(maxsize=256)
 def _inner(axes: str, letter: str) -> int:
     """Product of the numbered factors of a letter."""
     product = 1

@@ -12,6 +12,7 @@ import torch
 
 from kvstrata.connectors.vllm.copies import CpuCopier
 from kvstrata.connectors.vllm.pages import Pages
+from kvstrata.connectors.vllm.payloads import StoredRows
 from kvstrata.connectors.vllm.rotary import Rotary
 from kvstrata.connectors.vllm.turned import Sheet, floats, words
 from kvstrata.layout import Elements, LayerGroup, native_order
@@ -73,6 +74,21 @@ def turned_slowly(
     return out
 
 
+def stored(memory: Memory, rows: Elements, native: bool = False) -> StoredRows:
+    """These rows as those of a chunk that has others before and behind them."""
+    group, size = memory.group, memory.order.block_tokens
+    count = rows.shape[3]
+    whole = np.random.default_rng(9).integers(
+        0, 1 << 15, group.portable_shape(-(-(count + 9) // size) * size), rows.dtype
+    )
+    whole[:, :, :, 5 : 5 + count] = rows
+    tokens = range(5, 5 + count)
+    if not native:
+        return StoredRows(group, None, whole, tokens)
+    pages = memory.order.pack_layers(whole, group)
+    return StoredRows(group, memory.order, pages.reshape(-1), tokens)
+
+
 def drawn(rng: np.random.Generator, count: int, dtype: str) -> Elements:
     numbers = rng.normal(size=(LAYERS, 2, HEADS, count, DIM)).astype(np.float32)
     rows: Elements = words(numbers, dtype).copy()
@@ -103,12 +119,12 @@ def test_rows_of_many_pieces(
     position = span.start
     while position < span.stop:
         position += draw.choice([0, 0, 3, 2 * block_tokens])
-        count = min(draw.choice([1, 7, block_tokens, 3 * block_tokens + 5]), span.stop - position)
+        count = min(draw.choice([1, 7, block_tokens, sheet_tokens - 3]), span.stop - position)
         if count <= 0:
             break
         was = draw.choice([position, draw.randrange(POSITIONS - count)])
         rows = drawn(rng, count, dtype)
-        sheet.put(rows, position, was)
+        sheet.put(stored(memory, rows, draw.choice([True, False])), position, was)
         numbers = floats(rows, dtype)
         right = numbers.astype(np.float64)
         if was != position:
@@ -132,7 +148,8 @@ def test_rows_that_are_not_moved_are_the_same_bytes() -> None:
     rows = np.random.default_rng(1).integers(0, 1 << 16, (LAYERS, 2, HEADS, 64, DIM), np.uint16)
     sheet = Sheet(memory.pages, [Rotary((0, 1, 2), Table(DIM))], CpuCopier(), None, [7, 3],
                   range(64), 32)  # fmt: skip
-    sheet.put(rows, 0, 0)
+    for first in (0, 32):
+        sheet.put(stored(memory, rows[:, :, :, first : first + 32]), first, first)
     sheet.write()
     assert (memory.rows([7, 3]) == rows).all()
 
@@ -145,9 +162,9 @@ def test_blocks_as_they_are() -> None:
     )
     rows = drawn(np.random.default_rng(3), 16, "bfloat16")
     sheet = Sheet(memory.pages, [], CpuCopier(), None, [9, 8, 7, 6], range(64), 64)
-    sheet.put(rows, 0, 0)
+    sheet.put(stored(memory, rows), 0, 0)
     sheet.copy(chunk.ctypes.data, 4, 1, 16, 2)
-    sheet.put(rows, 48, 3)
+    sheet.put(stored(memory, rows), 48, 3)
     sheet.write()
     assert (memory.blocks[:, [8, 7]] == chunk[:, 1:3]).all()
     assert (memory.rows([9]) == rows).all()

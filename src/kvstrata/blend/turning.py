@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from kvstrata.errors import UsageError
 
 
@@ -33,22 +35,60 @@ def turn(keys: Any, was: Any, now: Any, *, interleaved: bool = False) -> None:
     Raises:
         UsageError: shapes or dtypes are not these; nothing was changed.
     """
-    rows, dim = tuple(was.shape), keys.shape[-1] if keys.ndim > 1 else 0
-    if rows != tuple(now.shape) or len(rows) != 2 or rows[1] % 2 or rows[1] > dim:
-        raise UsageError(f"tables of {rows} and {tuple(now.shape)} for heads of {dim}")
-    if rows[0] not in (1, keys.shape[-2]):
-        raise UsageError(f"tables of {rows[0]} tokens for {keys.shape[-2]}")
-    if {str(one.dtype).rpartition(".")[2] for one in (keys, was, now)} != {"float32"}:
+    cos, sin = between(was, now)
+    rotate(keys, cos, sin, interleaved=interleaved)
+
+
+def between(was: Any, now: Any) -> tuple[Any, Any]:
+    """Cosines and sines of the angles from one position to another: each (T, R/2) float32.
+
+    Args:
+        was, now: as of `turn`.
+    Raises:
+        UsageError: shapes or dtypes are not these.
+    """
+    if tuple(was.shape) != tuple(now.shape) or len(was.shape) != 2 or was.shape[1] % 2:
+        raise UsageError(f"tables of {tuple(was.shape)} and {tuple(now.shape)}")
+    if not (_is_float32(was) and _is_float32(now)):
         raise UsageError("keys are turned in float32")
-    half = rows[1] // 2
+    half = was.shape[1] // 2
     cos_was, sin_was, cos_now, sin_now = was[:, :half], was[:, half:], now[:, :half], now[:, half:]
     # The table's own factor, and what rounding did to its rows, is in the keys already.
     length = cos_was * cos_was + sin_was * sin_was
     cos = (cos_now * cos_was + sin_now * sin_was) / length
     sin = (sin_now * cos_was - cos_now * sin_was) / length
-    pairs = (slice(0, rows[1], 2), slice(1, rows[1], 2))
+    return cos, sin
+
+
+def rotate(keys: Any, cos: Any, sin: Any, *, interleaved: bool = False) -> None:
+    """Turn keys by angles, in place.
+
+    Args:
+        keys: (..., T, D) float32; changed.
+        cos, sin: (T, R/2) float32, of `between`.
+        interleaved: as of `turn`.
+    Raises:
+        UsageError: shapes or dtypes are not these; nothing was changed.
+    """
+    dim, (rows, half) = keys.shape[-1] if keys.ndim > 1 else 0, cos.shape
+    if 2 * half > dim:
+        raise UsageError(f"tables of {2 * half} for heads of {dim}")
+    if rows not in (1, keys.shape[-2]):
+        raise UsageError(f"tables of {rows} tokens for {keys.shape[-2]}")
+    if not _is_float32(keys):
+        raise UsageError("keys are turned in float32")
+    pairs = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
     if not interleaved:
-        pairs = (slice(0, half), slice(half, rows[1]))
+        pairs = (slice(0, half), slice(half, 2 * half))
     first, second = keys[..., pairs[0]], keys[..., pairs[1]]
-    turned = first * cos - second * sin, second * cos + first * sin
-    keys[..., pairs[0]], keys[..., pairs[1]] = turned
+    from_second, from_first = second * sin, first * sin
+    first *= cos
+    first -= from_second
+    second *= cos
+    second += from_first
+
+
+def _is_float32(array: Any) -> bool:
+    if isinstance(array, np.ndarray):
+        return bool(array.dtype == np.float32)
+    return str(array.dtype).rpartition(".")[2] == "float32"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +16,38 @@ from kvstrata.connectors.vllm.origins import Origins
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.ranks import Shard
 from kvstrata.errors import CorruptObject, UsageError
-from kvstrata.layout import Elements
+from kvstrata.layout import Elements, LayerGroup, NativeOrder
 from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Some tokens of a stored chunk, out of whatever order it is kept in.
+
+    Args:
+        group: of its layers.
+        order: that its bytes are in; None: the portable one.
+        payload: the bytes of native pages, or a portable array.
+        tokens: their numbers in the chunk.
+    """
+
+    group: LayerGroup
+    order: NativeOrder | None
+    payload: npt.NDArray[Any]
+    tokens: range
+
+    def of_layers(self, layers: slice) -> Elements:
+        """(layers, S, H, T, D), unsigned integers; not to be written to, perhaps the slot's own."""
+        if self.order is None:
+            return self.payload[layers, :, :, self.tokens.start : self.tokens.stop]
+        size = self.order.block_tokens
+        first, last = self.tokens.start // size, -(-self.tokens.stop // size)
+        pages = self.payload.reshape(self.group.num_layers, -1, self.order.page_bytes(self.group))
+        behind = self.tokens.start - first * size
+        rows = self.order.unpack_layers(pages[layers, first:last], self.group)
+        return rows[:, :, :, behind : behind + len(self.tokens)]
 
 
 class Payloads:
@@ -97,17 +128,15 @@ class Payloads:
 
     def rows(
         self, request_id: str, client: NodeClient, offset: int, key: bytes, tokens: range
-    ) -> Elements:
-        """Some tokens of the chunk in a slot, out of whatever order it is kept in.
+    ) -> StoredRows:
+        """Some tokens of the chunk in a slot, which a lease holds still.
 
         Args:
             request_id: for whom.
-            client: of the node with the slot, which a lease holds still.
+            client: of the node with the slot.
             offset: of the slot.
             key: the chunk's.
             tokens: their numbers in the chunk.
-        Returns:
-            (L, S, H, T, D), unsigned integers of the element's width; perhaps the slot's own bytes.
         Raises:
             CorruptObject: the slot holds something else.
         """
@@ -117,15 +146,11 @@ class Payloads:
         if self._origins is not None:
             self._origins.note(request_id, header)
         payload = client.pool.array(offset + HEADER_BYTES, header.raw_length)
-        order, group = self.pages.order, self.pages.group
-        if header.kind == "portable":
-            self.read_portable = True
-            portable = payload.view(f"u{group.item_bytes}").reshape(header.shape)
-            return portable[:, :, :, tokens.start : tokens.stop]
-        first, last = tokens.start // order.block_tokens, -(-tokens.stop // order.block_tokens)
-        native = payload.reshape(group.num_layers, -1, order.page_bytes(group))[:, first:last]
-        behind = tokens.start - first * order.block_tokens
-        return order.unpack_layers(native, group)[:, :, :, behind : behind + len(tokens)]
+        if header.kind == "native":
+            return StoredRows(self.pages.group, self.pages.order, payload, tokens)
+        self.read_portable = True
+        portable = payload.view(f"u{self.pages.group.item_bytes}").reshape(header.shape)
+        return StoredRows(self.pages.group, None, portable, tokens)
 
     def run_of(self, client: NodeClient, offset: int, key: bytes) -> int | None:
         """Address of a chunk's bytes in a slot, if they are in the engine's own order.

@@ -12,17 +12,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvstrata.blend import turn
+from kvstrata.blend.turning import between, rotate
 from kvstrata.connectors.vllm.copies import Copier, Plan
 from kvstrata.connectors.vllm.pages import Pages
+from kvstrata.connectors.vllm.payloads import StoredRows
 from kvstrata.connectors.vllm.rotary import Rotary
 from kvstrata.layout import Elements
 
 Floats = npt.NDArray[np.float32]
 
+CACHE_BYTES = 1 << 19
+"""Of some layers' rows, as float32: a part of the cache that a core has to itself."""
+
 
 class Sheet:
     """Some whole blocks of a request, of one of a worker's objects; rows come in ascending order.
+
+    They are put together some tokens at a time, and some layers at a time, so that what is worked
+    on stays in a core's own cache.
 
     Args:
         pages: of the object.
@@ -49,51 +56,66 @@ class Sheet:
         self._blocks, self._span = blocks, span
         self._size = sheet_tokens
         group = pages.group
-        self._rows = np.zeros(group.portable_shape(sheet_tokens), f"u{group.item_bytes}")
-        self._at = span.start  # position of the first row
-        self._touched: set[int] = set()  # numbers of blocks that have rows here
+        word = f"u{group.item_bytes}"
+        # What no rows are for is computed later, so that old ones may lie there.
+        self._halves = [np.zeros(group.portable_shape(sheet_tokens), word) for _ in range(2)]
+        self._packed = np.empty(pages.native_shape(sheet_tokens), np.uint8)
+        self._touched: dict[int, set[int]] = {}  # of sheets with rows, numbers of blocks
+        layer_bytes = 4 * group.states * group.num_kv_heads * sheet_tokens * group.head_dim
+        step = max(1, CACHE_BYTES // layer_bytes)
+        count = group.num_layers
+        self._layers = [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
-    def put(self, rows: Elements, position: int, was: int) -> None:
-        """Take rows; those that fill a sheet, and all before, are written.
+    def put(self, rows: StoredRows, position: int, was: int) -> None:
+        """Take rows; what lies before them is written.
 
         Args:
-            rows: (L, S, H, T, D), unsigned integers of the element's width; copied.
+            rows: to copy; no more than fit on a sheet.
             position: of the first of them in this prompt; all lie in the span.
             was: of the first of them in the prompt that they were computed in.
+
+        Raises:
+            CorruptObject: there is no such position.
         """
-        done, count = 0, rows.shape[3]
-        while done < count:
-            begin = self._span.start + (position - self._span.start) // self._size * self._size
-            if begin != self._at:
-                self.write()
-                self._at = begin
-            fit = min(count - done, begin + self._size - position)
-            inside = slice(position - begin, position - begin + fit)
-            target = self._rows[:, :, :, inside]
-            np.copyto(target, rows[:, :, :, done : done + fit])
-            if was != position:
-                self._turn(target[:, 0], range(was, was + fit), range(position, position + fit))
-            size = self._pages.block_tokens
-            self._touched.update(range(position // size, (position + fit - 1) // size + 1))
-            position, was, done = position + fit, was + fit, done + fit
+        count = len(rows.tokens)
+        assert count <= self._size
+        first, within = divmod(position - self._span.start, self._size)
+        for number in [one for one in self._touched if one < first]:
+            self._write(number)
+        turns = [] if was == position else self._turns(was, position, count)
+        here = min(count, self._size - within)
+        one, two = self._halves[first % 2], self._halves[(first + 1) % 2]
+        for layers in self._layers:
+            some = rows.of_layers(layers)
+            if turns:
+                some = self._turned(some, layers, turns)
+            one[layers, :, :, within : within + here] = some[:, :, :, :here]
+            if here < count:
+                two[layers, :, :, : count - here] = some[:, :, :, here:]
+        size = self._pages.block_tokens
+        for block in range(position // size, (position + count - 1) // size + 1):
+            number = (block * size - self._span.start) // self._size
+            self._touched.setdefault(number, set()).add(block)
 
     def write(self) -> None:
         """Write the blocks that have rows; nothing lies here any more."""
-        if not self._touched:
-            return
-        size = self._pages.block_tokens
-        first = self._at // size
-        count = (min(self._at + self._size, self._span.stop) - self._at) // size
-        packed = self._pages.order.pack_layers(
-            self._rows[:, :, :, : count * size], self._pages.group
-        )
-        ids = [
-            self._blocks[number] if number in self._touched else -1
-            for number in range(first, first + count)
-        ]
+        for number in list(self._touched):
+            self._write(number)
+
+    def _write(self, number: int) -> None:
+        size, touched = self._pages.block_tokens, self._touched.pop(number)
+        begin = self._span.start + number * self._size
+        count = (min(begin + self._size, self._span.stop) - begin) // size
+        order, group = self._pages.order, self._pages.group
+        rows, kernel_blocks = self._halves[number % 2], count * size // order.block_tokens
+        packed = self._packed
+        if kernel_blocks < packed.shape[1]:
+            packed = np.empty((len(packed), kernel_blocks, packed.shape[2]), np.uint8)
+        for layers in self._layers:
+            order.pack_layers(rows[layers, :, :, : count * size], group, packed[layers])
+        first = begin // size
+        ids = [self._blocks[i] if i in touched else -1 for i in range(first, first + count)]
         self._copier.load(Plan(self._pages, [packed.ctypes.data], ids), self._after)
-        self._rows.fill(0)
-        self._touched.clear()
 
     def copy(self, address: int, chunk_blocks: int, first: int, position: int, count: int) -> None:
         """Copy blocks as they are, at the position that they were computed for.
@@ -110,19 +132,28 @@ class Sheet:
         ids[first : first + count] = self._blocks[begin : begin + count]
         self._copier.load(Plan(self._pages, [address], ids), self._after)
 
-    def _turn(self, keys: Elements, was: range, now: range) -> None:
-        """In place: (L, H, T, D)."""
+    def _turns(self, was: int, now: int, count: int) -> list[tuple[Rotary, Floats, Floats]]:
+        """How so many keys turn, by table."""
+        return [
+            (one, *between(one.rows(range(was, was + count)), one.rows(range(now, now + count))))
+            for one in self._rotary
+        ]
+
+    def _turned(
+        self, rows: Elements, layers: slice, turns: Sequence[tuple[Rotary, Floats, Floats]]
+    ) -> Elements:
+        """(layers, S, H, T, D) with keys turned; values are as they are."""
         dtype = self._pages.group.dtype
-        for rotary in self._rotary:
-            if len(rotary.layers) == len(keys):
-                numbers = floats(keys, dtype)
-            else:
-                numbers = floats(keys[list(rotary.layers)], dtype)
-            turn(numbers, rotary.rows(was), rotary.rows(now), interleaved=rotary.interleaved)
-            if len(rotary.layers) == len(keys):
-                keys[...] = words(numbers, dtype)
-            else:
-                keys[list(rotary.layers)] = words(numbers, dtype)
+        turned: Elements = rows.copy()
+        for rotary, cos, sin in turns:
+            mine = [
+                one - layers.start for one in rotary.layers if layers.start <= one < layers.stop
+            ]
+            some: Any = slice(None) if len(mine) == len(rows) else mine
+            keys = floats(rows[some, 0], dtype)
+            rotate(keys, cos, sin, interleaved=rotary.interleaved)
+            turned[some, 0] = words(keys, dtype)
+        return turned
 
 
 def floats(elements: Elements, dtype: str) -> Floats:
