@@ -44,6 +44,7 @@ class Rank:
         self.there: dict[int, set[int]] = {}
         self.computed: list[tuple[int, list[int]]] = []
         self.checked: list[tuple[str, range]] = []
+        self.seen: dict[str, set[int]] = {}  # of the first layer
         self.fails_at: int | None = None
         self.off: Callable[[int], float] = lambda position: position % 7
 
@@ -70,6 +71,9 @@ class Rank:
         self.computed.append((load, list(positions)))
 
     def deviation(self, blend: Blend, positions: range) -> Floats:
+        there = self.seen.setdefault(blend.request_id, set(self.there[blend.table[0]]))
+        assert set(range(positions.start)) <= there, "a hole before it, in the first layer"
+        there |= set(positions)
         self.checked.append((blend.request_id, positions))
         return np.array([self.off(position) for position in positions], np.float32)
 
@@ -134,7 +138,7 @@ def test_rows_that_vllm_has_itself_are_not_waited_for() -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_slices_are_short_and_ascend(plan: str, most_tokens: int) -> None:
     pieces = [piece(0, 20, was=0), piece(24, 30), piece(54, 42, was=7)]
-    one = blend("r1", pieces, plan, 0.25, first=20)
+    one = blend("r1", pieces, plan, 0.25, first=24)
     rank = Rank()
     blends, job = Blends(rank, rank), rank.begin(one)
     job.begin(1)

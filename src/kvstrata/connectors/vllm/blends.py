@@ -75,9 +75,9 @@ class BlendJob:
         self._wanted = True
         # for the main thread alone
         self.failed = False
-        self.met = False  # all of it is there
         self.prepared = False
         self.reused: list[range] = []
+        self._gaps: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self.unchecked = range(0)  # positions whose deviation is still to be known
         self.off: Floats = np.zeros(0, np.float32)
         self.todo: list[int] = []  # positions to compute
@@ -147,9 +147,10 @@ class BlendJob:
         self.prepared = True
         count = budget(blend.plan, blend.ratio, sum(map(len, self.reused)))
         if blend.plan == "deviation" and count:
-            # What lies before the first of them is exact.
-            self.unchecked = range(self.first, self.reused[-1].stop)
-            self.off = np.zeros(self.end - self.first, np.float32)
+            # What lies before is there, in the first layer at least; a gap is not.
+            begin = min([*self._gaps[:1].tolist(), self.first])
+            self.unchecked = range(begin, self.reused[-1].stop)
+            self.off = np.zeros(self.end, np.float32)
         else:
             self.choose(None)
 
@@ -157,8 +158,7 @@ class BlendJob:
         """Decide which of the reused tokens are computed, and so all that is."""
         blend, deviation = self.blend, None
         if off is not None:
-            each = [off[one.start - self.first : one.stop - self.first] for one in self.reused]
-            deviation = np.concatenate(each)
+            deviation = np.concatenate([off[one.start : one.stop] for one in self.reused])
         elif blend.plan == "deviation":
             deviation = np.zeros(sum(map(len, self.reused)), np.float32)
         chosen = choose(blend.plan, blend.ratio, self.reused, deviation, blend.seed)
@@ -254,7 +254,6 @@ class Blends:
         ended = []
         for one, copying in zip(each, said[::2], strict=True):
             if not copying and (one.failed or one.complete):
-                one.met = not one.failed
                 ended.append(Ended(one.blend.request_id, one.done, one.failed))
         for name, _, _ in ended:
             del self._under_way[name]
@@ -289,8 +288,7 @@ class Blends:
 
     def _check_some(self, job: BlendJob, most_tokens: int) -> None:
         some, rest = job.unchecked[:most_tokens], job.unchecked[most_tokens:]
-        begin = some.start - job.first
-        job.off[begin : begin + len(some)] = self._check.deviation(job.blend, some)
+        job.off[some.start : some.stop] = self._check.deviation(job.blend, some)
         job.unchecked = rest
         if not rest:
             job.choose(self._forward.add_up(job.off))
