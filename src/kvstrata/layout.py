@@ -335,18 +335,18 @@ _ORDERS: dict[str, tuple[str, str]] = {
     "cpu-vec": ("H S D N", "H S N D"),
     # With AMX tiles: pairs of what the dot product runs over lie side by side.
     "cpu-amx": ("H S N D N16 D2", "H S D N D16 N2"),
-    # CUDA and ROCm backends whose pages are what their tensor's strides say.
+    # CUDA and ROCm backends whose pages are what their tensor's strides say, and SGLang's.
     **_strided_orders(),
 }
 
-_NAME = re.compile(r"vllm/([a-zA-Z0-9-]+)/b([1-9][0-9]{0,5})/([a-z0-9_]+)")
+_NAME = re.compile(r"(?:vllm|sglang)/([a-zA-Z0-9-]+)/b([1-9][0-9]{0,5})/([a-z0-9_]+)")
 
 
 @lru_cache(maxsize=256)
 def native_order(name: str) -> NativeOrder:
     """The order of that name: ``<engine>/<order>/b<block tokens>/<dtype>``.
 
-    For instance ``vllm/cpu-vec/b128/bfloat16`` or ``vllm/strided-NHC/b16/bfloat16``.
+    For instance ``vllm/cpu-vec/b128/bfloat16`` or ``sglang/strided-SNHD/b128/bfloat16``.
 
     Raises:
         Incompatible: this build knows no such order.

@@ -186,6 +186,16 @@ def test_equal_bytes_have_one_strided_name() -> None:
         native_order("vllm/strided-HNSD/b16/bfloat16")
 
 
+def test_sglangs_pages_have_the_heads_of_a_token_side_by_side() -> None:
+    group = make_group()
+    order = native_order("sglang/strided-SNHD/b32/bfloat16")
+    shape = group.portable_shape(32)
+    portable = np.random.default_rng(0).integers(0, 1 << 16, shape, np.uint16)
+    native = order.pack_layers(portable, group)
+    assert native.tobytes() == portable.transpose(0, 1, 3, 2, 4).tobytes()
+    assert np.array_equal(order.unpack_layers(native, group), portable)
+
+
 def test_latent() -> None:
     group = make_group(heads=1, dim=576, states=1)
     order = native_order("vllm/strided-NHC/b16/bfloat16")

@@ -55,10 +55,10 @@ VEC = "vllm/cpu-vec/b32/bfloat16"
 NATIVE_SHAPE = (2, 4, 2, 3, 32, 64)
 
 
-def native() -> bytes:
-    """A chunk as vLLM keeps it on the CPU."""
+def native(order: str = VEC) -> bytes:
+    """A chunk as vLLM keeps it on the CPU, or in another order."""
     words = kv_like(PORTABLE).view(np.uint16).reshape(PORTABLE.shape)
-    return native_order(VEC).pack_layers(words, GROUP).tobytes()
+    return native_order(order).pack_layers(words, GROUP).tobytes()
 
 
 def an_object(raw: bytes, **changes: object) -> memoryview:
@@ -144,8 +144,12 @@ def test_a_size_that_is_no_whole_number_of_elements_stays_as_it_is() -> None:
     assert encoded_object(Lossless(), whole, Scratch(1)) is None
 
 
-def test_a_lossy_codec_makes_a_native_object_portable() -> None:
-    whole = an_object(native())
+@pytest.mark.parametrize(
+    ("order", "shape"),
+    [(VEC, NATIVE_SHAPE), ("sglang/strided-SNHD/b128/bfloat16", (2, 1, 2, 3, 128, 64))],
+)
+def test_a_lossy_codec_makes_a_native_object_portable(order: str, shape: tuple[int, ...]) -> None:
+    whole = an_object(native(order), order=order, shape=shape)
     encoded = cast(Encoded, encoded_object(codec_named("cachegen-1"), whole, Scratch(1)))
     assert (encoded.header.kind, encoded.header.order) == ("portable", "")
     assert encoded.header.shape == PORTABLE.shape

@@ -27,15 +27,30 @@ def a_payload(pages: TokenPages, seed: int = 0) -> npt.NDArray[Any]:
 
 
 def words(pages: TokenPages, payload: npt.NDArray[Any]) -> Any:
-    return payload.view(f"u{pages.group.item_bytes}").reshape(pages.shape)
+    """A payload as (L, S, H, T, D), by what `kvstrata.layout` knows of its order."""
+    width = pages.group.item_bytes
+    if not pages.order:
+        return payload.view(f"u{width}").reshape(pages.portable_shape)
+    native = native_order(pages.order)
+    layers = payload.reshape(pages.group.num_layers, 1, -1)
+    return native.unpack_layers(layers, pages.group)
+
+
+def payload_of(pages: TokenPages, elements: Any) -> Any:
+    """The inverse."""
+    if not pages.order:
+        return np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
+    word = np.ascontiguousarray(elements).view(f"u{pages.group.item_bytes}")
+    return native_order(pages.order).pack_layers(word, pages.group).reshape(-1)
 
 
 def header(pages: TokenPages, **more: Any) -> ObjectHeader:
     fields: dict[str, Any] = {
         "namespace": bytes(32), "key": bytes(32), "parent": bytes(32), "start": 0,
         "num_tokens": pages.page_tokens, "group": 0, "rank": 0, "kind": "portable", "order": "",
-        "dtype": pages.dtype, "shape": pages.shape, "codec": "raw", "codec_parameters": b"",
-        "epoch": 0, "created_ns": 1, "raw_length": pages.nbytes, "stored_length": pages.nbytes,
+        "dtype": pages.dtype, "shape": pages.portable_shape, "codec": "raw",
+        "codec_parameters": b"", "epoch": 0, "created_ns": 1,
+        "raw_length": pages.nbytes, "stored_length": pages.nbytes,
         "raw_checksum": bytes(16), "stored_checksum": bytes(16), "chunk_tokens": pages.page_tokens,
     }  # fmt: skip
     return ObjectHeader(**{**fields, **more})
@@ -44,26 +59,55 @@ def header(pages: TokenPages, **more: Any) -> ObjectHeader:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("states", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_element_is_in_its_place(layout: str, states: int, dtype: Any) -> None:
+@pytest.mark.parametrize("foreign", [(), (FOREIGN,)], ids=["alone", "shared"])
+def test_every_element_is_in_its_place(
+    foreign: tuple[str, ...], layout: str, states: int, dtype: Any
+) -> None:
     pool = HostPool(layout, states=states, dtype=dtype)
-    pages = TokenPages(pool, "kv", pool.page_size)
+    pages = TokenPages(pool, "kv", pool.page_size, foreign)
+    assert bool(pages.order) == (states == 2 and not foreign)
     pool.fill(1)
     before = pool.words().copy()
     for page in (0, 2, 3):
         payload = np.zeros(pages.nbytes, np.uint8)
         pages.read(page * pool.page_size, payload)
-        for place in product(*(range(n) for n in pages.shape)):
+        found = words(pages, payload)
+        for place in product(*(range(n) for n in pages.portable_shape)):
             layer, state, head, token, at = place
             there = before[pool.element(page, layer, state, head, token, at)]
-            assert words(pages, payload)[place] == there
+            assert found[place] == there
     assert np.array_equal(pool.words(), before)
     new = a_payload(pages)
     pages.write(2 * pool.page_size, new)
-    expected = before.copy()
-    for place in product(*(range(n) for n in pages.shape)):
+    expected, written = before.copy(), words(pages, new)
+    for place in product(*(range(n) for n in pages.portable_shape)):
         layer, state, head, token, at = place
-        expected[pool.element(2, layer, state, head, token, at)] = words(pages, new)[place]
+        expected[pool.element(2, layer, state, head, token, at)] = written[place]
     assert np.array_equal(pool.words(), expected), "and nothing else is touched"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_was_stored_in_the_portable_order_is_read(layout: str) -> None:
+    pool = HostPool(layout)
+    pages = TokenPages(pool, "kv", pool.page_size)
+    payload = a_payload(pages)
+    portable = np.ascontiguousarray(words(pages, payload)).reshape(-1).view(np.uint8)
+    assert not np.array_equal(portable, payload)
+    pages.write(pool.page_size, portable, "")
+    found = np.zeros_like(payload)
+    pages.read(pool.page_size, found)
+    assert np.array_equal(found, payload)
+    assert pages.orders == [pages.order, "portable"], "its own is asked for first"
+    assert pages.fits(header(pages))
+    shape = (2, 1, 2, 3, 16, 8)
+    assert pages.fits(header(pages, kind="native", order=pages.order, shape=shape))
+    assert pages.template(0).shape == list(shape)
+
+
+def test_a_page_begins_where_one_begins() -> None:
+    pages = TokenPages(HostPool("layer_first"), "kv", 16)
+    with pytest.raises(Incompatible, match="in the middle"):
+        pages.read(8, a_payload(pages))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,6 +130,7 @@ def test_only_what_fits_is_read() -> None:
     native = {"kind": "native", "order": FOREIGN, "shape": (layers, 2, states, heads, 8, dim)}
     assert pages.fits(header(pages))
     assert pages.fits(header(pages, **native))
+    own = "sglang/strided-SNHD/b16/bfloat16"
     wrong: list[dict[str, Any]] = [
         {"codec": "zstd"}, {"dtype": "float16"}, {"num_tokens": 15},
         {"raw_length": pages.nbytes - 2}, {"order": "x"},
@@ -93,11 +138,13 @@ def test_only_what_fits_is_read() -> None:
         {**native, "codec": "zstd"}, {**native, "order": "vllm/cpu-vec/b16/bfloat16"},
         {**native, "shape": (layers, 1, states, heads, 16, dim)}, {**native, "num_tokens": 8},
         {**native, "raw_length": 2 * pages.nbytes},
+        {"kind": "native", "order": own, "shape": (layers, 1, states, heads, tokens, dim)},
     ]  # fmt: skip
     for fields in wrong:
         assert not pages.fits(header(pages, **fields)), fields
     plain = TokenPages(HostPool("page_first"), "kv", 16)
     assert not plain.fits(header(plain, **native)), "nobody has said that it may be read"
+    assert not plain.fits(header(plain, kind="native", order=plain.order))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +204,7 @@ MUTATIONS: dict[str, Mutation] = {
     **{f"axis {axis} backwards": partial(_backwards, axis) for axis in range(5)},
     "heads and layers swapped": lambda v: v.transpose(0, 2),
     "tokens and sizes swapped": lambda v: v.transpose(3, 4),
+    "heads and tokens swapped": lambda v: v.transpose(2, 3),
 }
 
 
@@ -171,29 +219,48 @@ class Mutated(TokenPages):
         if self.reads:
             payload[:] = _moved(self, payload, self.mutation)
 
-    def write(self, index: int, payload: Any, order: str = "") -> None:
-        super().write(index, _moved(self, payload, self.mutation) if self.writes else payload)
+    def write(self, index: int, payload: Any, order: str | None = None) -> None:
+        moved = self.writes and order in (None, self.order)
+        super().write(index, _moved(self, payload, self.mutation) if moved else payload, order)
+
+
+class MutatedPortable(TokenPages):
+    """Pages that put what is in the portable order in the wrong place."""
+
+    def write(self, index: int, payload: Any, order: str | None = None) -> None:
+        if order == "":
+            elements = payload.view(np.int16).reshape(self.portable_shape)
+            payload = np.ascontiguousarray(elements[:, :, ::-1]).reshape(-1).view(np.uint8)
+        super().write(index, payload, order)
 
 
 def _moved(pages: TokenPages, payload: Any, mutation: Mutation) -> Any:
-    moved = (
-        mutation(torch.from_numpy(words(pages, payload.copy()).view(np.int16))).contiguous().numpy()
-    )
-    return moved.reshape(-1).view(np.uint8)
+    elements = torch.from_numpy(words(pages, payload.copy()).view(np.int16))
+    return payload_of(pages, mutation(elements).contiguous().numpy())
 
 
 @pytest.mark.parametrize("direction", ["reads", "writes", "both"])
 @pytest.mark.parametrize("name", MUTATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_wrong_place_is_noticed(layout: str, name: str, direction: str) -> None:
+@pytest.mark.parametrize("foreign", [(), (FOREIGN,)], ids=["alone", "shared"])
+def test_a_wrong_place_is_noticed(
+    foreign: tuple[str, ...], layout: str, name: str, direction: str
+) -> None:
     # Sizes that are swapped are alike, so that no shape gives that away.
-    pool = HostPool(layout, pages=2, page_tokens=16, layers=4, heads=4, dim=16)
-    pages = Mutated(pool, "kv", 16)
+    pool = HostPool(layout, pages=2, page_tokens=16, layers=16, heads=16, dim=16)
+    pages = Mutated(pool, "kv", 16, foreign)
     prove(pages, pool)
     pages.mutation = MUTATIONS[name]
     pages.reads, pages.writes = direction != "writes", direction != "reads"
     with pytest.raises(LayoutMismatch, match=r"elsewhere|take pages back"):
         prove(pages, pool)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_wrong_place_of_what_is_portable_is_noticed(layout: str) -> None:
+    pool = HostPool(layout)
+    with pytest.raises(LayoutMismatch, match="take pages back"):
+        prove(MutatedPortable(pool, "kv", 16), pool)
 
 
 @pytest.mark.parametrize("states", [1, 2])

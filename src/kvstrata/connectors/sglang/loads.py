@@ -173,6 +173,6 @@ class Loads:
                 f"{header.codec!r}; not {pages.dtype} {pages.shape}"
             )
         payload = pool.array(offset + HEADER_BYTES, header.raw_length)
-        pages.write(index, payload, header.order if header.order != pages.order else "")
+        pages.write(index, payload, header.order)
         if header.group == 0:
             hold.origins[number] = origin(header)

@@ -1,9 +1,10 @@
 """SGLang's host pools as pages: where the bytes of one lie, and what an object of it looks like.
 
-Keys and values of attention are stored in the portable order ``[L, S, H, T, D]``, so that nobody
-has to know the order that SGLang was told to keep (``--hicache-mem-layout``). Other pools, states
-among them, are stored as SGLang's own addresses give them. What these classes claim is a fact only
-once `kvstrata.connectors.sglang.proof.prove` has passed.
+Keys and values of attention are stored with a token's heads side by side, ``[L, S, T, H, D]``, as
+all of SGLang's layouts have them, so that a page is few long runs and nobody has to know which one
+it was told to keep (``--hicache-mem-layout``); where other engines read them, in the portable order
+``[L, S, H, T, D]``. Other pools, states among them, are stored as SGLang's own addresses give them.
+What these classes claim is a fact only once `kvstrata.connectors.sglang.proof.prove` has passed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from kvstrata.errors import Incompatible
-from kvstrata.layout import ITEM_BYTES, LayerGroup, native_order
+from kvstrata.layout import ITEM_BYTES, Elements, LayerGroup, native_order
 from kvstrata.objects import MAX_CHUNK_TOKENS, GroupKind, ObjectHeader
 from kvstrata.parts import PORTABLE
 from kvstrata.wire import protocol as p
@@ -30,6 +31,8 @@ MIN_PAGE_TOKENS = 16
 REMEDY = "set --hicache-mem-layout to page_first_direct, page_first or layer_first"
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_SIGNED = {1: np.uint8, 2: np.int16, 4: np.int32}
+"""The same in numpy: integers that both know."""
 
 
 class Pages(ABC):
@@ -114,20 +117,21 @@ class Pages(ABC):
         """
 
     @abstractmethod
-    def write(self, index: int, payload: Bytes, order: str = "") -> None:
+    def write(self, index: int, payload: Bytes, order: str | None = None) -> None:
         """Copy a payload into a page.
 
         Args:
             index, payload: as of `read`.
-            order: of the payload, by the name in its header.
+            order: of the payload, by the name in its header; None: as `read` has it.
         """
 
 
 class TokenPages(Pages):
-    """Keys and values of each token, or a latent, of layers of one shape; portable.
+    """Keys and values of each token, or a latent, of layers of one shape.
 
     Args:
-        foreign: byte orders of other engines that are read as well, by name.
+        foreign: byte orders of other engines that are read as well, by name; where there are any,
+            others read what is stored here, so it is portable.
     """
 
     def __init__(self, pool: Any, name: str, page_tokens: int, foreign: tuple[str, ...] = ()):
@@ -142,11 +146,14 @@ class TokenPages(Pages):
         if self.dtype not in ITEM_BYTES:
             raise Incompatible(f"a KV cache of dtype {self.dtype} is not known")
         self.group = LayerGroup(0, "full", int(pool.layer_num), heads, dim, states, self.dtype)
-        self.shape = self.group.portable_shape(page_tokens)
-        self.nbytes = prod(self.shape) * self.group.item_bytes
+        self.portable_shape = self.group.portable_shape(page_tokens)
+        self.nbytes = prod(self.portable_shape) * self.group.item_bytes
         self._foreign = tuple(one for one in foreign if one.endswith(f"/{self.dtype}"))
-        self._by_layer = pool.layout == "page_first"
-        self._cache = _by_state(pool, self.group)
+        if heads > 1 and not foreign:  # one head is the same bytes either way
+            self.order = f"sglang/strided-SNHD/b{page_tokens}/{self.dtype}"
+        self.shape = _header_shape(self.portable_shape, self.order)
+        self._by_token = pool.layout == "page_first"
+        self._cache = _pages_of(pool, self.group, page_tokens)
         self.layout = (
             f"{name}: {self.group.num_layers} layers from {int(pool.start_layer)} "
             f"({int(pool.target_layer_num)} of the target), {states} states, {heads} heads of "
@@ -155,48 +162,71 @@ class TokenPages(Pages):
 
     @property
     def orders(self) -> list[str]:
-        return [PORTABLE, *self._foreign]
+        return [*dict.fromkeys((self.order or PORTABLE, PORTABLE)), *self._foreign]
 
     def fits(self, header: ObjectHeader) -> bool:
-        if header.kind == "native" and header.order in self._foreign:
-            order = native_order(header.order)
-            blocks = self.page_tokens // order.block_tokens
-            expected = (*self.shape[:1], blocks, *self.shape[1:3], order.block_tokens,
-                        self.shape[4])  # fmt: skip
-            return (
-                header.codec == "raw"
-                and header.raw_length == self.nbytes
-                and header.shape == expected
-                and header.num_tokens == self.page_tokens
-            )
-        return super().fits(header)
-
-    def view(self, index: int) -> torch.Tensor:
-        """The page as (L, S, H, T, D), integers of the element's width: SGLang's own memory."""
-        return self._cache(index)
+        known = header.order in (self.order, "", *self._foreign)
+        return (
+            known
+            and header.codec == "raw"
+            and header.dtype == self.dtype
+            and header.num_tokens == self.page_tokens
+            and header.raw_length == self.nbytes
+            and header.shape == _header_shape(self.portable_shape, header.order)
+        )
 
     def read(self, index: int, payload: Bytes) -> None:
-        self._elements(payload).copy_(self.view(index))
+        page = self._page(index)
+        if self._in_rows(self.order):
+            _copy_rows(self._elements(payload).reshape(page.shape), page, self._by_token)
+        else:
+            _copy_short(self.portable(payload, self.order), self._by_head(page))
 
-    def write(self, index: int, payload: Bytes, order: str = "") -> None:
+    def write(self, index: int, payload: Bytes, order: str | None = None) -> None:
+        order, page = self.order if order is None else order, self._page(index)
+        if self._in_rows(order):
+            _copy_rows(page, self._elements(payload).reshape(page.shape), self._by_token)
+            return
+        source, target = self.portable(payload, order), self._by_head(page)
+        if not self._by_token:
+            _copy_short(target, source)
+            return
+        # Layer by layer what is read stays in the processor's cache, and numpy is faster where
+        # runs of both sides are as short as these: three times as fast in all.
+        for to, what in zip(target, source, strict=True):
+            np.copyto(to, what)
+
+    def portable(self, payload: Bytes, order: str) -> Elements:
+        """A payload in an order, by the name in its header, as (L, S, H, T, D)."""
+        elements = self._elements(payload)
         if order:
             native = native_order(order)
             pages = payload.reshape(self.group.num_layers, -1, native.page_bytes(self.group))
-            unpacked = native.unpack_layers(pages, self.group)
-            payload = unpacked.reshape(-1).view(np.uint8)
-        source, page = self._elements(payload), self.view(index)
-        if not self._by_layer:
-            page.copy_(source)
-            return
-        # Layer by layer what is read stays in the processor's cache, and numpy is faster where runs
-        # are as short as these: three times as fast in all.
-        target, elements = page.numpy(), source.numpy()
-        for layer in range(len(target)):
-            target[layer] = elements[layer]
+            elements = native.unpack_layers(pages, self.group).view(elements.dtype)
+        portable: Elements = elements.reshape(self.portable_shape)
+        return portable
 
-    def _elements(self, payload: Bytes) -> torch.Tensor:
-        flat = torch.from_numpy(payload).view(_INTEGERS[self.group.item_bytes])
-        return flat.view(self.shape)
+    def _page(self, index: int) -> Elements:
+        """The page as (L, S, T, H * D): SGLang's own memory."""
+        number, within = divmod(index, self.page_tokens)
+        if within:
+            raise Incompatible(f"a page of {self.name} begins in the middle of one, at {index}")
+        page: Elements = self._cache[number]
+        return page
+
+    def _by_head(self, page: Elements) -> Elements:
+        """The same memory as (L, S, H, T, D)."""
+        rows = page.reshape(*page.shape[:3], self.group.num_kv_heads, self.group.head_dim)
+        heads: Elements = rows.transpose(0, 1, 3, 2, 4)
+        return heads
+
+    def _in_rows(self, order: str) -> bool:
+        """Whether a payload has its tokens' heads side by side."""
+        return order == self.order if order else self.group.num_kv_heads == 1
+
+    def _elements(self, payload: Bytes) -> Elements:
+        elements: Elements = payload.view(_SIGNED[self.group.item_bytes])
+        return elements
 
 
 class BytePages(Pages):
@@ -228,7 +258,7 @@ class BytePages(Pages):
             ctypes.memmove(at, address, length)
             at += length
 
-    def write(self, index: int, payload: Bytes, order: str = "") -> None:
+    def write(self, index: int, payload: Bytes, order: str | None = None) -> None:
         at = payload.ctypes.data
         for address, length in self.pieces(index):
             ctypes.memmove(address, at, length)
@@ -281,24 +311,49 @@ def _kind_of(name: str, stride: int) -> GroupKind:
     return "sliding" if "swa" in name or name.endswith("_state") else "full"
 
 
-def _by_state(pool: Any, group: LayerGroup) -> Any:
-    """A function from a page's first index to the page as (L, S, H, T, D)."""
-    tokens = int(pool.page_size)
+def _header_shape(portable: tuple[int, ...], order: str) -> tuple[int, ...]:
+    """What a header says of a payload in an order, by name; empty: portable."""
+    if not order:
+        return portable
+    layers, states, heads, tokens, dim = portable
+    block = native_order(order).block_tokens
+    return (layers, tokens // block, states, heads, block, dim)
+
+
+def _pages_of(pool: Any, group: LayerGroup, tokens: int) -> Elements:
+    """A pool's memory as (pages, L, S, T, H * D), integers of the element's width."""
     cache = pool.kv_buffer.view(_INTEGERS[group.item_bytes])
     if group.states == 1:
         cache = cache.unsqueeze(0)
-    views = {
-        # [S, L, tokens, H, D]
-        "layer_first": lambda i: cache[:, :, i : i + tokens].permute(1, 0, 3, 2, 4),
-        # [S, tokens, L, H, D]
-        "page_first": lambda i: cache[:, i : i + tokens].permute(2, 0, 3, 1, 4),
-        # [S, pages, L, tokens of a page, H, D]
-        "page_first_direct": lambda i: cache[:, i // tokens].permute(1, 0, 3, 2, 4),
-    }
-    if pool.layout not in views:
-        raise Incompatible(f"its layout {pool.layout} is not known: {REMEDY}")
-    expected = group.portable_shape(tokens)
-    found = tuple(views[pool.layout](0).shape)
-    if found != expected:
-        raise Incompatible(f"a page of shape {found}, not {expected}")
-    return views[pool.layout]
+    layout, count = pool.layout, int(pool.size) // tokens
+    if layout == "layer_first":  # [S, L, tokens, H, D]
+        states, layers = cache.shape[:2]
+        rows = cache[:, :, : count * tokens].view(states, layers, count, tokens, -1)
+        pages = rows.permute(2, 1, 0, 3, 4)
+    elif layout == "page_first":  # [S, tokens, L, H, D]
+        states, _, layers = cache.shape[:3]
+        rows = cache[:, : count * tokens].view(states, count, tokens, layers, -1)
+        pages = rows.permute(1, 3, 0, 2, 4)
+    elif layout == "page_first_direct":  # [S, pages, L, T, H, D]
+        pages = cache.view(*cache.shape[:4], -1).permute(1, 2, 0, 3, 4)
+    else:
+        raise Incompatible(f"its layout {layout} is not known: {REMEDY}")
+    expected = (group.num_layers, group.states, tokens, group.num_kv_heads * group.head_dim)
+    if tuple(pages.shape[1:]) != expected:
+        raise Incompatible(f"a page of shape {tuple(pages.shape[1:])}, not {expected}")
+    found: Elements = pages.numpy()
+    return found
+
+
+def _copy_rows(target: Elements, source: Elements, by_token: bool) -> None:
+    """Copy a page, (L, S, T, H * D): runs of all tokens of a layer, or of one where SGLang's own
+    memory has a token's layers side by side."""
+    if by_token:
+        _copy_short(target, source)
+    else:
+        np.copyto(target, source)
+
+
+def _copy_short(target: Elements, source: Elements) -> None:
+    """Copy short runs, which torch does faster than numpy."""
+    torch.from_numpy(target).copy_(torch.from_numpy(source))

@@ -43,15 +43,15 @@ def prove(pages: Pages, pool: Any) -> None:
             f"the self-test of pool {pages.name} failed: {error}. {REMEDY}"
         ) from error
     finally:
-        pages.write(index, saved, "")
+        pages.write(index, saved)
 
 
 def _prove_tokens(pages: TokenPages, pool: Any, index: int) -> None:
     """Every element gets a number of its own, by the views that SGLang's copies go through."""
     payload = np.empty(pages.nbytes, np.uint8)
-    for digits in rounds(pages.shape, pages.dtype):
+    for digits in rounds(pages.portable_shape, pages.dtype):
         written = words(digits, pages.dtype)
-        for layer in range(pages.shape[0]):
+        for layer in range(pages.group.num_layers):
             for state, view in enumerate(_layer_views(pool, layer)):
                 # (H, T, D) as SGLang keeps a layer: (tokens, H, D), or (pages, tokens, H, D)
                 page = digits[layer, state].transpose(0, 1).to(pool.dtype)
@@ -61,24 +61,31 @@ def _prove_tokens(pages: TokenPages, pool: Any, index: int) -> None:
                     view[index : index + pages.stride] = page
         payload[:] = 0
         pages.read(index, payload)
-        found = payload.view(written.dtype).reshape(written.shape)
+        found = pages.portable(payload, pages.order).view(written.dtype)
         if wrong := int(np.count_nonzero(found != written)):
             raise LayoutMismatch(
                 f"pool {pages.name} does not keep its KV as {pool.layout} says: {wrong} of "
                 f"{written.size} elements are elsewhere. {REMEDY}"
             )
-        pages.write(index, np.zeros(pages.nbytes, np.uint8))
-        pages.write(index, payload)
-        for layer in range(pages.shape[0]):
-            for state, view in enumerate(_layer_views(pool, layer)):
-                at = (
-                    view[index // pages.stride]
-                    if view.ndim == 4
-                    else view[index : index + pages.stride]
-                )
-                back = words(at.transpose(0, 1).float(), pages.dtype)
-                if not np.array_equal(back, written[layer, state]):
-                    raise LayoutMismatch(f"pool {pages.name} does not take pages back. {REMEDY}")
+        portable = np.ascontiguousarray(found).reshape(-1).view(np.uint8)
+        for order, one in ((pages.order, payload), ("", portable)):
+            pages.write(index, np.zeros(pages.nbytes, np.uint8))
+            pages.write(index, one, order)
+            _look(pages, pool, index, written)
+
+
+def _look(pages: TokenPages, pool: Any, index: int, written: Any) -> None:
+    """Whether SGLang's own views have these numbers, (L, S, H, T, D), in a page."""
+    for layer in range(pages.group.num_layers):
+        for state, view in enumerate(_layer_views(pool, layer)):
+            at = (
+                view[index // pages.stride]
+                if view.ndim == 4
+                else view[index : index + pages.stride]
+            )
+            back = words(at.transpose(0, 1).float(), pages.dtype)
+            if not np.array_equal(back, written[layer, state]):
+                raise LayoutMismatch(f"pool {pages.name} does not take pages back. {REMEDY}")
 
 
 def _layer_views(pool: Any, layer: int) -> list[torch.Tensor]:
