@@ -68,6 +68,21 @@ def run(
             help="With --blend: another fine-tune of the model, whose lower layers are reused.",
         ),
     ] = None,
+    selection: Annotated[
+        bool,
+        typer.Option(
+            "--selection", help="Measure not codecs but methods that select tokens, beside them."
+        ),
+    ] = False,
+    kvpress: Annotated[
+        Path | None,
+        typer.Option(
+            "--kvpress",
+            metavar="VENV",
+            help="With --selection: an environment with kvpress, whose presses are measured, too. "
+            "Default: .venv-kvpress, where that is.",
+        ),
+    ] = None,
 ) -> None:
     """Measure codecs on a real model: size, damage and speed, in one table.
 
@@ -91,6 +106,10 @@ def run(
         raise UsageError("--donor goes with --blend alone")
     if blend and (only_speeds or codec):
         raise UsageError("--blend goes with neither --codec nor --speeds")
+    if selection and (only_speeds or codec or blend):
+        raise UsageError("--selection goes with none of --codec, --speeds and --blend")
+    if kvpress is not None and not selection:
+        raise UsageError("--kvpress goes with --selection alone")
     weights_cache = results.cache_folder() / "weights"
 
     def tell(line: str) -> None:
@@ -105,6 +124,19 @@ def run(
             name,
             donor=donor,
             quick=quick,
+            json_file=json_file,
+            output=output,
+            tell=tell,
+        )
+        return
+    if selection:
+        from kvstrata.cli.quality_selection import measure_selection
+
+        measure_selection(
+            folder,
+            name,
+            quick=quick,
+            kvpress=kvpress,
             json_file=json_file,
             output=output,
             tell=tell,

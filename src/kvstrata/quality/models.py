@@ -194,11 +194,19 @@ class Model:
         for layer, states in enumerate(kv):
             if self.layer_types[layer] == _SLIDING:
                 states = states[:, :, self._hidden(kv.shape[3]) :]
-            # torch has no bfloat16 from numpy and no unsigned words; the bits are the same.
-            words = self.torch.from_numpy(np.ascontiguousarray(states).view(np.int16))
-            keys, values = words.view(self.torch.bfloat16).to(self.device, self.torch.float32)
-            cache.update(keys[None], values[None], layer)
+            ((keys, values),) = self.layers(states[None])
+            cache.update(keys[None].float(), values[None].float(), layer)
         return cache
+
+    def layers(self, kv: Elements) -> list[tuple[Any, Any]]:
+        """Keys and values of each layer, tensors (H, T, D) of bfloat16 on the model's device.
+
+        Args:
+            kv: (L, 2, H, T, D), words of bfloat16.
+        """
+        # torch has no bfloat16 from numpy and no unsigned words; the bits are the same.
+        words = self.torch.from_numpy(np.ascontiguousarray(kv).view(np.int16))
+        return [(keys, values) for keys, values in words.view(self.torch.bfloat16).to(self.device)]
 
 
 class Branches:

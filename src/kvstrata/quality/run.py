@@ -123,7 +123,7 @@ def measure(
         text=xxhash.xxh3_128_hexdigest(np.array(pieces, "<i8").tobytes()),
         windows=count,
         lengths=tuple(lengths),
-        machine=_machine(),
+        machine=machine(),
         exact=(),
         codecs=(),
         left_out={},
@@ -188,7 +188,7 @@ def measure_speeds(
         encoding, decoding = speeds(codec, kv)
         tell(f"  {row.name}: {encoding:.2f} / {decoding:.2f} GB/s")
         rows.append(msgspec.structs.replace(row, encode_gbps=encoding, decode_gbps=decoding))
-    return msgspec.structs.replace(table, machine=_machine(), codecs=tuple(rows))
+    return msgspec.structs.replace(table, machine=machine(), codecs=tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _measured(name: str, one: _Asked, lengths: Sequence[int]) -> Measured:
     )
 
 
-def _machine() -> str:
+def machine() -> str:
     """Words for what the speeds were measured on."""
     cpu = platform.processor() or platform.machine()
     try:

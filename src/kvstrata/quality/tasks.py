@@ -64,13 +64,15 @@ class Context:
 
     Args:
         ids: tokens of the longest context.
-        facts: for each length one for each of `DEPTHS`, first to last.
+        facts: for each length one for each depth, first to last.
         rules: for each length every rule, in the order in which they stand.
+        prose: tokens of prose in it; the ones that follow continue it.
     """
 
     ids: list[int]
     facts: list[Question]
     rules: list[Question]
+    prose: int
 
 
 def windows(tokenizer: Any, text: str, tokens: int, count: int) -> list[list[int]]:
@@ -87,7 +89,9 @@ def windows(tokenizer: Any, text: str, tokens: int, count: int) -> list[list[int
     return [first + ids[stride * i : stride * i + size] for i in range(count)]
 
 
-def context(tokenizer: Any, prose: Sequence[int], lengths: Sequence[int], seed: int) -> Context:
+def context(
+    tokenizer: Any, prose: Sequence[int], lengths: Sequence[int], seed: int, depths: int = DEPTHS
+) -> Context:
     """Rules, and secret numbers of cities, some for each length; every other one distracts.
 
     Args:
@@ -95,21 +99,22 @@ def context(tokenizer: Any, prose: Sequence[int], lengths: Sequence[int], seed: 
         prose: token ids, as many as the longest context.
         lengths: of contexts.
         seed: decides the order of the rules and who has which number.
+        depths: facts of each length, in the middles of as many equal parts.
     Raises:
         UsageError: rules and facts do not fit into the shortest length.
     """
     rng = random.Random(seed)
     rules = rng.sample(RULES, len(RULES))
-    cities = rng.sample(CITIES, DEPTHS * len(lengths))
+    cities = rng.sample(CITIES, depths * len(lengths))
     head = "You are the assistant of a small office. Follow these rules.\n" + "".join(
         f"{number}. When asked about {topic}, answer: {answer}\n"
         for number, (topic, answer) in enumerate(rules, 1)
     )
     ids = tokenizer.encode("") + _tokens(tokenizer, head + "\nHere is a text.\n\n")
     plan = sorted(
-        (len(ids) + (length - len(ids)) * (2 * depth + 1) // (2 * DEPTHS), length)
+        (len(ids) + (length - len(ids)) * (2 * depth + 1) // (2 * depths), length)
         for length in lengths
-        for depth in range(DEPTHS)
+        for depth in range(depths)
     )
     facts, taken = [], 0
     for (position, length), city in zip(plan, cities, strict=True):
@@ -119,12 +124,15 @@ def context(tokenizer: Any, prose: Sequence[int], lengths: Sequence[int], seed: 
         told = f"\n\nThe secret number of {city} is {number}.\n\n"
         ids += [*piece, *_tokens(tokenizer, told)]
         if len(ids) > length:
-            raise UsageError(f"{length} tokens are too few for the rules and {DEPTHS} facts")
+            raise UsageError(f"{length} tokens are too few for the rules and {depths} facts")
         asked = _tokens(tokenizer, f"\n\nThe secret number of {city} is")
         facts.append(Question(length, asked, _tokens(tokenizer, f" {number}")))
-    ids += prose[taken:]
+    # Behind the last fact there is prose up to the end.
+    rest = prose[taken : taken + max(lengths) - len(ids)]
+    taken += len(rest)
+    ids += rest
     return Context(
-        ids[: max(lengths)],
+        ids,
         facts,
         [
             Question(
@@ -135,6 +143,7 @@ def context(tokenizer: Any, prose: Sequence[int], lengths: Sequence[int], seed: 
             for length in lengths
             for topic, answer in rules
         ],
+        taken,
     )
 
 

@@ -1,0 +1,103 @@
+"""``kvstrata quality --selection``: what selecting tokens costs answers, beside codecs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from kvstrata.quality.selections.table import Table
+
+QUICK_LENGTH, QUICK_FRACTIONS = 1024, (0.25,)
+
+
+def measure_selection(
+    folder: Path,
+    name: str,
+    *,
+    quick: bool,
+    kvpress: Path | None,
+    json_file: Path | None,
+    output: Path | None,
+    tell: Callable[[str], None],
+) -> None:
+    """Measure, show and write it.
+
+    Args:
+        folder: of the model.
+        name: of the model, for people.
+        quick: one shorter context and one budget; kept only where ``json_file`` says.
+        kvpress: an environment with kvpress; None takes the usual one where it is.
+        json_file: where the table goes instead of the cache.
+        output: folder for the Markdown and the plot.
+        tell: hears what goes on.
+    """
+    from kvstrata.quality.run import held_out_text
+    from kvstrata.quality.selections import run, table
+    from kvstrata.quality.selections.forms import markdown
+    from kvstrata.quality.selections.plot import plot
+    from kvstrata.quality.table import cache_folder
+    from kvstrata.selection.presses import ENVIRONMENT, HOW
+
+    began = time.monotonic()
+    if kvpress is None and ENVIRONMENT.exists():
+        kvpress = ENVIRONMENT
+    if kvpress is None:
+        tell(f"without kvpress's own presses: there is no {ENVIRONMENT}; {HOW}")
+    measured = run.measure(
+        folder,
+        name,
+        held_out_text(),
+        kvpress=kvpress,
+        length=QUICK_LENGTH if quick else run.LENGTH,
+        count=1 if quick else run.WINDOWS,
+        fractions=QUICK_FRACTIONS if quick else run.FRACTIONS,
+        weights_cache=cache_folder() / "weights",
+        tell=tell,
+    )
+    _print(rich_table(measured))
+    for method, why in measured.left_out.items():
+        tell(f"left out: {method}: {why}")
+    target = json_file or (None if quick else table.path_for(measured.weights))
+    if target is not None:
+        table.save(measured, target)
+        tell(f"wrote {target}")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "selection.md").write_text(markdown(measured), encoding="utf-8")
+        plot(measured, output / "selection.png")
+        tell(f"wrote {output / 'selection.md'} and {output / 'selection.png'}")
+    tell(f"took {time.monotonic() - began:.0f} s")
+
+
+def rich_table(table: Table) -> RichTable:
+    """For a terminal."""
+    from rich.table import Table as RichTable
+
+    from kvstrata.quality.selections.forms import HEADINGS, cells, ordered
+    from kvstrata.quality.selections.table import frontier
+
+    shown = RichTable(
+        title=f"{table.model}: contexts: {table.windows} of {table.length} tokens, "
+        f"{table.questions} questions on each",
+        caption="bold: nothing else has fewer bits and no more divergence of the text",
+    )
+    for number, heading in enumerate(HEADINGS):
+        shown.add_column(heading, justify="right" if number else "left")
+    rows = ordered(table)
+    best = frontier(rows)
+    for row in rows:
+        shown.add_row(*cells(row, rows), style="bold" if row.label in best else None)
+    return shown
+
+
+def _print(shown: RichTable) -> None:
+    from rich.console import Console
+
+    # Wide enough for all columns where the output is no terminal.
+    Console(width=None if sys.stdout.isatty() else 240).print(shown)

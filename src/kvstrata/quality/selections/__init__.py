@@ -1,0 +1,1 @@
+"""What selecting tokens does to a model's answers, beside what codecs do at the same bytes."""
