@@ -26,6 +26,8 @@ LIGHT_EXTRAS = "redis,s3,control"
 NEED_MORE = {
     "kvstrata.connectors": {"sglang", "torch", "transformers", "vllm"},
     "kvstrata.codecs.triton": {"torch", "triton"},
+    "kvstrata.selection": {"torch", "transformers"},
+    "kvstrata.quality.selections": {"torch", "transformers"},
     "kvstrata.testing": {"pytest"},
     "kvstrata.node.coding.sealing": {"cryptography"},
     "kvstrata.proxy": {"aiohttp"},

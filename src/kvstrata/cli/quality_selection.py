@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from kvstrata.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -36,7 +39,14 @@ def measure_selection(
         json_file: where the table goes instead of the cache.
         output: folder for the Markdown and the plot.
         tell: hears what goes on.
+    Raises:
+        UsageError: a library is missing, or the model cannot be measured.
     """
+    for library in ("torch", "transformers"):
+        if importlib.util.find_spec(library) is None:
+            raise UsageError(
+                f"measuring selections needs {library}: pip install 'kvstrata[quality]'"
+            )
     from kvstrata.quality.run import held_out_text
     from kvstrata.quality.selections import run, table
     from kvstrata.quality.selections.forms import markdown
