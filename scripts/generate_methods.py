@@ -40,15 +40,19 @@ def tables() -> str:
     return "\n" + "\n".join(lines) + "\n\n"
 
 
+def page(text: str) -> str:
+    """The page with its tables made new."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return before + START + tables() + END + after
+
+
 def main() -> None:
     """Write the tables, or with ``--check`` fail if they are not what the code says."""
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    made = before + START + tables() + END + after
     if "--check" not in sys.argv[1:]:
-        PAGE.write_text(made, encoding="utf-8")
-    elif made != text:
+        PAGE.write_text(page(text), encoding="utf-8")
+    elif page(text) != text:
         sys.exit(f"{PAGE.name} is stale: run scripts/generate_methods.py")
 
 

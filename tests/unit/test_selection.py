@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,7 @@ from kvstrata.selection.observing import cache_of, observed, probabilities  # no
 from kvstrata.selection.observing import read as reading  # noqa: E402
 from kvstrata.selection.scores import Attention  # noqa: E402
 from kvstrata.selection.select import of_context, rows_of, select  # noqa: E402
+from kvstrata.selection.wording import parts_of  # noqa: E402
 
 TOKENS = 200
 
@@ -480,3 +483,21 @@ class TestMasked:
 
 def test_even_is_even(context: Context) -> None:
     assert Even().counts(context, scores(context), 82, 1).tolist() == [[21, 21], [20, 20]]
+
+
+def test_the_page_has_every_method() -> None:
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("methods", root / "scripts/generate_methods.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.PAGE.read_text(encoding="utf-8")
+    assert text == module.page(text), "stale: run scripts/generate_methods.py"
+    assert all(f"| `{name}` |" in text for name in METHODS)
+
+
+def test_parts_in_words() -> None:
+    score, budget, together = parts_of(METHODS["keyformer"])
+    assert (score, budget, together) == ("Attention of Whole 64 noise", "Even", "recent 64")
+    assert parts_of(METHODS["meda"])[2] == "merges IntoNearest weighted False, recent 32"
