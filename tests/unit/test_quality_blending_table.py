@@ -10,7 +10,15 @@ import pytest
 
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
 from kvstrata.quality.blending.choice import pick_blend
-from kvstrata.quality.blending.table import BlendTable, Row, find, load, path_for, save
+from kvstrata.quality.blending.table import (
+    BlendTable,
+    Row,
+    find,
+    load,
+    path_for,
+    save,
+    shipped_path,
+)
 from kvstrata.quality.bound import Bound
 from kvstrata.quality.table import Estimate
 
@@ -139,3 +147,19 @@ class TestPick:
         cache.parent.mkdir(parents=True)
         cache.write_text("{")
         assert "cannot be read" in pick_blend(WEIGHTS, Bound.parse("kl <= 1"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(shipped_path("").parent.glob("*.json")), ids=lambda p: p.stem[:8]
+)
+def test_what_the_package_has_is_a_whole_table(path: Path, cache: Path) -> None:
+    shipped = load(path)
+    assert find(path.stem) == shipped
+    assert shipped.weights == path.stem
+    assert shipped.windows >= 20
+    none, every = shipped.row("none", 0.0), shipped.row("all", 1.0)
+    assert every.kl_mean.high < 1e-4 < none.kl_mean.low
+    for plan in ("edges", "deviation"):
+        for ratio in (0.05, 0.15, 0.3, 0.5):
+            assert shipped.row(plan, ratio).computed == pytest.approx(ratio, abs=0.01)
+    assert pick_blend(path.stem, Bound.parse(f"kl <= {none.kl_mean.high}")) == ("none", 0.0)

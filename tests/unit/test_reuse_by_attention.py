@@ -150,6 +150,22 @@ class TestParallel:
             changed.layers[1].values[:, :, place] += 1
             assert (answer(changed) != found).any()
 
+    def test_generate_goes_on_from_behind_the_longest(self, llama: Any) -> None:
+        encoded = encode_apart(llama, HEAD, [ONE, TWO])
+        found = llama.generate(
+            torch.tensor([[*encoded.ids, *ASKED]]),
+            past_key_values=encoded.cache(),
+            position_ids=encoded.positions(len(ASKED)),
+            max_new_tokens=5,
+            do_sample=False,
+        )[0].tolist()
+        cache, read, place = encoded.cache(), list(ASKED), encoded.start
+        for token in found[-5:]:
+            positions = torch.arange(place, place + len(read))[None]
+            scores = logits(llama, read, past_key_values=cache, position_ids=positions)
+            assert int(scores[-1].argmax()) == token
+            place, read = place + len(read), [token]
+
     def test_weights_are_two_softmaxes_that_compete_by_their_sums(
         self, llama: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
