@@ -127,20 +127,31 @@ def say(url: str, model: Path, chat: list[dict[str, str]]) -> str:
     return content
 
 
-def test_the_example(place: Place) -> None:
-    # Its own options would be another node's.
-    example = ROOT / "examples" / "transformers_chat.py"
+def run(example: str, place: Place) -> str:
+    """What an example says."""
     ran = subprocess.run(
-        [sys.executable, str(example), str(tiny_llama())],
-        env=environment(place),
+        [sys.executable, str(ROOT / "examples" / example), str(tiny_llama())],
+        env=environment(place),  # its own options would be another node's
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    turns = re.findall(r"^([\d,]+) tokens, ([\d,]+) of them loaded", ran.stdout, re.M)
+    assert "'errors': {}" in ran.stdout
+    return ran.stdout
+
+
+def test_the_example_of_selected_tokens(place: Place) -> None:
+    lines = re.findall(r"^ *(\w+): ([\d,]+) tokens", run("transformers_selected.py", place), re.M)
+    assert [how for how, _ in lines] == ["made", "exact", "found", "exact"]
+    loaded = [int(count.replace(",", "")) for _, count in lines]
+    assert loaded[2] == loaded[3] > 0
+
+
+def test_the_example(place: Place) -> None:
+    said = run("transformers_chat.py", place)
+    turns = re.findall(r"^([\d,]+) tokens, ([\d,]+) of them loaded", said, re.M)
     lengths, loaded = zip(*[[int(n.replace(",", "")) for n in turn] for turn in turns], strict=True)
     assert loaded[0] == 0
     assert all(length - count < 250 for length, count in zip(lengths[1:], loaded[1:], strict=True))
-    assert "'errors': {}" in ran.stdout

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from tests.support.fleets import Fleet, FleetTier, make_member
 from tests.support.nodes import arrive, at_once, flush, on_node, owned, until
 from tests.support.selected import CHUNK, alike, encoded
 from tests.support.working import ask
 
+from kvstrata.codecs import codec_named
 from kvstrata.errors import UsageError
 from kvstrata.keys import Namespace
+from kvstrata.node.coding.choosing import Always
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum, decode
@@ -62,16 +66,21 @@ def store(node: Node, kept: Kept) -> None:
     assert at_once(done).count == 1
 
 
-def lookup(node: Node) -> int:
+async def lookup(node: Node) -> int:
     """Chunks before the deepest boundary at which there is something."""
     message = p.Lookup(1, b"".join(KEYS), [0], ["kept"], SPACE.digest())
-    return sum(tier != p.ABSENT for tier in at_once(node.lookup(Client("pid 1"), message)).tiers)
+    answer = node.lookup(Client("pid 1"), message)
+    found = answer if isinstance(answer, p.Found) else await answer
+    assert isinstance(found, p.Found)
+    return max((i for i, tier in enumerate(found.tiers, 1) if tier != p.ABSENT), default=0)
 
 
 async def load(node: Node, kept: Kept) -> Kept:
     client, key = Client("pid 1"), KEYS[kept.prompt_tokens // CHUNK - 1]
     length = k.payload_bytes(kept.shape(ROWS), kept.dtype)
-    matched = at_once(node.match(client, p.Match(1, key, [0], ["kept"], [length])))
+    message = p.Match(1, key, [0], ["kept"], [length], namespace=SPACE.digest())
+    answer = node.match(client, message)
+    matched = answer if isinstance(answer, p.Matched) else await answer
     offset = offsets_of(matched.offsets)[0]
     if offset == p.ARRIVING:
         arrived = await arrive(node, client, matched.lease)
@@ -122,13 +131,44 @@ def test_a_lossy_tier_leaves_counts_and_positions_as_they_were() -> None:
 def test_it_is_found_by_the_deepest_key_that_is_there() -> None:
     async def test(node: Node) -> None:
         node.record(Client("pid 1"), p.Record(TOLD.record()))
-        assert lookup(node) == 0
+        assert await lookup(node) == 0
         store(node, alike(1, tokens=2 * CHUNK))
-        assert lookup(node) == 2
+        assert await lookup(node) == 2
         store(node, alike(2, tokens=5 * CHUNK))
-        assert lookup(node) == 5
+        assert await lookup(node) == 5
 
     on_node(test, slots=60)
+
+
+@pytest.mark.parametrize("round_objects", [1 << 30, 16])
+def test_another_node_finds_it_in_a_store_that_both_use(round_objects: int) -> None:
+    kept = alike(3, tokens=4 * CHUNK)
+
+    async def main() -> None:
+        fleet = Fleet()
+        nodes = [
+            make_member(
+                FleetTier(fleet, round_objects=round_objects), slots=60, lookup_timeout_s=20.0,
+                choice=Always(codec_named("lossless")),
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        one, other = nodes
+        try:
+            for node in nodes:
+                await node.start()
+                node.record(Client("pid 1"), p.Record(TOLD.record()))
+            await until(lambda: all(one.readable for node in nodes for one in node.backings))
+            store(one, kept)
+            await flush(one, Client("pid 1"))
+            assert await lookup(other) == 4
+            assert (await load(other, kept)).equals(kept)
+            other.check_integrity(contents=True)
+        finally:
+            for node in nodes:
+                await node.stop(drain_s=1.0)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

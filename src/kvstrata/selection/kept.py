@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -182,19 +181,20 @@ def encode(kept: Kept, out: Bytes, rows: int = 0) -> None:
     shape = kept.shape(rows)
     if out.shape != (payload_bytes(shape, kept.dtype),) or out.dtype != np.uint8:
         raise UsageError(f"{out.dtype} {out.shape} for a kept payload of {shape} {kept.dtype}")
-    end = 0
+    begin = table_bytes(shape)
+    out[:begin] = table(kept, rows)
+    states = out[begin:].view(kept.keys.dtype).reshape(STATES, *shape[3:])
+    for target, source in zip(states, (kept.keys, kept.values), strict=True):
+        target[: kept.rows] = source
+        target[kept.rows :] = 0
 
-    def put(array: npt.NDArray[Any], length: int) -> None:
-        nonlocal end
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        out[end : end + len(flat)] = flat
-        out[end + len(flat) : end + length] = 0
-        end += length
 
-    put(kept.counts, 4 * kept.counts.size)
-    put(kept.positions, 4 * shape[3])
-    for rows_of in (kept.keys, kept.values):
-        put(rows_of, shape[3] * shape[4] * rows_of.itemsize)
+def table(kept: Kept, rows: int = 0) -> Bytes:
+    """What a payload begins with, counts and positions; arguments as of `encode`."""
+    numbers = np.zeros(table_bytes(kept.shape(rows)) // 4, np.int32)
+    numbers[: kept.counts.size] = kept.counts.ravel()
+    numbers[kept.counts.size :][: kept.rows] = kept.positions
+    return numbers.view(np.uint8)
 
 
 def decode(payload: Buffer | Bytes, shape: Sequence[int], dtype: str, prompt_tokens: int) -> Kept:
@@ -247,5 +247,5 @@ def counts_and_positions(table: Bytes, shape: Sequence[int]) -> tuple[Numbers, N
 
 
 def positions_digest(payload: Bytes, shape: Sequence[int]) -> bytes:
-    """16 bytes: the header's field ``positions``, of a payload's counts and positions."""
+    """16 bytes: the header's field ``positions``, of a payload, or of its `table` alone."""
     return checksum(np.ascontiguousarray(payload[: table_bytes(shape)]).data)

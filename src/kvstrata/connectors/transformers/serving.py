@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from kvstrata.connectors.transformers.attaching import session_of
+from kvstrata.connectors.transformers.wishes import ARGUMENT
 from kvstrata.errors import KVStrataError
 
 logger = logging.getLogger(__name__)
@@ -35,5 +36,6 @@ def generate(model: Any, **arguments: Any) -> Any:
         if str(error) not in _refused:
             _refused.add(str(error))
             logger.error("KVStrata leaves this model uncached: %s", error)
+        arguments.pop(ARGUMENT, None)
         return plain(**arguments)
     return attached.generate(model, plain, lambda: dict(arguments), (), arguments)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,14 @@ from kvstrata.connectors.transformers.calls import Call, look_at
 from kvstrata.connectors.transformers.contents import forget_past, take
 from kvstrata.connectors.transformers.kinds import new_cache
 from kvstrata.connectors.transformers.loads import Load, Loads
+from kvstrata.connectors.transformers.ragged import is_kept
 from kvstrata.connectors.transformers.records import record_of
-from kvstrata.connectors.transformers.stores import Kept, Stores
+from kvstrata.connectors.transformers.selected import Selected, Selections
+from kvstrata.connectors.transformers.stores import Left, Stores
 from kvstrata.connectors.transformers.subject import Subject
 from kvstrata.connectors.transformers.subject import look_at as look_at_model
 from kvstrata.connectors.transformers.tally import Tally
+from kvstrata.connectors.transformers.wishes import ARGUMENT, Wish, wish_of
 from kvstrata.connectors.transformers.witness import witness
 from kvstrata.errors import KVStrataError
 from kvstrata.keys import Namespace
@@ -48,6 +52,9 @@ class Outcome:
         bypassed: why it was left to the model alone; "": it was not.
         missed: why less was loaded than might have been, where something failed.
         load_s: seconds that asking and loading took.
+        selected: of a call that is answered from selected tokens, whether these were ``found`` or
+            ``made``; "": the answer is exact.
+        unselected: why it is exact though a selection was asked for.
     """
 
     prompt_tokens: int = 0
@@ -55,6 +62,8 @@ class Outcome:
     bypassed: str = ""
     missed: str = ""
     load_s: float = 0.0
+    selected: str = ""
+    unselected: str = ""
 
 
 @dataclass
@@ -67,6 +76,7 @@ class _Plan:
     cache: Any
     load: Load
     began: float
+    selected: Selected | None = None
 
 
 class Attached:
@@ -79,8 +89,9 @@ class Attached:
         config: KVStrata's.
         detach: takes the hook off the model.
         context_tokens: as of `kvstrata.connectors.transformers.attach`.
+        wish: the selection of calls that do not say.
     Raises:
-        Incompatible: the model is left uncached, in words.
+        Incompatible: the model is left uncached, or selects no tokens, in words.
     """
 
     def __init__(
@@ -89,8 +100,10 @@ class Attached:
         config: Config,
         detach: Callable[[], None],
         context_tokens: int | None = None,
+        wish: Wish | None = None,
     ) -> None:
         self._config = config
+        self._wish = wish
         self._detach = detach
         self._tally = Tally()
         self._lock = threading.Lock()
@@ -105,8 +118,17 @@ class Attached:
         self._attachment = Attachment(config, "model", lambda client: None)
         self._loads = Loads(config.tenant, deadlines.request, deadlines.load)
         self._stores = Stores(self._attachment, self._tally, config.tenant, deadlines.request)
+        self._selections = Selections(
+            config, self._asking, self._loads, self._stores, self._tally, self._tell
+        )
         #: of the last call that has begun
         self.last = Outcome()
+        if wish is not None:
+            try:
+                self._selections.able(model, self._subject)
+            except KVStrataError:
+                self.close()
+                raise
         self._attachment.wait(deadlines.attach)
         self._subject.wait(IDENTITY_WAIT_S)
 
@@ -116,7 +138,8 @@ class Attached:
         """Counts so far.
 
         ``calls``, of those that were not bypassed ``prompt_tokens`` and ``loaded_tokens``;
-        ``stored_chunks`` and ``skipped_stores``; ``bypassed`` and ``errors`` by their names.
+        ``stored_chunks`` and ``skipped_stores``; ``selected_calls``, ``found_selections`` and
+        ``stored_selections``; ``bypassed``, ``unselected`` and ``errors`` by their names.
         """
         return self._tally.take()
 
@@ -138,6 +161,7 @@ class Attached:
         """The same, but for the hook. Repeatable."""
         self._closed = True
         self._stores.close()
+        self._selections.close()
         self._attachment.close()
         self._hashing.shutdown(wait=False, cancel_futures=True)
 
@@ -163,20 +187,30 @@ class Attached:
             model: that is asked.
             plain: its own ``generate``.
             named: finds the call's arguments by their names.
-            args, kwargs: of the call.
+            args, kwargs: of the call; ``kvstrata`` is taken out.
+        Raises:
+            UsageError: ``kvstrata`` says what cannot be.
         """
-        plan = self._begin(model, named)
+        wish = wish_of(kwargs.pop(ARGUMENT, None), self._wish)
+        plan = self._begin(model, named, wish)
         if plan is None:
             return plain(*args, **kwargs)
-        result = plain(*args, **plan.call.with_cache(kwargs, plan.cache))
+        with_cache = plan.call.with_cache(kwargs, plan.cache)
+        if plan.selected is not None:
+            result = plan.selected.generate(model, args, with_cache)
+            self._end_selected(plan, result)
+            return result
+        result = plain(*args, **with_cache)
         self._end(model, plan, result)
         return result
 
-    def _begin(self, model: Any, named: Callable[[], dict[str, Any]]) -> _Plan | None:
+    def _begin(
+        self, model: Any, named: Callable[[], dict[str, Any]], wish: Wish | None
+    ) -> _Plan | None:
         """What is loaded for a call; None: it is left to the model alone."""
         self._tally.add(calls=1)
         try:
-            return self._plan(model, named)
+            return self._plan(model, named, wish)
         except KVStrataError as error:
             self._bypass("no identity", str(error))
         except Exception as error:
@@ -185,11 +219,17 @@ class Attached:
             self._bypass(f"{type(error).__name__} at its beginning")
         return None
 
-    def _plan(self, model: Any, named: Callable[[], dict[str, Any]]) -> _Plan | None:
+    def _plan(
+        self, model: Any, named: Callable[[], dict[str, Any]], wish: Wish | None
+    ) -> _Plan | None:
         began = time.monotonic()
         if self._closed:
             return self._bypass("detached")
-        call = look_at(model, named())
+        arguments = named()
+        handed = arguments.get("past_key_values")
+        if is_kept(handed):
+            del arguments["past_key_values"]
+        call = look_at(model, arguments)
         if isinstance(call, str):
             return self._bypass(call)
         subject = self._current(model)
@@ -198,6 +238,18 @@ class Attached:
         described = subject.described()
         if described is None:
             return self._bypass("still hashing the weights")
+        if is_kept(handed):
+            going_on = Selected(
+                self._selections.able(model, subject), handed, Load([]), 0, "handed"
+            )
+            return self._selected(subject, described, call, going_on, began)
+        unselected = ""
+        if wish is not None:
+            chosen = self._selections.begin(model, subject, described, call, wish)
+            if isinstance(chosen, Selected):
+                return self._selected(subject, described, call, chosen, began)
+            unselected = chosen
+            self._tally.note("unselected", unselected)
         cache = new_cache(model)
         load = self._load(subject, described, call, cache)
         if not load.loaded:
@@ -205,8 +257,26 @@ class Attached:
         cache.activate_past_recording()
         loaded = load.loaded * subject.kinds.chunk_tokens
         self._tally.add(prompt_tokens=len(call.tokens), loaded_tokens=loaded)
-        self.last = Outcome(len(call.tokens), loaded, "", load.failed, load.seconds)
+        self.last = Outcome(
+            len(call.tokens), loaded, "", load.failed, load.seconds, unselected=unselected
+        )
         return _Plan(subject, described, call, cache, load, began)
+
+    def _selected(
+        self, subject: Subject, described: Described, call: Call, chosen: Selected, began: float
+    ) -> _Plan:
+        """A call that is answered from selected tokens, and what is known of it so far."""
+        load = chosen.load
+        self._tally.add(
+            prompt_tokens=len(call.tokens), loaded_tokens=chosen.loaded, selected_calls=1,
+            found_selections=int(chosen.how == "found"),
+        )  # fmt: skip
+        if load.failed and load.keys:
+            self._note_failed(load)
+        self.last = Outcome(
+            len(call.tokens), chosen.loaded, "", load.failed, load.seconds, chosen.how
+        )
+        return _Plan(subject, described, call, chosen.cache, load, began, chosen)
 
     def _current(self, model: Any) -> Subject | None:
         """The model as it is now; None: it has become one that is left uncached."""
@@ -230,18 +300,31 @@ class Attached:
         """Ask the node, unless there is none, or it has just been too slow."""
         if time.monotonic() < self._quiet_until:
             return Load([], failed="the node was too slow", too_late=True)
-        with self._attachment.client() as client:
+        with self._asking() as client:
             if client is None:
-                self._tally.note("errors", "no node")
                 return Load([], failed="no node")
             self._tell(client, described)
             load = self._loads.load(client, subject.kinds, described, call.tokens, cache)
         if load.failed:
-            self._tally.note("errors", "a load failed")
-            if load.too_late:
-                self._quiet_until = time.monotonic() + BACK_OFF_S
-            logger.info("KVStrata: a load failed, the model computes: %s", load.failed)
+            self._note_failed(load)
         return load
+
+    @contextmanager
+    def _asking(self) -> Iterator[NodeClient | None]:
+        """The node's client, unless there is none, or it has just been too slow."""
+        if time.monotonic() < self._quiet_until:
+            yield None
+            return
+        with self._attachment.client() as client:
+            if client is None:
+                self._tally.note("errors", "no node")
+            yield client
+
+    def _note_failed(self, load: Load) -> None:
+        self._tally.note("errors", "a load failed")
+        if load.too_late:
+            self._quiet_until = time.monotonic() + BACK_OFF_S
+        logger.info("KVStrata: a load failed, the model computes: %s", load.failed)
 
     def _end(self, model: Any, plan: _Plan, result: Any) -> None:
         """Leave what a call has computed to be stored; never raises."""
@@ -261,8 +344,18 @@ class Attached:
                 parts, model_told = plan.described.parts, plan.described.model
                 # A table of a codec's damage is of the files, and found by them.
                 weights = model_told["weights"] if parts.pages else ""
-                self._stores.add(Kept(parts, taken, weights))
+                self._stores.add(Left(parts, taken, weights))
             self._record(plan, len(tokens))
+        except Exception:
+            logger.exception("KVStrata: the end of a call died of a bug")
+            self._tally.note("errors", "a bug")
+
+    def _end_selected(self, plan: _Plan, result: Any) -> None:
+        """Tell of a call that was answered from selected tokens; never raises."""
+        try:
+            sequences = result if hasattr(result, "shape") else result.sequences
+            if plan.load.keys:
+                self._record(plan, len(sequences[0]))
         except Exception:
             logger.exception("KVStrata: the end of a call died of a bug")
             self._tally.note("errors", "a bug")

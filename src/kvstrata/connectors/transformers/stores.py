@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ MAX_PENDING = 4
 NOT_WRITTEN = bytes(16)
 
 
-class Kept(NamedTuple):
+class Left(NamedTuple):
     """What a call leaves to be stored.
 
     Args:
@@ -65,13 +65,17 @@ class Stores:
         self._lock = threading.Lock()
         self._closed = False
 
-    def add(self, kept: Kept) -> None:
+    def add(self, left: Left) -> None:
         """Store it soon, unless too much waits already; does not block."""
+        self.submit(lambda client: self._write(client, left))
+
+    def submit(self, write: Callable[[NodeClient], None]) -> None:
+        """Have something written to a node soon, unless too much waits; does not block."""
         with self._lock:
             if self._closed or len(self._pending) >= MAX_PENDING:
                 self._tally.add(skipped_stores=1)
                 return
-            future = self._thread.submit(self._store, kept)
+            future = self._thread.submit(self._store, write)
             self._pending.add(future)
         future.add_done_callback(self._done)
 
@@ -91,13 +95,13 @@ class Stores:
         with self._lock:
             self._pending.discard(future)
 
-    def _store(self, kept: Kept) -> None:
+    def _store(self, write: Callable[[NodeClient], None]) -> None:
         try:
             with self._attachment.client() as client:
                 if client is None:
                     self._tally.note("errors", "no node to store to")
                     return
-                self._write(client, kept)
+                write(client)
         except KVStrataError as error:
             logger.warning("KVStrata: a store was dropped: %s", error)
             self._tally.note("errors", "a store was dropped")
@@ -105,33 +109,33 @@ class Stores:
             logger.exception("KVStrata: a store died of a bug")
             self._tally.note("errors", "a bug")
 
-    def _write(self, client: NodeClient, kept: Kept) -> None:
-        taken, secret = kept.taken, client.hello.secret
+    def _write(self, client: NodeClient, left: Left) -> None:
+        taken, secret = left.taken, client.hello.secret
         size = taken.kinds.chunk_tokens
-        digest, pages = kept.namespace.digest(), kept.namespace.pages
+        digest, pages = left.namespace.digest(), left.namespace.pages
         chain = chain_of(secret, digest, size, pages=pages)
         keys = chain.keys(taken.tokens[: taken.num_chunks * size])
         for first in range(taken.first, len(keys), MAX_RESERVED):
             some = keys[: first + MAX_RESERVED]
             # Full attention first: without it the others are of no use.
             counts = [
-                self._write_kind(client, kept, kind, some, first) for kind in taken.kinds.each
+                self._write_kind(client, left, kind, some, first) for kind in taken.kinds.each
             ]
             self._tally.add(stored_chunks=counts[0])
 
     @torch.no_grad()
     def _write_kind(
-        self, client: NodeClient, kept: Kept, kind: Kind, keys: Sequence[bytes], first: int
+        self, client: NodeClient, left: Left, kind: Kind, keys: Sequence[bytes], first: int
     ) -> int:
         """Objects of one kind; how many were written."""
         reserved = client.reserve(
-            kept.namespace.digest(),
+            left.namespace.digest(),
             keys,
             first,
             kind.part,
             kind.template(),
             0.0,
-            kept.weights,
+            left.weights,
             owner_digest(client.hello.secret, self._tenant, ""),
         ).wait(self._patience_s)
         offsets = offsets_of(reserved.offsets).tolist()
@@ -140,7 +144,7 @@ class Stores:
             for i, offset in enumerate(offsets):
                 if offset >= 0:
                     payload = client.pool.array(offset + HEADER_BYTES, kind.nbytes)
-                    kept.taken.get(kind, first + i, payload)
+                    left.taken.get(kind, first + i, payload)
                     checksums[i] = checksum(payload.data)
                     written += 1
         finally:
