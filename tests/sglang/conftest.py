@@ -76,10 +76,10 @@ def texts(tokenizer: models.Tokenizer, request: pytest.FixtureRequest) -> Texts:
     return Texts(tokenizer, request.node.nodeid)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Plain SGLang with the tiny Llama, its cache in its own memory: what answers are compared
-    with. ``flush`` it for a cold one."""
+    with. ``flush`` it for a cold one; it serves many files, so leave it its weights."""
     server = Server(tiny_llama, tmp_path_factory.mktemp("plain") / "sglang.log")
     yield server
     server.kill()

@@ -106,9 +106,9 @@ class Place(Serviced):
 
         eventually(gone, "SGLang lets go of its storage")
 
-    def attach(self, server: Server) -> None:
-        """Let SGLang's operator give it one with KVStrata."""
-        storage = self.storage()
+    def attach(self, server: Server, settings: Mapping[str, Any] | None = None) -> None:
+        """Let SGLang's operator give it one with KVStrata; ``settings`` as of `storage`."""
+        storage = self.storage(settings)
         asked = {
             name.replace("-", "_"): storage[name.removesuffix("-json")]
             for name in (

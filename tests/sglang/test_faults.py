@@ -1,7 +1,7 @@
 """The cache never takes SGLang down: dead, stopped and missing nodes, failures that SGLang injects.
 
 The model computes in float32, so that a batch that is cut otherwise rounds no token away: every
-answer, however it came about, must be the one that plain SGLang gives.
+answer, however it came about, must be the one that SGLang computes where there is no node.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tests.engine.plain import Texts
 from tests.sglang.children import Answer, Server
-from tests.sglang.place import Place, eventually, pages
+from tests.sglang.place import ADMIN, Place, eventually, pages
 
 from kvstrata.errors import KVStrataError
 from kvstrata.testing import models
@@ -35,7 +35,7 @@ SLACK_S = 15.0
 
 
 class World:
-    """Prompts, what plain SGLang answers, and threads that ask while something is done to a node.
+    """Prompts, what SGLang computes, and threads that ask while something is done to a node.
 
     Args:
         prompts: to be asked about.
@@ -77,31 +77,22 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(
-    tiny_llama: Path, tokenizer: models.Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[World]:
-    log = tmp_path_factory.mktemp("plain") / "sglang.log"
-    with contextlib.closing(Server(tiny_llama, log, FLOAT32)) as plain:
-        prompts = Texts(tokenizer, "faults").of(*LENGTHS)
-        yield World(prompts, [plain.ask(prompt) for prompt in prompts])
-
-
-@pytest.fixture(scope="module")
 def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A node, and an SGLang that started without one and still is."""
     disk = {"disk.path": str(tmp_path_factory.mktemp("disk")), "disk.capacity": "1GiB"}
     with Place(tiny_llama, {**SETTINGS, **disk}) as place:
+        place.kill_node()
+        place.server(FLOAT32).wait()
         yield place
 
 
-@pytest.fixture
-def server(place: Place, world: World) -> Iterator[Server]:
-    """The place's SGLang, whose every scenario ends well."""
-    server = place.servers[0] if place.servers else place.server(FLOAT32)
-    world.slowest_s = 0.0
-    yield server
-    assert "Traceback" not in server.said
-    assert not server.ended()
-    place.check()
+@pytest.fixture(scope="module")
+def world(place: Place, tokenizer: models.Tokenizer) -> World:
+    prompts = Texts(tokenizer, "faults").of(*LENGTHS)
+    answers = [place.servers[0].ask(prompt) for prompt in prompts]
+    assert not any(answer.cached for answer in answers), "nothing but SGLang was in it"
+    place.start_node()
+    return World(prompts, answers)
 
 
 def await_node(place: Place) -> None:
@@ -114,15 +105,21 @@ def await_node(place: Place) -> None:
     eventually(there, "a node")
 
 
-def test_no_node_at_the_start_is_a_miss_until_it_comes(place: Place, world: World) -> None:
-    place.kill_node()
-    server = place.server(FLOAT32)
-    assert world.hits(server) == 0
-    assert "has no node, the engine computes everything" in server.log
-    place.start_node()
-    world.await_all(server)
+@pytest.fixture
+def server(place: Place, world: World) -> Iterator[Server]:
+    """The place's SGLang, whose every scenario ends well."""
+    server = place.servers[0]
+    await_node(place)
+    world.slowest_s = 0.0
+    yield server
     assert "Traceback" not in server.said
+    assert not server.ended()
     place.check()
+
+
+def test_no_node_at_the_start_is_a_miss_until_it_comes(server: Server, world: World) -> None:
+    assert "has no node, the engine computes everything" in server.log
+    world.await_all(server)
 
 
 def storing(place: Place) -> bool:
@@ -201,34 +198,50 @@ def test_a_node_that_hangs_is_waited_for_no_longer_than_is_set(
     world.await_all(server)
 
 
-def test_failures_that_sglang_injects_change_no_answer(place: Place, world: World) -> None:
+WRONG = [
+    ({"no.such.option": "1"}, "no.such.option"),
+    ({"deadlines.load": "soon"}, "deadlines.load"),
+]
+
+
+@pytest.fixture(scope="module")
+def failing(place: Place, world: World) -> Iterator[Server]:
+    """One whose storage SGLang lets fail, and that starts with an option that is wrong."""
     environment = {"SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE": "0.5"}
-    with contextlib.closing(place.server(FLOAT32, environment)) as server:
-        loaded, world.slowest_s = 0, 0.0
-        server.wait()
-        for i in range(50):
-            loaded += world.ask(server, world.prompts[i % len(world.prompts)]).loaded
-            if i % 3 == 2:
-                server.flush()
-        assert "injector enabled" in server.log
-        assert loaded > 0
-        assert "Traceback" not in server.said
-        assert world.slowest_s < SLACK_S
-    place.check()
+    options, settings = {**FLOAT32, **ADMIN}, WRONG[0][0]
+    with contextlib.closing(place.server(options, environment, settings=settings)) as server:
+        yield server
 
 
-@pytest.mark.parametrize(
-    ("settings", "why"),
-    [
-        ({"no.such.option": "1"}, "no.such.option"),
-        ({"deadlines.load": "soon"}, "deadlines.load"),
-    ],
-)
 def test_options_that_are_wrong_leave_it_uncached_and_say_why(
-    place: Place, world: World, settings: dict[str, Any], why: str
+    place: Place, world: World, failing: Server
 ) -> None:
-    with contextlib.closing(place.server(FLOAT32, settings=settings)) as server:
-        assert [world.hits(server), world.hits(server)] == [0, 0]
-        (line,) = [line for line in server.log.splitlines() if "leaves this engine's KV" in line]
+    said = 0
+    for number, (settings, why) in enumerate(WRONG):
+        if number:
+            said = len(failing.log)
+            place.detach(failing)
+            place.attach(failing, settings)
+        assert [world.hits(failing), world.hits(failing)] == [0, 0]
+        told = failing.log[said:].splitlines()
+        (line,) = [line for line in told if "leaves this engine's KV" in line]
         assert why in line
-        assert "Traceback" not in server.said
+    assert "Traceback" not in failing.said
+
+
+def test_failures_that_sglang_injects_change_no_answer(
+    place: Place, world: World, failing: Server
+) -> None:
+    failing.wait()
+    place.detach(failing)
+    place.attach(failing)
+    loaded, world.slowest_s = 0, 0.0
+    for i in range(50):
+        loaded += world.ask(failing, world.prompts[i % len(world.prompts)]).loaded
+        if i % 3 == 2:
+            failing.flush()
+    assert "injector enabled" in failing.log
+    assert loaded > 0
+    assert "Traceback" not in failing.said
+    assert world.slowest_s < SLACK_S
+    place.check()

@@ -6,14 +6,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.engine.plain import Texts
 from tests.sglang.children import Answer, Server
-from tests.sglang.place import Place, await_stored, eventually, pages
+from tests.sglang.place import ADMIN, Place, await_stored, eventually, pages
 
 FLOAT32 = {"dtype": "float32"}
 LENGTHS = (300, 700, 1100, 500, 900, 129)
@@ -21,7 +20,8 @@ LENGTHS = (300, 700, 1100, 500, 900, 129)
 
 @pytest.fixture(scope="module")
 def place(tiny_llama: Path) -> Iterator[Place]:
-    with Place(tiny_llama, on_demand=True) as place:
+    # What of several that ask for the same nobody reads is held for so long.
+    with Place(tiny_llama, {"deadlines.load": "2s"}, on_demand=True) as place:
         place.server(FLOAT32).wait()
         eventually(lambda: "attached to node" in place.servers[0].log, "a node on demand")
         yield place
@@ -34,6 +34,12 @@ def server(place: Place) -> Iterator[Server]:
     yield server
     assert "Traceback" not in server.said
     place.check()
+
+
+@pytest.fixture(scope="module")
+def second(place: Place) -> Server:
+    """Another one on the same node, whose storage may be exchanged."""
+    return place.server({**FLOAT32, **ADMIN})
 
 
 def alike(ones: list[Answer], others: list[Answer]) -> None:
@@ -70,14 +76,15 @@ def test_the_same_request_many_times_at_once(place: Place, server: Server, texts
     alike(loaded, [first] * 6)
 
 
-def test_two_engines_store_for_one_another(place: Place, server: Server, texts: Texts) -> None:
+def test_two_engines_store_for_one_another(
+    place: Place, server: Server, second: Server, texts: Texts
+) -> None:
     mine, theirs = texts.of(1000, 600)
-    with closing(place.server(FLOAT32)) as second:
-        first = stored(place, server, mine), stored(place, second, theirs)
-        again = second.ask(mine), server.ask(theirs)
-        assert [one.loaded for one in again] == [pages(1000), pages(600)]
-        alike(list(again), list(first))
-        assert "Traceback" not in second.said
+    first = stored(place, server, mine), stored(place, second, theirs)
+    again = second.ask(mine), server.ask(theirs)
+    assert [one.loaded for one in again] == [pages(1000), pages(600)]
+    alike(list(again), list(first))
+    assert "Traceback" not in second.said
 
 
 @pytest.mark.parametrize("by", ["cache_salt", "extra_key"])
@@ -94,13 +101,17 @@ def test_a_salt_keeps_requests_apart(place: Place, server: Server, texts: Texts,
         alike([again], [first])
 
 
-def test_a_tenant_finds_nothing_of_another(place: Place, server: Server, texts: Texts) -> None:
+def test_a_tenant_finds_nothing_of_another(
+    place: Place, server: Server, second: Server, texts: Texts
+) -> None:
     (prompt,) = texts.of(700)
     stored(place, server, prompt)
-    with closing(place.server(FLOAT32, settings={"tenant": "another"})) as theirs:
-        stored(place, theirs, prompt)
-        theirs.flush()
-        assert theirs.ask(prompt).loaded == pages(700)
+    place.detach(second)
+    place.attach(second, {"tenant": "another"})
+    stored(place, second, prompt)
+    second.flush()
+    assert second.ask(prompt).loaded == pages(700)
+    assert "Traceback" not in second.said
 
 
 def test_what_was_found_and_why_not_is_told(place: Place, server: Server, texts: Texts) -> None:

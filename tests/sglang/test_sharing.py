@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from tests.engine.plain import Texts
 from tests.sglang.children import PAGE, Answer, Server
-from tests.sglang.place import Place, await_stored, pages
+from tests.sglang.place import ADMIN, Place, await_stored, pages
 from tests.sglang.vllm_child import PYTHON, VLLM
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not installed beside SGLang")
@@ -33,7 +34,7 @@ class Both(NamedTuple):
 def both(smollm2: Path) -> Iterator[Both]:
     with Place(smollm2, {**SHARE, "chunk_tokens": PAGE}) as place:
         vllm = VLLM(smollm2, place.folder / "vllm.log", place.settings)
-        sglang = place.server()
+        sglang = place.server(ADMIN)
         try:
             vllm.wait()
             sglang.wait()
@@ -42,16 +43,12 @@ def both(smollm2: Path) -> Iterator[Both]:
             vllm.close()
 
 
-@pytest.fixture(scope="module")
-def alone(smollm2: Path, both: Both) -> Iterator[Both]:
-    """Others on the same node, which share nothing."""
+@pytest.fixture
+def alone(smollm2: Path, both: Both) -> Iterator[VLLM]:
+    """Another vLLM on the same node, which shares nothing."""
     off = {**both.place.settings, "share": "none"}
-    vllm = VLLM(smollm2, both.place.folder / "alone.log", off)
-    sglang = both.place.server(settings={"share": "none"})
-    try:
-        yield Both(both.place, vllm, sglang)
-    finally:
-        vllm.close()
+    with closing(VLLM(smollm2, both.place.folder / "alone.log", off)) as vllm:
+        yield vllm
 
 
 def apart(ones: Sequence[Answer], others: Sequence[Answer]) -> float:
@@ -125,7 +122,7 @@ def explained(place: Place, request: str) -> str:
     return told.stdout.splitlines()[0]
 
 
-def test_engines_that_are_not_told_to_never_meet(both: Both, alone: Both, texts: Texts) -> None:
+def test_engines_that_are_not_told_to_never_meet(both: Both, alone: VLLM, texts: Texts) -> None:
     ones, others = texts.of(300, 520), texts.of(300, 520)
     whole = sum(pages(len(prompt)) for prompt in ones)
 
@@ -133,16 +130,20 @@ def test_engines_that_are_not_told_to_never_meet(both: Both, alone: Both, texts:
         with await_stored(both.place.node, 0 if hits else whole):
             assert sum(one.loaded for one in vllm.answers(prompts, 2)) == hits
 
-    def of_sglang(sglang: Server, prompts: list[list[int]], hits: int) -> None:
+    def of_sglang(share: str, prompts: list[list[int]], hits: int) -> None:
+        both.place.detach(both.sglang)
+        both.place.attach(both.sglang, {"share": share})
+        both.sglang.flush()
         with await_stored(both.place.node, 0 if hits else whole):
-            assert sum(one.loaded for one in sglang.ask_all(prompts, 2)) == hits
+            assert sum(one.loaded for one in both.sglang.ask_all(prompts, 2)) == hits
 
-    of_vllm(alone.vllm, ones, 0)
-    of_sglang(alone.sglang, ones, 0)
+    of_vllm(alone, ones, 0)
+    of_sglang("none", ones, 0)
     of_vllm(both.vllm, ones, 0)
-    of_sglang(both.sglang, ones, whole)  # of the vLLM that shares
-    of_sglang(alone.sglang, others, 0)
-    of_vllm(alone.vllm, others, 0)
-    of_sglang(both.sglang, others, 0)
+    of_sglang("engines", ones, whole)  # of the vLLM that shares
+    of_sglang("none", others, 0)
+    of_vllm(alone, others, 0)
+    of_sglang("engines", others, 0)
     of_vllm(both.vllm, others, whole)
+    assert "Traceback" not in both.sglang.said
     both.place.check()
