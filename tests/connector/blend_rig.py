@@ -74,6 +74,9 @@ class BlendRig(Rig):
         blends, meta.blends = meta.blends, []
         self.blends += blends
         self._under += [_Under(blend, self.takes()) for blend in blends]
+        # As a worker does before anything is written: what is still being stored of these is.
+        fresh = {block for one in blends for block in one.table[one.start // BLOCK :]}
+        self.workers[rank]._transfers.fence(fresh)
         answer = super()._execute(rank, output, meta)
         heard = answer.kv_connector_output
         assert heard is not None

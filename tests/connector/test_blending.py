@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 from tests.connector.blend_rig import BlendRig
 from tests.connector.fake_model import BLOCK, CHUNK
+from tests.connector.gates import GatedTier, tiered
 from tests.connector.rig import prompt
 from tests.connector.test_hints import say
+from tests.support.subscribers import Subscriber
+from vllm.distributed.kv_events import BlockRemoved
+
+from kvstrata.blend.signposts import PART, Signposts
+from kvstrata.connectors.vllm import finding
+from kvstrata.keys import KeyChain
 
 Make = Callable[..., BlendRig]
 
@@ -137,6 +144,267 @@ def test_vllms_own_blocks_of_a_blend_are_nobodys(make_blends: Make) -> None:
     assert rig.first.keys() == {name}
     assert len(rig.answers[again]) == 5
     rig.check()
+
+
+@pytest.mark.parametrize("salt", ["bob", None])
+def test_nobody_finds_the_texts_of_another_salt(make_blends: Make, salt: str | None) -> None:
+    rig = make_blends()
+    tokens, segments = joined(A, B)
+    rig.ask(tokens, 30, cache_salt="alice", **say(blend(segments, None), 30))
+    rig.settle()
+    rig.reset()
+    tokens, segments = joined(B, A)
+    rig.ask(tokens, cache_salt=salt, **say(blend(segments)))
+    assert rig.blends == []
+    rig.reset()
+    rig.ask(tokens, cache_salt="alice", **say(blend(segments)))
+    assert len(rig.blends) == 1
+    rig.check()
+
+
+def test_what_a_slow_tier_has_is_brought(make_blends: Make) -> None:
+    tier = GatedTier()
+    rig = make_blends(make_node=tiered(tier), extra={"deadlines.match": "20ms"})
+    warm(rig, A, B, C)
+    rig.drop_host()
+    tier.opened.clear()
+    tokens, segments = joined(C, B, A)
+    rig.add(tokens, **say(blend(segments)))
+    for _ in range(5):
+        rig.step()
+    assert rig.blends == []  # the signposts have not come
+    tier.opened.set()
+    rig.run()
+    (told,) = rig.blends
+    assert sum(piece.count for piece in told.pieces) > len(A) + len(B) + len(C)
+    record = last(rig)
+    assert record["tier_tokens"] == {tier.name: record["loaded_tokens"]}
+    rig.check()
+
+
+def test_a_blend_that_fails_is_computed_and_stays_apart(make_blends: Make) -> None:
+    rig = make_blends()
+    warm(rig, A, B, C)
+    rig.fails = lambda: True
+    tokens, segments = joined(C, A, B)
+    rig.ask(tokens, 40, **say(blend(segments), 40))
+    record = last(rig)
+    assert (record["blended_tokens"], record["recomputed_tokens"]) == (0, 0)
+    assert record["blend_miss"] == "the load failed"
+    assert record["loaded_tokens"] == 0
+    rig.check()
+
+
+def test_an_abort_while_it_is_under_way_holds_nothing_for_long(make_blends: Make) -> None:
+    rig = make_blends()
+    warm(rig, A, B, C)
+    rig.takes = lambda: 5
+    tokens, segments = joined(C, A, B)
+    name = rig.add(tokens, **say(blend(segments)))
+    rig.until(lambda: rig.step() is not None and rig.blends != [])
+    rig.abort(name)
+    assert rig.num_leases() >= 3
+    rig.run()
+    rig.check()
+
+
+def test_a_request_that_is_aborted_while_it_looks_holds_nothing(make_blends: Make) -> None:
+    tier = GatedTier()
+    rig = make_blends(make_node=tiered(tier), extra={"deadlines.match": "20ms"})
+    warm(rig, A, B)
+    rig.drop_host()
+    tier.opened.clear()
+    tokens, segments = joined(B, A)
+    name = rig.add(tokens, **say(blend(segments)))
+    rig.step()
+    rig.abort(name)
+    rig.step()
+    tier.opened.set()
+    rig.check()
+
+
+def test_a_node_that_dies_while_it_is_asked_is_done_without(make_blends: Make) -> None:
+    tier = GatedTier()
+    rig = make_blends(make_node=tiered(tier), extra={"deadlines.match": "20ms"})
+    warm(rig, A, B)
+    rig.drop_host()
+    tier.opened.clear()
+    tokens, segments = joined(B, A)
+    name = rig.add(tokens, 2, **say(blend(segments), 2))
+    rig.step()
+    tier.opened.set()
+    rig.stop_node()
+    rig.run()
+    assert len(rig.answers[name]) == 2
+    assert rig.blends == []
+    assert rig.wrong() == []
+
+
+def test_preempted_it_begins_anew_and_finds_nothing_but_what_is_exact(make_blends: Make) -> None:
+    rig = make_blends(num_blocks=56)
+    warm(rig, A, B, C)
+    tokens, segments = joined(C, A, B)
+    names = [rig.add(tokens, 200, **say(blend(segments), 200)) for _ in range(3)]
+    counts = []
+    preempt = rig.scheduler._preempt_request
+
+    def preempted(request: Any, *arguments: Any, **options: Any) -> None:
+        counts.append(request.request_id)
+        preempt(request, *arguments, **options)
+
+    rig.scheduler._preempt_request = preempted
+    rig.run()
+    assert counts, "nobody was preempted"
+    assert len(rig.blends) == 3, "once each"
+    assert [len(rig.answers[name]) for name in names] == [200, 200, 200]
+    rig.ask(tokens)
+    rig.check()
+
+
+def test_a_signpost_to_what_has_gone_makes_room_for_another(
+    make_blends: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_blends()
+    warm(rig, A, B)
+    client = rig.side._lookups.client
+    assert client is not None
+    parts = rig.side._lookups.namespaces.parts_of(rig.request(A))
+    assert parts is not None
+    post = Signposts(client.hello.secret, parts.digest(), CHUNK).key(B)
+    # What it names has gone, but it is young: its chunks may be on their way.
+    chain = KeyChain(client.hello.secret, parts.digest(), CHUNK)
+    client.clear(chain.keys(joined(A, B)[0]))
+    tokens, segments = joined(C, B)
+    rig.ask(tokens, **say(blend(segments)))
+    assert rig.blends == []
+    assert client.lookup([post], [PART])[0] != 255
+    rig.reset()
+    monkeypatch.setattr(finding, "STALE_S", 0.0)
+    rig.ask([*tokens, 7], **say(blend(segments)))
+    rig.until(lambda: client.lookup([post], [PART])[0] == 255)
+    rig.check()
+
+
+def test_texts_end_at_a_separator_of_the_engines_own_tokenizer(make_blends: Make) -> None:
+    rig = make_blends()
+    separator = rig.side.blending._separator("\n\n###\n\n")
+    assert len(separator) > 1
+
+    def texts(*some: list[int]) -> list[int]:
+        return [token for one in some for token in (*one, *separator)] + QUESTION
+
+    said = {"separator": "\n\n###\n\n"}
+    rig.ask(texts(HEAD, A, B), 30, **say({"blend": said}, 30))
+    rig.settle()
+    rig.reset()
+    rig.ask(texts(HEAD, B, A), **say({"blend": {**said, "plan": "none"}}))
+    (told,) = rig.blends
+    assert told.first == len(HEAD) + len(separator)
+    reused = [p for p in told.pieces if p.position >= told.first]
+    assert sum(piece.count for piece in reused) == len(A) + len(B)
+    rig.check()
+
+
+def test_a_bound_picks_the_plan_from_the_models_table(
+    make_blends: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def pick(weights: str, bound: object) -> tuple[str, float] | str:
+        asked.append((weights, str(bound)))
+        return ("deviation", 0.3) if str(bound) == "kl <= 0.02" else "nothing keeps it"
+
+    monkeypatch.setattr("kvstrata.connectors.vllm.blending.pick_blend", pick)
+    rig = make_blends()
+    warm(rig, A, B)
+    tokens, segments = joined(B, A)
+    bound = {"segments": segments, "quality": "kl <= 0.001"}
+    rig.ask(tokens, **say({"blend": bound}))
+    assert rig.blends == []
+    assert last(rig)["blend_miss"] == "nothing keeps it"
+    rig.reset()
+    tokens, segments = joined(C, B, A)
+    bound["segments"] = segments
+    rig.ask(tokens, **say({"blend": {**bound, "quality": "kl <= 0.02"}}))
+    (told,) = rig.blends
+    assert (told.plan, told.ratio) == ("deviation", 0.3)
+    assert {len(weights) for weights, _ in asked} == {64}
+    rig.reset()
+    rig.ask([*tokens, 4], **say({"blend": {**bound, "quality": "kl < 1"}}))
+    assert "is not a metric" in last(rig)["hints_refused"]["blend"]
+    rig.check()
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"blend": "off"}, {}, "see the operator's option blend"),
+    ({"hints": "store"}, {}, "see the operator's option hints"),
+    ({}, {"resumable": True}, "sessions are not blended"),
+]
+
+
+@pytest.mark.parametrize(("extra", "options", "why"), REFUSED)
+def test_what_is_refused_is_served_exactly(
+    make_blends: Make, extra: dict[str, Any], options: dict[str, Any], why: str
+) -> None:
+    rig = make_blends(extra=extra)
+    warm_without = joined(A, B)[0]
+    rig.ask(warm_without, 30)
+    rig.settle()
+    rig.reset()
+    tokens, segments = joined(A, B)
+    if options:
+        name = rig.add(tokens, **say(blend(segments)), **options)
+        rig.until(lambda: bool(rig.step()) and rig.answers[name] != [])
+        rig.abort(name)
+        rig.run()
+    else:
+        rig.ask(tokens, **say(blend(segments)))
+    assert why in last(rig)["hints_refused"]["blend"]
+    assert rig.blends == []
+    assert rig.wrong() == []
+
+
+@pytest.mark.parametrize(
+    ("segments", "why"),
+    [([[0, 5000]], "is no part of a prompt"), ([[0, 40], [30, 60]], "lies over another")],
+)
+def test_segments_that_cannot_be_are_refused_in_words(
+    make_blends: Make, segments: list[list[int]], why: str
+) -> None:
+    rig = make_blends()
+    rig.ask(joined(A)[0], **say(blend(segments)))
+    assert why in last(rig)["hints_refused"]["blend"]
+    rig.check()
+
+
+def test_before_the_engine_has_shown_that_it_can_nothing_is_blended(make_blends: Make) -> None:
+    rig = make_blends()
+    warm(rig, A, B)
+    rig.side.blending.proven = False
+    tokens, segments = joined(B, A)
+    rig.ask(tokens, **say(blend(segments)))
+    assert "has not shown yet" in last(rig)["blend_miss"]
+    rig.side.blending.hear("", "layer 3 is turned wrongly")
+    rig.ask(tokens, **say(blend(segments)))
+    assert "layer 3" in last(rig)["hints_refused"]["blend"]
+    assert rig.blends == []
+    rig.check()
+
+
+def test_what_vllm_publishes_of_a_blend_it_takes_back(make_blends: Make, tmp_path: Path) -> None:
+    router = Subscriber(tmp_path)
+    rig = make_blends(events=router.config)
+    warm(rig, A, B)
+    tokens, segments = joined(B, A)
+    rig.ask(tokens, 60, **say(blend(segments), 60))
+    rig.step()
+    (told,) = rig.blends
+    exact = told.first // BLOCK
+    assert any(isinstance(one, BlockRemoved) for one in router.events("GPU"))
+    known = sorted(router.known("GPU").values())
+    assert known == sorted(tokens[i * BLOCK : (i + 1) * BLOCK] for i in range(exact))
+    rig.check()
+    router.close()
 
 
 @pytest.mark.parametrize("seed", range(3))

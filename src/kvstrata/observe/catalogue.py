@@ -292,6 +292,12 @@ ENGINE: tuple[Metric, ...] = (
         "loads_total", "Loads of requests that were not aborted meanwhile.", "load", "outcome"
     ),
     _histogram("load_seconds", LOAD_S, "A load, from its blocks to its end.", "load"),
+    _counter(
+        "blended_tokens_total",
+        "Of the loaded ones, those that were reused at another place, by the plan.",
+        "plan",
+    ),
+    _counter("recomputed_tokens_total", "Tokens that were computed inside blends."),
     _counter("stored_bytes_total", "Bytes that the workers copied out and committed."),
     _counter("stores_dropped_total", "Stores that came to nothing.", "why"),
     _counter("unrecorded_requests_total", "Requests whose record could not be handed in."),

@@ -125,7 +125,7 @@ class Blending:
             else:
                 assert asked.separator is not None
                 texts = separated(tokens, self._separator(asked.separator))
-        except ValueError as error:
+        except (ValueError, KVStrataError) as error:
             state.hints = state.hints.without("blend", str(error))
             return
         state.named = Named(asked, [text for text in texts if len(text) >= MIN_TOKENS])
@@ -191,7 +191,7 @@ class Blending:
             request_id=state.request.request_id,
             node=client.hello.node if client is not None else b"",
             sources=sources,
-            pieces=[*head, *made.pieces],
+            pieces=[*head, *_behind(made.pieces, start)],
             tokens=tokens,
             table=list(ids[: made.end // self._block]),
             start=start,
@@ -228,6 +228,11 @@ class Blending:
         if state.named is not None and state.named.search is not None:
             state.named.search.give_up()
             state.named.search = None
+
+    def computes(self, state: RequestState, num_tokens: int) -> None:
+        """A step was planned, after which so many of a request's tokens are there."""
+        if self._withdrawn is not None and state.taint is not None:
+            self._withdrawn.computes(state.request, num_tokens)
 
     def sign(self, state: RequestState, *, at_end: bool = False) -> None:
         """Write signposts of the texts whose chunks were handed to the workers to store.
@@ -409,7 +414,10 @@ class Blending:
                 raise UsageError("this engine has no tokenizer: name segments by their tokens")
             from vllm.tokenizers import cached_tokenizer_from_config
 
-            self._tokenizer = cached_tokenizer_from_config(self._model_config)
+            try:
+                self._tokenizer = cached_tokenizer_from_config(self._model_config)
+            except Exception as error:  # of whatever library the tokenizer is
+                raise UsageError(f"the tokenizer cannot be loaded: {error}") from error
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _refuse(self, why: str) -> None:
@@ -443,6 +451,18 @@ def _source(lease: int, keys: Sequence[bytes], offsets: Sequence[int], num_parts
         list(offsets[number * num_parts : (number + 1) * num_parts]) for number in range(len(keys))
     ]
     return Source(lease, list(keys), each)
+
+
+def _behind(pieces: Sequence[Piece], start: int) -> list[Piece]:
+    """What of pieces lies behind a position, which vLLM has itself up to there."""
+    behind = []
+    for piece in pieces:
+        if (over := max(0, start - piece.position)) < piece.count:
+            behind.append(
+                Piece(piece.source, piece.chunk, piece.row + over, piece.count - over,
+                      piece.position + over, piece.was + over)
+            )  # fmt: skip
+    return behind
 
 
 def _pieces(

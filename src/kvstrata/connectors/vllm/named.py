@@ -10,6 +10,7 @@ from kvstrata.blend.segments import Asked
 from kvstrata.blend.signposts import Signposts
 from kvstrata.connectors.vllm.finding import Search
 from kvstrata.connectors.vllm.messages import Piece, Source
+from kvstrata.connectors.vllm.stats import Tally
 
 
 class Named:
@@ -36,6 +37,12 @@ class Named:
     def fail(self) -> None:
         """Its blend came to nothing: vLLM computes the prompt."""
         self.made, self.why, self.num_recomputed = None, "the load failed", 0
+
+    def ended(self, tally: Tally) -> None:
+        """Its request has ended."""
+        if self.made is not None:
+            tally.add("blended_tokens_total", self.made.num_reused, self.plan)
+            tally.add("recomputed_tokens_total", self.num_recomputed)
 
     def record(self) -> dict[str, Any]:
         """For the request's record."""

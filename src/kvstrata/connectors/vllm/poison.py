@@ -49,39 +49,29 @@ class Withdrawals:
 
     def __init__(self, hash_tokens: int, per_block: int, group: int) -> None:
         self._hash_tokens, self._per_block, self._group = hash_tokens, per_block, group
-        self._next: dict[str, tuple[Any, int]] = {}  # the first block that may be published yet
-        self._ended: list[Any] = []
+        self._next: dict[str, int] = {}  # of each, the first block that is not published yet
+        self._gone: list[Any] = []
 
     def begin(self, request: Any, first: int) -> None:
         """This request was poisoned."""
-        block = first // (self._hash_tokens * self._per_block)
-        self._next[request.request_id] = (request, block)
+        self._next[request.request_id] = first // (self._hash_tokens * self._per_block)
+
+    def computes(self, request: Any, num_tokens: int) -> None:
+        """A step was planned, after which so many tokens are there: vLLM publishes their blocks."""
+        if (block := self._next.get(request.request_id)) is None:
+            return
+        hashes, size = request.block_hashes, self._per_block
+        stop = min(num_tokens // self._hash_tokens, len(hashes)) // size
+        self._gone += [hashes[(number + 1) * size - 1] for number in range(block, stop)]
+        self._next[request.request_id] = max(block, stop)
 
     def end(self, request_id: str) -> None:
         """A request has ended; nothing more of it will be published."""
-        if (known := self._next.pop(request_id, None)) is not None:
-            self._ended += self._of(*known)[0]
+        self._next.pop(request_id, None)
 
     def take(self) -> list[BlockRemoved]:
         """What is to be published behind vLLM's own events."""
-        gone, self._ended = self._ended, []
-        for name, (request, block) in self._next.items():
-            hashes, block = self._of(request, block)
-            self._next[name] = (request, block)
-            gone += hashes
+        gone, self._gone = [maybe_convert_block_hash(one) for one in self._gone], []
         if not gone:
             return []
         return [BlockRemoved(block_hashes=gone, medium=MEDIUM_GPU, group_idx=self._group)]
-
-    def _of(self, request: Any, block: int) -> tuple[list[Any], int]:
-        """Hashes of the blocks that are full now, and the number of the next one."""
-        size = self._per_block
-        stop = min(
-            request.num_computed_tokens // (self._hash_tokens * size),
-            len(request.block_hashes) // size,
-        )
-        hashes = [
-            maybe_convert_block_hash(request.block_hashes[(number + 1) * size - 1])
-            for number in range(block, stop)
-        ]
-        return hashes, max(block, stop)

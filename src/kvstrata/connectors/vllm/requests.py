@@ -399,6 +399,8 @@ class RequestState:
                 tally.add("hit_tokens_total", count, tier)
         if why := self.bypass or self.miss:
             tally.missed(why)
+        if self.named is not None:
+            self.named.ended(tally)
         self.looked_up("given up")
         if self.span is not None:
             self.span.end(

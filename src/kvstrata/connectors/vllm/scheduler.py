@@ -258,6 +258,7 @@ class SchedulerSide:
             if state is not None and storing and state.chain is not None:
                 # A token that is sampled but not known yet has no key; a draft may be rejected.
                 known = min(before + count, state.request.num_tokens)
+                self.blending.computes(state, known)
                 step = range(before, before + count)
                 meta.stores += self._stores.of_step(state, step, known, resolve)
                 self.blending.sign(state)
