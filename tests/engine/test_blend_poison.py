@@ -25,7 +25,7 @@ SETTINGS = {"blend": "on", "hints": "blend", "inside": "on", "host.capacity": "2
 CALM: dict[str, Any] = {"dtype": "float32", "max_model_len": 2048}
 BLOCKS = 24
 """Fewer than eight requests need that run at once."""
-ROUNDS, AT_ONCE, NEW = 25, 8, 40
+AT_ONCE, NEW = 8, 40
 
 
 class Asked(NamedTuple):
@@ -50,7 +50,10 @@ def joined(texts: Sequence[Prompt], question: Prompt) -> Asked:
     return Asked(tokens + question, segments)
 
 
-def test_mixed_requests_poison_nobody(tmp_path: Path, tiny_llama: Path, texts: Texts) -> None:
+@pytest.mark.parametrize("rounds", [20, pytest.param(125, marks=pytest.mark.more)])
+def test_mixed_requests_poison_nobody(
+    tmp_path: Path, tiny_llama: Path, texts: Texts, rounds: int
+) -> None:
     chance = random.Random(7)
     bodies = texts.of(*(chance.randint(90, 330) for _ in range(8)))
     questions = texts.of(*(chance.randint(5, 60) for _ in range(12)))
@@ -61,7 +64,7 @@ def test_mixed_requests_poison_nobody(tmp_path: Path, tiny_llama: Path, texts: T
         engine.answers([request(bodies[0], 1)])  # it shows that it can
         blended: dict[tuple[int, ...], Asked] = {}
         preempted = 0
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             asked: list[dict[str, Any]] = []
             exact: list[tuple[int, Asked]] = []
             for _ in range(AT_ONCE):
@@ -81,7 +84,7 @@ def test_mixed_requests_poison_nobody(tmp_path: Path, tiny_llama: Path, texts: T
             if chance.random() < 0.3:
                 engine.forget()
         records = place.node.status()["requests"]
-        print(preempted, len(blended), [record.get("blended_tokens") for record in records])
+        print(rounds * AT_ONCE, "requests", preempted, "preempted", len(blended), "blended")
         assert any(record.get("blended_tokens") for record in records)
         assert preempted > 0
         # Everything that was blended, asked for exactly: of vLLM's own cache, then of the node.
