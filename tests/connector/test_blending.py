@@ -16,6 +16,7 @@ from tests.connector.test_hints import say
 from tests.support.subscribers import Subscriber
 from vllm.distributed.kv_events import BlockRemoved
 
+from kvstrata.blend import stretches
 from kvstrata.blend.signposts import PART, Signposts
 from kvstrata.connectors.vllm import finding
 from kvstrata.keys import KeyChain
@@ -302,6 +303,28 @@ def test_texts_end_at_a_separator_of_the_engines_own_tokenizer(make_blends: Make
     assert told.first == len(HEAD) + len(separator)
     reused = [p for p in told.pieces if p.position >= told.first]
     assert sum(piece.count for piece in reused) == len(A) + len(B)
+    rig.check()
+
+
+def test_behind_an_edit_a_file_is_turned_and_not_computed(make_blends: Make) -> None:
+    rig = make_blends(num_blocks=200)
+    chance = random.Random(5)
+    file = [chance.randrange(5000) for _ in range(1500)]
+    edited = [*file[:400], 4, 5, 6, *file[410:]]
+    said = {"blend": {"segments": "auto"}}
+    rig.ask(file + QUESTION, 40, **say(said, 40))
+    rig.settle()
+    rig.reset()
+    rig.ask(edited + QUESTION, 3, **say({"blend": {**said["blend"], "plan": "edges"}}, 3))
+    (told,) = rig.blends
+    assert 400 < told.first < 1000
+    behind = [piece for piece in told.pieces if piece.position >= told.first]
+    assert {piece.position - piece.was for piece in behind} == {-7}
+    # All of it is one text, though it was found in pieces.
+    places = [(piece.position, piece.was, piece.count) for piece in behind]
+    (stretch,) = stretches(places, told.first)
+    assert len(stretch) == sum(piece.count for piece in behind) > 300
+    assert last(rig)["hints"]["blend"] == {"segments": "auto", "plan": "edges"}
     rig.check()
 
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
         {"separator": "\n\n# ", "plan": "edges"},
         {"segments": [[0, 20]], "plan": "deviation", "ratio": 0.3},
         {"segments": [[0, 20]], "quality": "kl <= 0.02"},
+        {"segments": "auto", "plan": "edges"},
         {"segments": [[5, 5]]},  # refused where the prompt is known
     ],
 )
@@ -40,6 +41,7 @@ def test_what_may_be_said(value: Any) -> None:
         ({}, "either segments or separator"),
         ({"segments": [[0, 9]], "separator": "x"}, "either segments or separator"),
         ({"segments": []}, "length >= 1"),
+        ({"segments": "all"}, "Invalid enum value"),
         ({"segments": [[0, 9]] * (MAX_SEGMENTS + 1)}, f"length <= {MAX_SEGMENTS}"),
         ({"segments": [[0]]}, "length 2"),
         ({"segments": [[-1, 9]]}, ">= 0"),

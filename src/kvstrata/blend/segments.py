@@ -35,6 +35,7 @@ class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     segments: (
         Annotated[list[tuple[_Position, _Position]], Meta(min_length=1, max_length=MAX_SEGMENTS)]
+        | Literal["auto"]
         | None
     ) = None
     separator: Annotated[str, Meta(min_length=1, max_length=MAX_SEPARATOR_CHARS)] | None = None
@@ -51,7 +52,7 @@ class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """For a record: short, whatever was said."""
         said: dict[str, Any] = msgspec.to_builtins(self)
         shown = {name: value for name, value in said.items() if value is not None}
-        if self.segments is not None:
+        if isinstance(self.segments, list):
             shown["segments"] = len(self.segments)
         if self.separator is not None:
             shown["separator"] = ascii(self.separator)[1:-1]

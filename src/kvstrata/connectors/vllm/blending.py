@@ -16,6 +16,7 @@ import numpy as np
 from blake3 import blake3
 from vllm.distributed.kv_events import BlockRemoved
 
+from kvstrata.blend import boundaries
 from kvstrata.blend.segments import MIN_TOKENS, USUAL_RATIO, Asked, named, separated
 from kvstrata.blend.signposts import Signpost, Signposts, covering
 from kvstrata.config import Config
@@ -120,7 +121,9 @@ class Blending:
                 raise UsageError(why)
             if asked.quality is not None:
                 Bound.parse(asked.quality)
-            if asked.segments is not None:
+            if asked.segments == "auto":
+                texts = boundaries.pieces(tokens)
+            elif asked.segments is not None:
                 texts = named(asked.segments, len(tokens))
             else:
                 assert asked.separator is not None
