@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from kvstrata.selection.evidence import (  # noqa: E402
     Lookahead,
     Whole,
     Window,
+    _Gathered,
 )
 from kvstrata.selection.kept import payload_bytes  # noqa: E402
 from kvstrata.selection.masked import masked, spread_out  # noqa: E402
@@ -151,6 +153,23 @@ class TestObserving:
                 assert rows[..., -1].gt(0).all()
         assert context.attention(Lookahead(3))[0].shape[1] == 3
         assert context.attention(Ahead(5))[0].shape[1] == 5
+
+    def test_noise_cools_down_over_the_context(
+        self, context: Context, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Where the random number is 1/e the noise is 0, and the temperature alone is left.
+        monkeypatch.setattr(torch, "rand", lambda *shape, **rest: torch.full(shape, math.exp(-1)))
+        gathered = _Gathered(context, rows=TOKENS, of=TOKENS, noise=True)
+        keys = torch.zeros(2, TOKENS, 16)
+        keys[:, 0] = 1.0
+        for seen, temperature in ((0, 1.0), (TOKENS // 2, 1.5)):
+            gathered._seen = seen
+            gathered._hear(0, torch.ones(4, 1, 16), keys, 0.25)
+            row = gathered._totals[0][0, seen]
+            assert float(row[0] / row[1]) == pytest.approx(math.exp(4 / temperature), rel=1e-4)
+        monkeypatch.undo()
+        noisy, plain = (context.attention(Whole(noise=noise))[0] for noise in (True, False))
+        assert not torch.allclose(noisy, plain, atol=1e-3)
 
     def test_kinds_of_models_that_are_refused(self, model: Any) -> None:
         ids = ids_of(model, 20)

@@ -34,8 +34,9 @@ def plot(table: Table, path: Path) -> None:
         axes.set_ylabel(f"mean KL(exact || smaller) of {words}, nats per token")
         axes.set_xlabel("bits per element of the context, positions counted (bfloat16: 16)")
     figure.suptitle(
-        f"{table.model}, contexts of {table.length} tokens: codecs (blue), selections that beat "
-        "every codec of no more bytes (green), and those that lose to one (grey)"
+        f"{table.model}, contexts of {table.length} tokens\ncodecs (blue), selections that beat "
+        "every codec of no more bytes (green), and those that lose to one (grey)",
+        fontsize=11,
     )
     figure.savefig(path, dpi=130)
 

@@ -25,7 +25,8 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         identity: all its parameters, in words or, of a codec, in hex.
         fraction: of the rows that are kept; 1 for a codec.
         bits: of an element of the whole context, positions, counts and headers included.
-        seconds: to select, on the machine that measured; 0 for a codec.
+        seconds: to select, the most of all contexts: processor time, of a press of kvpress time on
+            the wall; 0 for a codec.
         perplexity: of the continuation, over that of the exact cache, less 1.
         kl: KL(exact || smaller) of the continuation's next tokens, nats.
         questions, worst: KL of the answers to the questions on one cache: the mean of all, and the
