@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from tests.support import sealed
 from tests.support.selected import CHUNK, alike, an_object, drawn
 
 from kvstrata.codecs import CODECS, codec_named
+from kvstrata.codecs.base import Payload
 from kvstrata.codecs.elements import to_float32
 from kvstrata.codecs.kvtc import Kvtc
 from kvstrata.codecs.quantized import INTEGERS, Quantized
 from kvstrata.errors import CorruptObject
 from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object
 from kvstrata.node.coding.scratch import Scratch
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode
+from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode, stored_bytes
 from kvstrata.selection import kept as k
 from kvstrata.selection.kept import Kept
 
@@ -74,6 +76,46 @@ def test_a_lossy_codec_changes_elements_alone(codec: str) -> None:
         numbers, exact = to_float32(ours, kept.dtype), to_float32(theirs, kept.dtype)
         apart = np.linalg.norm(numbers - exact) / np.linalg.norm(exact)
         assert 0 < apart < 0.6
+
+
+def test_its_bytes_are_those_of_the_page() -> None:
+    """Counts and positions as they were, lengths of L x H frames, and the frames, by hand."""
+    kept = alike(7, ((50, 0), (30, 90)))
+    whole = an_object(kept, 200)
+    made = put("int8", whole)
+    stored = np.frombuffer(made.data, np.uint8, made.header.stored_length, HEADER_BYTES)
+    table = 4 * (2 * 2 + 200)
+    assert stored[:table].tobytes() == bytes(whole[HEADER_BYTES : HEADER_BYTES + table])
+    lengths = stored[table : table + 16].view("<u4").reshape(2, 2)
+    assert lengths[0, 1] == 0
+    end = table + 16
+    for layer, head in ((0, 0), (1, 0), (1, 1)):
+        own = kept.head(layer, head)
+        values = np.stack((kept.keys[own], kept.values[own]))[:, np.newaxis]
+        alone = Payload((1, *values.shape), "bfloat16", int(kept.positions[own.start]))
+        frame = np.zeros(INTEGERS[0].layer_bound(alone), np.uint8)
+        size = INTEGERS[0].encode_layer(values, 0, alone, frame)
+        assert lengths[layer, head] == size
+        assert np.array_equal(stored[end : end + size], frame[:size])
+        end += size
+    assert end == len(stored)
+
+
+@pytest.mark.parametrize("codec", ["lossless", "int8"])
+@pytest.mark.parametrize("what", ["bytes behind the frames", "a frame of no tokens"])
+def test_frames_fill_what_is_stored(codec: str, what: str) -> None:
+    kept = alike(7, ((50, 0), (30, 90)))
+    whole = an_object(kept, 200)
+    made = bytearray(put(codec, whole).data)
+    length = decode(made).stored_length
+    if what == "a frame of no tokens":  # that takes nothing away from the others
+        made[HEADER_BYTES + 4 * (2 * 2 + 200) + 4] = 1
+    made = made[: HEADER_BYTES + length].ljust(len(made) + HEADER_BYTES, b"\0")
+    made[:HEADER_BYTES] = replace(decode(made), stored_length=length + 1).encode()
+    made = made[: stored_bytes(length + 1)]
+    forged = sealed.forged(memoryview(made))
+    with pytest.raises(CorruptObject, match="do not fill"):
+        back(forged, len(whole))
 
 
 def test_each_head_has_ranges_of_its_own() -> None:
