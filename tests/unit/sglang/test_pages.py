@@ -132,7 +132,7 @@ def test_only_what_fits_is_read() -> None:
     assert pages.fits(header(pages, **native))
     own = "sglang/strided-SNHD/b16/bfloat16"
     wrong: list[dict[str, Any]] = [
-        {"codec": "zstd"}, {"dtype": "float16"}, {"num_tokens": 15},
+        {"kind": "kept"}, {"codec": "zstd"}, {"dtype": "float16"}, {"num_tokens": 15},
         {"raw_length": pages.nbytes - 2}, {"order": "x"},
         {"shape": (layers, states, tokens, heads, dim)},
         {**native, "codec": "zstd"}, {**native, "order": "vllm/cpu-vec/b16/bfloat16"},

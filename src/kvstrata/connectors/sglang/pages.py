@@ -168,6 +168,7 @@ class TokenPages(Pages):
         known = header.order in (self.order, "", *self._foreign)
         return (
             known
+            and header.kind == ("native" if header.order else PORTABLE)
             and header.codec == "raw"
             and header.dtype == self.dtype
             and header.num_tokens == self.page_tokens
