@@ -53,6 +53,13 @@ class BlendRig(Rig):
         self.note(name)
         return name
 
+    def settle(self) -> dict[str, Any]:
+        """Signposts are written, too."""
+        threads = self.side.blending._signing._threads
+        if threads is not None:
+            threads.submit(lambda: None).result(TIMEOUT_S)
+        return super().settle()
+
     def note(self, name: str) -> None:
         """Learn what the exact KV of a request's tokens is."""
         tokens = self.tokens[name]

@@ -247,6 +247,8 @@ class Blending:
         wanted, client = state.named, self._lookups.client
         if wanted is None or client is None or len(wanted.signed) == len(wanted.texts):
             return
+        if state.chain is None:
+            return  # it has no keys any more, or never had
         stored = state.num_stored
         if stored == wanted.num_stored and not at_end:
             return
