@@ -374,6 +374,20 @@ class TestSelect:
         assert np.array_equal(merged.positions, plain.positions)
         assert not np.array_equal(merged.values, plain.values)
 
+    @pytest.mark.parametrize("name", ["kvzip", "d2o", "headkv", "laq", "taskkv"])
+    def test_models_that_compute_in_half(self, name: str) -> None:
+        half = tiny().to(torch.bfloat16)
+        ids = ids_of(half, 80)
+        cache, _ = read(half, ids)
+        kept = select(half, cache, ids, name, fraction=0.5)
+        assert kept.dtype == "bfloat16"
+        assert kept.keys.dtype == np.uint16
+        assert kept.rows == 160
+        if METHODS[name].merging is None:
+            places = torch.from_numpy(kept.positions[kept.head(0, 0)].astype(np.int64))
+            words = cache.layers[0].keys[0, 0, places].view(torch.int16).numpy().view(np.uint16)
+            assert np.array_equal(kept.keys[kept.head(0, 0)], words)
+
     def test_bytes_are_a_bound(self, model: Any, context: Context) -> None:
         cache, _ = read(model, list(context.tokens))
         for nbytes in (10_000, 10_001, 77_777):
