@@ -123,6 +123,7 @@ BENCHMARKS: Mapping[str, Runner] = {
     "streaming": ours("streaming"),
     "planner": ours("planner"),
     "meeting": ours("meeting"),
+    "blend": ours("blend"),
     "stores": ours("stores"),
     "codecs": ours("codecs"),
     "cold_overhead": ours("cold_overhead"),

@@ -39,7 +39,7 @@ def request(prompt: Sequence[int], max_tokens: int = NEW_TOKENS, **more: Any) ->
 
     Args:
         more: ``salt``, ``lora``, ``embeds``, ``regex`` of the answer, ``images`` (seeds of them),
-            ``transfer`` (its ``kv_transfer_params``).
+            ``transfer`` (its ``kv_transfer_params``), ``logprobs`` (of so many tokens each).
     """
     return {"prompt": list(prompt), "max_tokens": max_tokens, **more}
 

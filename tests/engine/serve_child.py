@@ -245,6 +245,8 @@ class Child:
             from vllm.sampling_params import StructuredOutputsParams
 
             params.structured_outputs = StructuredOutputsParams(regex=regex)
+        if count := request.get("logprobs"):
+            params.logprobs = count
         if transfer := request.get("transfer"):
             params.extra_args = {"kv_transfer_params": transfer}
         prompt: Reply = {"prompt_token_ids": request["prompt"]}
@@ -269,6 +271,10 @@ class Child:
                 "cached": output.num_cached_tokens,
                 "transfer": output.kv_transfer_params,
                 "finished": output.finished,
+                "logprobs": [
+                    {token: one.logprob for token, one in step.items()}
+                    for step in output.outputs[0].logprobs or ()
+                ],
             }
 
     def _unfinished(self) -> list[str]:

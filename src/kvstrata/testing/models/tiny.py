@@ -131,7 +131,7 @@ RECIPES: Mapping[str, Recipe] = {
         },
     ),
     # Full attention; half of a head turns, and neighbours in it are a pair.
-    "tiny_glm": Recipe("Glm", {"num_hidden_layers": 3, "partial_rotary_factor": 0.5}),
+    "tiny_glm4": Recipe("Glm4", {"num_hidden_layers": 3, "partial_rotary_factor": 0.5}),
     # Windows and full attention in turn, a learnt sink in each head, and experts.
     "tiny_gpt_oss": Recipe(
         "GptOss",
