@@ -109,9 +109,7 @@ class Turning:
         self._turn(keys, was, now)
         words = np.empty(keys.shape, np.uint16)
         from_float32(keys, DTYPE, words)
-        # A key that stays must not even be rounded again by way of cosines.
-        stays = was == now
-        turned[:, 0][:, :, ~stays] = words[:, :, ~stays]
+        turned[:, 0] = words
         return turned
 
     def _turn(self, keys: Floats, was: npt.NDArray[np.int64], now: npt.NDArray[np.int64]) -> None:
