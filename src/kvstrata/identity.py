@@ -92,6 +92,23 @@ def adapter_identity(
     return _identity("kvstrata adapter 1", folder, cache_path, _ADAPTER, clock)
 
 
+def changed_since(folder: AnyPath, moment_ns: int) -> str:
+    """The name of a weight file that was written, replaced or moved since; empty: there is none.
+
+    Args:
+        folder: of the weights, or one file.
+        moment_ns: Unix time in ns.
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = Path(folder)
+    try:
+        files = [(path.name, path)] if path.is_file() else list(_files_in(path, _WEIGHTS))
+        return next((name for name, file in files if os.stat(file).st_ctime_ns > moment_ns), "")
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot read: {error}") from error
+
+
 def _identity(
     version: str,
     paths: AnyPath | Iterable[AnyPath],

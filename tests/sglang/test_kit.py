@@ -240,7 +240,8 @@ def test_without_a_hook_nothing_may_be_served(monkeypatch: pytest.MonkeyPatch) -
     )
 
     assert missing() == ""
-    owners = [(Updater, name) for name in UPDATES] + [(Scheduler, "flush_cache")]
+    owners = [(Updater, name) for name in UPDATES]
+    owners += [(Scheduler, "flush_cache"), (Scheduler, "init_model_worker")]
     for owner, name in owners:
         hooked = getattr(owner, name)
         with monkeypatch.context() as patch:

@@ -155,9 +155,18 @@ def test_other_weights_in_a_folder_of_the_same_name_are_another_model(
         loaded = server.ask(begun.prompt)
         assert loaded.loaded == pages(LENGTH), "the same model, in another folder"
         assert loaded[:2] == begun.first[:2]
+        place.detach(server)
+        shutil.rmtree(model)
+        shutil.copytree(other_llama, model)
+        # It goes on with what it has loaded, which is in no folder any more.
+        place.attach(server)
+        server.flush()
+        objects = place.node.status()["counters"]["stored_objects_total"]
+        answer = server.ask(begun.prompt)
+        assert (answer.cached, answer[:2]) == (0, begun.first[:2])
+        assert "has changed since this engine loaded it" in server.log
+        assert place.node.status()["counters"]["stored_objects_total"] == objects
         assert "Traceback" not in server.said
-    shutil.rmtree(model)
-    shutil.copytree(other_llama, model)
     with closing(place.server(model=model)) as server:
         assert stored(place, server, begun.prompt)[:2] == begun.second[:2]
         assert "Traceback" not in server.said

@@ -20,7 +20,12 @@ from hypothesis import strategies as st
 
 from kvstrata import identity
 from kvstrata.errors import ConfigError, UsageError
-from kvstrata.identity import adapter_identity, model_fingerprint, weights_identity
+from kvstrata.identity import (
+    adapter_identity,
+    changed_since,
+    model_fingerprint,
+    weights_identity,
+)
 
 GOLDEN_WEIGHTS = "7c65e43b2fe47fa8c32b7c2337ee8cf360d10603517c7efd72b4b3b7fee07bc2"
 GOLDEN_ADAPTER = "c4ef208378583d28a69c9e40afb43d3063917d79c8cdfe6fa9fd8dd5f63193e1"
@@ -50,6 +55,21 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr("kvstrata.identity.blake3", counting)
     return made
+
+
+def test_a_file_that_changes_cannot_hide_it(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    file = model / "model.safetensors"
+    loaded_at = file.stat().st_ctime_ns
+    assert changed_since(model, loaded_at) == changed_since(file, loaded_at) == ""
+    time.sleep(0.05)  # file systems' clocks tick coarsely
+    (model / "config.json").write_text('{"no": "weights"}')
+    assert changed_since(model, loaded_at) == ""
+    file.write_bytes(b"others!")
+    os.utime(file, ns=(loaded_at, loaded_at))
+    assert changed_since(model, loaded_at) == changed_since(file, loaded_at) == file.name
+    with pytest.raises(ConfigError):
+        changed_since(tmp_path / "nothing", loaded_at)
 
 
 def test_golden(tmp_path: Path) -> None:

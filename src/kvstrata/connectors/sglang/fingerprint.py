@@ -16,8 +16,14 @@ from typing import Any
 from blake3 import blake3
 
 from kvstrata.connectors.identity import cache_file, found, from_anywhere, succeeded
+from kvstrata.connectors.sglang.renewals import OF_THIS_PROCESS
 from kvstrata.errors import ConfigError, Incompatible
-from kvstrata.identity import adapter_identity, model_fingerprint, weights_identity
+from kvstrata.identity import (
+    adapter_identity,
+    changed_since,
+    model_fingerprint,
+    weights_identity,
+)
 from kvstrata.keys import Namespace
 from kvstrata.wire.namespaces import MAX_DETAIL_CHARS, Described
 
@@ -223,7 +229,16 @@ def _weights(path: str, hf_config: Any, load_format: str) -> str:
         # Random weights: nobody else has them, not even this engine after a restart.
         return f"dummy:{os.urandom(16).hex()}"
     if os.path.exists(path):
-        return weights_identity(path, cache_file())
+        identity, engine = weights_identity(path, cache_file()), OF_THIS_PROCESS
+        # A storage may be attached to an engine that has run for days. Weights that it was given
+        # since have a name of their own.
+        if engine.loaded_at and not engine.name and (name := changed_since(path, engine.loaded_at)):
+            raise ConfigError(
+                "model",
+                f"{name} in {path!r} has changed since this engine loaded it, so its weights are "
+                "not known any more: start it again",
+            )
+        return identity
     commit = getattr(hf_config, "_commit_hash", None)
     if not commit:
         raise ConfigError(

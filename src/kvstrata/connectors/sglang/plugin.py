@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +33,13 @@ RELEASE = "release_memory_occupation"
 
 
 def register() -> None:
-    """Hook into SGLang where its weights change and where it flushes; SGLang calls this once."""
+    """Hook into SGLang where weights come and change, and where it flushes; it calls this once."""
     if _SCHEDULER not in sys.modules:
         return  # a process without a storage
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for (*place, name), hook in _hooks().items():
-        how = HookType.AFTER if hook is _after_flush else HookType.AROUND
+        how = HookType.AFTER if hook in (_after_flush, _after_load) else HookType.AROUND
         HookRegistry.register(".".join((*place, name)), hook, how)
 
 
@@ -68,6 +69,7 @@ def _hooks() -> dict[tuple[str, str, str], Callable[..., Any]]:
     }
     hooks[module, owner, RELEASE] = _around_release
     hooks[_SCHEDULER, "Scheduler", "flush_cache"] = _after_flush
+    hooks[_SCHEDULER, "Scheduler", "init_model_worker"] = _after_load
     return hooks
 
 
@@ -113,6 +115,11 @@ def _after_flush(flushed: Any, *args: Any, **kwargs: Any) -> Any:
     if flushed:
         OF_THIS_PROCESS.flushed()
     return flushed
+
+
+def _after_load(result: Any, *args: Any, **kwargs: Any) -> Any:
+    OF_THIS_PROCESS.loaded_at = time.time_ns()
+    return result
 
 
 def _same_on_all_ranks(updater: Any) -> str:

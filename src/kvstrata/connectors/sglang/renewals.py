@@ -22,6 +22,8 @@ class Generation:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._name, self._doubtful = "", False
+        self.loaded_at = 0
+        """When the model was loaded, Unix time in ns; 0: nobody said."""
 
     @property
     def name(self) -> str:
