@@ -151,7 +151,7 @@ def test_other_weights_in_a_folder_of_the_same_name_are_another_model(
     place: Place, tiny_llama: Path, other_llama: Path, begun: Right, tmp_path: Path
 ) -> None:
     model = shutil.copytree(tiny_llama, tmp_path / "model")
-    with closing(place.server(model=model)) as server:
+    with closing(place.server(ADMIN, model=model)) as server:
         loaded = server.ask(begun.prompt)
         assert loaded.loaded == pages(LENGTH), "the same model, in another folder"
         assert loaded[:2] == begun.first[:2]
