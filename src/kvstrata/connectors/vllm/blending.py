@@ -20,6 +20,7 @@ from kvstrata.blend import boundaries
 from kvstrata.blend.segments import MIN_TOKENS, USUAL_RATIO, Asked, named, separated
 from kvstrata.blend.signposts import Signpost, Signposts, covering
 from kvstrata.config import Config
+from kvstrata.connectors.vllm.assembling import behind, is_exact, pieces_of, source_of
 from kvstrata.connectors.vllm.engine import refuse
 from kvstrata.connectors.vllm.finding import Question, Search, Text
 from kvstrata.connectors.vllm.groups import Groups
@@ -183,7 +184,7 @@ class Blending:
         whole = min(state.num_whole * size, made.first)
         if start < whole:
             count = -(-whole // size)
-            sources.append(_source(state.lease, state.found[:count], state.offsets, len(parts)))
+            sources.append(source_of(state.lease, state.found[:count], state.offsets, len(parts)))
             for number in range(start // size, count):
                 at, stop = max(start, number * size), min(whole, (number + 1) * size)
                 head.append(Piece(len(sources) - 1, number, at - number * size, stop - at, at, at))
@@ -194,7 +195,7 @@ class Blending:
             request_id=state.request.request_id,
             node=client.hello.node if client is not None else b"",
             sources=sources,
-            pieces=[*head, *_behind(made.pieces, start)],
+            pieces=[*head, *behind(made.pieces, start)],
             tokens=tokens,
             table=list(ids[: made.end // self._block]),
             start=start,
@@ -354,15 +355,15 @@ class Blending:
             signpost = text.signpost
             if signpost is None or not text.tiers:
                 continue
-            some = _pieces(text.tokens, signpost, len(text.tiers), self._chunk, head, most,
+            some = pieces_of(text.tokens, signpost, len(text.tiers), self._chunk, head, most,
                            len(sources))  # fmt: skip
             if sum(piece.count for piece in some) < MIN_TOKENS:
                 continue
             keys = list(signpost.keys[: len(text.tiers)])
-            sources.append(_source(text.lease, keys, text.offsets, len(self._lookups.parts)))
+            sources.append(source_of(text.lease, keys, text.offsets, len(self._lookups.parts)))
             tiers += bytes(text.tiers[piece.chunk] for piece in some)
             pieces += some
-            others = (one for one in some if not _is_exact(one, signpost, self._chunk, state.keys))
+            others = (one for one in some if not is_exact(one, signpost, self._chunk, state.keys))
             first = min(first, next((one.position for one in others), first))
         if first == most:
             self._drop(wanted, "none of its texts was found")
@@ -448,70 +449,3 @@ def _refused(state: RequestState) -> str:
 
 def _choose(weights: str, quality: str) -> tuple[str, float] | str:
     return pick_blend(weights, Bound.parse(quality))
-
-
-def _source(lease: int, keys: Sequence[bytes], offsets: Sequence[int], num_parts: int) -> Source:
-    """Leading chunks of a lease."""
-    each = [
-        list(offsets[number * num_parts : (number + 1) * num_parts]) for number in range(len(keys))
-    ]
-    return Source(lease, list(keys), each)
-
-
-def _behind(pieces: Sequence[Piece], start: int) -> list[Piece]:
-    """What of pieces lies behind a position, which vLLM has itself up to there."""
-    behind = []
-    for piece in pieces:
-        if (over := max(0, start - piece.position)) < piece.count:
-            behind.append(
-                Piece(piece.source, piece.chunk, piece.row + over, piece.count - over,
-                      piece.position + over, piece.was + over)
-            )  # fmt: skip
-    return behind
-
-
-def _pieces(
-    text: range, signpost: Signpost, num_chunks: int, size: int, head: int, most: int, source: int
-) -> list[Piece]:
-    """What of a text there is, chunk by chunk.
-
-    Args:
-        text: its positions in this prompt.
-        signpost: where it was computed.
-        num_chunks: how many of those are there.
-        size: tokens of a chunk.
-        head: what lies before this position is exact.
-        most: and what lies from here on is computed by vLLM.
-        source: number of the lease.
-    """
-    pieces = []
-    shift = text.start - signpost.start
-    start, stop = max(text.start, head), min(text.stop, most)
-    for chunk in range(num_chunks):
-        begin = (signpost.start // size + chunk) * size
-        first = max(begin + shift, start)
-        count = min(begin + size + shift, stop) - first
-        if count > 0:
-            was = first - shift
-            pieces.append(Piece(source, chunk, was - begin, count, first, was))
-    return pieces
-
-
-def _is_exact(piece: Piece, signpost: Signpost, size: int, keys: Sequence[bytes]) -> bool:
-    """Whether a piece is what an exact hit would be: all that is before it is the same, too.
-
-    So it is where two prompts begin alike and part within a chunk, behind a text of both.
-
-    Args:
-        piece: of a text.
-        signpost: where that was computed.
-        size: tokens of a chunk.
-        keys: of this prompt's chunks.
-    """
-    if piece.position != piece.was:
-        return False
-    number = (piece.position - piece.row) // size
-    if number == 0:
-        return signpost.start == 0
-    # The chunk before it is the same, and from its end on the text is.
-    return piece.chunk > 0 and signpost.keys[piece.chunk - 1] == keys[number - 1]
