@@ -125,7 +125,7 @@ def test_it_holds_the_sources_and_nothing_else(wheel: Path) -> None:
     sources = {
         path.relative_to(ROOT / "src").as_posix()
         for path in (ROOT / "src/kvstrata").rglob("*")
-        if path.suffix in (".py", ".html", ".css", ".js") or path.name == "py.typed"
+        if path.suffix in (".py", ".html", ".css", ".js", ".json") or path.name == "py.typed"
     }
     with ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
