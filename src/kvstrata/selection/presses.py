@@ -7,6 +7,7 @@ imported. So a program (`press_process.py`) runs with the Python of that environ
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -105,7 +106,9 @@ class Presses:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._said):
             if stream is not None:
-                stream.close()
+                # It may have died with something unread, which closing would still send.
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
     def __enter__(self) -> Presses:
         return self
