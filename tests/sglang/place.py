@@ -129,11 +129,16 @@ class Place(Serviced):
     def check(self) -> None:
         """After every scenario: nothing is held any more, and no bug was hit."""
 
+        held: dict[str, Any] = {}
+
         def quiet() -> bool:
-            held = self.node.status()["leases"]
+            held.update(self.node.status()["leases"])
             return not any(held[name] for name in ("count", "reservations", "bytes"))
 
-        eventually(quiet, "all leases and reservations returned")
+        try:
+            eventually(quiet, "all leases and reservations returned")
+        except AssertionError:
+            raise AssertionError(f"still held: {held}") from None
         counters = self.node.status()["counters"]
         assert not {name for name in counters if name.startswith("bugs_")}
 

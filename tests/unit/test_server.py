@@ -105,6 +105,28 @@ class TestEnds:
         assert node.run(lambda: node.server.num_clients) == 2
         watcher.close()
 
+    def test_an_answer_on_its_way_does_not_cut_off_the_last_words(
+        self, node: InProcessNode
+    ) -> None:
+        watcher, client = node.connect(), node.connect()
+        store(client, KEYS)
+        client.match(KEYS, [0], [ORDER]).wait(5)
+        assert holdings(watcher) == (1, 0)
+        closing = threading.Thread(target=client.close)
+
+        def answer() -> None:
+            closing.start()
+            time.sleep(0.1)  # the loop is busy, and has not read what was said
+            for connection in list(node.server._connections):
+                connection._send(p.Done(1 << 30, 0))
+
+        node.run(answer)
+        closing.join(5)
+        deadline = time.monotonic() + 5.0
+        while holdings(watcher) != (0, 0):
+            assert time.monotonic() < deadline, "it never heard them"
+        watcher.close()
+
     def test_nothing_is_heard_after_bye(self, node: InProcessNode) -> None:
         watcher, raw = node.connect(), raw_client(node)
         store(watcher, KEYS)

@@ -136,17 +136,27 @@ class Connection:
             return []
 
     def hang_up(self) -> None:
-        """Say that no copy is under way, and close. Repeatable; never raises."""
+        """Say that no copy is under way, and close. Repeatable; never raises.
+
+        The node closes first, for a while: an answer of its that met a closed end would end the
+        connection before it has read these last words, and what was held here would stay held.
+        """
         if self.lost is None and self._pid == os.getpid():
-            with contextlib.suppress(NodeUnavailable):
+            deadline = time.monotonic() + CLOSE_S
+            with contextlib.suppress(NodeUnavailable, OSError, ValueError):
                 self.send(p.Bye())
-                deadline = time.monotonic() + CLOSE_S
                 # select() knows no descriptors beyond 1023, and an engine may have as many
-                writable = select.poll()
-                writable.register(self._socket, select.POLLOUT)
+                ready = select.poll()
+                ready.register(self._socket, select.POLLOUT)
                 while self._unsent and (left := deadline - time.monotonic()) > 0:
-                    writable.poll(left * 1e3)
+                    ready.poll(left * 1e3)
                     self.flush()
+                ready.modify(self._socket, select.POLLIN)
+                while (left := deadline - time.monotonic()) > 0:
+                    ready.poll(left * 1e3)
+                    with contextlib.suppress(BlockingIOError):  # another thread took it
+                        if not self._socket.recv(RECEIVE_BYTES):
+                            break
         self.lose("this client was closed")
 
     def lose(self, why: str) -> None:
