@@ -10,10 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
+
+T = TypeVar("T")
 
 VERSION = 1
 
@@ -184,20 +187,36 @@ def load(path: Path) -> Table:
         Incompatible: it is of another version.
         CorruptObject: it is no table.
     """
-    content = path.read_bytes()
-    try:
-        version = msgspec.json.decode(content, type=_Version).version
-        if version != VERSION:
-            raise Incompatible(f"{path}: table of version {version}, not {VERSION}; measure again")
-        table = msgspec.json.decode(content, type=Table)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CorruptObject(f"{path} is no table of quality: {error}") from error
+    table = read_table(path, Table, VERSION, "quality")
     for measured in table.codecs:
         if tuple(scores.length for scores in measured.scores) != (0, *table.lengths):
             raise CorruptObject(f"{path}: {measured.name} lacks some of the lengths")
         if not all(scores.bits > 0 for scores in measured.scores):
             raise CorruptObject(f"{path}: {measured.name} has elements of no bits")
     return table
+
+
+def read_table(path: Path, kind: type[T], version: int, of: str) -> T:
+    """Read a table of some kind, whose fields it checks, and no more.
+
+    Args:
+        path: of the file.
+        kind: of table; it has a field ``version``.
+        version: that is read.
+        of: what it is a table of, for errors.
+    Raises:
+        FileNotFoundError: there is none.
+        Incompatible: it is of another version.
+        CorruptObject: it is no such table.
+    """
+    content = path.read_bytes()
+    try:
+        found = msgspec.json.decode(content, type=_Version).version
+        if found != version:
+            raise Incompatible(f"{path}: table of version {found}, not {version}; measure again")
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptObject(f"{path} is no table of {of}: {error}") from error
 
 
 class _Version(msgspec.Struct):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from kvstrata.errors import CorruptObject, Incompatible, UsageError
-from kvstrata.quality.table import Estimate, cache_folder, replace_file
+from kvstrata.errors import CorruptObject, UsageError
+from kvstrata.quality.table import Estimate, cache_folder, read_table, replace_file
 
 VERSION = 1
 
@@ -134,14 +134,7 @@ def load(path: Path) -> BlendTable:
         Incompatible: it is of another version.
         CorruptObject: it is no table.
     """
-    content = path.read_bytes()
-    try:
-        version = msgspec.json.decode(content, type=_Version).version
-        if version != VERSION:
-            raise Incompatible(f"{path}: table of version {version}, not {VERSION}; measure again")
-        table = msgspec.json.decode(content, type=BlendTable)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CorruptObject(f"{path} is no table of blending: {error}") from error
+    table = read_table(path, BlendTable, VERSION, "blending")
     if table.layers < 1 or not all(0 <= row.ratio <= 1 for row in table.rows):
         raise CorruptObject(f"{path}: a model without layers, or a ratio above 1")
     return table
@@ -150,7 +143,3 @@ def load(path: Path) -> BlendTable:
 def ratios(rows: Sequence[Row], plan: str) -> list[float]:
     """The ratios that a plan was measured at, ascending."""
     return sorted(row.ratio for row in rows if row.plan == plan)
-
-
-class _Version(msgspec.Struct):
-    version: int
