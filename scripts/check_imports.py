@@ -15,8 +15,8 @@ SOURCES = Path(__file__).parent.parent / "src"
 
 STOREYS = (
     "errors",
-    "units layout objects producers parts secret keys pagekeys heads identity cores descriptors "
-    "canaries",
+    "units layout header objects producers parts secret keys pagekeys heads identity cores "
+    "descriptors canaries",
     "observe",
     "memory",
     "codecs blend",

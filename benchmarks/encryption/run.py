@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 from benchmarks.common import Options, Row, disk_folder, expect, main, say, spread
 
+from kvstrata.header import ObjectHeader
 from kvstrata.memory.pool import Pool
 from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.owned import OwnedBacking
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, stored_bytes
+from kvstrata.objects import HEADER_BYTES, checksum, encode, stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
 from kvstrata.tiers.disk.tier import DiskTier
@@ -73,7 +74,7 @@ def fill(pool: Pool, num_objects: int, seed: int) -> list[bytes]:
             stored_length=PAYLOAD, raw_checksum=digest, stored_checksum=digest, chunk_tokens=128,
         )  # fmt: skip
         slot = pool.view(number * SLOT, SLOT)
-        slot[:HEADER_BYTES] = header.encode()
+        slot[:HEADER_BYTES] = encode(header)
         slot[HEADER_BYTES:] = payload
     return keys
 

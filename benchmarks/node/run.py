@@ -31,9 +31,10 @@ from benchmarks.node.holds import RANKS, bench_holds
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import KVStrataError
+from kvstrata.header import MARK_BYTES
 from kvstrata.node.common.children import MAX_CHILDREN, Children
 from kvstrata.node.service.owned import OwnedBacking
-from kvstrata.objects import HEADER_BYTES, MARK_BYTES, checksum
+from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import identity
 from kvstrata.policies import create_policy

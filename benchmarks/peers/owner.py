@@ -21,6 +21,7 @@ import numpy as np
 
 from kvstrata.memory.pool import Pool
 from kvstrata.objects import HEADER_BYTES, stored_bytes
+from kvstrata.transfer.tcp import WITHIN_BYTES
 
 INDEX = struct.Struct("<I")
 
@@ -30,13 +31,19 @@ def payload(seed: int, number: int, nbytes: int) -> bytes:
     return np.random.default_rng([seed, number]).bytes(nbytes)
 
 
-def bare(seed: int, count: int, nbytes: int) -> Callable[[], None]:
-    """A socket that sends object ``i`` to who says ``i``, and a thread for each connection."""
+def bare(seed: int, count: int, nbytes: int, kept: int = 0) -> Callable[[], None]:
+    """A socket that sends object ``i`` to who says ``i``, and a thread for each connection.
+
+    Args:
+        kept: what the kernel keeps of what is sent, if not what it would by itself.
+    """
     _, views = objects(seed, count, nbytes)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
 
     def serve(connected: socket.socket) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kept:
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, kept)
         with connected, contextlib.suppress(ConnectionError):
             while request := connected.recv(INDEX.size, socket.MSG_WAITALL):
                 connected.sendall(views[INDEX.unpack(request)[0]])
@@ -50,6 +57,11 @@ def bare(seed: int, count: int, nbytes: int) -> Callable[[], None]:
     threading.Thread(target=accept, daemon=True).start()
     say(port=listener.getsockname()[1])
     return listener.close
+
+
+def within(seed: int, count: int, nbytes: int) -> Callable[[], None]:
+    """The same, keeping what our connections within a machine do."""
+    return bare(seed, count, nbytes, WITHIN_BYTES)
 
 
 def nixl(seed: int, count: int, nbytes: int) -> Callable[[], None]:
@@ -105,7 +117,7 @@ def say(**where: Any) -> None:
     print(json.dumps(where), flush=True)
 
 
-KINDS = {"bare": bare, "nixl": nixl}
+KINDS = {"bare": bare, "within": within, "nixl": nixl}
 
 if __name__ == "__main__":
     kind, *numbers = sys.argv[1:]

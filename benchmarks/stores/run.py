@@ -32,10 +32,11 @@ from benchmarks.common import (
 )
 
 from kvstrata.config import load_config
+from kvstrata.header import ObjectHeader
 from kvstrata.node.opening import open_backings
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.shared import SharedBacking
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, stored_bytes
+from kvstrata.objects import HEADER_BYTES, checksum, encode, stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.testing.ground import Server
 
@@ -59,7 +60,7 @@ def an_object(key: bytes, buffer: memoryview) -> None:
         stored_length=PAYLOAD_BYTES, raw_checksum=digest, stored_checksum=digest,
         chunk_tokens=CHUNK_TOKENS,
     )  # fmt: skip
-    buffer[:HEADER_BYTES] = header.encode()
+    buffer[:HEADER_BYTES] = encode(header)
     buffer[HEADER_BYTES : HEADER_BYTES + PAYLOAD_BYTES] = payload
 
 

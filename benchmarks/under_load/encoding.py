@@ -33,7 +33,8 @@ from benchmarks.under_load.clients import NAME, Clients, Times, pairs
 from benchmarks.under_load.serving import Serving
 
 from kvstrata.errors import KVStrataError
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, decode
+from kvstrata.header import ObjectHeader
+from kvstrata.objects import HEADER_BYTES, checksum, decode
 from kvstrata.testing.workplace import Workplace
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of

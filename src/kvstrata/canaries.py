@@ -11,8 +11,9 @@ import time
 import numpy as np
 
 from kvstrata.errors import CorruptObject, Incompatible
+from kvstrata.header import ObjectHeader, object_id
 from kvstrata.keys import KeyChain, Namespace
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, object_id, verify_object
+from kvstrata.objects import HEADER_BYTES, checksum, encode, verify_object
 
 PART = 0
 ORDER = "portable"
@@ -73,7 +74,7 @@ class Canaries:
             chunk_tokens=CHUNK_TOKENS,
         )
         end = HEADER_BYTES + self.payload_bytes
-        into[:HEADER_BYTES] = header.encode()
+        into[:HEADER_BYTES] = encode(header)
         into[HEADER_BYTES:end] = payload
         into[end:] = bytes(len(into) - end)
 

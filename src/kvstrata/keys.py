@@ -17,7 +17,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from kvstrata.errors import UsageError
-from kvstrata.objects import MARK_BYTES, MARK_TOKENS
+from kvstrata.header import MARK_BYTES, MARK_TOKENS
 from kvstrata.secret import SECRET_BYTES
 
 KEY_BYTES = 32

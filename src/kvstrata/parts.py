@@ -6,7 +6,7 @@ above it coarser ones that a slower tier may keep besides.
 
 from __future__ import annotations
 
-from kvstrata.objects import GROUP_BITS, object_id, split_object_id
+from kvstrata.header import GROUP_BITS, object_id, split_object_id
 
 
 def identity(key: bytes, part: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvstrata.errors import UsageError
-from kvstrata.objects import ObjectHeader
+from kvstrata.header import ObjectHeader
 
 MAX_PRODUCER = 32
 UNKNOWN = "a lossy codec"

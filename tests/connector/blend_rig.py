@@ -83,7 +83,7 @@ class BlendRig(Rig):
         self._under += [_Under(blend, self.takes()) for blend in blends]
         # As a worker does before anything is written: what is still being stored of these is.
         fresh = {block for one in blends for block in one.table[one.start // BLOCK :]}
-        self.workers[rank]._transfers.fence(fresh)
+        self.workers[rank]._transfers.stores.fence(fresh)
         answer = super()._execute(rank, output, meta)
         heard = answer.kv_connector_output
         assert heard is not None
@@ -114,17 +114,24 @@ class BlendRig(Rig):
         assert len(blend.table) == len(blend.tokens) // BLOCK
         offsets = [self._slots(source.lease, source.offsets) for source in blend.sources]
         at = blend.start
-        for piece in blend.pieces:
+        for number, piece in enumerate(blend.pieces):
             assert piece.position >= at, "pieces over each other"
             at = piece.position + piece.count
             exact = at <= blend.first
             assert exact or piece.position >= blend.first
             assert not exact or piece.was == piece.position
-            slot = offsets[piece.source][piece.chunk]
-            assert slot >= 0, "what it is made of was let go"
-            rows = self._rows_at(slot)[piece.row : piece.row + piece.count]
-            for i, row in enumerate(rows):
-                assert self.rows.get(row) == (blend.tokens[piece.position + i], piece.was + i)
+            beside = blend.beside[number]
+            assert not (exact and beside), "what is exact was mixed"
+            for one in (piece, *beside):
+                assert (one.position, one.count) == (piece.position, piece.count)
+                slot = offsets[one.source][one.chunk]
+                assert slot >= 0, "what it is made of was let go"
+                rows = self._rows_at(slot)[one.row : one.row + one.count]
+                for i, row in enumerate(rows):
+                    assert self.rows.get(row) == (blend.tokens[one.position + i], one.was + i)
+                assert 0 < blend.weights[one.source] <= 1
+            rows = self._rows_at(offsets[piece.source][piece.chunk])
+            rows = rows[piece.row : piece.row + piece.count]
             assert not exact or rows == self._exact(blend)[piece.position : at]
         assert at <= len(blend.tokens)
         name = blend.request_id

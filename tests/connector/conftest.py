@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from tests.connector.blend_rig import BlendRig
     from tests.connector.rig import Rig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,13 +45,30 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture
+def make_blends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., BlendRig]]:
+    """Builds rigs whose workers blend."""
+    from tests.connector.blend_rig import BlendRig
+
+    _be_at_home_in(tmp_path, monkeypatch)
+    made: list[BlendRig] = []
+
+    def make(**options: Any) -> BlendRig:
+        made.append(BlendRig(tmp_path / f"rig{len(made)}", **options))
+        return made[-1]
+
+    yield make
+    for rig in made:
+        rig.close()
+
+
+@pytest.fixture
 def make_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
     """Builds rigs; each ends with its laws checked."""
     from tests.connector.rig import Rig
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    _be_at_home_in(tmp_path, monkeypatch)
     made: list[Rig] = []
 
     def make(**options: Any) -> Rig:
@@ -60,3 +78,9 @@ def make_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     yield make
     for rig in made:
         rig.close()
+
+
+def _be_at_home_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))

@@ -252,7 +252,7 @@ class Rig:
     def finish_stores(self) -> None:
         """Wait until all that was handed to the workers is committed."""
         for worker in self.workers:
-            for job in worker._transfers._jobs:
+            for job in worker._transfers.stores._jobs:
                 assert job.ended.wait(TIMEOUT_S)
         self.until(lambda: self.state()["leases"]["reservations"] == 0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tests.connector.test_hints import say
 from tests.support.subscribers import Subscriber
 from vllm.distributed.kv_events import BlockRemoved
 
-from kvstrata.blend import stretches
+from kvstrata.blend import Rule, stretches
 from kvstrata.blend.signposts import PART, Signposts
 from kvstrata.connectors.vllm import finding
 from kvstrata.keys import KeyChain
@@ -26,22 +26,6 @@ Make = Callable[..., BlendRig]
 HEAD = prompt(40, seed=90)
 A, B, C = (prompt(110 + 7 * i, seed=50 + i) for i in range(3))
 QUESTION = prompt(21, seed=91)
-
-
-@pytest.fixture
-def make_blends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    made: list[BlendRig] = []
-
-    def make(**options: Any) -> BlendRig:
-        made.append(BlendRig(tmp_path / f"rig{len(made)}", **options))
-        return made[-1]
-
-    yield make
-    for rig in made:
-        rig.close()
 
 
 def joined(*texts: list[int], question: list[int] = QUESTION) -> tuple[list[int], list[list[int]]]:
@@ -294,7 +278,7 @@ def test_a_signpost_to_what_has_gone_makes_room_for_another(
 
 def test_texts_end_at_a_separator_of_the_engines_own_tokenizer(make_blends: Make) -> None:
     rig = make_blends()
-    separator = rig.side.blending._separator("\n\n###\n\n")
+    separator = rig.side.blending._texts.separator("\n\n###\n\n")
     assert len(separator) > 1
 
     def texts(*some: list[int]) -> list[int]:
@@ -334,14 +318,62 @@ def test_behind_an_edit_a_file_is_turned_and_not_computed(make_blends: Make) -> 
     rig.check()
 
 
+@pytest.mark.parametrize(
+    ("more", "rule", "shown"),
+    [
+        ({"plan": "share"}, Rule("share", 1.0), "share 1"),
+        ({"plan": "deviation", "bound": 0.25}, Rule("deviation", 1.0, 0.25),
+         "deviation 1 bound 0.25"),
+        ({"plan": "deviation", "bound": 0.25, "ratio": 0.1}, Rule("deviation", 0.1, 0.25),
+         "deviation 0.1 bound 0.25"),
+    ],
+)  # fmt: skip
+def test_how_many_a_bound_takes_is_the_workers_to_find_out(
+    make_blends: Make, more: dict[str, Any], rule: Rule, shown: str
+) -> None:
+    rig = make_blends()
+    warm(rig, A, B)
+    tokens, segments = joined(B, A)
+    rig.ask(tokens, **say({"blend": {"segments": segments, **more}}))
+    (told,) = rig.blends
+    assert (told.plan, told.ratio, told.bound) == rule
+    record = last(rig)
+    assert record["blend_plan"] == shown
+    assert record["hints"]["blend"] == {"segments": 2, **more}
+    rig.check()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"plan": "edges", "bound": 0.5}, "the plan deviation with bound"),
+        ({"plan": "deviation", "bound": 2}, "<= 1.0"),
+        ({"plan": "shared"}, "Invalid enum value"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused_in_words(
+    make_blends: Make, wrong: dict[str, Any], why: str
+) -> None:
+    rig = make_blends()
+    warm(rig, A, B)
+    tokens, segments = joined(B, A)
+    rig.ask(tokens, **say({"blend": {"segments": segments, **wrong}}))
+    assert rig.blends == []
+    assert why in last(rig)["hints_refused"]["blend"]
+    rig.check()
+
+
+PICKED = Rule("deviation", 1.0, 0.3)
+
+
 def test_a_bound_picks_the_plan_from_the_models_table(
     make_blends: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def pick(weights: str, bound: object) -> tuple[str, float] | str:
+    def pick(weights: str, bound: object) -> Rule | str:
         asked.append((weights, str(bound)))
-        return ("deviation", 0.3) if str(bound) == "kl <= 0.02" else "nothing keeps it"
+        return PICKED if str(bound) == "kl <= 0.02" else "nothing keeps it"
 
     monkeypatch.setattr("kvstrata.connectors.vllm.blending.pick_blend", pick)
     rig = make_blends()
@@ -356,7 +388,8 @@ def test_a_bound_picks_the_plan_from_the_models_table(
     bound["segments"] = segments
     rig.ask(tokens, **say({"blend": {**bound, "quality": "kl <= 0.02"}}))
     (told,) = rig.blends
-    assert (told.plan, told.ratio) == ("deviation", 0.3)
+    assert (told.plan, told.ratio, told.bound) == PICKED
+    assert last(rig)["blend_plan"] == "deviation 1 bound 0.3"
     assert {len(weights) for weights, _ in asked} == {64}
     rig.reset()
     rig.ask([*tokens, 4], **say({"blend": {**bound, "quality": "kl < 1"}}))
@@ -454,7 +487,9 @@ def test_mixed_requests_poison_nobody(make_blends: Make, seed: int) -> None:
             tokens += text
         tokens += prompt(chance.randint(1, 40), seed=chance.randint(0, 9))
         count = chance.randint(1, 40)
-        plan = chance.choice([None, "edges", "deviation", "random", "none", "all"])
+        plan = chance.choice(
+            [None, "anchors", "edges", "deviation", "share", "random", "none", "all"]
+        )
         salt = chance.choice(["", "", "", "alice"])
         exact = chance.random() < 0.4
         options: dict[str, Any] = {} if exact else say(blend(segments, plan), count)

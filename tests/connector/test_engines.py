@@ -28,10 +28,11 @@ from kvstrata.connectors.vllm.engines import engines_namespace, refuse_alone
 from kvstrata.connectors.vllm.fingerprint import engine_namespace
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.errors import Incompatible
+from kvstrata.header import ObjectHeader
 from kvstrata.identity import weights_identity
 from kvstrata.keys import Namespace
 from kvstrata.layout import LayerGroup, native_order
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum
+from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.objects import decode as header_of
 from kvstrata.pagekeys import PageKeys, page_hashes, page_seed
 from kvstrata.parts import PORTABLE

@@ -23,6 +23,7 @@ from kvstrata.connectors.vllm.fronts import Fronts, Turning
 from kvstrata.connectors.vllm.gathering import Gatherer
 from kvstrata.connectors.vllm.messages import Blend, Piece, Source, StepMetadata, WorkerReport
 from kvstrata.connectors.vllm.rotary import Rotary
+from kvstrata.connectors.vllm.turned import floats
 from kvstrata.keys import KeyChain
 from kvstrata.objects import HEADER_BYTES
 from kvstrata.wire.client import offsets_of
@@ -167,6 +168,56 @@ def test_rows_from_several_prompts(make_rig: Make) -> None:
     assert place.worker.report().blended == {}
 
 
+MIXED = {
+    # The second prompt's middle with rows of the first: whole ones, and two runs of one chunk.
+    2: [Piece(0, 2, 7, CHUNK - 7, 71, 2 * CHUNK + 7)],
+    3: [Piece(0, 1, 0, CHUNK, 71 + CHUNK - 7, CHUNK), Piece(0, 0, 0, CHUNK, 71 + CHUNK - 7, 0)],
+    6: [Piece(1, 2, 3, 16, 240, 2 * CHUNK + 3)],
+}
+WEIGHTS = [0.25, 0.625]
+
+
+def beside() -> list[list[Piece]]:
+    return [MIXED.get(number, []) for number in range(len(PIECES))]
+
+
+def test_rows_of_several_prompts_are_mixed(make_rig: Make) -> None:
+    place = make(make_rig)
+    place.begin([place.source(0), place.source(1)], PIECES, first=FIRST, beside=beside(),
+                weights=WEIGHTS)  # fmt: skip
+    assert place.end() == (False, {"r1": NUM_GAPS})
+    memory, group = place.rig.memories[0], place.rig.groups.each[0]
+    found = memory.kv[:, TABLE[: 10 * CHUNK // BLOCK]].reshape(len(memory.kv), 10 * CHUNK, -1)
+
+    def numbers(rows: Any) -> Any:
+        return floats(np.ascontiguousarray(rows).view(np.uint16), "bfloat16")
+
+    for number, more in MIXED.items():
+        each = [PIECES[number], *more]
+        total = sum(WEIGHTS[piece.source] for piece in each)
+        mean: Any = 0
+        for piece in each:
+            rows = memory.wanted(digests(place.prompts[piece.source]), group)
+            some = numbers(rows[:, piece.chunk * CHUNK + piece.row :][:, : piece.count])
+            with np.errstate(all="ignore"):  # digests, some of which are no numbers
+                mean = mean + np.float32(WEIGHTS[piece.source] / total) * some
+        span = slice(each[0].position, each[0].position + each[0].count)
+        told = numbers(found[:, span])
+        sound = np.isfinite(mean)
+        assert sound.mean() > 0.9
+        np.testing.assert_allclose(told[sound], mean[sound], rtol=0.01)
+
+
+def test_what_is_mixed_of_what_does_not_come_is_computed(make_rig: Make) -> None:
+    place = make(make_rig)
+    sources = [place.source(0), place.source(1)]
+    sources[0].keys[0] = bytes(32)  # a part of what is mixed into the fourth piece, and the first
+    place.begin(sources, PIECES, first=FIRST, beside=beside(), weights=WEIGHTS)
+    lost = PIECES[0].count + PIECES[3].count
+    assert place.end() == (False, {"r1": NUM_GAPS + lost})
+    assert set(range(PIECES[3].position, PIECES[3].position + CHUNK)) <= {*place.forward.positions}
+
+
 @pytest.mark.parametrize(("was", "moves"), [(BLOCK, True), (4 * BLOCK, False)])
 def test_whole_blocks_are_turned_if_they_move(make_rig: Make, was: int, moves: bool) -> None:
     place = make(make_rig)
@@ -224,6 +275,20 @@ def test_chunks_that_do_not_come(make_rig: Make) -> None:
     lost = [3, 4]
     assert blended == {"r1": NUM_GAPS + sum(PIECES[number].count for number in lost)}
     place.check(PIECES, lost)
+
+
+def test_what_is_mixed_of_what_does_not_arrive_is_computed(make_rig: Make) -> None:
+    tier = CountedTier()
+    place = make(make_rig, make_node=tiered(tier))
+    place.rig.drop_host()
+    sources = [place.source(0)]
+    place.rig.until(lambda: tier.num_reads == 4)
+    tier.broken = {5}  # the second prompt's second chunk: neither it nor the third one comes
+    tier.delay = lambda: 0.02
+    sources.append(place.source(1))
+    place.begin(sources, PIECES, first=FIRST, beside=beside(), weights=WEIGHTS)
+    lost = sum(PIECES[number].count for number in (3, 4, 6))
+    assert place.end() == (False, {"r1": NUM_GAPS + lost})
 
 
 def test_a_deadline_that_passes(make_rig: Make) -> None:

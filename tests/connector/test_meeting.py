@@ -247,9 +247,17 @@ def test_the_node_goes_while_both_are_at_it(make_rig: Make) -> None:
     begin(rig)
     rig.until(lambda: next(iter(meetings(rig))).loaded == CHUNKS - 2)
     rig.step()
-    rig.forward.before = lambda: rig.until(lambda: meetings(rig)[0].failed)
-    tier.open()
-    rig.stop_node()
+    ending = threading.Thread(target=rig.stop_node)
+
+    def before() -> None:
+        # Its last reads come back only once it has gone, or all might arrive before.
+        if ending.ident is None:
+            ending.start()
+            rig.until(lambda: meetings(rig)[0].failed)
+            tier.open()
+            ending.join()
+
+    rig.forward.before = before
     rig.run()
     assert rig.wrong() == []
     assert rig.cut

@@ -32,8 +32,9 @@ from kvstrata.connectors.vllm.messages import WorkerHello, layout_of
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.ranks import Slices, cut, slices_of
 from kvstrata.errors import Incompatible
+from kvstrata.header import ObjectHeader
 from kvstrata.layout import LayerGroup, native_order
-from kvstrata.objects import HEADER_BYTES, ObjectHeader
+from kvstrata.objects import HEADER_BYTES
 from kvstrata.objects import decode as header_of
 from kvstrata.wire.client import offsets_of
 
@@ -384,7 +385,12 @@ def test_objects_of_every_size_are_alike(make_rig: Make) -> None:
 def test_a_head_that_several_ranks_have_is_stored_by_the_first(make_rig: Make) -> None:
     rig = make_rig(heads=2, ranks=4, extra=SHARE)
     rig.ask(prompt(200))
-    assert [bool(worker._transfers._jobs) for worker in rig.workers] == [True, False, True, False]
+    assert [bool(worker._transfers.stores._jobs) for worker in rig.workers] == [
+        True,
+        False,
+        True,
+        False,
+    ]
     rig.check()
 
 

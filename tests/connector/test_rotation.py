@@ -22,7 +22,8 @@ from kvstrata.connectors.naming import prefill_elsewhere
 from kvstrata.connectors.vllm.elsewhere import WRITTEN_S
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import NodeUnavailable
-from kvstrata.objects import HEADER_BYTES, checksum, object_id
+from kvstrata.header import object_id
+from kvstrata.objects import HEADER_BYTES, checksum, encode
 from kvstrata.objects import decode as decode_header
 from kvstrata.secret import save_secrets, secret_check
 from kvstrata.wire import protocol as p
@@ -245,7 +246,7 @@ def as_portable(rig: Rig, pool: Any, offset: int) -> None:
     sum_ = checksum(payload)
     changed = structs.replace(header, kind="portable", order="", shape=shape, raw_checksum=sum_,
                               stored_checksum=sum_)  # fmt: skip
-    pool.array(offset, HEADER_BYTES)[:] = np.frombuffer(changed.encode(), np.uint8)
+    pool.array(offset, HEADER_BYTES)[:] = np.frombuffer(encode(changed), np.uint8)
 
 
 def test_a_request_that_ends_between_two_questions_holds_nothing(make_rig: Make) -> None:

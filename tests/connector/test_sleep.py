@@ -39,7 +39,7 @@ def test_an_engine_that_may_sleep_ends_its_stores_in_each_step_unless_it_is_told
     rig.add(prompt(128), 30)
     timer = None if told else open_later(copier)
     assert rig.step().stores
-    (job,) = rig.workers[0]._transfers._jobs
+    (job,) = rig.workers[0]._transfers.stores._jobs
     assert job.ended.is_set() is not told
     copier.opened.set()
     if timer is not None:
@@ -66,7 +66,7 @@ def test_copies_have_ended_when_blocks_are_unmapped(make_rig: Make, kind: str) -
     assert copier.opened.is_set(), "it waited for the copy"
     KVStrataConnector.unregister_kv_caches(connector)
     timer.join()
-    jobs = worker._transfers._jobs
+    jobs = worker._transfers.stores._jobs
     assert all(job.ended.is_set() and not job.cancelled for job in jobs), "none was dropped"
     if kind == "load":
         assert worker.loads_ended() == ({load.request_id}, set())

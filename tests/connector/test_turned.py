@@ -14,7 +14,7 @@ from kvstrata.connectors.vllm.copies import CpuCopier
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.payloads import StoredRows
 from kvstrata.connectors.vllm.rotary import Rotary
-from kvstrata.connectors.vllm.turned import Sheet, floats, words
+from kvstrata.connectors.vllm.turned import Share, Sheet, floats, words
 from kvstrata.layout import Elements, LayerGroup, native_order
 
 LAYERS, HEADS, DIM, POSITIONS = 3, 2, 32, 4096
@@ -141,6 +141,47 @@ def test_rows_of_many_pieces(
     touched = {table_of_blocks[at // block_tokens] for at in wanted}
     others = [block for block in range(40) if block not in touched]
     assert (memory.blocks[:, others] == before[:, others]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_several_prompts_are_mixed_by_their_weights(dtype: str) -> None:
+    rng = np.random.default_rng(6)
+    table = Table(DIM)
+    memory = Memory("cpu-amx", dtype, 32, 32)
+    blocks = [5, 9, 2]
+    # The layer in the middle has no positions in its keys; one of the prompts had no other place.
+    sheet = Sheet(memory.pages, [Rotary((0, 2), table)], CpuCopier(), None, blocks, range(96), 64)
+    shares, wanted = [], np.zeros((LAYERS, 2, HEADS, 50, DIM))
+    for was, weight in ((700, 0.5), (20, 0.2), (33, 0.3)):
+        rows = drawn(rng, 50, dtype)
+        shares.append(Share(stored(memory, rows, was > 30), was, weight))
+        right = floats(rows, dtype).astype(np.float64)
+        for layer in (0, 2):
+            right[layer, 0] = turned_slowly(floats(rows, dtype)[layer, 0], 33 - was, table, DIM)
+        wanted += weight * right
+    before = [floats(one.rows.of_layers(slice(0, LAYERS)), dtype) for one in shares]
+    sheet.mix(shares, 33)
+    alone = drawn(rng, 7, dtype)
+    sheet.put(stored(memory, alone), 83, 83)
+    sheet.write()
+    found = floats(memory.rows(blocks), dtype)
+    assert np.abs(found[:, :, :, 33:83] - wanted).max() < 2 * DTYPES[dtype]
+    assert (found[:, :, :, 83:90] == floats(alone, dtype)).all()
+    for one, numbers in zip(shares, before, strict=True):
+        assert (floats(one.rows.of_layers(slice(0, LAYERS)), dtype) == numbers).all()
+
+
+def test_one_prompt_with_all_the_weight_is_that_prompt() -> None:
+    memory, rng = Memory("cpu-amx", "bfloat16", 32, 32), np.random.default_rng(8)
+    rows, other = drawn(rng, 32, "bfloat16"), drawn(rng, 32, "bfloat16")
+    sheet = Sheet(memory.pages, [Rotary((0, 1, 2), Table(DIM))], CpuCopier(), None, [4, 6],
+                  range(64), 32)  # fmt: skip
+    sheet.put(stored(memory, rows), 0, 40)
+    shares = [Share(stored(memory, rows), 72, 1.0), Share(stored(memory, other), 9, 0.0)]
+    sheet.mix(shares, 32)
+    sheet.write()
+    found = memory.rows([4, 6])
+    assert (found[:, :, :, :32] == found[:, :, :, 32:]).all()
 
 
 def test_rows_that_are_not_moved_are_the_same_bytes() -> None:

@@ -19,7 +19,7 @@ from kvstrata.connectors.threads import STORE_NICENESS
 from kvstrata.connectors.vllm import worker as worker_module
 from kvstrata.connectors.vllm.messages import StepMetadata
 from kvstrata.connectors.vllm.pace import COPY_SHARE, WAIT_SHARE, Pace
-from kvstrata.connectors.vllm.transfers import StoreJob
+from kvstrata.connectors.vllm.stores import StoreJob
 from kvstrata.testing.clock import ManualClock
 from kvstrata.wire import protocol as p
 
@@ -282,7 +282,9 @@ def test_stores_yield_to_the_engine_and_loads_do_not(make_rig: Make) -> None:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     transfers = worker._transfers
-    assert transfers._storing.submit(niceness).result() == min(19, niceness() + STORE_NICENESS)
+    assert transfers.stores._storing.submit(niceness).result() == min(
+        19, niceness() + STORE_NICENESS
+    )
     assert transfers._loading.submit(niceness).result() == niceness()
     assert transfers._awaiting.submit(niceness).result() == niceness()
 
@@ -293,13 +295,13 @@ def test_only_a_store_that_nobody_waits_for_yields(
     rig = make_rig(extra={"network.listen": "127.0.0.1:0"})
     (worker,) = rig.workers
     how: list[tuple[bool, int]] = []
-    real = worker._transfers._store_chunks
+    real = worker._transfers.stores._store_chunks
 
     def store_chunks(job: StoreJob, *others: Any) -> None:
         how.append((job.store.lend, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
         real(job, *others)
 
-    monkeypatch.setattr(worker._transfers, "_store_chunks", store_chunks)
+    monkeypatch.setattr(worker._transfers.stores, "_store_chunks", store_chunks)
     here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     rig.ask(prompt(CHUNK), **say({}))
     rig.ask(prompt(CHUNK, 1), **say({}, do_remote_decode=True))

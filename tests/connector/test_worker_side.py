@@ -18,14 +18,15 @@ from tests.connector.fake_model import CHUNK, LAYERS, NAMES, digests
 from tests.connector.gates import TIMEOUT_S, GatedTier, tiered
 from tests.connector.rig import Rig, prompt
 
+from kvstrata.connectors.vllm import stores as stores_module
 from kvstrata.connectors.vllm import transfers as transfers_module
 from kvstrata.connectors.vllm.copies import CpuCopier, Plan
 from kvstrata.connectors.vllm.messages import Load, StepMetadata, Store
-from kvstrata.connectors.vllm.transfers import StoreJob, Transfers
+from kvstrata.connectors.vllm.stores import StoreJob, Stores
 from kvstrata.connectors.vllm.worker import WorkerSide, chunk_cost
 from kvstrata.errors import CorruptObject, NodeUnavailable, UsageError
 from kvstrata.keys import owner_digest
-from kvstrata.objects import HEADER_BYTES, checksum, decode
+from kvstrata.objects import HEADER_BYTES, checksum, decode, encode
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
 
@@ -56,7 +57,7 @@ class SlowCopier(CpuCopier):
 def slow(rig: Rig) -> SlowCopier:
     copier = SlowCopier()
     for worker in rig.workers:
-        worker._copier = worker._transfers._copier = copier
+        worker._copier = worker._transfers._copier = worker._transfers.stores._copier = copier
     return copier
 
 
@@ -92,7 +93,7 @@ def test_blocks_are_not_overwritten_while_a_store_reads_them(
 ) -> None:
     """Without the fence the second prompt's bytes are stored under the first one's keys."""
     if not fenced:
-        monkeypatch.setattr(Transfers, "fence", lambda self, blocks: None)
+        monkeypatch.setattr(Stores, "fence", lambda self, blocks: None)
     rig = make_rig(num_blocks=12)
     copier = slow(rig)
     first, second = prompt(128), prompt(128, seed=1)
@@ -147,7 +148,7 @@ def test_a_dropped_store_never_begins_to_copy(make_rig: Make) -> None:
     gate = rig.gate(p.Reserve)
     worker = rig.workers[0]
     rig.ask(prompt(128))
-    (job,) = worker._transfers._jobs
+    (job,) = worker._transfers.stores._jobs
     assert job.settle(0.0) is False
     gate.open()
     assert job.ended.wait(TIMEOUT_S)
@@ -196,9 +197,9 @@ def test_a_step_that_vllm_does_not_end_is_ended_before_the_next(make_rig: Make) 
     rig.add(tokens, 2)
     step = rig.step()
     assert step.stores
-    assert rig.workers[0]._transfers._jobs == []
+    assert rig.workers[0]._transfers.stores._jobs == []
     rig.step()
-    (job, *_) = rig.workers[0]._transfers._jobs
+    (job, *_) = rig.workers[0]._transfers.stores._jobs
     assert (job.store.blocks, job.cost) == (step.stores[0].blocks, 0.0)
     rig.run()
     rig.warm()
@@ -407,7 +408,7 @@ def test_a_slot_with_another_object_is_refused(make_rig: Make) -> None:
         {"dtype": "float16"},
         {"shape": (LAYERS, 1, *header.shape[2:5], header.shape[5] * 2)},
     ):
-        page[:] = np.frombuffer(structs.replace(header, **change).encode(), np.uint8)
+        page[:] = np.frombuffer(encode(structs.replace(header, **change)), np.uint8)
         with pytest.raises(CorruptObject):
             plan()
     page[:] = good
@@ -436,7 +437,7 @@ def test_a_torn_copy_does_not_get_a_checksum_that_fits(make_rig: Make) -> None:
 
     rig = make_rig()
     for worker in rig.workers:
-        worker._copier = worker._transfers._copier = Torn()
+        worker._copier = worker._transfers._copier = worker._transfers.stores._copier = Torn()
     worker, load = stored(rig, 128)
     assert worker._client is not None
     (torn,), (whole,) = load.offsets[0], load.offsets[1]
@@ -478,7 +479,7 @@ def test_a_portable_payload_is_packed_for_the_engine(make_rig: Make) -> None:
     shape = pages.group.portable_shape(CHUNK)
     assert portable.shape == shape
     rewritten = structs.replace(header, kind="portable", order="", shape=shape)
-    client.pool.array(offset, HEADER_BYTES)[:] = np.frombuffer(rewritten.encode(), np.uint8)
+    client.pool.array(offset, HEADER_BYTES)[:] = np.frombuffer(encode(rewritten), np.uint8)
     client.pool.array(offset + HEADER_BYTES, header.raw_length)[:] = (
         portable.reshape(-1).view(np.uint8)
     )  # fmt: skip
@@ -494,15 +495,15 @@ def test_a_portable_payload_is_packed_for_the_engine(make_rig: Make) -> None:
 def test_a_chunk_is_there_only_when_every_rank_has_it(make_rig: Make) -> None:
     rig = make_rig(ranks=2)
     tokens = prompt(128)
-    second = rig.workers[1]._transfers
-    real = second.begin_store
-    second.begin_store = lambda store, client, cost: None  # type: ignore[method-assign]
+    second = rig.workers[1]._transfers.stores
+    real = second.begin
+    second.begin = lambda store, client, cost: None  # type: ignore[method-assign]
     rig.ask(tokens)
     rig.settle()
     rig.reset()
     assert rig.state()["host"]["num_objects"] == 4
     assert rig.ask(tokens) == 0, "one rank alone has it"
-    second.begin_store = real  # type: ignore[method-assign]
+    second.begin = real  # type: ignore[method-assign]
     rig.reset()
     rig.ask(tokens)
     rig.settle()
@@ -519,7 +520,7 @@ def test_a_chunk_is_there_only_when_every_rank_has_it(make_rig: Make) -> None:
 def test_stores_are_dropped_under_pressure_and_loads_are_not(
     make_rig: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfers_module, "MAX_WAITING_STORES", 3)
+    monkeypatch.setattr(stores_module, "MAX_WAITING_STORES", 3)
     rig = make_rig()
     worker, load = stored(rig, 128)
     copier = slow(rig)
@@ -546,7 +547,7 @@ def test_doubtful_steps_store_nothing_and_the_next_ones_do(make_rig: Make) -> No
     worker, load = stored(rig, 128)
     assert worker._num_in_flight == 2
     begun: list[Store] = []
-    worker._transfers.begin_store = (  # type: ignore[method-assign]
+    worker._transfers.stores.begin = (  # type: ignore[method-assign]
         lambda store, client, cost: begun.append(store)
     )
     store = Store(bytes(32), [bytes([9] * 32)], 0, [40, 41])
@@ -668,7 +669,7 @@ def test_a_node_that_has_gone_is_missed_though_nothing_is_asked(make_rig: Make) 
         rig.step()
         assert name in rig.scheduler.requests, "it has ended before"
         for worker in rig.workers:
-            assert all(job.ended.wait(TIMEOUT_S) for job in worker._transfers._jobs)
+            assert all(job.ended.wait(TIMEOUT_S) for job in worker._transfers.stores._jobs)
         for link in (rig.side._lookups._link, *(worker._link for worker in rig.workers)):
             if (attaching := link._thread) is not None:
                 attaching.join(TIMEOUT_S)

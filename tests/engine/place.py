@@ -13,7 +13,7 @@ from typing import Any
 from tests.engine.engine import NEW_TOKENS, Answer, Engine
 from tests.engine.service import Serviced
 
-from kvstrata.objects import object_id
+from kvstrata.header import object_id
 from kvstrata.testing.engine import CONNECTOR
 from kvstrata.testing.workplace import wait_ready
 
@@ -42,6 +42,7 @@ class Place(Serviced):
         environment: Mapping[str, str] | None = None,
         model: Path | None = None,
         settings: Mapping[str, Any] | None = None,
+        connector: Mapping[str, str] = CONNECTOR,
         fresh: bool = False,
         new_tokens: int = NEW_TOKENS,
         **options: Any,
@@ -49,7 +50,7 @@ class Place(Serviced):
         """Begin to start an engine; the first one with KVStrata starts the node."""
         if with_kvstrata:
             options["kv_transfer_config"] = {
-                **CONNECTOR,
+                **connector,
                 "kv_connector_extra_config": {**self._settings, **(settings or {})},
             }
         log = self.folder / f"engine-{len(self._engines)}-{os.urandom(2).hex()}.log"

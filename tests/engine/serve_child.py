@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support.products import make_products_fast
+
 Reply = dict[str, Any]
 
 
@@ -27,6 +29,7 @@ class Child:
         import vllm
         from vllm.config import KVEventsConfig
 
+        make_products_fast()
         self._vllm = vllm
         if events := options.pop("kv_events_config", None):
             options["kv_events_config"] = KVEventsConfig(**events)

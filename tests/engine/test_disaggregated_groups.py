@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.engine.engine import CHUNK, Engine, Prompt, request
 from tests.engine.kinds import ALWAYS, KINDS, NEW, Kind
-from tests.engine.place import Place
+from tests.engine.place import Place, eventually
 from tests.engine.plain import Texts
 from tests.engine.servers import HOST, free_port
 from tests.engine.test_parallel import detached
@@ -19,7 +19,6 @@ from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER, prefill_elsewhere
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 LENGTHS = (90, 130, 300, 700, 1100)
-TRIES = 3
 
 
 class Sides:
@@ -115,11 +114,12 @@ def test_the_same_tokens_as_one_engine_alone(
         sides.both_at_once if way == "both at once" else sides.one_after_the_other
     )
     for prompt, allowed in prompts:
-        for _ in range(TRIES):
+
+        def loaded(prompt: Prompt = prompt, allowed: set[tuple[int, ...]] = allowed) -> bool:
             sides.forget()
             assert tuple(ask(prompt)) in allowed
-            if sides.loaded(prompt) == sides.handed_over(prompt):
-                break  # else the machine stood still for as long as a peer is waited for
-        else:
-            raise AssertionError(f"of {len(prompt)} tokens not all were loaded")
+            return sides.loaded(prompt) == sides.handed_over(prompt)
+
+        # More than once: where the machine stood still for as long as a peer is waited for.
+        eventually(loaded, f"of {len(prompt)} tokens all are loaded")
     sides.check()

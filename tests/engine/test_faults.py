@@ -24,7 +24,8 @@ from tests.engine.place import Place, eventually
 from tests.engine.plain import Texts
 
 from kvstrata.errors import KVStrataError, NodeUnavailable, UsageError
-from kvstrata.objects import HEADER_BYTES, object_id
+from kvstrata.header import object_id
+from kvstrata.objects import HEADER_BYTES
 from kvstrata.testing import models
 from kvstrata.wire.client import NodeClient
 

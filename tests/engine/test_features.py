@@ -158,7 +158,13 @@ def test_a_reset_while_loads_run(tiny_llama: Path, texts: Texts) -> None:
         engine.forget()
         with place.stopped_at_load(engine):
             engine.call("add", requests=[request(prompt, 8)])
-            assert engine.call("step", count=5)["unfinished"], "it waits for its load"
+
+            def waits() -> bool:
+                assert engine.call("step", count=1)["unfinished"]
+                blocks = engine.call("blocks")
+                return bool(blocks["free"] < blocks["all"])
+
+            eventually(waits, "it waits for its load")
             assert not engine.call("try_reset")["done"], "which holds blocks"
         (output,) = engine.call("finish")["outputs"].values()
         loaded = place.last_record(len(prompt) + 8)["loaded_tokens"]

@@ -19,7 +19,8 @@ from tests.engine.engine import CHUNK, Engine, Prompt, request
 from tests.engine.place import Place, eventually
 from tests.engine.plain import Texts
 
-from kvstrata.objects import HEADER_BYTES, object_id
+from kvstrata.header import object_id
+from kvstrata.objects import HEADER_BYTES
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

@@ -20,7 +20,7 @@ from kvstrata.config import load_config
 from kvstrata.wire.client import NodeClient
 from kvstrata.wire.launch import connect
 
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from pathlib import Path
 from tests.support.nodes import NAMESPACE, ORDER
 
 from kvstrata.config import Config, load_config
+from kvstrata.header import NOBODY
 from kvstrata.keys import KeyChain
-from kvstrata.objects import HEADER_BYTES, NOBODY, checksum
+from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 from kvstrata.wire.launch import connect

@@ -1,18 +1,19 @@
 """Random histories of several processes on one node, against a dictionary of what was committed.
 
 Objects have several sizes, two slower tiers have gates that may be shut, loads may have a target,
-and a match may be under way while others are served. Processes die, their connections are dropped,
-requests are aborted, and nodes are started again over what the tiers keep.
+and a match or a commit may be under way while others are served: all slices are as short as they
+can be. Processes die, their connections are dropped, requests are aborted, and nodes are started
+again over what the tiers keep.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -50,7 +51,9 @@ from kvstrata.node import answering, matching
 from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.common import slices
 from kvstrata.node.node import Node
-from kvstrata.node.service import calls
+from kvstrata.node.operating import clearing
+from kvstrata.node.service import calls, movement, write_behind
+from kvstrata.node.slots import reservations as reserving
 from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.objects import HEADER_BYTES, checksum, decode
 from kvstrata.observe.counters import Counters
@@ -77,6 +80,7 @@ OWNERS = [b"a" * 16, b"b" * 16]
 OWNER_OF = {key: OWNERS[number % 2] for number, prompt in enumerate(PROMPTS) for key in prompt}
 DEADLINE_S = 5.0
 Name = tuple[bytes, int]
+R = TypeVar("R")
 
 prompts = st.sampled_from(PROMPTS)
 processes = st.integers(0, 2)
@@ -96,6 +100,12 @@ class Lasting(GatedTier):
 
     def close(self) -> None:
         pass
+
+
+async def whenever(ask: Callable[[], R | Awaitable[R]]) -> R:
+    """An answer, at once or later."""
+    answer = ask()
+    return await answer if isinstance(answer, Awaitable) else answer
 
 
 @dataclass
@@ -168,6 +178,15 @@ class Histories(RuleBasedStateMachine):
         self.patches.setattr(matching, "SLICE_OBJECTS", 3)
         self.patches.setattr(matching, "SLICE", 2)
         self.patches.setattr(answering, "SLICE", 2)
+        self.patches.setattr(matching, "SLICE_STARTS", 1)
+        self.patches.setattr(clearing, "SLICE", 1)
+        self.patches.setattr(movement, "CALL_OFF_SLICE", 1)
+        for module, names in (
+            (reserving, ["GRANT_SLICE", "FINISH_SLICE", "TOUCH_SLICE"]),
+            (write_behind, ["ADD_SLICE", "STRIKE_SLICE", "TOUCH_SLICE"]),
+        ):
+            for name in names:
+                self.patches.setattr(module, name, 1)
         self.patches.setattr(slices, "HOLD_S", 0.0)
         self.patches.setattr(calls, "GRACE_S", 0.01)
         self.loop = asyncio.new_event_loop()
@@ -193,6 +212,7 @@ class Histories(RuleBasedStateMachine):
         self.open_reservations: list[Reserved] = []
         self.open_matches: list[Matching] = []
         self.clears: list[asyncio.Future[int]] = []
+        self.commits: list[asyncio.Future[p.Done]] = []
 
         async def make() -> Node:
             counters = Counters()
@@ -228,6 +248,7 @@ class Histories(RuleBasedStateMachine):
         async def answered() -> None:
             await asyncio.gather(*self.clears, return_exceptions=True)
             await asyncio.gather(*[one.answer for one in self.open_matches])
+            await asyncio.gather(*self.commits)
 
         self.run(answered())
         self.tick(0)
@@ -256,7 +277,7 @@ class Histories(RuleBasedStateMachine):
         cost = 0.1 * len(prefix) if first else 0.0
         owner, keys = OWNER_OF[prompt[0]], b"".join(prefix)
         request = p.Reserve(1, NAMESPACE, keys, first, part, form, cost, "", owner)
-        reserved = at_once(self.node.reserve(me, request))
+        reserved = self.run(whenever(lambda: self.node.reserve(me, request)))
         offsets = list(offsets_of(reserved.offsets))
         if max(offsets) < 0:
             return None
@@ -273,16 +294,26 @@ class Histories(RuleBasedStateMachine):
         self.open_reservations.append(taken)
         return taken
 
-    @rule(taken=consumes(reservations), written=st.lists(st.booleans(), min_size=4, max_size=4))
-    def end_storing(self, taken: Reserved | None, written: list[bool]) -> None:
+    @rule(
+        taken=consumes(reservations),
+        written=st.lists(st.booleans(), min_size=4, max_size=4),
+        wait=st.booleans(),
+    )
+    def end_storing(self, taken: Reserved | None, written: list[bool], wait: bool) -> None:
         if taken is not None and taken in self.open_reservations and self.may_use(taken):
-            self.commit(taken, written)
+            self.commit(taken, written, wait)
 
     def may_use(self, taken: Reserved | Matching) -> bool:
         """Whether the connection that it came by still stands."""
         return any(taken.client is one.client for one in self.processes)
 
-    def commit(self, taken: Reserved, written: list[bool]) -> None:
+    def commit(
+        self,
+        taken: Reserved,
+        written: list[bool],
+        wait: bool = True,
+        clear_after: int | None = None,
+    ) -> None:
         self.open_reservations.remove(taken)
         sums = []
         count = 0
@@ -300,21 +331,53 @@ class Histories(RuleBasedStateMachine):
                     if not one.number and name in one.valid:
                         one.valid[name].add(data)
 
-        async def commit() -> p.Done:
-            request = p.Commit(1, taken.number, b"".join(sums))
-            done: p.Done = at_once(self.node.commit(taken.client, request))
+        request = p.Commit(1, taken.number, b"".join(sums))
+
+        async def begin() -> asyncio.Future[p.Done]:
+            done = asyncio.ensure_future(whenever(lambda: self.node.commit(taken.client, request)))
+            await asyncio.sleep(0)
             assert at_once(self.node.commit(taken.client, request)).count == 0
+            if clear_after is not None:
+                for _ in range(clear_after):
+                    await asyncio.sleep(0)
+                self.clears.append(asyncio.ensure_future(clear(self.node, Client("pid 2"))))
+                await asyncio.sleep(0)
             return done
 
-        assert self.run(commit()).count == count
+        done = self.run(begin())
+        if clear_after is not None:
+            self.note_clear(set(ALL), [])
+        if wait:
+            assert self.run(done).count == count
+        else:
+            self.commits.append(done)
 
     @rule(process=processes, prompt=prompts, parts=parts_, order=some_order)
     def store(self, process: int, prompt: list[bytes], parts: list[int], order: str) -> None:
         """All of a prompt, reserved and committed at once."""
+        self.store_parts(process, prompt, parts, order)
+
+    @rule(process=processes, prompt=prompts, part=st.integers(0, 1))
+    def begin_to_commit(self, process: int, prompt: list[bytes], part: int) -> None:
+        """The same, and others are served before the commit has ended."""
+        self.store_parts(process, prompt, [part], ORDER, wait=False)
+
+    @rule(process=processes, prompt=prompts, part=st.integers(0, 1), turns=st.integers(0, 9))
+    def clear_amid_a_commit(self, process: int, prompt: list[bytes], part: int, turns: int) -> None:
+        """Nothing of it is found, wherever the commit had come to."""
+        taken = self.reserve(process, prompt, 0, 4, part, ORDER)
+        if taken is not None:
+            self.commit(taken, [True] * 4, wait=False, clear_after=turns)
+            self.flush()
+            self.wait_for(self.match(process, prompt, [part], ORDERS))
+
+    def store_parts(
+        self, process: int, prompt: list[bytes], parts: list[int], order: str, wait: bool = True
+    ) -> None:
         for part in parts:
             taken = self.reserve(process, prompt, 0, 4, part, order)
             if taken is not None:
-                self.commit(taken, [True] * 4)
+                self.commit(taken, [True] * 4, wait)
 
     # reading
 
@@ -482,18 +545,20 @@ class Histories(RuleBasedStateMachine):
     )
     def clear(self, chosen: list[bytes] | None, tiers: list[str]) -> None:
         """Nothing of it is found from now on in these tiers, even where one hangs."""
-        gone = set(ALL if chosen is None else chosen)
-        for taken in self.open_reservations:
-            taken.cleared |= gone
-        for name in NBYTES if not tiers else ():
-            if name[0] in gone and (versions := self.model.pop(name, None)):
-                self.undead.setdefault(name, set()).update(versions)
+        self.note_clear(set(ALL if chosen is None else chosen), tiers)
 
         async def begin() -> asyncio.Future[int]:
             return asyncio.ensure_future(clear(self.node, Client("pid 2"), chosen, tiers))
 
         self.clears.append(self.run(begin()))
         self.tick(3)
+
+    def note_clear(self, gone: set[bytes], tiers: list[str]) -> None:
+        for taken in self.open_reservations:
+            taken.cleared |= gone
+        for name in NBYTES if not tiers else ():
+            if name[0] in gone and (versions := self.model.pop(name, None)):
+                self.undead.setdefault(name, set()).update(versions)
 
     @rule(count=st.integers(1, 20))
     def tick(self, count: int) -> None:
@@ -505,6 +570,9 @@ class Histories(RuleBasedStateMachine):
 
         self.run(turns())
         self.harvest()
+        for commit in [one for one in self.commits if one.done()]:
+            self.commits.remove(commit)
+            commit.result()
         for done in [one for one in self.clears if one.done()]:
             self.clears.remove(done)
             with contextlib.suppress(TierUnavailable):

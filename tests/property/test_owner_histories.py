@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import pytest
@@ -41,6 +41,9 @@ class Watcher:
         self.histories = histories
 
     def entered(self, tier: str, key: bytes, part: int) -> None:
+        pass
+
+    def found(self, tier: str, names: Sequence[Name]) -> None:
         pass
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tests.support.insides import CHUNK, Engine
 from tests.support.nodes import arrive, clear, flush, make_node, owned, until
 
+from kvstrata.header import NOBODY
 from kvstrata.node.node import Node
-from kvstrata.objects import NOBODY
 from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.marks import UNKNOWN
 from kvstrata.wire import protocol as p

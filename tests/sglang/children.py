@@ -98,6 +98,16 @@ class Answer(NamedTuple):
     cached: int
     loaded: int
 
+    def like(self, other: Answer) -> bool:
+        """Whether both say the same, however they came about.
+
+        Where a CPU has AMX, SGLang alone rounds otherwise when less is computed at once, or when
+        its KV lies elsewhere: up to 0.0009 were seen.
+        """
+        most = 0.005 if "amx_tile" in Path("/proc/cpuinfo").read_text() else 0.0
+        pairs = zip(self.logprobs, other.logprobs, strict=True)
+        return self.tokens == other.tokens and all(abs(a - b) <= most for a, b in pairs)
+
 
 class Server:
     """An SGLang that answers HTTP; begins to start at once.

@@ -143,6 +143,12 @@ class Place(Serviced):
         assert not {name for name in counters if name.startswith("bugs_")}
 
 
+def disk(folder: Path) -> dict[str, str]:
+    """Options of a disk tier. It has no codec, for a read is over sooner than a compiler, and which
+    disk `exact` takes for a slow one depends on how busy it is."""
+    return {"disk.path": str(folder), "disk.capacity": "1GiB", "disk.codec": "raw"}
+
+
 def eventually(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Return as soon as it holds; fail when it does not for this long."""
     deadline = time.monotonic() + timeout_s

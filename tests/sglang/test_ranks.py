@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tests.engine.plain import Texts
-from tests.sglang.place import Place, await_stored, eventually, pages
+from tests.sglang.place import Place, await_stored, disk, eventually, pages
 
 from kvstrata.testing import models
 from kvstrata.testing.workplace import wait_ready
@@ -27,9 +27,8 @@ def test_both_ranks_hit_and_both_take_the_shorter_prefix(
     tiny_llama: Path, tmp_path: Path, texts: Texts
 ) -> None:
     (prompt,) = texts.of(1000)
-    disk = {"disk.path": str(tmp_path), "disk.capacity": "1GiB"}
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
-    with Place(tiny_llama, disk) as place:
+    with Place(tiny_llama, disk(tmp_path)) as place:
         server = place.server({"tp-size": 2}, {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(cores)})
         server.wait()
         with await_stored(place.node, 2 * 256):
@@ -51,7 +50,7 @@ def test_both_ranks_hit_and_both_take_the_shorter_prefix(
         place.await_hits(server)
         server.flush()
         short = server.ask(prompt)
-        assert short.loaded == short.cached == 256
+        assert short.loaded == short.cached == 256, place.node.status()["requests"][-2:]
         assert short.tokens == whole.tokens
         eventually(lambda: len(files(tmp_path, 1)) == len(files(tmp_path, 0)), "it is stored again")
         server.flush()

@@ -21,8 +21,8 @@ def test_it_answers_alike_cold_and_out_of_its_own_cache(plain: Server, texts: Te
         plain.flush()
         again = plain.ask(prompt)
         assert (cold.cached, warm.cached, again.cached) == (0, pages(len(prompt)), 0)
-        assert warm.tokens == again.tokens == cold.tokens
-        assert warm.logprobs == again.logprobs == cold.logprobs
+        assert warm.like(cold)
+        assert again[:2] == cold[:2]
     assert "Traceback" not in plain.said
 
 
@@ -37,7 +37,8 @@ def test_it_answers_alike_out_of_its_own_storage(
     with_files.flush()
     loaded = with_files.ask(prompt)
     assert loaded.cached == loaded.loaded == pages(len(prompt))
-    assert loaded[:2] == cold[:2] == plain.ask(prompt)[:2]
+    assert loaded.like(cold)
+    assert plain.ask(prompt)[:2] == cold[:2]
     assert "Traceback" not in with_files.said
 
 

@@ -12,10 +12,11 @@ from tests.support.nodes import NAMESPACE, arrive, at_once, chunk_keys, until
 
 from kvstrata.codecs.base import Payload
 from kvstrata.config import load_config
+from kvstrata.header import object_id
 from kvstrata.layout import LayerGroup, native_order
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
-from kvstrata.objects import HEADER_BYTES, checksum, decode, object_id
+from kvstrata.objects import HEADER_BYTES, checksum, decode
 from kvstrata.testing.codecs import kv_like
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of

@@ -90,9 +90,6 @@ from kvstrata.wire import protocol
 name, *numbers = sys.argv.pop(1).split()
 kvstrata.__version__ = name
 protocol.PROTOCOL_VERSION, peers.PEER_VERSION, objects.FORMAT_VERSION = map(int, numbers)
-if objects.FORMAT_VERSION == 1:
-    nothing = bytes(objects._SINCE_2.size)
-    objects.ObjectHeader.encode = lambda header: header._page(1, nothing)
 from kvstrata.cli import main
 main()
 """

@@ -12,6 +12,7 @@ from tests.support.nodes import NAMESPACE, ORDER, arrive, payload, release, stor
 
 from kvstrata.codecs import codec_named
 from kvstrata.codecs.base import Payload
+from kvstrata.header import SEALED_BYTES, ObjectHeader
 from kvstrata.node.coding.recoding import (
     encoded_object,
     restored_object,
@@ -22,15 +23,7 @@ from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
-from kvstrata.objects import (
-    HEADER_BYTES,
-    SEALED_BYTES,
-    ObjectHeader,
-    checksum,
-    decode,
-    stored_bytes,
-    verify_object,
-)
+from kvstrata.objects import HEADER_BYTES, checksum, decode, encode, stored_bytes, verify_object
 from kvstrata.testing.codecs import kv_like
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
@@ -72,7 +65,7 @@ def an_object(raw: bytes, **changes: object) -> memoryview:
     }
     header = ObjectHeader(**{**fields, **changes})  # type: ignore[arg-type]
     data = memory(stored_bytes(len(raw)))
-    data[:HEADER_BYTES] = header.encode()
+    data[:HEADER_BYTES] = encode(header)
     data[HEADER_BYTES : HEADER_BYTES + len(raw)] = raw
     return data
 
@@ -117,7 +110,7 @@ def forged(data: memoryview, **changes: object) -> memoryview:
     there[:] = data
     payload = there[HEADER_BYTES : HEADER_BYTES + header.stored_length]
     fields = {"stored_checksum": checksum(payload), **changes}
-    there[:HEADER_BYTES] = msgspec.structs.replace(header, **fields).encode()
+    there[:HEADER_BYTES] = encode(msgspec.structs.replace(header, **fields))
     return there
 
 

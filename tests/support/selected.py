@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from kvstrata.codecs.base import Payload
+from kvstrata.header import ObjectHeader
 from kvstrata.layout import ITEM_BYTES, WORDS, Bytes
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, stored_bytes
+from kvstrata.objects import HEADER_BYTES, checksum, encode, stored_bytes
 from kvstrata.selection import kept as k
 from kvstrata.selection.kept import Kept
 from kvstrata.testing.codecs import kv_like
@@ -82,6 +83,6 @@ def an_object(kept: Kept, rows: int = 0, **changes: object) -> memoryview:
     }
     header = ObjectHeader(**fields)  # type: ignore[arg-type]
     buffer = memoryview(mmap.mmap(-1, stored_bytes(len(raw))))
-    buffer[:HEADER_BYTES] = header.encode()
+    buffer[:HEADER_BYTES] = encode(header)
     buffer[HEADER_BYTES : HEADER_BYTES + len(raw)] = raw.tobytes()
     return buffer

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.engine.plain import Texts
+from tests.support.products import make_products_fast
 
 from kvstrata.testing import models
 
@@ -28,6 +29,7 @@ if _INSTALLED:
 
     # Threads that wait for each other lose more than they gain where tests share the cores.
     torch.set_num_threads(1)
+    make_products_fast()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

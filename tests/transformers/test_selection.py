@@ -21,7 +21,7 @@ from kvstrata.connectors.transformers import wishes
 from kvstrata.connectors.transformers.ragged import cache_of
 from kvstrata.errors import Incompatible, UsageError
 from kvstrata.keys import KeyChain
-from kvstrata.objects import HEADER_BYTES, decode
+from kvstrata.objects import HEADER_BYTES, decode, encode
 from kvstrata.selection import kept as k
 from kvstrata.selection.kept import Kept
 from kvstrata.testing.workplace import wait_ready
@@ -413,7 +413,7 @@ def test_a_slot_that_holds_something_else_is_a_miss(
             "another object": {"key": b"k" * 32},
         }
         changes = changed[what]
-        node.pool.view(offset, HEADER_BYTES)[:] = replace(header, **changes).encode()
+        node.pool.view(offset, HEADER_BYTES)[:] = encode(replace(header, **changes))
     node.release(matched.lease)
     assert greedy(model, prompt, NEW) == answer
     assert attached.last.selected == "made"

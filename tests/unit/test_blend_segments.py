@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstrata.blend import Rule
 from kvstrata.blend.prompts import build
 from kvstrata.blend.segments import MAX_SEGMENTS, asked, named, separated
 from kvstrata.errors import UsageError
@@ -23,6 +24,8 @@ ROOT = Path(__file__).parents[2]
         {"segments": [[0, 20], [30, 90]]},
         {"separator": "\n\n# ", "plan": "edges"},
         {"segments": [[0, 20]], "plan": "deviation", "ratio": 0.3},
+        {"segments": [[0, 20]], "plan": "deviation", "ratio": 0.3, "bound": 0.5},
+        {"segments": [[0, 20]], "plan": "share"},
         {"segments": [[0, 20]], "quality": "kl <= 0.02"},
         {"segments": "auto", "plan": "edges"},
         {"segments": [[5, 5]]},  # refused where the prompt is known
@@ -52,6 +55,11 @@ def test_what_may_be_said(value: Any) -> None:
         ({"segments": [[0, 9]], "ratio": 0.5}, "a plan with ratio"),
         ({"segments": [[0, 9]], "plan": "edges", "ratio": 1.5}, "<= 1.0"),
         ({"segments": [[0, 9]], "plan": "edges", "ratio": float("nan")}, ">= 0.0"),
+        ({"segments": [[0, 9]], "bound": 0.5}, "the plan deviation with bound"),
+        ({"segments": [[0, 9]], "plan": "share", "bound": 0.5}, "the plan deviation with bound"),
+        ({"segments": [[0, 9]], "quality": "kl <= 1", "bound": 1}, "the plan deviation with bound"),
+        ({"segments": [[0, 9]], "plan": "deviation", "bound": 1.5}, "<= 1.0"),
+        ({"segments": [[0, 9]], "plan": "deviation", "bound": "kl <= 1"}, "Expected `float"),
         ({"segments": [[0, 9]], "plan": "edges", "quality": "kl <= 1"}, "either plan or quality"),
         ({"segments": [[0, 9]], "quality": "k" * 129}, "length <= 128"),
         ({"separator": ""}, "length >= 1"),
@@ -62,6 +70,22 @@ def test_what_may_be_said(value: Any) -> None:
 def test_what_is_refused_says_why(value: Any, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         asked(value)
+
+
+@pytest.mark.parametrize(
+    ("more", "rule"),
+    [
+        ({"plan": "edges"}, Rule("edges", 0.15)),
+        ({"plan": "deviation", "ratio": 0.3}, Rule("deviation", 0.3)),
+        # What says itself how many is cut off where a ratio says so, and nowhere else.
+        ({"plan": "deviation", "bound": 0.4}, Rule("deviation", 1.0, 0.4)),
+        ({"plan": "deviation", "bound": 0.4, "ratio": 0.2}, Rule("deviation", 0.2, 0.4)),
+        ({"plan": "share"}, Rule("share", 1.0)),
+        ({"plan": "share", "ratio": 0.1}, Rule("share", 0.1)),
+    ],
+)
+def test_what_a_plan_goes_by_where_it_does_not_say(more: dict[str, Any], rule: Rule) -> None:
+    assert asked({"segments": "auto", **more}).rule == rule
 
 
 def test_a_record_is_short_whatever_was_said() -> None:
@@ -121,6 +145,8 @@ def test_a_built_prompt_names_its_texts_where_they_are() -> None:
     found = ["".join(map(chr, ids[start:stop])) for start, stop in blend["segments"]]
     assert found == texts[:3]
     assert "".join(map(chr, ids[1:])) == "".join(texts)  # the two stars are not merged
+    (_, params) = build(Letters(), texts, plan="deviation", bound=0.4)
+    assert asked(params["kvstrata"]["blend"]).bound == 0.4
     assert build(Letters(), ["Which?"])[1] == {}
     assert build(Letters(), ["a" * 20, "?"], start=[])[1]["kvstrata"]["blend"]["segments"] == [
         [0, 20]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.nodes import (
@@ -34,6 +35,10 @@ class Mirror:
 
     def entered(self, tier: str, key: bytes, part: int) -> None:
         self.held[tier].add((key, part))
+
+    def found(self, tier: str, names: Sequence[tuple[bytes, int]]) -> None:
+        assert self.held[tier].isdisjoint(names)
+        self.held[tier].update(names)
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         self.held[tier].remove((key, part))
@@ -100,3 +105,26 @@ def test_what_a_tier_has_lost(tmp_path: Path) -> None:
         mirror.check()
 
     on_node(test, tier=tier)
+
+
+def test_what_a_scan_finds(tmp_path: Path) -> None:
+    async def fill(node: Node) -> None:
+        me = Client("pid 1")
+        for prompt in range(3):
+            store(node, me, chunk_keys(3, prompt))
+        await flush(node, me)
+
+    async def test(node: Node) -> None:
+        mirror, backing = Mirror(node), owned(node)
+        gone, *others = sorted(key for prompt in range(3) for key in chunk_keys(3, prompt))
+        await until(lambda: backing.state == "ok")
+        mirror.check()
+        assert node.counters.get("entered_objects_total", tier=backing.name) == 9
+        directory = node.operations.directory
+        assert directory.after([backing.name], b"", 9) == [gone, *others]
+        await clear(node, Client("pid 1"), keys=[gone])
+        assert directory.after([backing.name], b"", 9) == others
+        mirror.check()
+
+    on_node(fill, tier=DiskTier(tmp_path))
+    on_node(test, tier=DiskTier(tmp_path))

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstrata.header import MARK_BYTES
 from kvstrata.keys import KeyChain
 from kvstrata.node.common.children import MAX_ALIKE, Child, Children
-from kvstrata.objects import MARK_BYTES
 
 CHUNK = 64
 CHAIN = KeyChain(bytes(32), bytes(32), CHUNK)

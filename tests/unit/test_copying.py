@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tests.support.working import ask, begun, done, ended, packed
 from kvstrata.errors import TierUnavailable, UsageError
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
+from kvstrata.node.operating.copying import AT_ONCE
 from kvstrata.objects import HEADER_BYTES, stored_bytes
 from kvstrata.parts import identity
 from kvstrata.testing.servers.redis import RedisServer, installed
@@ -275,6 +276,68 @@ def test_no_more_than_a_tier_may_hold() -> None:
     on_node(test, tier=MemoryTier(), slots=20, tier_slots=4)
 
 
+def test_a_prompt_that_is_moved_has_no_hole_at_any_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A chunk that is slow to come keeps those behind it where they are, though they have come."""
+    keys = chunk_keys(12)
+
+    async def test(node: Node) -> None:
+        store_small(node, ME, keys)
+        await flush(node, ME)
+        await clear(node, ME, tiers=["memory"])
+        backing, slow = owned(node), asyncio.Event()
+        write, come = backing.write, set[bytes]()
+
+        async def written(key: bytes, *how: Any) -> bool:
+            if key == keys[4]:
+                await slow.wait()
+            stored = await write(key, *how)
+            come.add(key)
+            return stored
+
+        monkeypatch.setattr(backing, "write", written)
+        number = await begun(node, o.Move(1, packed(keys), "host", "memory"))
+        await until(lambda: come == {*keys[:4], *keys[5:8]})
+        for _ in range(20):
+            await asyncio.sleep(0)  # whoever removes something now can do so
+        assert set(node.host.index.keys()) == set(keys[4:])
+        slow.set()
+        assert (await ended(node, number)).failed == 0
+        assert set(backing.index.keys()) == set(keys)
+        assert not len(node.host.index)
+
+    on_node(test, tier=MemoryTier(), slots=20)
+
+
+def test_what_is_cleared_while_others_come_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = chunk_keys(4)
+
+    async def test(node: Node) -> None:
+        store_small(node, ME, keys)
+        await flush(node, ME)
+        await clear(node, ME, tiers=["memory"])
+        backing, slow = owned(node), asyncio.Event()
+        write = backing.write
+
+        async def written(key: bytes, *how: Any) -> bool:
+            if key == keys[0]:
+                await slow.wait()
+            return await write(key, *how)
+
+        monkeypatch.setattr(backing, "write", written)
+        number = await begun(node, o.Move(1, packed(keys), "host", "memory"))
+        await until(lambda: {*keys[1:]} <= set(backing.index.keys()))
+        await clear(node, ME, [keys[2]])
+        slow.set()
+        job = await ended(node, number)
+        assert (job.state, job.failed, job.troubles) == ("done", 0, [])
+        assert set(backing.index.keys()) == {keys[0], keys[1], keys[3]}
+        assert not len(node.host.index)
+
+    on_node(test, tier=MemoryTier())
+
+
 def test_what_does_not_stay_in_one_tier_stays_in_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -302,6 +365,38 @@ def test_what_does_not_stay_in_one_tier_stays_in_the_other(
         assert set(node.host.index.keys()) == {keys[1]}
 
     on_node(test, tier=MemoryTier())
+
+
+def test_two_moves_in_opposite_directions_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk that is in both tiers leaves one of them, whoever is slower to remove it."""
+    keys = chunk_keys(8)
+
+    async def test(node: Node) -> None:
+        store_small(node, ME, keys)
+        await flush(node, ME)
+        backing, slow = owned(node), asyncio.Event()
+        remove = backing.remove
+
+        async def removed(*what: Any) -> bool:
+            await slow.wait()
+            return await remove(*what)
+
+        monkeypatch.setattr(backing, "remove", removed)
+        back = await begun(node, o.Move(1, packed(keys), "memory", "host"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        forth = await ended(node, await begun(node, o.Move(1, packed(keys), "host", "memory")))
+        slow.set()
+        assert (await ended(node, back)).failed == 0
+        here, there = set(node.host.index.keys()), set(backing.index.keys())
+        assert here | there == set(keys)
+        assert not here & there
+        assert forth.failed == AT_ONCE
+        assert "did not stay in memory" in forth.troubles[0]
+        await done(node, o.Move(1, packed(keys), "host", "memory"))
+        assert set(backing.index.keys()) == set(keys)
+
+    on_node(test, tier=MemoryTier(), slots=20)
 
 
 def test_what_is_pinned_does_not_leave_the_tiers_that_keep_pins() -> None:
@@ -384,6 +479,9 @@ def test_watchers_hear_that_it_was_moved() -> None:
 
         def entered(self, tier: str, key: bytes, part: int) -> None:
             self.heard.append((tier, "entered"))
+
+        def found(self, tier: str, names: Sequence[tuple[bytes, int]]) -> None:
+            pass
 
         def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
             self.heard.append((tier, cause.value))

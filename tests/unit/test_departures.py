@@ -16,6 +16,7 @@ from kvstrata.testing.clock import ManualClock
 
 KEYS = [bytes([number]) * 32 for number in range(4)]
 TIERS = ["host", "memory", "disk"]
+COARSER = at_level(0, 1)
 CAUSES = [cause for cause in Cause if cause is not Cause.SPENT]
 
 steps = st.lists(
@@ -24,6 +25,7 @@ steps = st.lists(
         st.tuples(
             st.just("left"), st.sampled_from(KEYS), st.sampled_from(TIERS), st.sampled_from(CAUSES)
         ),
+        st.tuples(st.just("found"), st.sets(st.sampled_from(KEYS)), st.sampled_from(TIERS)),
         st.tuples(st.just("emptied"), st.sampled_from(TIERS)),
     ),
     max_size=40,
@@ -43,6 +45,9 @@ def test_the_last_departure_of_what_is_nowhere(history: list[tuple[object, ...]]
             case ("entered", bytes(key), str(tier)):
                 held[tier].add(key)
                 departures.entered(tier, key, 0)
+            case ("found", set(keys), str(tier)):
+                held[tier] |= keys
+                departures.found(tier, [(key, part) for key in keys for part in (0, COARSER)])
             case ("left", bytes(key), str(tier), Cause() as cause) if key in held[tier]:
                 held[tier].remove(key)
                 last[key] = tier, cause, clock()

@@ -103,6 +103,37 @@ def test_it_is_decided_once_and_not_before_the_tier_was_timed(
     assert choice.name == "exact (lossless)"
 
 
+@pytest.mark.parametrize("family", ["raw", "lossless"])
+def test_raw_objects_are_written_without_asking_a_codec(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], family: str
+) -> None:
+    """Once that is decided; fails where each object goes through a thread for encoding first."""
+
+    async def test(node: Node) -> None:
+        choice = owned(node).choice
+        assert choice is not None
+        assert not choice.always_raw  # nobody knows yet
+        await stores_as(node, family)
+        assert choice.always_raw == (family == "raw")
+        asked.clear()
+        await clear(node, ME)
+        store(node)
+        await flush(node, ME)
+        assert len(asked) == (0 if family == "raw" else 3)
+
+    asked: list[str] = []
+    ask = choosing.Exact.of
+
+    def noting(self: choosing.Exact, weights: str, *others: Any) -> Any:
+        asked.append(weights)
+        return ask(self, weights, *others)
+
+    monkeypatch.setattr(choosing.Exact, "of", noting)
+    decoder(monkeypatch, 10e6 if family == "raw" else 2e9)
+    slow_disk(monkeypatch)
+    on_real_node(test, options)
+
+
 def test_a_broken_codec_leaves_objects_raw(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,7 +225,7 @@ def test_a_disk_that_hangs_while_it_is_timed_is_off(
 
     async def test(node: Node) -> None:
         try:
-            await until(lambda: owned(node).state.startswith("off: no read has ended"))
+            await until(lambda: owned(node).state.startswith("off: no read has ended"), 20.0)
         finally:
             hanging.set()
         await until(lambda: owned(node).state == "ok")

@@ -18,19 +18,14 @@ from tests.support.sealed import (
 )
 
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
+from kvstrata.header import SEALED_BYTES, ObjectHeader
 from kvstrata.node.coding.recoding import (
     checked_object,
     restored_object,
 )
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.coding.sealing import KeyRing
-from kvstrata.objects import (
-    HEADER_BYTES,
-    SEALED_BYTES,
-    ObjectHeader,
-    decode,
-    stored_bytes,
-)
+from kvstrata.objects import HEADER_BYTES, decode, stored_bytes
 
 
 @settings(deadline=None, max_examples=300)

@@ -23,6 +23,7 @@ from tests.support.nodes import (
 
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.errors import TierUnavailable
+from kvstrata.node.coding.recoding import warm_up
 from kvstrata.node.node import Node
 from kvstrata.node.service import calls
 from kvstrata.node.slots.clients import Client
@@ -282,6 +283,7 @@ def test_a_codec(monkeypatch: pytest.MonkeyPatch) -> None:
         gate.set()
         await works_again(node, tier, clock)
 
+    warm_up(Lossless())  # threads that yield to all others take long to compile it
     monkeypatch.setattr(calls, "ENCODE_DEADLINE_S", 0.0)
     monkeypatch.setattr(calls, "half_the_cores", lambda: 2)
     on_hanging_node(test, tier, clock, codec="lossless")

@@ -44,6 +44,35 @@ def test_objects_of_a_chunk_stand_together() -> None:
     index.check_integrity()
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("quota", [None, 3])
+def test_what_a_scan_found_is_entered_as_one_by_one(policy: str, quota: int | None) -> None:
+    dice = random.Random(1)
+    at_once, one_by_one = make(policy), make(policy)
+    for index in (at_once, one_by_one):
+        index.set_quota(b"", quota)
+        put(index, KEYS[0], 0, 1)
+        index.learn(KEYS[0], Whose(b"me", bytes(32)))
+    while one_by_one.used_bytes < CAPACITY - 4:
+        found = [((dice.choice(KEYS), dice.randrange(4)), 1) for _ in range(3)]
+        for (key, part), nbytes in found:
+            if one_by_one.get(key, part) is None:
+                put(one_by_one, key, part, nbytes)
+        assert at_once.adopt(found)
+        at_once.check_integrity()
+        assert at_once.parts().keys() == one_by_one.parts().keys()
+        assert all(dict(at_once.objects(key)) == dict(one_by_one.objects(key)) for key in KEYS)
+        assert at_once.num_objects == one_by_one.num_objects
+        assert at_once.owners.shown() == one_by_one.owners.shown()
+    before = at_once.parts()
+    assert at_once.adopt(found)
+    assert not at_once.adopt([((bytes([9]) * 32, 0), CAPACITY)])
+    assert at_once.parts() == before
+    if policy == "lru":
+        victims = [[index.victim(lambda _: True) for _ in KEYS] for index in (at_once, one_by_one)]
+        assert victims[0] == victims[1]
+
+
 def test_the_bound_is_hard() -> None:
     index = make()
     assert index.claim(CAPACITY)

@@ -34,10 +34,11 @@ from tests.support.nodes import (
 )
 
 from kvstrata.errors import UsageError
+from kvstrata.header import NOBODY
 from kvstrata.node.common.planner import Link
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
-from kvstrata.objects import NOBODY, decode
+from kvstrata.objects import decode
 from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p

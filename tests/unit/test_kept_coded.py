@@ -19,9 +19,10 @@ from kvstrata.codecs.elements import to_float32
 from kvstrata.codecs.kvtc import Kvtc
 from kvstrata.codecs.quantized import INTEGERS, Quantized
 from kvstrata.errors import CorruptObject
+from kvstrata.header import ObjectHeader
 from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object
 from kvstrata.node.coding.scratch import Scratch
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode, stored_bytes
+from kvstrata.objects import HEADER_BYTES, decode, encode, stored_bytes
 from kvstrata.selection import kept as k
 from kvstrata.selection.kept import Kept
 
@@ -111,7 +112,7 @@ def test_frames_fill_what_is_stored(codec: str, what: str) -> None:
     if what == "a frame of no tokens":  # that takes nothing away from the others
         made[HEADER_BYTES + 4 * (2 * 2 + 200) + 4] = 1
     made = made[: HEADER_BYTES + length].ljust(len(made) + HEADER_BYTES, b"\0")
-    made[:HEADER_BYTES] = replace(decode(made), stored_length=length + 1).encode()
+    made[:HEADER_BYTES] = encode(replace(decode(made), stored_length=length + 1))
     made = made[: stored_bytes(length + 1)]
     forged = sealed.forged(memoryview(made))
     with pytest.raises(CorruptObject, match="do not fill"):

@@ -43,12 +43,12 @@ from tests.unit.test_owners import (
 )
 
 from kvstrata.errors import TierUnavailable, UsageError
+from kvstrata.header import NOBODY
 from kvstrata.node.node import Node
 from kvstrata.node.operating.pinning import MAX_CHUNKS_OF_OWNER
 from kvstrata.node.service.ages import EVERY_NS, MAX_DATES, Ages
 from kvstrata.node.service.ledger import SPARE_BYTES, Ledger, Marked, Pin, Quota, Unpin
 from kvstrata.node.service.scrub import scrub
-from kvstrata.objects import NOBODY
 from kvstrata.tiers import journal as journals
 from kvstrata.tiers.base import Epoch
 from kvstrata.tiers.disk.tier import DiskTier

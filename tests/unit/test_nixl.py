@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ import pytest
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.memory.pool import Pool
-from kvstrata.transfer import nixl
+from kvstrata.transfer import nixl, peers
 from kvstrata.transfer.borrowing import Borrower, Line
 from kvstrata.transfer.nixl import Agent, Memory
 from kvstrata.transfer.tcp import Channel
@@ -207,6 +208,54 @@ def test_what_is_late_on_one_line_ends_no_other(owner: Owner, target: Target) ->
         assert target.borrower._agent is agent
 
 
+def test_what_is_read_after_its_loan_may_have_ended_does_not_count(
+    owner: Owner, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert right(target.pull(owner))
+    read = Agent.read
+
+    def stands_still(self: Agent, *args: Any) -> int | None:
+        number = read(self, *args)
+        time.sleep(0.3)
+        while number is not None and not self.done(number):
+            pass
+        return None
+
+    monkeypatch.setattr(Agent, "read", stands_still)
+    monkeypatch.setattr(peers, "LOAN_S", 0.2)
+    with pytest.raises(TimeoutError, match="not come in time"):
+        target.pull(owner)
+    monkeypatch.undo()
+    assert right(target.pull(owner))
+
+
+@pytest.mark.parametrize("way", ["memory"], indirect=True)  # UCX's TCP ends owners in the end
+def test_lines_that_are_hung_up_while_others_borrow_on_them(owner: Owner, target: Target) -> None:
+    ends = time.monotonic() + 2.0
+    good = itertools.count()
+
+    def pull(number: int) -> None:
+        while time.monotonic() < ends:
+            with contextlib.suppress(ConnectionError):
+                words = target.pull(owner, number << 20)
+                assert words[0] == (number << 20) // 8
+                assert right(words)
+                next(good)
+
+    with ThreadPoolExecutor(6) as threads:
+        pulls = [threads.submit(pull, number) for number in range(6)]
+        while time.monotonic() < ends:
+            time.sleep(0.02)
+            line = owner.line()
+            target.borrower.hang_up(line)
+    for one in pulls:
+        one.result()
+    assert next(good) > 5
+    while line.lasts(60.0):
+        time.sleep(0.01)
+    assert right(target.pull(owner))
+
+
 def test_a_line_that_cannot_be_heard_is_an_error(owner: Owner, target: Target) -> None:
     """As where the system has no more descriptors to watch; and nobody waits for ever."""
 
@@ -256,6 +305,78 @@ def test_it_ends_though_a_line_is_hung_up_at_that_moment(owner: Owner, target: T
     closing.join(10.0)
     assert not closing.is_alive()
     assert not line.lasts(60.0)
+
+
+@pytest.fixture
+def unsaid(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The name of an object that nobody answers for: who wants it does not come to say so."""
+    say, name = Line.say, b"unsaid"
+
+    def some(self: Line, *words: peers.Request) -> None:
+        say(self, *(one for one in words if getattr(one, "name", b"") != name))
+
+    monkeypatch.setattr(Line, "say", some)
+    return name
+
+
+@pytest.mark.parametrize("way", ["memory"], indirect=True)
+def test_a_read_that_waits_holds_no_loan_of_others(
+    owner: Owner, target: Target, unsaid: bytes
+) -> None:
+    assert right(target.pull(owner))
+    line = owner.line()
+    with ThreadPoolExecutor(1) as threads:
+        address, deadline = target.pool.address, time.monotonic() + 3.0
+        late = threads.submit(target.borrower.fetch, line, unsaid, address, 8, deadline)
+        while not line.reads:
+            time.sleep(0.01)
+        assert right(target.pull(owner, 1 << 20))
+        while (line.done or line.returned) and not late.done():
+            time.sleep(0.01)
+        assert not late.done()
+        with pytest.raises(TimeoutError):
+            late.result()
+
+
+@pytest.mark.parametrize("way", ["memory"], indirect=True)
+def test_who_comes_after_close_ends_nothing_that_is_under_way(
+    owner: Owner, target: Target, unsaid: bytes
+) -> None:
+    """Its loan would end with the connection, and its bytes would count."""
+    assert right(target.pull(owner))
+    line = owner.line()
+    with ThreadPoolExecutor(2) as threads:
+        address, deadline = target.pool.address, time.monotonic() + 2.0
+        late = threads.submit(target.borrower.fetch, line, unsaid, address, 8, deadline)
+        while not line.reads:
+            time.sleep(0.01)
+        closing = threads.submit(target.borrower.close)
+        while not target.borrower._closed:
+            time.sleep(0.01)
+        with pytest.raises(ConnectionError, match="any more"):
+            target.borrower.fetch(line, b"", address, 8, deadline)
+        assert line.channel._socket.fileno() == line.channel.descriptor
+        with pytest.raises(TimeoutError):
+            late.result()
+        closing.result()
+    assert line.channel._socket.fileno() == -1
+
+
+@pytest.mark.parametrize("way", ["memory"], indirect=True)
+def test_a_line_that_ended_before_it_was_heard_takes_no_other_s_place(
+    owner: Owner, target: Target
+) -> None:
+    ended = owner.line()
+    target.borrower.hang_up(ended)
+    while ended.lasts(60.0):
+        time.sleep(0.01)
+    while ended.channel._socket.fileno() != -1:
+        time.sleep(0.01)
+    while not target.borrower._waits:
+        time.sleep(0.01)
+    target.borrower._new.append(ended)
+    assert owner.line().channel.descriptor == ended.channel.descriptor
+    assert right(target.pull(owner))
 
 
 def test_its_thread_may_end_before_close_does(

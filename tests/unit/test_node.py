@@ -1090,9 +1090,9 @@ class TestClear:
                 return await make_room(nbytes)
 
             backing._make_room = slow  # type: ignore[method-assign]
-            backing.index.claim = lambda nbytes: False  # type: ignore[method-assign]
+            backing.index.adopt = lambda found: False  # type: ignore[method-assign]
             await entered.wait()
-            del backing.index.claim
+            del backing.index.adopt
             tier.inject("clear", Raise(TierUnavailable("no epoch")), times=1)
             with pytest.raises(TierUnavailable):
                 await clear(node, me)

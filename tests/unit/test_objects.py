@@ -12,19 +12,24 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstrata import objects
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
-from kvstrata.objects import (
+from kvstrata.header import (
     CHECKSUM_BYTES,
-    HEADER_BYTES,
     NO_PARENT,
     NOBODY,
     NOT_ENCRYPTED,
     SEALED_BYTES,
     ObjectHeader,
-    checksum,
-    decode,
     object_id,
     split_object_id,
+)
+from kvstrata.objects import (
+    HEADER_BYTES,
+    checksum,
+    decode,
+    encode,
+    page_like,
     stored_bytes,
     verify_object,
 )
@@ -98,7 +103,7 @@ def portable(payload: bytes = PAYLOAD, **changes: Any) -> ObjectHeader:
 
 
 def stored(header: ObjectHeader, payload: bytes = PAYLOAD) -> bytearray:
-    return bytearray((header.encode() + payload).ljust(stored_bytes(len(payload)), b"\0"))
+    return bytearray((encode(header) + payload).ljust(stored_bytes(len(payload)), b"\0"))
 
 
 def sealed(page: bytearray) -> bytes:
@@ -109,7 +114,7 @@ def sealed(page: bytearray) -> bytes:
 
 
 def test_golden() -> None:
-    assert NATIVE.encode() == GOLDEN
+    assert encode(NATIVE) == GOLDEN
     assert decode(GOLDEN) == NATIVE
 
 
@@ -124,7 +129,7 @@ def test_version_1_is_still_read() -> None:
         "marks": b"",
     }
     assert header == msgspec.structs.replace(NATIVE, **since_2)
-    assert decode(header.encode()) == header, "written again it is of version 2"
+    assert decode(encode(header)) == header, "written again it is of version 2"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,7 @@ def test_a_sealed_page_decodes_to_what_encodes_to_it_or_is_refused(changes: dict
         header = decode(whole)
     except (CorruptObject, Incompatible):
         return
-    assert header.encode() == whole
+    assert encode(header) == whole
 
 
 @pytest.mark.parametrize("at", [299, 346, 399, 404, 655, 677, 724, 1023, 1120, 4095, 232])
@@ -327,9 +332,92 @@ def headers(draw: st.DrawFn) -> ObjectHeader:
 
 @given(headers())
 def test_round_trip(header: ObjectHeader) -> None:
-    page = header.encode()
+    page = encode(header)
     assert len(page) == HEADER_BYTES
     assert decode(page) == header
+    assert decode(page) == header, "and again, now that one like it has been seen"
+
+
+VARYING = [*range(64, 136), *range(152, 208), *range(1024, 4096)]
+ZEROS = st.sampled_from([(64, 32), (96, 32), (128, 8), (152, 8), (160, 16), (176, 16), (1024, 12)])
+
+
+@given(headers(), st.dictionaries(st.sampled_from(VARYING), st.integers(0, 255)), st.sets(ZEROS))
+def test_a_page_like_one_before_is_judged_like_any_other(
+    header: ObjectHeader, changes: dict[int, int], zeros: set[tuple[int, int]]
+) -> None:
+    page = bytearray(encode(header))
+    decode(page)
+    for at, nbytes in zeros:
+        page[at : at + nbytes] = bytes(nbytes)
+    for at, value in changes.items():
+        page[at] = value
+    whole = sealed(page)
+
+    def judged() -> ObjectHeader | None:
+        try:
+            return decode(whole)
+        except CorruptObject:
+            return None
+
+    remembered = judged()
+    objects._alike.clear()
+    assert remembered == judged()
+
+
+OPEN = msgspec.structs.replace(NATIVE, encryption_key=NOT_ENCRYPTED)
+
+
+@pytest.mark.parametrize(
+    ("header", "at", "value"),
+    [
+        pytest.param(NATIVE, 128, bytes(8), id="the first chunk with a parent"),
+        pytest.param(OPEN, 152, bytes(8), id="an empty payload"),
+        pytest.param(NATIVE, 152, SEALED_BYTES.to_bytes(8, "little"), id="an empty sealed one"),
+        pytest.param(portable(), 176, bytes(16), id="raw, with two checksums"),
+        pytest.param(portable(), 152, b"\1", id="raw, with two lengths"),
+        pytest.param(
+            portable(group_kind="recurrent", boundary=1), 128, b"\1", id="a state of another place"
+        ),
+    ],
+)
+def test_a_page_like_one_before_may_be_wrong(header: ObjectHeader, at: int, value: bytes) -> None:
+    page = bytearray(encode(header))
+    assert decode(page) == header
+    page[at : at + len(value)] = value
+    with pytest.raises(CorruptObject):
+        decode(sealed(page))
+
+
+@given(
+    st.binary(min_size=32, max_size=32),
+    st.sampled_from([bytes([1]) * 32, NO_PARENT]),
+    st.integers(0, 1 << 40),
+    st.binary(min_size=CHECKSUM_BYTES, max_size=CHECKSUM_BYTES),
+    st.booleans(),
+)
+def test_a_page_made_like_another_is_what_its_header_encodes_to(
+    key: bytes, parent: bytes, start: int, digest: bytes, marked: bool
+) -> None:
+    first = msgspec.structs.replace(
+        NATIVE, codec="raw", codec_parameters=b"", stored_length=NATIVE.raw_length,
+        stored_checksum=NATIVE.raw_checksum, encryption_key=NOT_ENCRYPTED, group_kind="full",
+        boundary=0, marks=b"m" * 96 if marked else b"",
+    )  # fmt: skip
+    start = 0 if parent == NO_PARENT else start + 1
+    marks = key + key + key if marked else b""
+    header = msgspec.structs.replace(
+        first, key=key, parent=parent, start=start, raw_checksum=digest, stored_checksum=digest,
+        marks=marks,
+    )  # fmt: skip
+    assert page_like(encode(first), key, parent, start, digest, marks) == encode(header)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    for number in range(2 * objects.MAX_ALIKE):
+        header = portable(namespace=number.to_bytes(32, "little"))
+        assert decode(encode(header)) == header
+    assert 0 < len(objects._alike) <= objects.MAX_ALIKE
 
 
 @pytest.mark.parametrize(
@@ -381,7 +469,7 @@ def test_what_the_format_does_not_allow_is_not_encoded(
     changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
-        portable(**changes).encode()
+        encode(portable(**changes))
 
 
 def test_object_id_golden() -> None:

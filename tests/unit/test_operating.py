@@ -49,11 +49,12 @@ from tests.support.working import ask, begun, done, ended, packed
 
 from kvstrata.config import load_config
 from kvstrata.errors import Busy, ConfigError, UsageError
+from kvstrata.header import NO_PARENT
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
 from kvstrata.node.operating import draining, lineage
 from kvstrata.node.operating.directory import Directory
-from kvstrata.objects import HEADER_BYTES, NO_PARENT
+from kvstrata.objects import HEADER_BYTES
 from kvstrata.parts import identity
 from kvstrata.testing.servers.redis import RedisServer, installed
 from kvstrata.tiers.faulty import FaultyTier, FlipBit

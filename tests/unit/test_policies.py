@@ -197,6 +197,21 @@ class TestLRU:
         policy.insert(key(next(usual)), NBYTES)
         assert policy.evict(anything) == key(0)
 
+    def test_a_touch_of_many_finds_those_that_stand_apart(self) -> None:
+        """Keys that go first, and those that a walk has passed."""
+        policy = LRU(100 * NBYTES)
+        fill(policy, range(4))
+        policy.insert(key(4), NBYTES, 0.0, -1)
+        policy.insert(key(5), NBYTES, 0.0, -1)
+        policy.touch_all([key(4), key(9)])
+        assert [policy.evict(anything) for _ in range(2)] == [key(5), key(4)]
+        walk = policy.walk()
+        assert [next(walk) for _ in range(2)] == [key(0), key(1)]
+        policy.touch_all([key(0), key(9)])
+        list(walk)
+        policy.check_integrity()
+        assert [policy.evict(anything) for _ in range(4)] == [key(1), key(2), key(3), key(0)]
+
     def test_one_eviction_is_bounded(self) -> None:
         policy = LRU(100 * NBYTES)
         for i in range(4 * ROUNDS_PER_POP):

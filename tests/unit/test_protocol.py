@@ -412,6 +412,9 @@ def test_the_longest_answers_fit_into_a_frame() -> None:
 def test_columns() -> None:
     assert p.split(b"", 32) == []
     assert p.split(bytes(32) + b"\1" * 32, 32) == [bytes(32), b"\1" * 32]
+    for length in (p.BLOCK - 1, p.BLOCK, p.BLOCK + 1, 3 * p.BLOCK):
+        items = [number.to_bytes(32, "big") for number in range(length)]
+        assert p.split(b"".join(items), 32) == items
     with pytest.raises(Incompatible, match="33 bytes is no multiple of 32"):
         p.split(bytes(33), 32)
 

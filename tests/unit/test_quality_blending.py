@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import typer.main
 from tests.support.little_models import byte_pairs, little
 
 from kvstrata import cli
-from kvstrata.blend.others import anchor_weights, high_deviation
+from kvstrata.blend import Rule
 from kvstrata.cli.blend_ways import COMPUTED_LAYERS, KEPT, TEMPERATURES, further, sparse
 from kvstrata.codecs.elements import to_float32
 from kvstrata.errors import UsageError
@@ -23,7 +24,7 @@ from kvstrata.quality.blending.run import measure
 from kvstrata.quality.blending.samples import Sample, Window
 from kvstrata.quality.blending.scores import scored
 from kvstrata.quality.blending.table import BlendTable, load
-from kvstrata.quality.blending.ways import Made, Way, ways
+from kvstrata.quality.blending.ways import BOUNDS, Made, Way, ways
 from kvstrata.quality.models import Model
 from kvstrata.quality.run import held_out_text
 
@@ -173,24 +174,6 @@ class TestPrompts:
         assert (prompt.loaded[1, 1] != prompt.exact[1, 1]).mean() > 0.5
 
 
-class TestOthers:
-    def test_only_high_deviations_are_chosen_and_no_more_than_the_ratio(self) -> None:
-        reused = [range(4, 10), range(20, 24)]
-        spread = np.array([1, 1, 9, 1, 1, 1, 1, 1, 8, 1], np.float32)
-        assert high_deviation(0.5, reused, spread) == [6, 22]
-        assert high_deviation(0.1, reused, spread) == [6]
-        assert high_deviation(0.5, reused, np.ones(10, np.float32)) == []
-        assert high_deviation(0.5, [], np.empty(0, np.float32)) == []
-
-    def test_the_nearest_anchor_counts_most(self) -> None:
-        anchors = np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 10.0]])
-        weights = anchor_weights(np.array([0.0, 0.0]), anchors)
-        assert weights.sum() == pytest.approx(1)
-        np.testing.assert_allclose(weights / weights[0], np.exp([0, -1, -2]), rtol=1e-6)
-        alike = anchor_weights(np.zeros(2), np.zeros((2, 2)))
-        np.testing.assert_allclose(alike, 0.5)
-
-
 def sample(kl: float, computed: float = 0.0) -> Sample:
     return Sample(computed, np.full(4, kl), 0.0, 1.0, [0.5, 0.1], [True, False])
 
@@ -199,12 +182,12 @@ class TestScores:
     def test_gaps_are_shares_of_none_and_of_as_many_random_tokens(self) -> None:
         rows = scored(
             {
-                ("none", 0.0): [sample(0.4), sample(0.2)],
-                ("random", 0.5): [sample(0.2, 0.5), sample(0.1, 0.5)],
-                ("edges", 0.5): [sample(0.1, 0.5), sample(0.05, 0.5)],
+                Rule("none", 0.0): [sample(0.4), sample(0.2)],
+                Rule("random", 0.5): [sample(0.2, 0.5), sample(0.1, 0.5)],
+                Rule("edges", 0.5): [sample(0.1, 0.5), sample(0.05, 0.5)],
                 # Half as many as were measured: between none and half of them, 0.3 and 0.15.
-                ("share", 0.5): [sample(0.15, 0.25), sample(0.075, 0.25)],
-                ("all", 1.0): [sample(0.0, 1.0), sample(0.0, 1.0)],
+                Rule("share", 0.5): [sample(0.15, 0.25), sample(0.075, 0.25)],
+                Rule("all", 1.0): [sample(0.0, 1.0), sample(0.0, 1.0)],
             },
             [[True, False], [True, True]],
         )
@@ -246,15 +229,22 @@ class TestMeasure:
             assert many.computed == pytest.approx(0.5, abs=0.01)
             assert many.kl_mean.value < few.kl_mean.value < table.row("none", 0.0).kl_mean.value
 
+    def test_less_deviation_left_is_more_computed_and_less_wrong(self, table: BlendTable) -> None:
+        rows = [table.row("deviation", 1.0, bound) for bound in BOUNDS]
+        assert sorted(BOUNDS, reverse=True) == list(BOUNDS)
+        for loose, tight in pairwise([table.row("none", 0.0), *rows]):
+            assert loose.computed < tight.computed < 1
+            assert tight.kl_mean.value < loose.kl_mean.value
+        cells = [line for line in markdown(table).splitlines() if "| bound 0.5 |" in line]
+        assert cells[0].startswith("| `deviation` | bound 0.5 |")
+
     def test_kv_seen_behind_other_prefixes_is_nearer_than_one_of_them(
         self, table: BlendTable
     ) -> None:
         assert table.row("anchors", 0.0).closed.value > 0.1
 
     def test_there_is_a_row_for_each_way(self, table: BlendTable) -> None:
-        assert [(row.plan, row.ratio) for row in table.rows] == [
-            (way.plan, way.ratio) for way in ways()
-        ]
+        assert [row.rule for row in table.rows] == [way.rule for way in ways()]
         assert len(table.found) == table.documents == 3
         page = markdown(table)
         assert page.count(" | ".join(HEADINGS)) == 1

@@ -31,20 +31,14 @@ from kvstrata.codecs import codec_named
 from kvstrata.codecs.base import Payload
 from kvstrata.codecs.lossless import Lossless
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
+from kvstrata.header import GROUP_BITS, ObjectHeader
 from kvstrata.layout import LayerGroup, native_order
 from kvstrata.node.coding.recoding import Encoded, encoded_object, restored_object
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.node import Node
 from kvstrata.node.slots.clients import Client
-from kvstrata.objects import (
-    GROUP_BITS,
-    HEADER_BYTES,
-    ObjectHeader,
-    checksum,
-    decode,
-    stored_bytes,
-)
+from kvstrata.objects import HEADER_BYTES, checksum, decode, encode, stored_bytes
 from kvstrata.testing.codecs import as_numbers, kv_like
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
@@ -87,7 +81,7 @@ def an_object(raw: bytes, **changes: object) -> memoryview:
     }
     header = ObjectHeader(**{**fields, **changes})  # type: ignore[arg-type]
     buffer = memoryview(mmap.mmap(-1, stored_bytes(len(raw))))
-    buffer[:HEADER_BYTES] = header.encode()
+    buffer[:HEADER_BYTES] = encode(header)
     buffer[HEADER_BYTES : HEADER_BYTES + len(raw)] = raw
     return buffer
 
@@ -182,7 +176,7 @@ def test_a_lossy_codec_leaves_a_native_tail_alone() -> None:
 def _changed(encoded: Encoded, **changes: object) -> memoryview:
     data = slot(len(encoded.data))
     data[:] = encoded.data
-    data[:HEADER_BYTES] = msgspec.structs.replace(encoded.header, **changes).encode()
+    data[:HEADER_BYTES] = encode(msgspec.structs.replace(encoded.header, **changes))
     return data
 
 
@@ -214,7 +208,7 @@ def test_what_is_refused() -> None:
     cut[HEADER_BYTES] ^= 1
     end = HEADER_BYTES + encoded.header.stored_length
     digest = checksum(cut[HEADER_BYTES:end])
-    cut[:HEADER_BYTES] = msgspec.structs.replace(encoded.header, stored_checksum=digest).encode()
+    cut[:HEADER_BYTES] = encode(msgspec.structs.replace(encoded.header, stored_checksum=digest))
     with pytest.raises(CorruptObject, match="frames end at"):
         restored_object(cut, name, into, None, Scratch(1))
 

@@ -38,7 +38,7 @@ from kvstrata.tiers.redis.tier import RedisTier
 
 pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
 
-SOON_S = 2.0
+SOON_S = 4.0
 """Within which calls end here, so that tests of hanging servers do."""
 
 

@@ -28,6 +28,7 @@ from tests.support.sealed import (
 )
 
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
+from kvstrata.header import NOT_ENCRYPTED, SEALED_BYTES
 from kvstrata.node.coding.recoding import (
     checked_object,
     restored_object,
@@ -35,14 +36,7 @@ from kvstrata.node.coding.recoding import (
 )
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.coding.sealing import MAX_SEALED, KeyRing
-from kvstrata.objects import (
-    HEADER_BYTES,
-    NOT_ENCRYPTED,
-    SEALED_BYTES,
-    checksum,
-    decode,
-    stored_bytes,
-)
+from kvstrata.objects import HEADER_BYTES, checksum, decode, encode, stored_bytes
 
 
 def test_it_is_what_the_format_page_says() -> None:
@@ -78,12 +72,12 @@ def test_what_was_made_by_hand_is_opened() -> None:
         encryption_key=key_id,
         stored_length=len(raw) + 28,
     )
-    page = bytearray(header.encode())
+    page = bytearray(encode(header))
     page[16:32], page[176:200] = bytes(16), bytes(24)
     cipher = AESGCM(blake3(KEY, derive_key_context="KVStrata 1 sealed payloads").digest())
     data = memory(stored_bytes(len(raw) + 28))
     data[4096 : 4096 + len(raw) + 28] = nonce + cipher.encrypt(nonce, raw, bytes(page))
-    data[:4096] = header.encode()
+    data[:4096] = encode(header)
     assert opened(forged(data)) == an_object(raw)
 
 

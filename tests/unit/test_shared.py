@@ -190,6 +190,30 @@ class TestWhatAFleetHas:
 
         of_fleet(test)
 
+    def test_a_hole_that_another_tier_fills_does_not(self) -> None:
+        """Whatever left a hole, the one answer says of the chunks behind it, too."""
+
+        async def test(fleet: Fleet, a: Node, b: Node) -> None:
+            keys = chunk_keys(8)
+            store(a, ME, keys)
+            await flush(a, ME)
+            for node in (a, b):
+                await clear(node, ME, tiers=["host", "memory"])
+            assert await get(b, keys) == [2] * 8
+            await flush(b, ME)
+            await clear(b, ME, [*keys[:3], *keys[4:]], ["memory"])
+            await clear(b, ME, tiers=["host"])
+            name = Where(fleet.current.number, NAMESPACE, ORDER).name(keys[3], 0)
+            assert fleet.objects.delete([name]) == [Outcome.HIT]
+            shared = b.backings[1]
+            assert isinstance(shared, SharedBacking)
+            shared._hints.clear()
+            fleet.asked.clear()
+            assert await get(b, keys) == [2] * 3 + [1] + [2] * 4
+            assert fleet.asked == [16], "in one round"
+
+        of_fleet(test, owned=GatedTier())
+
     def test_all_parts_of_a_chunk_or_none(self) -> None:
         async def test(fleet: Fleet, a: Node, b: Node) -> None:
             keys = chunk_keys(4)
@@ -413,6 +437,31 @@ class TestInTime:
             await clear(b, ME, tiers=["host"])
             b.backings[0]._hints.clear()  # type: ignore[attr-defined]
             assert await get(b, keys) == [2] * 3
+            for node in (a, b):
+                await node.stop(drain_s=1.0)
+
+        asyncio.run(main())
+
+    def test_the_fastest_that_has_it_gives_it_whoever_answers_first(self) -> None:
+        async def main() -> None:
+            first, near, far = fleets = [Fleet(lasts_s=5.0) for _ in range(3)]
+            tiers = [FleetTier(fleet, f"store {i}") for i, fleet in enumerate(fleets)]
+            a, b = [make_member(*tiers, lookup_timeout_s=5.0) for _ in range(2)]
+            await begin(a, b)
+            keys = chunk_keys(4)
+            store(a, ME, keys)
+            await flush(a, ME)
+            where = Where(first.current.number, NAMESPACE, ORDER)
+            first.objects.delete([where.name(key, 0) for key in keys[1:]])
+            first.shut("stat")
+            near.shut("stat")
+            getting = asyncio.ensure_future(get(b, keys))
+            await until(lambda: len(b.backings[2]._hints) == 4)  # type: ignore[attr-defined]
+            first.open()
+            await until(lambda: len(b.backings[0]._hints) == 1)  # type: ignore[attr-defined]
+            near.open()
+            assert await getting == [1, 2, 2, 2]
+            assert far.asked
             for node in (a, b):
                 await node.stop(drain_s=1.0)
 

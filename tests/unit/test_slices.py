@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Generator
+import time
+from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,13 +30,15 @@ from tests.support.nodes import (
 )
 
 from kvstrata.errors import UsageError
+from kvstrata.header import NOBODY
 from kvstrata.node import answering, matching, searching
 from kvstrata.node.common import slices
 from kvstrata.node.common.index import Index
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.node import Node
 from kvstrata.node.operating import clearing
-from kvstrata.node.service import movement, write_behind
+from kvstrata.node.service import movement, scan, write_behind
+from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.slots import leases, reservations
 from kvstrata.node.slots.clients import Client
 from kvstrata.node.slots.slot import offsets_of_rows
@@ -53,6 +57,7 @@ def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "SLICE", 4)
     monkeypatch.setattr(answering, "SLICE", 4)
     monkeypatch.setattr(matching, "SLICE_OBJECTS", 3)
+    monkeypatch.setattr(matching, "SLICE_STARTS", 3)
     monkeypatch.setattr(matching, "SLICE_LOOKUPS", 4)
     monkeypatch.setattr(searching, "SLICE_KEYS", 8)
     monkeypatch.setattr(clearing, "SLICE", 4)
@@ -61,6 +66,9 @@ def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reservations, "KEYS_SLICE", 8)
     monkeypatch.setattr(reservations, "TOUCH_SLICE", 4)
     monkeypatch.setattr(write_behind, "TOUCH_SLICE", 4)
+    monkeypatch.setattr(write_behind, "ADD_SLICE", 3)
+    monkeypatch.setattr(scan, "HOLD_S", 0.0)
+    monkeypatch.setattr(scan, "SLICE", 4)
 
 
 async def later(answer: Any) -> Any:
@@ -256,9 +264,9 @@ def test_a_long_prefix_costs_its_writer_slices_only(monkeypatch: pytest.MonkeyPa
         sizes["touch"].append(len(keys))
         touch(index, keys)
 
-    def noting_rows(rows: Any) -> bytes:
+    def noting_rows(rows: Any, orders: frozenset[str]) -> bytes:
         sizes["rows"].append(len(rows))
-        return listed(rows)
+        return listed(rows, orders)
 
     async def test(node: Node) -> None:
         me = Client(ME)
@@ -308,6 +316,127 @@ def test_a_flush_waits_for_a_commit_that_still_notes_uses() -> None:
         await answer
 
     on_node(test, slots=40, tier=MemoryTier())
+
+
+@pytest.mark.parametrize("how", ["flush", "clear", "some"])
+def test_what_a_commit_has_yet_to_queue_is_on_its_way_too(how: str) -> None:
+    """Fails where a flush or a clear sees only what the slices so far have queued."""
+
+    async def test(node: Node) -> None:
+        me, keys, (behind,) = Client(ME), KEYS[:20], node.movement.behind
+        storing = asyncio.ensure_future(store(node, me, keys))
+        while not behind._adding:
+            await asyncio.sleep(0)
+        assert behind.queued_bytes == 20 * SLOT
+        node.check_integrity()
+        tier = node.backings[0].name
+        if how == "flush":
+            await flush(node, me)
+            assert [node.backings[0].find(key, 0, None) for key in keys] == [SLOT] * 20
+        else:
+            left = {key for key, _ in next(iter(behind._adding)).left}
+            assert keys[0] in left
+            await clear(node, me, keys[:5] if how == "some" else None, [tier])
+        assert await storing == 20
+        await flush(node, me)
+        node.check_integrity()
+        assert not behind.queued_bytes
+        assert all(node.host.get(key, 0) is not None for key in keys)
+        if how != "flush":
+            gone = keys[:5] if how == "some" else keys
+            assert not any(node.backings[0].find(key, 0, None) for key in gone)
+            assert owned(node).index.num_objects == (15 if how == "some" else 0)
+
+    on_node(test, slots=20, tier=GatedTier(), num_threads=1)
+
+
+@pytest.mark.parametrize("tiers", [["host", "memory"], ["memory"]])
+@pytest.mark.parametrize("how", ["all", "some", "owner", "aged"])
+def test_what_a_commit_has_published_is_cleared_before_it_ends(how: str, tiers: list[str]) -> None:
+    """Fails where a commit writes behind what was cleared between two of its slices.
+
+    Or publishes it: ``aged`` fails where only what was committed before is held against its age.
+    """
+
+    async def test(node: Node) -> None:
+        me, keys, gone = Client(ME), KEYS[:20], KEYS[14:20] if how == "some" else KEYS[:20]
+        # So many that the slots of all of them are not given back before the commit ends.
+        assert await store(node, me, chunk_keys(60, 7)) == 60
+        await flush(node, me)
+        storing = asyncio.ensure_future(store(node, me, keys))
+        while node.host.get(keys[-1], 0) is None:
+            await asyncio.sleep(0)
+        assert node.host.get(keys[0], 0) is None
+        request = p.Clear(1, None, tiers)
+        if how == "some":
+            request = p.Clear(1, b"".join(gone), tiers)
+        elif how == "owner":
+            request = p.Clear(1, None, tiers, owner=NOBODY)
+        elif how == "aged":
+            request = p.Clear(1, None, tiers, before_ns=time.time_ns())
+        clearing = asyncio.ensure_future(later(node.clear(me, request)))
+        await storing
+        await clearing
+        await flush(node, me)
+        assert not any(node.backings[0].find(key, 0, None) for key in gone)
+        if "host" in tiers:
+            assert not any(node.host.get(key, 0) for key in gone)
+
+    on_node(test, slots=80, tier=MemoryTier(), num_threads=1)
+
+
+def test_what_comes_amid_a_match_in_another_order_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails where an answer tells the place of what its reader cannot read."""
+    tier = MemoryTier()
+    monkeypatch.setattr(tier, "close", lambda: None)
+
+    async def read_none(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(OwnedBacking, "read_headers", read_none)
+
+    async def fill(node: Node) -> None:
+        assert await store(node, Client(ME), KEYS[:12]) == 12
+        await flush(node, Client(ME))
+
+    async def test(node: Node) -> None:
+        # What a scan has found is in an order that nobody knows before it is read.
+        await until(lambda: owned(node).index.num_objects == 12)
+        me, keys = Client(ME), b"".join(KEYS[:12])
+        answer = node.match(me, p.Match(1, keys, [0], [nodes.OTHER], [RAW]))
+        assert isinstance(answer, Awaitable)
+        answering = asyncio.ensure_future(answer)
+        while not answering.done():
+            time.sleep(0.002)  # so that each object comes before the next slice
+            await asyncio.sleep(0)
+        matched = answering.result()
+        await until(lambda: node.leases[matched.lease].failed)
+        assert set(offsets_of(matched.offsets)) == {p.ARRIVING}
+        release(node, me, matched.lease)
+
+    on_node(fill, slots=40, tier=tier)
+    on_node(test, slots=40, tier=tier)
+
+
+def test_a_scan_enters_a_few_objects_at_a_time() -> None:
+    """Fails where others wait for a whole batch of what a tier's scan found."""
+    tier = MemoryTier()
+
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS) == 40
+        await flush(node, me)
+        later = nodes.make_backing(tier)
+        running, steps = asyncio.ensure_future(later.run()), [0]
+        while not running.done():
+            await asyncio.sleep(0)
+            steps.append(later.index.num_objects)
+        assert sorted(set(steps)) == list(range(0, 41, 4))
+        later.check_integrity()
+
+    on_node(test, slots=40, tier=tier)
 
 
 def test_the_end_of_a_writer_is_in_slices() -> None:
@@ -433,6 +562,32 @@ def test_promotions_in_slices_are_one_load() -> None:
         await until(lambda: stream.ended)
 
     on_node(test, slots=40, tier=tier)
+
+
+def test_what_a_match_promotes_and_what_it_answers_are_not_one_slice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(node: Node) -> None:
+        me, steps, step = Client(ME), dict[str, int](), 0
+        assert await store(node, me, KEYS) == 40
+        await flush(node, me)
+        await clear(node, me, tiers=["host"])
+        use, of = node.host.index.touch, node._matcher._answers.of
+
+        def noted(what: str, work: Callable[..., Any], argument: Any) -> Any:
+            steps[what] = step
+            return work(argument)
+
+        monkeypatch.setattr(node.host.index, "touch", partial(noted, "use", use))
+        monkeypatch.setattr(node._matcher._answers, "of", partial(noted, "answer", of))
+        under_way = begin_match(node, me, KEYS)
+        while not under_way.done():
+            await asyncio.sleep(0)
+            step += 1
+        assert steps["use"] < steps["answer"]
+        release(node, me, under_way.result().lease)
+
+    on_node(test, slots=40, tier=MemoryTier())
 
 
 def test_many_promotions_are_called_off_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.support.nodes import clear, flush, until
 from tests.support.real_nodes import KEYS, ME, NBYTES, chunk, load, on_real_node, store, used
 
+from kvstrata.node.coding import recoding
 from kvstrata.node.node import Node
 from kvstrata.objects import HEADER_BYTES, decode, stored_bytes, verify_object
 from kvstrata.parts import identity
@@ -54,6 +55,28 @@ def test_memory_before_disk(tmp_path: Path) -> None:
             "disk.codec": "lossless",
         },
     )
+
+
+def test_what_decodes_a_disk_is_compiled_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    async def fill(node: Node) -> None:
+        store(node)
+        await flush(node, ME)
+
+    async def look(node: Node) -> None:
+        await until(lambda: bool(compiled))
+        assert compiled == ["lossless"]
+        assert not node.counters.get("tier_read_bytes_total", tier="disk")
+
+    disk = {"disk.path": tmp_path / "disk", "disk.capacity": "8MiB", "disk.scrub_rate": "0"}
+    on_real_node(fill, {**disk, "disk.codec": "lossless"})
+    monkeypatch.setattr(recoding, "warm_up", lambda codec: compiled.append(codec.name))
+    on_real_node(look, {**disk, "disk.codec": "raw"})
+    recoding.get_ready_to_decode("a codec of a later release", b"")
+    assert compiled == ["lossless"]
 
 
 def test_headers_carry_the_epoch_of_the_tier_they_lie_in(tmp_path: Path) -> None:

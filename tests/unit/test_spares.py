@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.support.groups import FULL, STATE, WINDOW, load_needs, match_needs, store_part
-from tests.support.nodes import GatedTier, chunk_keys, clear, flush, on_node, owned
+from tests.support.nodes import SLOT, GatedTier, chunk_keys, clear, flush, on_node, owned
 
 from kvstrata.node.common.index import Index
 from kvstrata.node.common.spares import Spares
@@ -65,6 +65,23 @@ def test_host_memory_gives_up_windows_that_no_boundary_in_use_needs() -> None:
         assert await store_part(node, ME, others, FULL, first=2) == 1
         assert numbers(node.host.index, keys, FULL) == [*range(5)]
         assert numbers(node.host.index, keys, WINDOW) == [1, 2, 4]
+
+    on_node(test, slots=12)
+
+
+def test_a_match_makes_no_room_with_what_it_has_found_itself() -> None:
+    """Its memory would be another object's, while the match goes on to lease it."""
+
+    async def test(node: Node) -> None:
+        keys = chunk_keys(6)
+        for part in WINDOWED:
+            await store_part(node, ME, keys, part)
+        assert await load_needs(node, ME, keys, WINDOWED) == 6
+        spare = numbers(node.host.index, keys, WINDOW)
+        assert any((key, WINDOW) in node.host.index.spares for key in keys)
+        with node.host.sparing(set(keys)):
+            assert node.host.allocate(SLOT) is None
+        assert numbers(node.host.index, keys, WINDOW) == spare == [*range(6)]
 
     on_node(test, slots=12)
 

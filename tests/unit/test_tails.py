@@ -21,9 +21,10 @@ from tests.support.nodes import (
 )
 
 from kvstrata.errors import TierUnavailable
+from kvstrata.header import NOBODY
 from kvstrata.node.common.index import Index
 from kvstrata.node.node import Node
-from kvstrata.objects import HEADER_BYTES, NOBODY
+from kvstrata.objects import HEADER_BYTES
 from kvstrata.parts import identity
 from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.tiers.faulty import Answer, FaultyTier, Raise

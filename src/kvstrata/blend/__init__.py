@@ -4,7 +4,7 @@ It changes answers, so nothing here is done unless a request asks for it. Needs 
 says which tokens to compute anew, `turning` moves keys to other positions.
 """
 
-from kvstrata.blend.plans import PLANS, budget, choose, stretches
+from kvstrata.blend.plans import BY_DEVIATION, PLANS, Rule, budget, choose, stretches
 from kvstrata.blend.turning import turn
 
-__all__ = ["PLANS", "budget", "choose", "stretches", "turn"]
+__all__ = ["BY_DEVIATION", "PLANS", "Rule", "budget", "choose", "stretches", "turn"]

@@ -51,18 +51,18 @@ def pieces(tokens: Tokens) -> list[range]:
 
 def _hashes(ids: npt.NDArray[np.integer]) -> _Words:
     """A hash of the last `WINDOW` tokens up to each; of fewer at the beginning."""
-    words = _mixed(ids.astype(np.uint64))
-    weights = _mixed(np.arange(WINDOW, dtype=np.uint64)) | np.uint64(1)
+    words = mixed(ids.astype(np.uint64))
+    weights = mixed(np.arange(WINDOW, dtype=np.uint64)) | np.uint64(1)
     hashes = np.zeros(len(ids), np.uint64)
     for back, weight in enumerate(weights[: len(ids)]):
         hashes[back:] += words[: len(ids) - back] * weight
-    return _mixed(hashes)
+    return mixed(hashes)
 
 
-def _mixed(words: _Words) -> _Words:
+def mixed(words: _Words) -> _Words:
     """SplitMix64's finish: every bit depends on all."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: _Words = words ^ (words >> np.uint64(31))
-    return mixed
+    words ^= words >> np.uint64(31)
+    return words

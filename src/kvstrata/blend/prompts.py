@@ -25,6 +25,7 @@ def build(
     *,
     plan: str | None = None,
     ratio: float | None = None,
+    bound: float | None = None,
     quality: str | None = None,
     start: Sequence[int] | None = None,
 ) -> tuple[list[int], dict[str, Any]]:
@@ -34,7 +35,7 @@ def build(
         tokenizer: the model's.
         parts: in order. All but the last one, which is this request's own, are named; those of
             fewer than 16 tokens are not.
-        plan, ratio, quality: as of the hint ``blend``; none: the texts are only named.
+        plan, ratio, bound, quality: as of the hint ``blend``; none: the texts are only named.
         start: ids to begin with; None: the tokenizer's beginning of a text, if it has one.
     Returns:
         The prompt's token ids, and ``kv_transfer_params`` to send with them.
@@ -56,7 +57,7 @@ def build(
     tokens += tokenizer.encode(parts[-1], add_special_tokens=False)
     if len(segments) > MAX_SEGMENTS:
         raise UsageError(f"{len(segments)} texts; {MAX_SEGMENTS} at most")
-    said = {"plan": plan, "ratio": ratio, "quality": quality}
+    said = {"plan": plan, "ratio": ratio, "bound": bound, "quality": quality}
     blend: dict[str, Any] = {"segments": [list(segment) for segment in segments]}
     blend |= {name: value for name, value in said.items() if value is not None}
     return tokens, {"kvstrata": {"blend": blend}} if segments else {}

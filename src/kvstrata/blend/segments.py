@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from kvstrata.blend.plans import Rule
 from kvstrata.errors import UsageError
 from kvstrata.keys import Tokens, token_ids
 
@@ -22,7 +23,7 @@ MIN_TOKENS = 16
 MAX_SEPARATOR_CHARS = 256
 MAX_QUALITY_CHARS = 128
 USUAL_RATIO = 0.15
-"""Of the reused tokens, how many a plan computes anew that names no ratio."""
+"""Of the reused tokens, how many a plan computes anew that names neither a ratio nor a bound."""
 
 _Position = Annotated[int, Meta(ge=0, le=1 << 40)]
 
@@ -39,14 +40,23 @@ class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         | None
     ) = None
     separator: Annotated[str, Meta(min_length=1, max_length=MAX_SEPARATOR_CHARS)] | None = None
-    plan: Literal["edges", "deviation", "random", "all", "none"] | None = None
+    plan: Literal["edges", "anchors", "deviation", "share", "random", "all", "none"] | None = None
     ratio: Annotated[float, Meta(ge=0, le=1)] | None = None
+    bound: Annotated[float, Meta(ge=0, le=1)] | None = None
     quality: Annotated[str, Meta(min_length=1, max_length=MAX_QUALITY_CHARS)] | None = None
 
     @property
     def wants_more(self) -> bool:
         """Whether KV of other prompts may be put into this one."""
         return self.plan is not None or self.quality is not None
+
+    @property
+    def rule(self) -> Rule:
+        """What the plan computes anew; there must be one."""
+        assert self.plan is not None
+        # What says itself how many has a ratio as its cap, if it has one.
+        usual = USUAL_RATIO if self.bound is None and self.plan != "share" else 1.0
+        return Rule(self.plan, usual if self.ratio is None else self.ratio, self.bound)
 
     def shown(self) -> dict[str, Any]:
         """For a record: short, whatever was said."""
@@ -72,6 +82,8 @@ def asked(value: Any) -> Asked:
         raise ValueError("Expected either plan or quality")
     if said.ratio is not None and said.plan is None:
         raise ValueError("Expected a plan with ratio")
+    if said.bound is not None and said.plan != "deviation":
+        raise ValueError("Expected the plan deviation with bound")
     return said
 
 

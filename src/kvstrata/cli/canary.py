@@ -21,6 +21,9 @@ from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 
 ABSENT = p.ABSENT
+FIRST_WRITE_S = 60.0
+"""For which writing behind is waited for at least. With the first object a node compiles its codec
+or measures it, in threads that yield to all others, and gives that a minute."""
 
 REFUSALS = {
     p.PRESENT: "they are said to be there already",
@@ -146,7 +149,7 @@ class Canary:
     def write_behind(self) -> Step:
         """Wait until it is written. Measures ``flush``, from the commit of `store` on."""
         try:
-            self._client.flush(self._timeout_s)
+            self._client.flush(max(self._timeout_s, FIRST_WRITE_S))
         except DeadlineExceeded as error:
             return Step(problem=str(error))
         return Step({"flush": time.perf_counter() - self._stored_at})

@@ -34,7 +34,7 @@ from kvstrata.cli.demo_story import (
     Story,
 )
 from kvstrata.errors import UsageError
-from kvstrata.objects import MARK_TOKENS
+from kvstrata.header import MARK_TOKENS
 from kvstrata.testing.others import BUSY_SHARE
 
 if TYPE_CHECKING:

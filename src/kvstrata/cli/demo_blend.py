@@ -111,7 +111,7 @@ class BlendDemo(Story):
         prompt, segments = joined(tokenizer, texts)
         # Its answer fills the last chunk, so that the last document is found whole.
         engine.ask(prompt, CHUNK_TOKENS, transfer=named(segments))
-        wait_stored(client, before + len(prompt) // CHUNK_TOKENS + DOCUMENTS)
+        wait_stored(client, before + len(prompt) // CHUNK_TOKENS + 2 * DOCUMENTS)
         self._say(
             f"{DOCUMENTS} documents of {DOCUMENT_TOKENS} tokens were computed once, side by side"
         )

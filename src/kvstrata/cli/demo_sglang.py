@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstrata.cli.demo_story import CHUNK_TOKENS, STEP_TOKENS, Story
-from kvstrata.objects import MARK_TOKENS
+from kvstrata.header import MARK_TOKENS
 
 if TYPE_CHECKING:
     from kvstrata.testing.sglang import SGLang

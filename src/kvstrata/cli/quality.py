@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,9 +90,11 @@ def run(
     the model's weights; those of --quick go only where --json says.
     """
     from kvstrata.cli.models import model_folder
+    from kvstrata.cli.quality_results import deliver
     from kvstrata.identity import weights_identity
     from kvstrata.quality import run as measuring
     from kvstrata.quality import table as results
+    from kvstrata.quality.forms import markdown
     from kvstrata.quality.merging import merged
     from kvstrata.quality.plot import plot
 
@@ -168,45 +169,33 @@ def run(
         if onto is not None:
             # What is there by now: another run may have ended meanwhile.
             table = merged(results.load(there), table, list(measuring.everything(name)))
-    _print(rich_table(table))
-    for codec_name, why in table.left_out.items():
-        tell(f"left out: {codec_name}: {why}")
-    target = there if kept else json_file
-    if target is not None:
-        results.save(table, target)
-        tell(f"wrote {target}")
-    if output is not None:
-        from kvstrata.quality.forms import markdown
-
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "quality.md").write_text(markdown(table), encoding="utf-8")
-        plot(table, output / "quality.png")
-        tell(f"wrote {output / 'quality.md'} and {output / 'quality.png'}")
-    tell(f"took {time.monotonic() - began:.0f} s")
+    deliver(
+        table,
+        _shown(table),
+        table.left_out,
+        save=results.save,
+        target=there if kept else json_file,
+        markdown=markdown,
+        plot=plot,
+        output=output,
+        stem="quality",
+        began=began,
+        tell=tell,
+    )
 
 
-def rich_table(table: Table) -> RichTable:
+def _shown(table: Table) -> RichTable:
     """All lengths together, for a terminal; the frontier of bits and KL is marked."""
-    from rich.table import Table as RichTable
-
+    from kvstrata.cli.quality_results import rich_table
     from kvstrata.quality.forms import HEADINGS, cells
     from kvstrata.quality.table import frontier
 
     lengths = ", ".join(map(str, table.lengths))
-    shown = RichTable(
-        title=f"{table.model}: contexts of {lengths} tokens, windows: {table.windows}",
-        caption="bold: no other codec has fewer bits and no more divergence",
-    )
-    for number, heading in enumerate(HEADINGS):
-        shown.add_column(heading, justify="right" if number else "left")
     best = frontier(table.codecs)
-    for measured in table.codecs:
-        shown.add_row(*cells(measured), style="bold" if measured.name in best else None)
-    return shown
-
-
-def _print(shown: RichTable) -> None:
-    from rich.console import Console
-
-    # Wide enough for all columns where the output is no terminal.
-    Console(width=None if sys.stdout.isatty() else 220).print(shown)
+    return rich_table(
+        f"{table.model}: contexts of {lengths} tokens, windows: {table.windows}",
+        HEADINGS,
+        map(cells, table.codecs),
+        caption="bold: no other codec has fewer bits and no more divergence",
+        bold=[number for number, row in enumerate(table.codecs) if row.name in best],
+    )

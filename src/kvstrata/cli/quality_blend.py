@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +38,7 @@ def measure_blending(
     """
     from kvstrata.cli.blend_ways import further
     from kvstrata.cli.models import model_folder
+    from kvstrata.cli.quality_results import deliver
     from kvstrata.quality.blending import run, table
     from kvstrata.quality.blending.forms import markdown
     from kvstrata.quality.blending.plot import plot
@@ -58,40 +58,29 @@ def measure_blending(
         weights_cache=cache_folder() / "weights",
         tell=tell,
     )
-    _print(rich_table(measured))
-    for plan, why in measured.left_out.items():
-        tell(f"left out: {plan}: {why}")
-    target = json_file or (None if quick else table.path_for(measured.weights))
-    if target is not None:
-        table.save(measured, target)
-        tell(f"wrote {target}")
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "blend.md").write_text(markdown(measured), encoding="utf-8")
-        plot(measured, output / "blend.png")
-        tell(f"wrote {output / 'blend.md'} and {output / 'blend.png'}")
-    tell(f"took {time.monotonic() - began:.0f} s")
+    deliver(
+        measured,
+        _shown(measured),
+        measured.left_out,
+        save=table.save,
+        target=json_file or (None if quick else table.path_for(measured.weights)),
+        markdown=markdown,
+        plot=plot,
+        output=output,
+        stem="blend",
+        began=began,
+        tell=tell,
+    )
 
 
-def rich_table(table: BlendTable) -> RichTable:
+def _shown(table: BlendTable) -> RichTable:
     """For a terminal."""
-    from rich.table import Table as RichTable
-
+    from kvstrata.cli.quality_results import rich_table
     from kvstrata.quality.blending.forms import HEADINGS, cells
 
-    shown = RichTable(
-        title=f"{table.model}: {table.documents} documents of {table.document_tokens} tokens in "
-        f"another order, windows: {table.windows}"
+    return rich_table(
+        f"{table.model}: {table.documents} documents of {table.document_tokens} tokens in "
+        f"another order, windows: {table.windows}",
+        HEADINGS,
+        map(cells, table.rows),
     )
-    for number, heading in enumerate(HEADINGS):
-        shown.add_column(heading, justify="right" if number else "left")
-    for row in table.rows:
-        shown.add_row(*cells(row))
-    return shown
-
-
-def _print(shown: RichTable) -> None:
-    from rich.console import Console
-
-    # Wide enough for all columns where the output is no terminal.
-    Console(width=None if sys.stdout.isatty() else 220).print(shown)

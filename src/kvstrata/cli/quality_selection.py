@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +46,7 @@ def measure_selection(
             raise UsageError(
                 f"measuring selections needs {library}: pip install 'kvstrata[quality]'"
             )
+    from kvstrata.cli.quality_results import deliver
     from kvstrata.quality.run import held_out_text
     from kvstrata.quality.selections import run, table
     from kvstrata.quality.selections.forms import markdown
@@ -70,44 +70,34 @@ def measure_selection(
         weights_cache=cache_folder() / "weights",
         tell=tell,
     )
-    _print(rich_table(measured))
-    for method, why in measured.left_out.items():
-        tell(f"left out: {method}: {why}")
-    target = json_file or (None if quick else table.path_for(measured.weights))
-    if target is not None:
-        table.save(measured, target)
-        tell(f"wrote {target}")
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "selection.md").write_text(markdown(measured), encoding="utf-8")
-        plot(measured, output / "selection.png")
-        tell(f"wrote {output / 'selection.md'} and {output / 'selection.png'}")
-    tell(f"took {time.monotonic() - began:.0f} s")
+    deliver(
+        measured,
+        _shown(measured),
+        measured.left_out,
+        save=table.save,
+        target=json_file or (None if quick else table.path_for(measured.weights)),
+        markdown=markdown,
+        plot=plot,
+        output=output,
+        stem="selection",
+        began=began,
+        tell=tell,
+    )
 
 
-def rich_table(table: Table) -> RichTable:
-    """For a terminal."""
-    from rich.table import Table as RichTable
-
+def _shown(table: Table) -> RichTable:
+    """For a terminal; the frontier of bits and KL of the text is marked."""
+    from kvstrata.cli.quality_results import rich_table
     from kvstrata.quality.selections.forms import HEADINGS, cells, ordered
     from kvstrata.quality.selections.table import frontier
 
-    shown = RichTable(
-        title=f"{table.model}: contexts: {table.windows} of {table.length} tokens, "
-        f"{table.questions} questions on each",
-        caption="bold: nothing else has fewer bits and no more divergence of the text",
-    )
-    for number, heading in enumerate(HEADINGS):
-        shown.add_column(heading, justify="right" if number else "left")
     rows = ordered(table)
     best = frontier(rows)
-    for row in rows:
-        shown.add_row(*cells(row, rows), style="bold" if row.label in best else None)
-    return shown
-
-
-def _print(shown: RichTable) -> None:
-    from rich.console import Console
-
-    # Wide enough for all columns where the output is no terminal.
-    Console(width=None if sys.stdout.isatty() else 240).print(shown)
+    return rich_table(
+        f"{table.model}: contexts: {table.windows} of {table.length} tokens, "
+        f"{table.questions} questions on each",
+        HEADINGS,
+        [cells(row, rows) for row in rows],
+        caption="bold: nothing else has fewer bits and no more divergence of the text",
+        bold=[number for number, row in enumerate(rows) if row.label in best],
+    )

@@ -107,7 +107,8 @@ def diagnose(
         counts = [total(state["counters"], name, *values) for state in (before, after)]
         return int(counts[1] - counts[0])
 
-    state = next((t["state"] for t in after["tiers"] if t["name"] == tier), "ok")
+    now: Mapping[str, Any] = next((t for t in after["tiers"] if t["name"] == tier), {})
+    state = now.get("state", "ok")
     if corrupt := rose("corrupt_objects_total", tier):
         return "FAIL", (
             f"{corrupt} failed their checksum, so the {tier} tier did not keep the bytes that it "
@@ -140,6 +141,11 @@ def diagnose(
         "evicted_chunks_total", tier
     ):
         return "warn", "engines stored so much meanwhile that these were evicted; try again"
+    if queued := now.get("queued_bytes", 0):
+        return "warn", (
+            f"{approximate_size(queued)} still wait to be written to the {tier} tier: it is slow, "
+            "or the machine is busy; try again"
+        )
     return "FAIL", "no counter tells why; the node's log may"
 
 

@@ -48,7 +48,7 @@ def codec_named(name: str) -> Codec:
 
 
 def stored_codec(family: str, parameters: bytes) -> Codec:
-    """The codec that an object's header names; see `kvstrata.objects.ObjectHeader`.
+    """The codec that an object's header names; see `kvstrata.header.ObjectHeader`.
 
     Raises:
         Incompatible: this build cannot decode it.

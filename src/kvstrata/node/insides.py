@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from kvstrata.errors import UsageError
+from kvstrata.header import MARK_BYTES, MARK_TOKENS, MAX_CHUNK_TOKENS, ObjectHeader
 from kvstrata.keys import OWNER_BYTES
 from kvstrata.node.bounds import Bounds
 from kvstrata.node.common.changes import Cause, Changes
 from kvstrata.node.common.children import Child, Children
 from kvstrata.node.common.index import Index
+from kvstrata.node.common.spares import Name
 from kvstrata.node.locating import Located, with_slots
 from kvstrata.node.matching import Matcher
 from kvstrata.node.searching import check_tiers, checked_parts
@@ -35,15 +37,7 @@ from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import Lease, LeaseTable
 from kvstrata.node.slots.sampling import Sampler
 from kvstrata.node.slots.slot import Row, Slot, offsets_of_rows
-from kvstrata.objects import (
-    HEADER_BYTES,
-    MARK_BYTES,
-    MARK_TOKENS,
-    MAX_CHUNK_TOKENS,
-    ObjectHeader,
-    marks_of,
-    stored_bytes,
-)
+from kvstrata.objects import HEADER_BYTES, marks_of, stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import PORTABLE
 from kvstrata.wire import protocol as p
@@ -181,6 +175,11 @@ class Insides:
             page = self._host.pool.view(slot.offset, HEADER_BYTES)
             self.children.enter(key, *marks_of(page))
         elif tier in self._owned and key in self.children:
+            self._replace_in(self._owned[tier], key)
+
+    def found(self, tier: str, names: Sequence[Name]) -> None:
+        """See `Watcher`."""
+        for key in [key for key, _ in names if key in self.children]:
             self._replace_in(self._owned[tier], key)
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:

@@ -9,12 +9,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from kvstrata.errors import KVStrataError
+from kvstrata.header import OBJECT_ID_BYTES
 from kvstrata.node.common.standing import alone
 from kvstrata.node.service.names import Where
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.reservations import Reservation
 from kvstrata.node.slots.slot import Slot, SlotState
-from kvstrata.objects import NAMESPACE_FIELD, OBJECT_ID_BYTES
+from kvstrata.objects import NAMESPACE_FIELD
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import named
 from kvstrata.wire.protocol import PRESENT
@@ -83,12 +84,30 @@ class Lender:
 
     def sizes(self, names: Sequence[bytes]) -> list[int]:
         """The size of each object; 0: it is not here. Not of many at once: this holds the loop."""
-        found = [self._find(name) for name in names]
+        found = [self.find(name) for name in names]
         return [0 if slot is None else slot.nbytes for slot in found]
+
+    def find(self, name: bytes) -> Slot | None:
+        """An object that is ready; None if it is not here. Of any thread.
+
+        Where it is not held, its bytes are its own as long as its slot is ready: off the loop that
+        is known of those that were read before one looks.
+        """
+        if not self.allowed():
+            return None
+        try:
+            key, part = named(name[-OBJECT_ID_BYTES:])
+        except KVStrataError:
+            return None
+        slot = self._host.get(key, part)
+        if slot is None or slot.order is None:
+            return None
+        namespace = bytes(self._host.pool.view(slot.offset, NAMESPACE_FIELD.stop)[NAMESPACE_FIELD])
+        return slot if name == Where(0, namespace, slot.order).name(key, part) else None
 
     def lend(self, name: bytes) -> Slot | None:
         """An object, held until `give_back`; None if it is not here."""
-        slot = self._find(name)
+        slot = self.find(name)
         if slot is not None:
             self._host.hold(slot)
         return slot
@@ -109,18 +128,9 @@ class Lender:
         """
         self._host.unhold(slot)
         if by:
-            self._let_go(slot)
-            self._counters.add("peer_sent_bytes_total", slot.nbytes, by=by)
+            self.sent(slot, by=by)
 
-    def _find(self, name: bytes) -> Slot | None:
-        if not self.allowed():
-            return None
-        try:
-            key, part = named(name[-OBJECT_ID_BYTES:])
-        except KVStrataError:
-            return None
-        slot = self._host.get(key, part)
-        if slot is None or slot.order is None:
-            return None
-        namespace = bytes(self._host.pool.view(slot.offset, NAMESPACE_FIELD.stop)[NAMESPACE_FIELD])
-        return slot if name == Where(0, namespace, slot.order).name(key, part) else None
+    def sent(self, slot: Slot, *, by: str) -> None:
+        """Another node has its bytes, by this way."""
+        self._let_go(slot)
+        self._counters.add("peer_sent_bytes_total", slot.nbytes, by=by)

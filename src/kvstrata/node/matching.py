@@ -10,7 +10,16 @@ ends, so nothing that was found can go, and no cap is passed, while others are s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from types import MappingProxyType
 
 from kvstrata.node.answering import Answers
@@ -110,7 +119,7 @@ class Matcher:
             # Tails before heads: what is used last is evicted last.
             for stop in range(len(search.tiers), 0, -SLICE):
                 self._note_use(search.keys[max(0, stop - SLICE) : stop])
-                if stop > SLICE:
+                if stop > SLICE or search.load is not None:
                     yield None
             if search.tiers:
                 self.used(search.keys[len(search.tiers) - 1])
@@ -123,13 +132,16 @@ class Matcher:
         """Ask the shared tiers for what no tier of this node has, and go on with what they have."""
         keys = search.keys[len(search.tiers) :]
         question = Question(search.namespace, keys, search.parts, search.preferred, search.peer)
-        asked = [one for one in self._backings if one.must_be_asked and search.may_use(one.name)]
+        usable = [one for one in self._backings if search.may_use(one.name)]
+        asked = [one for one in usable if one.must_be_asked]
         answers = [asyncio.ensure_future(backing.resolve(question)) for backing in asked]
         # All were asked at once; the fastest is heard first, and it may have everything.
-        for backing, answer in zip(asked, answers, strict=True):
+        for number, (backing, answer) in enumerate(zip(asked, answers, strict=True), 1):
             yield answer
             if not answer.result():
                 search.late.append(backing.name)
+            # A slower one may have answered before its turn.
+            search.heard = frozenset(one.name for one in usable if one not in asked[number:])
             search.ended = search.absent = False
             while not self._step(search):
                 yield None
@@ -148,14 +160,14 @@ class Matcher:
         slots = [slot for _, some in prepared for slot in some]
         yield from self._bring(search, self._foresight.follow(search, slots), len(search.parts))
 
-    def _bring(self, search: Search, slots: Sequence[Slot], num_parts: int) -> Work[None]:
+    def _bring(self, search: Search, slots: Iterable[Slot], num_parts: int) -> Work[None]:
         """Begin to bring what these slots were made for, of chunks with so many parts."""
         if search.load is None:
             return
-        for start in range(0, len(slots), SLICE_STARTS):
-            if start:
-                yield None
-            self._movement.start(search.load, slots[start : start + SLICE_STARTS], num_parts)
+        left = iter(slots)
+        while some := list(itertools.islice(left, SLICE_STARTS)):
+            self._movement.start(search.load, some, num_parts)
+            yield None
 
     def lookup(self, message: p.Lookup) -> p.Found | Awaitable[p.Found]:
         """Say where each chunk is; changes nothing."""
@@ -244,11 +256,11 @@ class Matcher:
         known, room = self._host.rows_of(parts), self._leases.room_for(search.client)
         rows: list[Row] = []
         left, others = SLICE, False
-        for key in search.keys[place : min(place + SLICE, search.stop)]:
-            row = known.get(key)
+        keys = search.keys[place : min(place + SLICE, search.stop)]
+        for key, row in zip(keys, map(known.get, keys), strict=True):
             if row is None:
                 row = self._host.ready_row(key, parts)
-                left -= len(parts)
+                left -= 2 * len(parts)  # its slots were looked for, and gathered
             if (
                 row is None
                 or row.num_filling
@@ -265,7 +277,7 @@ class Matcher:
             left -= 1
             if left <= 0:
                 break
-        self._lease(search, rows, bytes(len(rows)), [0] * len(rows))
+        self._lease(search, rows, bytes(len(rows)), [0] * len(rows), here=True)
         return others
 
     def _take_more(self, search: Search) -> None:
@@ -301,7 +313,7 @@ class Matcher:
         most = max(1, SLICE_OBJECTS // len(search.parts))
         found: list[Located] = []
         for key in search.keys[place : min(place + most, search.stop)]:
-            one = self.locate(key, search.parts, search.orders, search.sizes_of(key), search.among)
+            one = self.locate(key, search.parts, search.orders, search.sizes_of(key), search.heard)
             if one is None and search.foreseeing:
                 one = self._foresight.locate(search, key)
             if one is None:
@@ -332,8 +344,9 @@ class Matcher:
         search.num_decided = len(search.tiers)
         if search.meet:
             search.prepared.reverse()
-        slots = [slot for _, some in search.prepared for slot in some] + others
-        search.prepared = []
+        prepared, search.prepared = search.prepared, []
+        # Thousands: not gathered at once.
+        slots = itertools.chain((slot for _, some in prepared for slot in some), others)
         yield from self._bring(search, slots, len(search.parts))
 
     def _meeting(self, search: Search, links: Sequence[Link], otherwise_s: float) -> float:
@@ -374,13 +387,19 @@ class Matcher:
         return [slot for slot in left if is_wanted(slot)]
 
     def _lease(
-        self, search: Search, rows: Sequence[Row], tiers: bytes, coming: Sequence[int]
+        self,
+        search: Search,
+        rows: Sequence[Row],
+        tiers: bytes,
+        coming: Sequence[int],
+        *,
+        here: bool = False,
     ) -> None:
         if not rows:
             return
         if search.lease is None:
             search.lease = self._grant(search)
-        self._leases.extend(search.lease, rows)
+        self._leases.extend(search.lease, rows, here=here)
         self._sampler.note_hits(search.keys[len(search.tiers) :], search.parts, rows)
         search.tiers += tiers
         search.coming += coming

@@ -24,7 +24,7 @@ from kvstrata.node.answering import Answers, nothing_of
 from kvstrata.node.arriving import arrival
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.changes import Changes
-from kvstrata.node.common.slices import in_slices
+from kvstrata.node.common.slices import Work, in_slices
 from kvstrata.node.common.wall import WallClock
 from kvstrata.node.grouped import GroupMatcher
 from kvstrata.node.insides import Insides
@@ -300,20 +300,20 @@ class Node:
         commit = partial(in_slices, self._commit(reservation, checksums, message.id))
         return around(self._tracer, "kvstrata.node.commit", reservation.trace, commit)
 
-    def _commit(
-        self, reservation: Reservation, checksums: list[bytes], id: int
-    ) -> Generator[None, None, p.Done]:
+    def _commit(self, reservation: Reservation, checksums: list[bytes], id: int) -> Work[p.Done]:
         written = yield from self.reservations.finish(reservation, checksums)
+        wanted = [one for one in written if one[0] not in reservation.unwanted]
         # A tail without marks is for another engine, which comes for it to host memory.
-        if written and (reservation.marks or not reservation.is_tail):
-            self.movement.write_behind(Origin.of(reservation, written[-1][0]), written)
+        if wanted and (reservation.marks or not reservation.is_tail):
+            origin = Origin.of(reservation, wanted[-1][0])
+            yield from self.movement.write_behind(origin, wanted)
         for number, (key, slot) in enumerate(written, 1):
             if reservation.lend:
                 self.lender.keep(key, reservation.part)
             self.host.unhold(slot)
             self.insides.replace(key)
             if number % FINISH_SLICE == 0:
-                yield
+                yield None
         self.counters.add("stored_objects_total", len(written))
         return p.Done(id, len(written))
 

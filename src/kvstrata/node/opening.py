@@ -13,9 +13,9 @@ from kvstrata.config.shared import SharedPart
 from kvstrata.config.tierparts import TierPart
 from kvstrata.errors import ConfigError, KVStrataError, TierUnavailable
 from kvstrata.node.coding.auto import Auto, Tables
-from kvstrata.node.coding.choosing import NO_CODEC, Always, Choice, Exact
+from kvstrata.node.coding.choosing import Always, Choice, Exact
 from kvstrata.node.coding.key_source import read_keys
-from kvstrata.node.coding.recoding import warm_up
+from kvstrata.node.coding.recoding import NO_CODEC, warm_up
 from kvstrata.node.common.background import report_bug
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.owned import OwnedBacking

@@ -47,6 +47,7 @@ class Search:
         # The tiers that may be used, none: all; a peer that the request names is always one.
         named = [PeerConfig.name] if message.tiers and message.peer else []
         self.among = frozenset([*message.tiers, *named])
+        self.heard = self.among  # those of them that may be loaded from by now
         if not (0 <= message.chunk_s < math.inf and 0 <= message.pair_s < math.inf):
             raise UsageError(f"{message.chunk_s} and {message.pair_s} s are no times of a chunk")
         if not 0 <= message.expected_s < math.inf:

@@ -60,6 +60,11 @@ class Policy(ABC):
             UsageError: an argument is out of range; nothing has changed.
         """
 
+    def insert_all(self, sizes: dict[bytes, int]) -> None:
+        """Add keys by their sizes, in this order, with nothing said of costs and priorities."""
+        for key, nbytes in sizes.items():
+            self.insert(key, nbytes)
+
     @abstractmethod
     def touch(self, key: bytes) -> None:
         """Note a use.

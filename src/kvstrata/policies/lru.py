@@ -30,11 +30,25 @@ class LRU(Policy):
 
     def insert(self, key: bytes, nbytes: int, cost: float = 0.0, priority: int = 0) -> None:
         check_arguments(nbytes, cost, priority)
+        if not (priority or self._priorities or key in self):  # so are most
+            self._sizes[key] = nbytes
+            self._total_bytes += nbytes
+            return
         priority = priority or self.priority_of(key)
         self.remove(key)
         self._prioritise(key, priority)
         self._queue_for(key)[key] = nbytes
         self._total_bytes += nbytes
+
+    def insert_all(self, sizes: dict[bytes, int]) -> None:
+        # A scan finds many at once: no call for each.
+        elsewhere = len(self) > len(self._sizes) or self._priorities
+        if elsewhere or not self._sizes.keys().isdisjoint(sizes):
+            super().insert_all(sizes)
+            return
+        check_arguments(min(sizes.values(), default=1), 0.0, 0)
+        self._sizes.update(sizes)
+        self._total_bytes += sum(sizes.values())
 
     def touch(self, key: bytes) -> None:
         queue = self._queue_for(key)
@@ -51,12 +65,13 @@ class LRU(Policy):
         # A match touches hundreds of keys at once, in two tiers: no call for each.
         sizes, move_to_end = self._sizes, self._sizes.move_to_end
         rounds = self._rounds
+        elsewhere = bool(self._first or self._passed or len(self.parking))
         for key in keys:
             if key in sizes:
                 move_to_end(key)
                 if rounds:
                     rounds.pop(key, None)
-            elif key in self:
+            elif elsewhere and key in self:
                 self.touch(key)
 
     def remove(self, key: bytes) -> None:

@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from kvstrata.objects import CREATED_FIELD, NAMESPACE_FIELD, NOBODY, OWNER_FIELD
+from kvstrata.header import NOBODY
+from kvstrata.objects import CREATED_FIELD, NAMESPACE_FIELD, OWNER_FIELD
 
 MARGIN_NS = 60 * 10**9
 MAX_MARKS = 1024

@@ -5,21 +5,22 @@ A node that fails is left alone for a while, longer each time.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-
-import numpy as np
+from collections.abc import Callable
+from ctypes import addressof, c_char
+from typing import TypeVar
 
 from kvstrata.errors import Incompatible, TierUnavailable
 from kvstrata.transfer import peers as p
 from kvstrata.transfer.borrowing import Borrower, Line
-from kvstrata.transfer.tcp import Address, Channel, ask, introduce, unavailable
+from kvstrata.transfer.tcp import Address, Channel, ask, fetch, introduce, unavailable
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 IDLE_S = 60.0
 """A connection that nobody needed for so long is not trusted to be there still."""
+
+R = TypeVar("R")
 
 Connect = Callable[[Address, float], Channel]
 
@@ -34,6 +35,7 @@ class Peer:
 
     def __init__(self, address: Address, connect: Connect) -> None:
         self.address = address
+        self._where = str(address)
         self.failed = False
         """Whether it is left alone: it failed, and has not answered since."""
         self.trouble = ""
@@ -59,8 +61,7 @@ class Peer:
         Raises:
             TierUnavailable: it failed, and is left alone for a while.
         """
-        with self._connected(timeout_s) as channel:
-            return ask(channel, request, str(self.address))
+        return self._connected(timeout_s, lambda channel: ask(channel, request, self._where))
 
     def read(self, name: bytes, into: memoryview, timeout_s: float) -> int:
         """Have an object brought; its size, 0: it is not there, -1: it is larger.
@@ -68,32 +69,23 @@ class Peer:
         Raises:
             TierUnavailable: as of `call`.
         """
-        deadline, target = time.monotonic() + timeout_s, _address_of(into)
-        borrower = self.borrower
-        if borrower is not None and borrower.reaches(target, len(into)):
+        deadline, borrower = time.monotonic() + timeout_s, self.borrower
+        if borrower is not None and borrower.reaches(target := _address_of(into), len(into)):
             line = self._line_of(borrower, timeout_s)
             if line is not None:
-                with self._judged():
-                    return borrower.fetch(line, name, target, len(into), deadline)
-        with self._connected(deadline - time.monotonic()) as channel:
-            data = ask(channel, p.Read(name, len(into)), str(self.address))
-            if not isinstance(data, p.Data) or data.nbytes > len(into):
-                raise Incompatible("it sends what nobody asked for")
-            if data.nbytes > 0:
-                channel.receive_into(into[: data.nbytes])
-            return data.nbytes
+                size = len(into)
+                return self._judged(lambda: borrower.fetch(line, name, target, size, deadline))
+        left_s = deadline - time.monotonic()
+        return self._connected(left_s, lambda channel: fetch(channel, name, into, self._where))
 
     def _line_of(self, borrower: Borrower, timeout_s: float) -> Line | None:
         """Where objects are borrowed of it; None: it does not lend."""
         line = self._line
         if line is not None and line.lasts(IDLE_S):
             return line
-        with self._connected(timeout_s) as channel:
-            assert channel.hello is not None
-            if p.NIXL not in channel.hello.ways:
-                return None
-            introduce(channel, str(self.address))
-            new = Line(channel)
+        new = self._connected(timeout_s, self._new_line)
+        if new is None:
+            return None
         with self._lock:
             old = self._line
             if not self._closed and (old is None or not old.lasts(IDLE_S)):
@@ -104,33 +96,47 @@ class Peer:
             borrower.hang_up(old)
         return new
 
-    @contextlib.contextmanager
-    def _connected(self, timeout_s: float) -> Iterator[Channel]:
-        """A connection of one's own meanwhile."""
+    def _new_line(self, channel: Channel) -> Line | None:
+        assert channel.hello is not None
+        if p.NIXL not in channel.hello.ways:
+            return None
+        introduce(channel, self._where)
+        return Line(channel)
+
+    def _connected(self, timeout_s: float, work: Callable[[Channel], R]) -> R:
+        """What ``work`` makes of a connection that is its own meanwhile; judged."""
         deadline = time.monotonic() + timeout_s
-        with self._judged():
+
+        def connected() -> R:
             channel = self._take() or self._connect(self.address, timeout_s)
             try:
                 channel.begin(deadline - time.monotonic())
-                yield channel
+                answer = work(channel)
             except BaseException:
                 channel.close()
                 raise
-        self._give(channel)
+            self._give(channel)
+            return answer
 
-    @contextlib.contextmanager
-    def _judged(self) -> Iterator[None]:
-        """What fails meanwhile makes it be left alone; what does not, makes it be asked again."""
+        return self._judged(connected)
+
+    def _judged(self, work: Callable[[], R]) -> R:
+        """What fails makes it be left alone; what does not, makes it be asked again.
+
+        Raises:
+            TierUnavailable: it failed.
+        """
         try:
-            yield
+            answer = work()
         except (OSError, Incompatible, TierUnavailable) as error:
-            trouble = unavailable(str(self.address), error)
+            trouble = unavailable(self._where, error)
             self._leave_alone(str(trouble))
             raise trouble from error
         if self.failed or self._pause_s > FIRST_PAUSE_S:
             with self._lock:
                 self._pause_s = FIRST_PAUSE_S
                 self.failed = False
+        return answer
 
     def close(self) -> None:
         """Hang up. Repeatable."""
@@ -180,4 +186,4 @@ class Peer:
 
 
 def _address_of(view: memoryview) -> int:
-    return int(np.frombuffer(view, np.uint8).ctypes.data)
+    return addressof(c_char.from_buffer(view))

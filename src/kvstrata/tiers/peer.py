@@ -16,7 +16,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 from kvstrata import parts
 from kvstrata.errors import TierUnavailable
-from kvstrata.objects import OBJECT_ID_BYTES
+from kvstrata.header import OBJECT_ID_BYTES
 from kvstrata.tiers.base import Epoch, Limits, Outcome, Put, SharedTier, Stat
 from kvstrata.tiers.one_peer import Connect, Peer
 from kvstrata.transfer import peers as p

@@ -1,11 +1,13 @@
 """What two nodes say to each other on TCP: ``docs/peers.md`` as code.
 
 A connection begins with a proof from both ends that they know a secret of the deployment. Frames
-are a little-endian 32-bit length and a MessagePack array; behind a `Data` come an object's bytes.
+are a little-endian 32-bit length and a MessagePack array; behind a `Data` come an object's bytes
+and a `Sent`.
 """
 
 from __future__ import annotations
 
+import functools
 import hmac
 import secrets
 import time
@@ -20,12 +22,20 @@ from kvstrata.errors import Incompatible, PeerRefused
 from kvstrata.secret import MAX_SECRETS, Secrets
 
 PEER_VERSION = 1
+FRAME_BYTES = 4
+"""Of a frame's length, before its body."""
 MAX_FRAME_BYTES = 1 << 20
 MAX_NAMES = 4096
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 MAX_METADATA_BYTES = 1 << 19
+LINE_BYTES = 64
+"""Of a cache line. The kernel packs what a connection sends into its own pages, begins one anew
+where all before was taken in, and was seen to copy three times as fast where source and target lie
+alike within a line. So what is sent beside an object's bytes takes whole lines."""
 NIXL = "nixl"
+LOAN_S = 10.0
+"""How long an object is lent; who has it for longer has lost it."""
 
 _T = TypeVar("_T")
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)
@@ -90,9 +100,17 @@ class Read(_Message, tag="read", frozen=True):
 
 
 class Data(_Message, tag="data", frozen=True):
-    """So many bytes follow; 0: it is not there; -1: it is larger."""
+    """So many bytes follow; 0: it is not there; -1: it is larger. ``pad`` is for `aligned`."""
 
     nbytes: int
+    pad: _Bytes = b""
+
+
+class Sent(_Message, tag="sent", frozen=True):
+    """Behind the bytes: whether the object ``stayed`` as it was until then. If not, it is gone."""
+
+    stayed: bool
+    pad: _Bytes = b""
 
 
 class Fetch(_Message, tag="fetch", frozen=True):
@@ -150,7 +168,7 @@ class Borrow(_Message, tag="borrow", frozen=True):
 
 
 class Lent(_Message, tag="lent", frozen=True):
-    """It lies there, and still, until `Return`; ``nbytes`` as of `Data`."""
+    """It lies there, and still, until `Return` or for `LOAN_S`; ``nbytes`` as of `Data`."""
 
     loan: int
     nbytes: int
@@ -158,23 +176,34 @@ class Lent(_Message, tag="lent", frozen=True):
 
 
 class Return(_Message, tag="return", frozen=True):
-    """The object was read. It counts once this is answered: it was lent until then."""
+    """The object was read, before its loan could end."""
 
     loan: int
 
 
 class Taken(_Message, tag="taken", frozen=True):
-    """It was lent until now."""
+    """It is lent no more."""
 
     loan: int
 
 
 Request = Hello | Proof | Ping | Stat | Read | Fetch | Watch | Introduce | Borrow | Return
-Reply = Hello | Welcome | Refused | Stats | Data | Fetching | Agent | Lent | Taken
+Reply = Hello | Welcome | Refused | Stats | Data | Sent | Fetching | Agent | Lent | Taken
 
 encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+@functools.lru_cache(maxsize=64)
+def aligned(message: Data | Sent) -> bytes:
+    """The body of a frame that takes whole lines, `FRAME_BYTES` and all.
+
+    Args:
+        message: without a pad.
+    """
+    lacks = -(FRAME_BYTES + len(encode(message))) % LINE_BYTES
+    return encode(msgspec.structs.replace(message, pad=bytes(lacks)))
 
 
 def decode_request(body: bytes) -> Request:

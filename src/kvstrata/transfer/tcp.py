@@ -11,6 +11,7 @@ import re
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,11 +21,17 @@ from kvstrata.secret import Secrets
 from kvstrata.transfer import peers as p
 
 _LENGTH = struct.Struct("<I")
+_TIMEVAL = struct.Struct("@ll")
 _ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 AHEAD_BYTES = 256
 """What is taken at once where a frame is to come: most frames are shorter than that."""
 RECEIVE_BYTES = 1 << 16
-WAKE_BYTES = 1 << 19
+LEAST, FIRST, MOST = 0.5, 0.8, 0.85
+"""For how much of the time that is left the kernel is to wait before it is asked again: its timers
+are late by up to an eighth. A call that ends late has a whole tier taken as hung for one peer."""
+WITHIN_BYTES = 1 << 17
+"""What the kernel keeps of what is sent within one machine, where nothing is ever under way: so
+little stays in a core's cache until it is received, as what it would keep by itself does not."""
 KEEPALIVE_S = 20
 """How often the kernel asks a silent connection whether its other end is still there."""
 
@@ -61,41 +68,56 @@ class Channel:
 
     def __init__(self, connected: socket.socket, timeout_s: float) -> None:
         self._socket = connected
+        self._tls = isinstance(connected, ssl.SSLSocket)
         self._ahead = b""
-        self._wakes_for = 1
+        self._verdict = bytearray(p.LINE_BYTES)
+        self._limits = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
         #: what the other end said of itself, once it has proved that it knows a secret
         self.hello: p.Hello | None = None
         self.agent: bytes | None = None
         """Metadata of the other end's NIXL agent, once it has been asked for: for loans alone."""
         self.begin(timeout_s)
+        if not self._tls:
+            connected.setblocking(True)  # the kernel has the deadlines
         with contextlib.suppress(OSError):  # not of TCP
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+            if connected.getsockname()[0] == connected.getpeername()[0]:
+                connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WITHIN_BYTES)
 
     def begin(self, timeout_s: float) -> None:
         """All that is sent and received until the next call of this may take so long together."""
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
 
-    def send(self, message: p.Request | p.Reply, payload: memoryview | None = None) -> None:
-        """Send a message, and the bytes that belong to it.
+    def send(self, message: p.Request | p.Reply) -> None:
+        """Send a message.
 
         Raises:
             OSError: the other end has gone, or takes nothing.
         """
-        body = p.encode(message)
-        # sendall's own deadline is for all of it, which is what is meant.
-        self._wait()
-        if payload is None:
-            self._socket.sendall(_LENGTH.pack(len(body)) + body)
-            return
-        # The message waits for its bytes, so that the other end is woken once.
-        more = 0 if isinstance(self._socket, ssl.SSLSocket) else socket.MSG_MORE
-        self._socket.sendall(_LENGTH.pack(len(body)) + body, more)
-        self._wait()
-        self._socket.sendall(payload)
+        self._send([_frame(p.encode(message))])
+
+    def send_object(self, data: p.Data, payload: memoryview) -> None:
+        """Send an object's bytes, and before them the message that announces them.
+
+        `send_verdict` has to follow, which they may wait for.
+
+        Raises:
+            OSError: as of `send`.
+        """
+        # They wait for it, so that the other end is woken less often.
+        self._send([_frame(p.aligned(data)), payload], 0 if self._tls else socket.MSG_MORE)
+
+    def send_verdict(self, sent: p.Sent) -> None:
+        """Send what has to follow an object's bytes.
+
+        Raises:
+            OSError: as of `send`.
+        """
+        self._send([_frame(p.aligned(sent))])
 
     def receive(self, rest_s: float | None = None) -> bytes:
         """One frame's body; empty where the other end has hung up between two.
@@ -106,31 +128,27 @@ class Channel:
             OSError: the other end has gone, or says nothing.
             Incompatible: a frame that is longer than any.
         """
-        if not self._ahead:
-            self._wait()
-            self._ahead = self._socket.recv(AHEAD_BYTES)
+        while not self._ahead:
+            self._wait(socket.SO_RCVTIMEO)
+            try:
+                self._ahead = self._socket.recv(AHEAD_BYTES)
+            except BlockingIOError:
+                continue  # too late, or soon
             if not self._ahead:
                 return b""
         if rest_s is not None:
             self.begin(rest_s)
         return self._next(length_of(self._next(_LENGTH.size)))
 
-    def receive_into(self, into: memoryview) -> None:
-        """Exactly so many bytes, into their place.
+    def receive_object(self, into: memoryview) -> None:
+        """An object's bytes, into their place; and the verdict, which is what `receive` is for.
 
         Raises:
             OSError: they did not come, or not in time.
         """
-        place = min(len(self._ahead), len(into))
-        into[:place], self._ahead = self._ahead[:place], self._ahead[place:]
-        while place < len(into):
-            self._wake_for(len(into) - place)
-            self._wait()
-            count = self._socket.recv_into(into[place:])
-            if not count:
-                raise ConnectionError("the other end hung up in the middle")
-            place += count
-        self._wake_for(1)
+        # All in one call, in which nobody waits for this thread.
+        count = self._fill(into, self._verdict)
+        self._ahead += self._verdict[:count]
 
     def close(self) -> None:
         """Hang up. Repeatable."""
@@ -147,27 +165,72 @@ class Channel:
             raise Incompatible("it does not wait for its answer")
         return LoopChannel(self._socket)
 
-    def _wake_for(self, nbytes: int) -> None:
-        """Have this thread woken for so many bytes, or many, but not for each packet."""
-        nbytes = min(nbytes, WAKE_BYTES)
-        if nbytes != self._wakes_for and not isinstance(self._socket, ssl.SSLSocket):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
-            self._wakes_for = nbytes
+    def _send(self, parts: Sequence[bytes | memoryview], flags: int = 0) -> None:
+        while parts:
+            self._wait(socket.SO_SNDTIMEO)
+            if self._tls:  # whose own deadline is for all of one
+                self._socket.sendall(parts[0])
+                parts = parts[1:]
+                continue
+            try:
+                sent = self._socket.sendmsg(parts, (), flags)
+            except BlockingIOError:
+                continue  # too late, or soon
+            while parts and sent >= len(parts[0]):
+                sent, parts = sent - len(parts[0]), parts[1:]
+            if sent:
+                parts = [memoryview(parts[0])[sent:], *parts[1:]]
 
     def _next(self, count: int) -> bytes:
-        taken = bytearray(count)
-        self.receive_into(memoryview(taken))
-        return bytes(taken)
+        if count > len(self._ahead):
+            body = bytearray(count)
+            self._fill(memoryview(body))
+            return bytes(body)
+        taken, self._ahead = self._ahead[:count], self._ahead[count:]
+        return taken
 
-    def _wait(self) -> None:
+    def _fill(self, into: memoryview, *behind: bytearray) -> int:
+        """Receive exactly so many bytes, and what came of those behind them; how many these are."""
+        place = min(len(self._ahead), len(into))
+        into[:place], self._ahead = self._ahead[:place], self._ahead[place:]
+        while place < len(into):
+            self._wait(socket.SO_RCVTIMEO)
+            rest = into[place:]
+            try:
+                if self._tls:
+                    count = self._socket.recv_into(rest)
+                else:
+                    count = self._socket.recvmsg_into([rest, *behind], 0, socket.MSG_WAITALL)[0]
+            except BlockingIOError:
+                continue  # too late, or soon
+            if not count:
+                raise ConnectionError("the other end hung up in the middle")
+            place += count
+        return place - len(into)
+
+    def _wait(self, limit: int) -> None:
+        """Have the next call end before the deadline, or soon after it.
+
+        Raises:
+            TimeoutError: that is over.
+        """
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"nothing within {self._timeout_s:g} s")
-        self._socket.settimeout(left)
+        if self._tls:
+            self._socket.settimeout(left)
+        elif not LEAST * left <= self._limits[limit] <= MOST * left:
+            # Not for each call: what is left now is about what was left the last time.
+            self._limits[limit] = within = FIRST * left
+            # None at all would be for ever.
+            seconds, microseconds = int(within), int(within % 1 * 1e6) or 1
+            self._socket.setsockopt(socket.SOL_SOCKET, limit, _TIMEVAL.pack(seconds, microseconds))
 
 
 class LoopChannel:
     """A connection that is heard on a loop: frames alone, and no call that waits.
+
+    One thread may hear while another one speaks.
 
     Args:
         connected: does not block from now on.
@@ -177,6 +240,12 @@ class LoopChannel:
         connected.setblocking(False)
         self._socket = connected
         self._came = bytearray()
+        self._torn = False  # a frame went out in part
+        # What two threads do to one TLS connection at a time ends the process.
+        tls = isinstance(connected, ssl.SSLSocket)
+        self._alone: contextlib.AbstractContextManager[Any] = (
+            threading.Lock() if tls else contextlib.nullcontext()
+        )
         self.descriptor = connected.fileno()
 
     def receive(self) -> Iterator[bytes]:
@@ -189,7 +258,8 @@ class LoopChannel:
         hung_up = False
         with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
             while not hung_up:
-                data = self._socket.recv(RECEIVE_BYTES)
+                with self._alone:
+                    data = self._socket.recv(RECEIVE_BYTES)
                 self._came += data
                 hung_up = not data
                 if len(data) < RECEIVE_BYTES and not isinstance(self._socket, ssl.SSLSocket):
@@ -210,15 +280,21 @@ class LoopChannel:
         Raises:
             OSError: the other end has gone, or takes nothing.
         """
-        bodies = map(p.encode, messages)
-        frames = b"".join(_LENGTH.pack(len(body)) + body for body in bodies)
-        if self._socket.send(frames) < len(frames):
+        frames = b"".join(_frame(p.encode(message)) for message in messages)
+        if not self._torn:
+            with self._alone:
+                self._torn = self._socket.send(frames) < len(frames)
+        if self._torn:
             raise ConnectionError("the other end takes nothing")
 
     def close(self) -> None:
         """Hang up. Repeatable."""
-        with contextlib.suppress(OSError):
+        with self._alone, contextlib.suppress(OSError):
             self._socket.close()
+
+
+def _frame(body: bytes) -> bytes:
+    return _LENGTH.pack(len(body)) + body
 
 
 def length_of(head: bytes | bytearray) -> int:
@@ -261,11 +337,11 @@ def connect(
         channel = Channel(connected, deadline - time.monotonic())
         handshake = p.Handshake(known, ways)
         channel.send(handshake.hello())
-        hello = _reply(channel, str(address))
+        hello = hear(channel, str(address))
         if not isinstance(hello, p.Hello):
             raise Incompatible(f"{address} does not say hello")
         channel.send(handshake.check_server(hello, str(address)))
-        if not isinstance(_reply(channel, str(address)), p.Welcome):
+        if not isinstance(hear(channel, str(address)), p.Welcome):
             raise Incompatible(f"{address} does not welcome a node that knows its secret")
         channel.hello = hello
     except BaseException:
@@ -286,6 +362,24 @@ def introduce(channel: Channel, where: str) -> None:
     channel.agent = agent.metadata
 
 
+def fetch(channel: Channel, name: bytes, into: memoryview, where: str) -> int:
+    """Have an object brought to its place; its size, 0: it is not there, -1: it is larger.
+
+    Raises:
+        OSError, PeerRefused, Incompatible: as of `ask`.
+    """
+    data = ask(channel, p.Read(name, len(into)), where)
+    if not isinstance(data, p.Data) or data.nbytes > len(into):
+        raise Incompatible("it sends what nobody asked for")
+    if data.nbytes <= 0:
+        return data.nbytes
+    channel.receive_object(into[: data.nbytes])
+    sent = hear(channel, where)
+    if not isinstance(sent, p.Sent):
+        raise Incompatible("it does not say whether its bytes are whole")
+    return data.nbytes if sent.stayed else 0
+
+
 def ask(channel: Channel, request: p.Request, where: str) -> p.Reply:
     """Send a request and wait for its answer.
 
@@ -294,10 +388,15 @@ def ask(channel: Channel, request: p.Request, where: str) -> p.Reply:
         PeerRefused, Incompatible: another one.
     """
     channel.send(request)
-    return _reply(channel, where)
+    return hear(channel, where)
 
 
-def _reply(channel: Channel, where: str) -> p.Reply:
+def hear(channel: Channel, where: str) -> p.Reply:
+    """Wait for the next message.
+
+    Raises:
+        OSError, PeerRefused, Incompatible: as of `ask`.
+    """
     body = channel.receive()
     if not body:
         raise ConnectionError("the other end hung up")

@@ -19,8 +19,8 @@ from typing import Any
 
 from kvstrata import errors
 from kvstrata.errors import DeadlineExceeded, Incompatible, KVStrataError, NodeUnavailable
+from kvstrata.header import NOBODY
 from kvstrata.memory.pool import PoolMapping
-from kvstrata.objects import NOBODY
 from kvstrata.wire import protocol as p
 from kvstrata.wire.connection import Connection
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from kvstrata.header import NOBODY
 from kvstrata.heads import heads
 from kvstrata.keys import Tokens, owner_digest
-from kvstrata.objects import NOBODY
 from kvstrata.observe.reasons import Reason, Unloaded, Why
 from kvstrata.pagekeys import chain_of
 from kvstrata.wire import protocol as p

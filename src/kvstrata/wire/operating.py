@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kvstrata.objects import NOBODY
+from kvstrata.header import NOBODY
 from kvstrata.observe.reasons import Reason
 from kvstrata.wire.message import Message, Numbers, Strings
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvstrata.errors import DeadlineExceeded, UsageError
-from kvstrata.objects import NOBODY
+from kvstrata.header import NOBODY
 from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient

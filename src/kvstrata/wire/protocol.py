@@ -6,6 +6,7 @@ msgspec's; nothing here does I/O.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator
 from typing import Annotated
@@ -14,7 +15,7 @@ import msgspec
 
 import kvstrata
 from kvstrata.errors import Incompatible, UsageError
-from kvstrata.objects import CHECKSUM_BYTES, NOBODY
+from kvstrata.header import CHECKSUM_BYTES, NOBODY
 from kvstrata.secret import MAX_SECRETS
 from kvstrata.wire import operating
 from kvstrata.wire.message import Message, Numbers, Strings
@@ -166,7 +167,7 @@ class Nearest(Message, tag="nearest", frozen=True):
 
 
 class Template(Message, frozen=True):
-    """What the headers of one reservation share; fields as in `kvstrata.objects.ObjectHeader`.
+    """What the headers of one reservation share; fields as in `kvstrata.header.ObjectHeader`.
 
     ``producer`` is the engine that computes them, printable ASCII without spaces, 32 characters at
     most; empty: nobody says. ``positions`` is of the one object of kept tokens.
@@ -234,6 +235,8 @@ Request = Match | Inside | Await | Release | Reserve | Commit | operating.Reques
 Reply = Hello | Matched | Nearest | Arrived | Reserved | Done | operating.Reply | Failed
 
 # What msgspec raises beside its own error: text that is not UTF-8, depth, a map as a map's key.
+BLOCK = 64
+"""Items of a packed column that are cut out in one call."""
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)
 
 _length = struct.Struct("<I")
@@ -376,4 +379,15 @@ def count(packed: bytes, size: int) -> int:
 
 def split(packed: bytes, size: int) -> list[bytes]:
     """Cut a packed column into its items. Raises `Incompatible` when it does not divide."""
-    return [packed[i * size : (i + 1) * size] for i in range(count(packed, size))]
+    block = _block_of(size)
+    end = count(packed, size) // BLOCK * block.size
+    items: list[bytes] = []
+    for place in range(0, end, block.size):
+        items += block.unpack_from(packed, place)
+    items += [packed[place : place + size] for place in range(end, len(packed), size)]
+    return items
+
+
+@functools.cache
+def _block_of(size: int) -> struct.Struct:
+    return struct.Struct(f"{size}s" * BLOCK)

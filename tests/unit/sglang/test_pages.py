@@ -16,8 +16,8 @@ from tests.support.host_pools import LAYOUTS, HostPool
 from kvstrata.connectors.sglang.pages import BytePages, TokenPages
 from kvstrata.connectors.sglang.proof import prove
 from kvstrata.errors import Incompatible, LayoutMismatch
+from kvstrata.header import ObjectHeader
 from kvstrata.layout import native_order
-from kvstrata.objects import ObjectHeader
 
 FOREIGN = "vllm/cpu-vec/b8/bfloat16"
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from kvstrata.errors import Incompatible
+from kvstrata.header import MAX_CHUNK_TOKENS, GroupKind, ObjectHeader
 from kvstrata.layout import ITEM_BYTES, Elements, LayerGroup, native_order
-from kvstrata.objects import MAX_CHUNK_TOKENS, GroupKind, ObjectHeader
 from kvstrata.parts import PORTABLE
 from kvstrata.wire import protocol as p
 

@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from kvstrata.connectors.transformers.kinds import Kind
 from kvstrata.connectors.transformers.loads import Load
 from kvstrata.errors import CorruptObject, DeadlineExceeded, KVStrataError, UsageError
+from kvstrata.header import ObjectHeader
 from kvstrata.keys import owner_digest
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, checksum, decode
+from kvstrata.objects import HEADER_BYTES, checksum, decode
 from kvstrata.pagekeys import chain_of
 from kvstrata.parts import KEPT
 from kvstrata.selection import kept as k

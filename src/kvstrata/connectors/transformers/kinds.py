@@ -21,8 +21,8 @@ from transformers.cache_utils import (
 )
 
 from kvstrata.errors import Incompatible
+from kvstrata.header import ObjectHeader
 from kvstrata.layout import ITEM_BYTES, LayerGroup, native_order
-from kvstrata.objects import ObjectHeader
 from kvstrata.parts import PORTABLE
 from kvstrata.wire import protocol as p
 

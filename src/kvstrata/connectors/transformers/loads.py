@@ -11,9 +11,10 @@ from typing import Any
 from kvstrata.connectors.transformers.contents import Filling
 from kvstrata.connectors.transformers.kinds import Kind, Kinds
 from kvstrata.errors import CorruptObject, DeadlineExceeded, KVStrataError
+from kvstrata.header import ObjectHeader
 from kvstrata.heads import heads
 from kvstrata.keys import owner_digest
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode
+from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.observe.reasons import Reason
 from kvstrata.pagekeys import chain_of
 from kvstrata.producers import origin

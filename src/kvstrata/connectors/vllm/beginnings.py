@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from kvstrata.connectors.vllm.groups import Group, Groups
 from kvstrata.connectors.vllm.requests import Beginning, RequestState
 from kvstrata.errors import KVStrataError
-from kvstrata.objects import MARK_TOKENS
+from kvstrata.header import MARK_TOKENS
 from kvstrata.parts import PORTABLE
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import Call, NodeClient, offsets_of

@@ -16,21 +16,22 @@ import numpy as np
 from blake3 import blake3
 from vllm.distributed.kv_events import BlockRemoved
 
-from kvstrata.blend import boundaries
-from kvstrata.blend.segments import MIN_TOKENS, USUAL_RATIO, Asked, named, separated
+from kvstrata.blend import Rule
+from kvstrata.blend.segments import MIN_TOKENS, Asked
 from kvstrata.blend.signposts import Signpost, Signposts, covering
 from kvstrata.config import Config
-from kvstrata.connectors.vllm.assembling import behind, is_exact, pieces_of, source_of
+from kvstrata.connectors.vllm.assembling import Assembly, source_of, within
 from kvstrata.connectors.vllm.engine import refuse
-from kvstrata.connectors.vllm.finding import Question, Search, Text
+from kvstrata.connectors.vllm.finding import Question, Search, looked_for
 from kvstrata.connectors.vllm.groups import Groups
 from kvstrata.connectors.vllm.lookups import Lookups
-from kvstrata.connectors.vllm.messages import Blend, Piece, Source, WorkerHello
+from kvstrata.connectors.vllm.messages import Blend, Piece, WorkerHello
 from kvstrata.connectors.vllm.named import Made, Named
 from kvstrata.connectors.vllm.pace import Pace
 from kvstrata.connectors.vllm.poison import Withdrawals, may_be_poisoned, poison
 from kvstrata.connectors.vllm.requests import RequestState
-from kvstrata.connectors.vllm.signing import Post, Signing, Whose
+from kvstrata.connectors.vllm.signing import Post, Signing, Whose, posts_of
+from kvstrata.connectors.vllm.texts import Texts
 from kvstrata.errors import Incompatible, KVStrataError, UsageError
 from kvstrata.quality.blending.choice import pick_blend
 from kvstrata.quality.bound import Bound
@@ -65,7 +66,6 @@ class Blending:
         lookups: Lookups,
         pace: Pace,
     ) -> None:
-        self._model_config = vllm_config.model_config
         self._config, self._groups, self._lookups, self._pace = config, groups, lookups, pace
         self._chunk, self._block = groups.chunk_tokens, groups.each[0].block_tokens
         self._hash_tokens = getattr(kv_cache_config, "hash_block_size", None) or self._block
@@ -77,7 +77,7 @@ class Blending:
                 self._refuse(f"this engine has {error}")
         self.proven = False
         self._signing = Signing(config.deadlines.request)
-        self._tokenizer: Any = None
+        self._texts = Texts(vllm_config.model_config)
         self._withdrawn: Withdrawals | None = None
         if lookups.events is not None:
             per_block = self._block // self._hash_tokens
@@ -115,24 +115,12 @@ class Blending:
         asked: Asked | None = state.hints.given.get("blend")
         if asked is None:
             return
-        why = self._off or _refused(state)
-        tokens = state.request.prompt_token_ids
         try:
-            if why:
-                raise UsageError(why)
-            if asked.quality is not None:
-                Bound.parse(asked.quality)
-            if asked.segments == "auto":
-                texts = boundaries.pieces(tokens)
-            elif asked.segments is not None:
-                texts = named(asked.segments, len(tokens))
-            else:
-                assert asked.separator is not None
-                texts = separated(tokens, self._separator(asked.separator))
+            if self._off:
+                raise UsageError(self._off)
+            state.named = self._texts.of(state, asked)
         except (ValueError, KVStrataError) as error:
             state.hints = state.hints.without("blend", str(error))
-            return
-        state.named = Named(asked, [text for text in texts if len(text) >= MIN_TOKENS])
 
     def answer(self, state: RequestState, num_computed: int, *, busy: bool) -> int | None:
         """Tokens that a blend brings behind those that vLLM has; 0: there is none; None: not yet.
@@ -188,6 +176,9 @@ class Blending:
             for number in range(start // size, count):
                 at, stop = max(start, number * size), min(whole, (number + 1) * size)
                 head.append(Piece(len(sources) - 1, number, at - number * size, stop - at, at, at))
+        span = range(start, made.end)
+        rows = [[within(one, span) for one in run] for run in made.runs]
+        runs = [[one for one in run if one is not None] for run in rows if run[0] is not None]
         tokens = list(state.request.all_token_ids[: made.end])
         ids = blocks.get_block_ids()[0]
         tiers = bytes(state.tiers[piece.chunk] for piece in head) + made.tiers
@@ -195,15 +186,18 @@ class Blending:
             request_id=state.request.request_id,
             node=client.hello.node if client is not None else b"",
             sources=sources,
-            pieces=[*head, *behind(made.pieces, start)],
+            pieces=[*head, *(run[0] for run in runs)],
             tokens=tokens,
             table=list(ids[: made.end // self._block]),
             start=start,
             first=made.first,
-            plan=wanted.plan,
-            ratio=wanted.ratio,
+            plan=wanted.rule.plan,
+            ratio=wanted.rule.ratio,
+            bound=wanted.rule.bound,
             parts=parts,
             seed=int.from_bytes(blake3(np.array(tokens, "<u4").tobytes()).digest(8), "little"),
+            beside=[*([] for _ in head), *(run[1:] for run in runs)],
+            weights=[*made.weights, 1.0],
         )
         return blend, tiers
 
@@ -254,7 +248,8 @@ class Blending:
         if stored == wanted.num_stored and not at_end:
             return
         wanted.num_stored = stored
-        some = []
+        some, keys, posts = list[Post](), self._keys(state, wanted), wanted.posts
+        assert posts is not None
         for number, text in enumerate(wanted.texts):
             chunks = covering(text, self._chunk)
             last = min(chunks.stop, stored)
@@ -265,14 +260,12 @@ class Blending:
             if number in wanted.signed or not enough:
                 continue
             wanted.signed.add(number)
-            keys = tuple(state.keys[chunks.start : last])
-            key = self._keys(state, wanted)[number]
-            some.append(Post(key, Signpost(text.start, keys), len(text)))
+            post = Signpost(text.start, tuple(state.keys[chunks.start : last]))
+            some += posts_of(posts, keys[number], post, state.request.prompt_token_ids, text)
         if some:
             whose = Whose(state.namespace, state.owner, self._chunk, state.chunk_s,
                           state.hints.priority, state.hints.tiers)  # fmt: skip
-            assert wanted.posts is not None
-            self._signing.write(client, wanted.posts, whose, some)
+            self._signing.write(client, posts, whose, some)
 
     def withdraw(self) -> list[BlockRemoved]:
         """Of what vLLM has published of blended requests: that it is nobody's."""
@@ -294,16 +287,15 @@ class Blending:
             head = max(num_computed, state.num_whole * self._chunk)
             end = min(state.hints.load_limit, self._end(state.request.num_tokens))
             keys = self._keys(state, wanted)
-            texts = [
-                Text(text, key)
-                for text, key in zip(wanted.texts, keys, strict=True)
-                if min(text.stop, end) - max(text.start, head) >= MIN_TOKENS
-            ]
             question = Question(
                 self._lookups.parts, self._lookups.orders, self._lookups.lengths,
                 state.owner, state.namespace, state.chunk_s, state.hints.tiers,
             )  # fmt: skip
             assert wanted.posts is not None
+            texts = looked_for(
+                wanted.posts, keys, state.request.prompt_token_ids, wanted.texts,
+                range(head, end), places=wanted.rule.plan == "anchors",
+            )  # fmt: skip
             try:
                 wanted.search = Search(client, wanted.posts, question, texts)
             except KVStrataError as error:
@@ -332,8 +324,7 @@ class Blending:
             return self._off or NOT_YET
         asked = wanted.asked
         if asked.plan is not None:
-            wanted.plan = asked.plan
-            wanted.ratio = USUAL_RATIO if asked.ratio is None else asked.ratio
+            wanted.rule = asked.rule
             return ""
         assert asked.quality is not None
         weights = self._lookups.namespaces.weights_of(state.request)
@@ -342,39 +333,28 @@ class Blending:
         chosen = self._choose(weights, asked.quality)
         if isinstance(chosen, str):
             return chosen
-        wanted.plan, wanted.ratio = chosen
+        wanted.rule = chosen
         return ""
 
     def _make(self, state: RequestState, wanted: Named, search: Search, num_computed: int) -> None:
         """Put the prompt together of what was found, and keep it apart from others."""
         head = max(num_computed, state.num_whole * self._chunk)
         most = min(state.hints.load_limit, self._end(state.request.num_tokens))
-        pieces, sources, tiers = list[Piece](), list[Source](), b""
-        first = most
-        for text in search.texts:
-            signpost = text.signpost
-            if signpost is None or not text.tiers:
-                continue
-            some = pieces_of(text.tokens, signpost, len(text.tiers), self._chunk, head, most,
-                           len(sources))  # fmt: skip
-            if sum(piece.count for piece in some) < MIN_TOKENS:
-                continue
-            keys = list(signpost.keys[: len(text.tiers)])
-            sources.append(source_of(text.lease, keys, text.offsets, len(self._lookups.parts)))
-            tiers += bytes(text.tiers[piece.chunk] for piece in some)
-            pieces += some
-            others = (one for one in some if not is_exact(one, signpost, self._chunk, state.keys))
-            first = min(first, next((one.position for one in others), first))
+        found = Assembly(state.request.prompt_token_ids, state.keys, self._chunk,
+                         len(self._lookups.parts), head, most)  # fmt: skip
+        found.add(search.texts)
+        first = found.first
         if first == most:
             self._drop(wanted, "none of its texts was found")
             return
-        last = pieces[-1].position + pieces[-1].count
         if not may_be_poisoned(state.request, first, self._hash_tokens):
             self._drop(wanted, "vLLM has no hash where it begins")
             return
+        pieces = [run[0] for run in found.runs]
+        last = pieces[-1].position + pieces[-1].count
         end = min(-(-last // self._block) * self._block, self._end(state.request.num_tokens))
         count = sum(piece.count for piece in pieces if piece.position >= first)
-        wanted.made = Made(pieces, sources, tiers, first, end, count)
+        wanted.made = Made(found.runs, found.sources, found.weights, found.tiers, first, end, count)
         # Before vLLM hears of it: whatever becomes of it, it is exact no more.
         state.taint = first
         poison(state.request, first, self._hash_tokens)
@@ -409,43 +389,11 @@ class Blending:
             wanted.search.give_up()
             wanted.search = None
 
-    def _separator(self, text: str) -> list[int]:
-        """The tokens of a separator.
-
-        Raises:
-            UsageError: this engine has no tokenizer.
-        """
-        if self._tokenizer is None:
-            if self._model_config.skip_tokenizer_init:
-                raise UsageError("this engine has no tokenizer: name segments by their tokens")
-            from vllm.tokenizers import cached_tokenizer_from_config
-
-            try:
-                self._tokenizer = cached_tokenizer_from_config(self._model_config)
-            except Exception as error:  # of whatever library the tokenizer is
-                raise UsageError(f"the tokenizer cannot be loaded: {error}") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
     def _refuse(self, why: str) -> None:
         self._off = f"blending is off: {why}"
         self.proven = False
         logger.warning("KVStrata blends nothing (blend = on): %s", why)
 
 
-def _refused(state: RequestState) -> str:
-    """Why a request cannot be blended, nor its texts be found by others; "" if it can."""
-    request, sampling = state.request, state.request.sampling_params
-    reasons = {
-        state.bypass: bool(state.bypass),
-        "requests with media are not blended": bool(request.mm_features),
-        "requests with an adapter are not blended": request.lora_request is not None,
-        "its prompt's log-probabilities are asked for": sampling is not None
-        and sampling.prompt_logprobs is not None,
-        "prefill and decode apart are not blended": bool(state.roles.peer or state.roles.lends),
-        "sessions are not blended": request.resumable,
-    }
-    return next((why for why, is_so in reasons.items() if is_so), "")
-
-
-def _choose(weights: str, quality: str) -> tuple[str, float] | str:
+def _choose(weights: str, quality: str) -> Rule | str:
     return pick_blend(weights, Bound.parse(quality))

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvstrata.blend import budget, choose, stretches
+from kvstrata.blend import BY_DEVIATION, budget, choose, stretches
 from kvstrata.connectors.vllm.messages import Blend, Piece
 from kvstrata.errors import UsageError
 
@@ -146,7 +146,7 @@ class BlendJob:
         self._gaps = np.flatnonzero(~there[blend.start :]) + blend.start
         self.prepared = True
         count = budget(blend.plan, blend.ratio, sum(map(len, self.reused)))
-        if blend.plan == "deviation" and count:
+        if blend.plan in BY_DEVIATION and count:
             # What lies before is there, in the first layer at least; a gap is not.
             begin = min([*self._gaps[:1].tolist(), self.first])
             self.unchecked = range(begin, self.reused[-1].stop)
@@ -159,9 +159,9 @@ class BlendJob:
         blend, deviation = self.blend, None
         if off is not None:
             deviation = np.concatenate([off[one.start : one.stop] for one in self.reused])
-        elif blend.plan == "deviation":
+        elif blend.plan in BY_DEVIATION:
             deviation = np.zeros(sum(map(len, self.reused)), np.float32)
-        chosen = choose(blend.plan, blend.ratio, self.reused, deviation, blend.seed)
+        chosen = choose(blend.plan, blend.ratio, self.reused, deviation, blend.seed, blend.bound)
         self.todo = np.union1d(self._gaps, np.array(chosen, np.int64)).tolist()
 
     @property

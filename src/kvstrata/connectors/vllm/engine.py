@@ -10,6 +10,7 @@ ordinary call of the model, so it works for every architecture and number of ran
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,8 +24,11 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from kvstrata.connectors.modules import common_root
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.errors import Incompatible
+
+logger = logging.getLogger(__name__)
 
 Runs = list[tuple[int, int]]
 """Of some tokens: number of the first, and behind the last, of each run of neighbours."""
@@ -72,19 +76,33 @@ def _is_full(spec: Any) -> bool:
     )
 
 
-def find_model() -> Any:
-    """The model of the runner that calls this, which vLLM hands to nobody: by the stack.
+def find_model(layers: Sequence[Any]) -> Any:
+    """The model of the runner that calls this, which vLLM hands to nobody.
 
+    By the stack: a caller has it. Where none does, by what holds its layers.
+
+    Args:
+        layers: some that belong to it.
     Raises:
-        Incompatible: no caller has one.
+        Incompatible: neither finds it.
     """
+    model = _of_a_caller()
+    if model is None:
+        model = common_root(layers)
+        if not callable(getattr(model, "compute_logits", None)):
+            raise Incompatible("the engine's model was not found")
+        logger.info("KVStrata found the engine's model by what holds its layers")
+    return model
+
+
+def _of_a_caller() -> Any:
     frame = sys._getframe(1)
     while frame is not None:
         caller: Any = frame.f_locals.get("self")
         if hasattr(type(caller), "get_model") and hasattr(caller, "model"):
             return caller.get_model()
         frame = frame.f_back  # type: ignore[assignment]
-    raise Incompatible("the engine's model was not found")
+    return None
 
 
 class Forward:

@@ -1,7 +1,9 @@
 """Where the texts lie that a request names: their signposts, then the chunks that these name.
 
 A search asks for all signposts at once, and for a text's chunks as soon as its signpost is there.
-What it ends with is leased: leading chunks of each text, perhaps none.
+What it ends with is leased: leading chunks of each text, perhaps none. Of a text that is looked for
+at several places each is an entry of its own; its first signpost is asked for where none of them
+has enough of it, as where it was written by a release without places.
 """
 
 from __future__ import annotations
@@ -13,17 +15,23 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvstrata.blend.signposts import ORDER, PART, Signpost, Signposts
+from kvstrata.blend.segments import MIN_TOKENS
+from kvstrata.blend.signposts import ORDER, PART, PLACES, Signpost, Signposts
 from kvstrata.errors import CorruptObject, KVStrataError
 from kvstrata.objects import HEADER_BYTES, stored_bytes, verify_object
+from kvstrata.observe.reasons import Why
 from kvstrata.parts import identity
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import Call, NodeClient, offsets_of
 
 logger = logging.getLogger(__name__)
 
+MAX_PLACES = 256
+"""Questions to the node for one request; of the texts behind those one each."""
 STALE_S = 60.0
 """A signpost that is as old, and whose first chunk has gone, is removed: a fresh one may follow."""
+STILL_THERE = (Why.CAPPED, Why.TIER_OFF, Why.DEADLINE, Why.ARRIVING, Why.PLANNED, Why.NO_NODE)
+"""Why this request does not get a chunk that may be there for the next one."""
 
 
 class Question(NamedTuple):
@@ -44,11 +52,13 @@ class Text:
     Args:
         tokens: its positions in the prompt.
         key: of its signpost.
+        place: which one that is: as of `Signposts.key`.
     """
 
-    def __init__(self, tokens: range, key: bytes) -> None:
+    def __init__(self, tokens: range, key: bytes, place: int = 0) -> None:
         self.tokens = tokens
         self.key = key
+        self.place = place
         self.signpost: Signpost | None = None
         self.created_ns = 0  # when that was written
         # a lease on its leading chunks, their tiers and slots
@@ -58,6 +68,36 @@ class Text:
         # what is under way: the question, and the lease of the signpost
         self.call: Call | None = None
         self.post_lease = 0
+
+
+def looked_for(
+    posts: Signposts,
+    keys: Sequence[bytes],
+    tokens: Sequence[int],
+    texts: Sequence[range],
+    span: range,
+    *,
+    places: bool,
+) -> list[Text]:
+    """What is to be looked for.
+
+    Args:
+        posts: makes keys of texts.
+        keys: of the texts' signposts.
+        tokens: of the prompt.
+        texts: their positions.
+        span: positions that a load is for; what has little there is left out.
+        places: whether at each of their places, too; of as many texts as `MAX_PLACES` allows.
+    """
+    found: list[Text] = []
+    for text, key in zip(texts, keys, strict=True):
+        if min(text.stop, span.stop) - max(text.start, span.start) < MIN_TOKENS:
+            continue
+        if places and len(found) + PLACES < MAX_PLACES:
+            some = tokens[text.start : text.stop]
+            found += [Text(text, posts.key(some, one), one) for one in range(1, PLACES + 1)]
+        found.append(Text(text, key))
+    return found
 
 
 class Search:
@@ -79,11 +119,11 @@ class Search:
         self.texts = texts
         self.began = time.monotonic()
         self._client, self._posts, self._question = client, posts, question
+        placed = {text.tokens for text in texts if text.place}
+        self._spare = [text for text in texts if not text.place and text.tokens in placed]
         for text in texts:
-            text.call = client.match(
-                [text.key], [PART], [ORDER], [posts.payload_bytes(len(text.tokens))],
-                question.owner, question.namespace, tiers=question.tiers,
-            )  # fmt: skip
+            if text.place or text.tokens not in placed:
+                self._ask(text)
 
     @property
     def done(self) -> bool:
@@ -107,6 +147,8 @@ class Search:
                 break
             with contextlib.suppress(KVStrataError):  # heard of by whoever asks next
                 self._client.pump(waiting, left)
+        if self.done and self._ask_spare():
+            return self.go_on(max(0.0, deadline - time.monotonic()))
         return self.done
 
     def older_than(self, seconds: float) -> bool:
@@ -124,6 +166,30 @@ class Search:
         """Wait for nothing any more; what was found is still held."""
         for text in self.texts:
             self._let_be(text)
+
+    def _ask(self, text: Text) -> None:
+        question, nbytes = self._question, self._posts.payload_bytes(len(text.tokens), text.place)
+        text.call = self._client.match(
+            [text.key], [PART], [ORDER], [nbytes],
+            question.owner, question.namespace, tiers=question.tiers,
+        )  # fmt: skip
+
+    def _ask_spare(self) -> bool:
+        """Ask for the first signposts of texts that were found at no place; whether there are."""
+        found = {text.tokens for text in self.texts if self._num_found(text) >= MIN_TOKENS}
+        asked = [text for text in self._spare if text.tokens not in found]
+        self._spare = []
+        with contextlib.suppress(KVStrataError):  # the node has gone: who holds a search sees it
+            for text in asked:
+                self._ask(text)
+        return any(text.call is not None for text in asked)
+
+    def _num_found(self, text: Text) -> int:
+        """Tokens from a text's first one up to the end of the chunks that were found."""
+        if text.signpost is None or not text.tiers:
+            return 0
+        size = self._posts.chunk_tokens
+        return len(text.tiers) * size - text.signpost.start % size
 
     def _waiting(self) -> Call | None:
         return next((text.call for text in self.texts if text.call is not None), None)
@@ -159,7 +225,8 @@ class Search:
             found: p.Matched = call.wait(0)
             text.lease, text.tiers = found.lease, found.tiers
             text.offsets = offsets_of(found.offsets)
-            if not found.found and time.time_ns() - text.created_ns > STALE_S * 1e9:
+            is_old = time.time_ns() - text.created_ns > STALE_S * 1e9
+            if is_old and not found.found and not any(one.why in STILL_THERE for one in found.why):
                 self._remove(text)
             return
         reply: p.Matched | p.Arrived = call.wait(0)
@@ -184,13 +251,13 @@ class Search:
         Raises:
             CorruptObject, Incompatible: it is none, whatever the reason.
         """
-        nbytes = self._posts.payload_bytes(len(text.tokens))
+        nbytes = self._posts.payload_bytes(len(text.tokens), text.place)
         try:
             whole = bytes(self._client.pool.view(offset, stored_bytes(nbytes)))
             header = verify_object(whole, identity(text.key, PART))
             payload = whole[HEADER_BYTES : HEADER_BYTES + header.raw_length]
             text.created_ns = header.created_ns
-            text.signpost = self._posts.decode(text.key, payload, len(text.tokens))
+            text.signpost = self._posts.decode(text.key, payload, len(text.tokens), text.place)
         except CorruptObject:
             self._remove(text)
             raise

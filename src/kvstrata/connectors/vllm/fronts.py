@@ -139,7 +139,7 @@ def fronts_of(
     *,
     blends: bool,
 ) -> Fronts:
-    """What a worker can compute; to be called by what vLLM's runner calls, which has the model.
+    """What a worker can compute; to be called by what vLLM's runner calls, best on its stack.
 
     Args:
         vllm_config: the engine's configuration.
@@ -152,12 +152,12 @@ def fronts_of(
     Raises:
         Incompatible: nothing.
     """
-    model = find_model()
+    layers = attention_layers(pages, vllm_config)
+    model = find_model([*layers.values()])
     forward = Forward(vllm_config, kv_cache_config, pages, model)
     turning: Turning | str | None = None
     if blends:
         try:
-            layers = attention_layers(pages, vllm_config)
             rotary = find_rotary(model, layers, pages.group.head_dim)
             positions = vllm_config.model_config.max_model_len
             proof = TurningProof(pages, kv_caches, rotary, positions)

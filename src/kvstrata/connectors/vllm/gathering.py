@@ -7,12 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvstrata.connectors.vllm.assembling import cut, within
 from kvstrata.connectors.vllm.blends import BlendJob
 from kvstrata.connectors.vllm.copies import Copier
 from kvstrata.connectors.vllm.messages import Blend, Piece
 from kvstrata.connectors.vllm.payloads import Payloads
 from kvstrata.connectors.vllm.rotary import Rotary
-from kvstrata.connectors.vllm.turned import Sheet
+from kvstrata.connectors.vllm.turned import Share, Sheet
 from kvstrata.errors import CorruptObject, KVStrataError, NodeUnavailable
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
@@ -109,16 +110,22 @@ class _Bringing:
         """Piece by piece."""
         came: list[tuple[int, int]] = []
         for number, whole in enumerate(self._blend.pieces):
-            piece = _within(whole, self._span)
+            piece = within(whole, self._span)
             if piece is None:
                 continue
-            slots = self._slots(piece)
+            beside = self._blend.beside[number] if self._blend.beside else []
+            some = [piece, *(one for one in (within(p, self._span) for p in beside) if one)]
+            slots = [self._slots(one) for one in some]
             if not self._job.wanted:
                 return
-            if slots is None:
+            there = [one for one in slots if one is not None]
+            if len(there) < len(some):
                 continue
             try:
-                self._put(piece, slots)
+                if beside:
+                    self._mix(some, there)
+                else:
+                    self._put(piece, there[0])
             except CorruptObject as error:
                 logger.warning(
                     "KVStrata: a chunk of request %s is computed: %s", self._blend.request_id, error
@@ -179,6 +186,23 @@ class _Bringing:
             rows = payloads.rows(name, self._client, offset, key, tokens)
             sheet.put(rows, rest.position, rest.was)
 
+    def _mix(self, pieces: Sequence[Piece], slots: Sequence[list[int]]) -> None:
+        """Take the mean of the same rows as several prompts had them, by their weights.
+
+        Raises:
+            CorruptObject: one of the objects is not what was leased.
+        """
+        blend = self._blend
+        total = sum(blend.weights[piece.source] for piece in pieces)
+        for part, payloads in self._payloads.items():
+            number, shares = blend.parts.index(part), list[Share]()
+            for piece, some in zip(pieces, slots, strict=True):
+                key = blend.sources[piece.source].keys[piece.chunk]
+                tokens = range(piece.row, piece.row + piece.count)
+                rows = payloads.rows(blend.request_id, self._client, some[number], key, tokens)
+                shares.append(Share(rows, piece.was, blend.weights[piece.source] / total))
+            self._sheets[part].mix(shares, pieces[0].position)
+
     def _copy_whole(
         self, payloads: Payloads, sheet: Sheet, offset: int, key: bytes, piece: Piece
     ) -> Piece:
@@ -192,23 +216,4 @@ class _Bringing:
             return piece
         width = payloads.template.num_tokens // size
         sheet.copy(address, width, piece.row // size, piece.position, count)
-        return _cut(piece, count * size, piece.count)
-
-
-def _within(piece: Piece, span: range) -> Piece | None:
-    """What of a piece lies in a span."""
-    first = max(span.start - piece.position, 0)
-    last = min(span.stop - piece.position, piece.count)
-    return _cut(piece, first, last) if first < last else None
-
-
-def _cut(piece: Piece, first: int, last: int) -> Piece:
-    """The rows ``first`` to ``last`` of a piece."""
-    return Piece(
-        piece.source,
-        piece.chunk,
-        piece.row + first,
-        last - first,
-        piece.position + first,
-        piece.was + first,
-    )
+        return cut(piece, count * size, piece.count)

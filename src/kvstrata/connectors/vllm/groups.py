@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
 
 from kvstrata.config import Config
 from kvstrata.errors import ConfigError, Incompatible
-from kvstrata.objects import MAX_CHUNK_TOKENS, GroupKind
+from kvstrata.header import MAX_CHUNK_TOKENS, GroupKind
 
 NULL_BLOCK = 0
 """vLLM's block where a group holds nothing: behind a window, or between two states."""

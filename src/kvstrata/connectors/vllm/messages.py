@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvstrata.errors import Incompatible
-from kvstrata.objects import NOBODY
+from kvstrata.header import NOBODY
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,11 @@ class Blend:
         ratio: the part of the reused tokens, 0 to 1.
         parts: what makes up a chunk, as the sources' ``offsets`` have it.
         seed: for the plan ``random``.
+        bound: for the plan ``deviation``, as of `kvstrata.blend.choose`.
+        beside: of each piece, the same rows of the same text as other prompts had them, which are
+            mixed with it; none: a piece is all that there is. A piece of which one of these does
+            not come is computed.
+        weights: of each source, how much its rows count where several are mixed.
     """
 
     request_id: str
@@ -198,6 +203,9 @@ class Blend:
     ratio: float
     parts: list[int]
     seed: int = 0
+    bound: float | None = None
+    beside: list[list[Piece]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

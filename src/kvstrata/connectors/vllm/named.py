@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvstrata.blend import Rule
 from kvstrata.blend.segments import Asked
 from kvstrata.blend.signposts import Signposts
 from kvstrata.connectors.vllm.finding import Search
@@ -25,7 +26,7 @@ class Named:
         self.asked, self.texts = asked, texts
         self.posts: Signposts | None = None
         self.keys: list[bytes] = []  # of the signposts, one for each text
-        self.plan, self.ratio = "", 0.0
+        self.rule = Rule("none", 0.0)
         self.why = ""  # nothing was blended
         self.search: Search | None = None
         self.made: Made | None = None
@@ -41,7 +42,7 @@ class Named:
     def ended(self, tally: Tally) -> None:
         """Its request has ended."""
         if self.made is not None:
-            tally.add("blended_tokens_total", self.made.num_reused, self.plan)
+            tally.add("blended_tokens_total", self.made.num_reused, self.rule.plan)
             tally.add("recomputed_tokens_total", self.num_recomputed)
 
     def record(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class Named:
         return {
             "blended_tokens": 0 if made is None else made.num_reused,
             "recomputed_tokens": self.num_recomputed,
-            "blend_plan": f"{self.plan} {self.ratio:g}" if made is not None else "",
+            "blend_plan": str(self.rule) if made is not None else "",
             "blend_miss": "" if made is not None else self.why,
         }
 
@@ -60,16 +61,18 @@ class Made:
     """A prompt put together.
 
     Args:
-        pieces: behind the exact head, by position.
+        runs: behind the exact head, by position: of some rows each prompt's piece.
         sources: of these.
-        tiers: of each chunk that one of them is of, its tier.
+        weights: of each source, where several are mixed.
+        tiers: of each chunk that a run's first piece is of, its tier.
         first: position of the first token that is not exact.
         end: of the load, in tokens.
-        num_reused: tokens of the pieces.
+        num_reused: tokens of the runs.
     """
 
-    pieces: list[Piece]
+    runs: list[list[Piece]]
     sources: list[Source]
+    weights: list[float]
     tiers: bytes
     first: int
     end: int

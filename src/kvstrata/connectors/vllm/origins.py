@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from kvstrata.objects import ObjectHeader
+from kvstrata.header import ObjectHeader
 from kvstrata.producers import origin
 
 

@@ -19,8 +19,8 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from kvstrata.connectors.vllm.groups import KINDS
 from kvstrata.errors import Incompatible, LayoutMismatch, UsageError
+from kvstrata.header import GroupKind
 from kvstrata.layout import LayerGroup, NativeOrder, native_order
-from kvstrata.objects import GroupKind
 
 _CPU_ORDERS = {"vec": "cpu-vec", "vec16": "cpu-vec", "amx": "cpu-amx"}
 """Byte order of each instruction set of vLLM's CPU attention; those missing were never checked."""

@@ -16,8 +16,9 @@ from kvstrata.connectors.vllm.origins import Origins
 from kvstrata.connectors.vllm.pages import Pages
 from kvstrata.connectors.vllm.ranks import Shard
 from kvstrata.errors import CorruptObject, UsageError
+from kvstrata.header import ObjectHeader
 from kvstrata.layout import Elements, LayerGroup, NativeOrder
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode
+from kvstrata.objects import HEADER_BYTES, decode
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
 

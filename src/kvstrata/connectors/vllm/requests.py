@@ -13,9 +13,9 @@ from kvstrata.connectors.naming import roles
 from kvstrata.connectors.vllm.named import Named
 from kvstrata.connectors.vllm.reasons import Account
 from kvstrata.connectors.vllm.stats import Tally
+from kvstrata.header import MARK_TOKENS, NOBODY
 from kvstrata.heads import heads
 from kvstrata.keys import KeyChain, MediaItem
-from kvstrata.objects import MARK_TOKENS, NOBODY
 from kvstrata.observe.reasons import Reason, Why
 from kvstrata.observe.tracing import Span, Tracer
 from kvstrata.wire import protocol as p

@@ -1,6 +1,6 @@
 """Signposts of the texts that a request names, once the chunks that hold them are stored.
 
-They are a few hundred bytes, written by the scheduler's side on a thread of its own.
+They are some hundred bytes, written by the scheduler's side on a thread of its own.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
+from kvstrata.blend.anchors import NEAR_TOKENS, sketch
 from kvstrata.blend.signposts import GROUP, ORDER, PART, Signpost, Signposts
 from kvstrata.errors import KVStrataError
 from kvstrata.objects import HEADER_BYTES, checksum
@@ -35,6 +37,26 @@ class Post(NamedTuple):
     key: bytes
     signpost: Signpost
     num_tokens: int
+
+
+def posts_of(
+    posts: Signposts, key: bytes, signpost: Signpost, tokens: Sequence[int], text: range
+) -> list[Post]:
+    """What is written of a text: its signpost, and that of its place behind what comes before it.
+
+    Args:
+        posts: makes keys of texts.
+        key: of its signpost.
+        signpost: where it is.
+        tokens: of the prompt.
+        text: its positions there.
+    """
+    before = sketch(tokens[max(0, text.start - NEAR_TOKENS) : text.start])
+    place = posts.key(tokens[text.start : text.stop], signpost.place)
+    return [
+        Post(key, signpost, len(text)),
+        Post(place, replace(signpost, before=before), len(text)),
+    ]
 
 
 class Whose(NamedTuple):

@@ -13,7 +13,7 @@ from kvstrata.connectors.vllm.lookups import Lookups
 from kvstrata.connectors.vllm.messages import Store
 from kvstrata.connectors.vllm.requests import RequestState
 from kvstrata.errors import KVStrataError
-from kvstrata.objects import MARK_TOKENS
+from kvstrata.header import MARK_TOKENS
 from kvstrata.secret import secret_check
 from kvstrata.wire import protocol as p
 

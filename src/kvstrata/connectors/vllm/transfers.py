@@ -1,8 +1,6 @@
-"""Loads and stores of one worker: threads of their own, each copy at its end or never begun.
+"""Loads of one worker, and its stores: threads of their own, each copy at its end or never begun.
 
-A load fills a request's blocks from leased slots as these arrive. A store reserves slots, copies
-blocks into them, and commits. A step that is about to overwrite blocks waits for the stores that
-read them, or cancels those that have not begun to.
+A load fills a request's blocks from leased slots as these arrive.
 """
 
 from __future__ import annotations
@@ -16,19 +14,19 @@ from functools import partial
 from typing import Any
 
 from kvstrata.config import DeadlineConfig
-from kvstrata.connectors.threads import use_given_cores, yield_to_the_engine
+from kvstrata.connectors.threads import use_given_cores
 from kvstrata.connectors.vllm.backwards import bring
 from kvstrata.connectors.vllm.blends import BlendJob
-from kvstrata.connectors.vllm.copies import Copier, Plan, payload_address
-from kvstrata.connectors.vllm.fills import fill
+from kvstrata.connectors.vllm.copies import Copier, Plan
 from kvstrata.connectors.vllm.gathering import Gatherer
 from kvstrata.connectors.vllm.meeting import Meeting, Meetings
-from kvstrata.connectors.vllm.messages import Load, Store
+from kvstrata.connectors.vllm.messages import Load
 from kvstrata.connectors.vllm.pace import Rate
 from kvstrata.connectors.vllm.payloads import Payloads
 from kvstrata.connectors.vllm.stats import Tally
+from kvstrata.connectors.vllm.stores import Stores
 from kvstrata.errors import DeadlineExceeded, KVStrataError, NodeUnavailable, UsageError
-from kvstrata.observe.tracing import Tracer, spanning
+from kvstrata.observe.tracing import Tracer
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
 
@@ -39,54 +37,6 @@ NUM_LOAD_THREADS = 2
 NUM_AWAITING_THREADS = 16
 #: for how long one sleeps before it sees that its request has ended
 SLEEP_S = 0.05
-#: stores that may wait for their turn; beyond it they are dropped, loads never are
-MAX_WAITING_STORES = 64
-NOT_WRITTEN = bytes(16)
-
-
-class StoreJob:
-    """A store on its way.
-
-    Args:
-        store: what to copy.
-        after: a mark of the copier's; the blocks hold their bytes from then on.
-        cost: seconds that computing one chunk took; 0 if unknown.
-    """
-
-    def __init__(self, store: Store, after: Any, cost: float) -> None:
-        self.store = store
-        self.blocks = frozenset(store.blocks)
-        self.after = after
-        self.cost = cost
-        self.ended = threading.Event()
-        self._lock = threading.Lock()
-        self._cancelled = False
-        self._copying = False
-
-    def begin_copy(self) -> bool:
-        """Whether the blocks may still be read; if so they hold still until `ended` is set."""
-        with self._lock:
-            self._copying = not self._cancelled
-            return self._copying
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it will never read its blocks."""
-        return self._cancelled
-
-    def settle(self, timeout_s: float) -> bool:
-        """Return when the blocks are no longer read; False if the store was cancelled for that.
-
-        The time limit is for a copy to begin. One that has begun is waited for to its end.
-        """
-        if self.ended.wait(timeout_s):
-            return True
-        with self._lock:
-            if not self._copying:
-                self._cancelled = True
-                return False
-        self.ended.wait()
-        return True
 
 
 class Transfers:
@@ -99,6 +49,8 @@ class Transfers:
         deadlines: for a load as a whole, and for each answer of the node to a store.
         tally: counts what is stored.
         tracer: of those stores that are traced.
+    Attributes:
+        stores: the other way.
     """
 
     def __init__(
@@ -113,17 +65,10 @@ class Transfers:
         self._payloads = payloads
         self._copier = copier
         self._deadlines = deadlines
-        self._tally, self._tracer = tally, tracer
+        self.stores = Stores(payloads, copier, world, deadlines.request, tally, tracer)
         self._loading = ThreadPoolExecutor(NUM_LOAD_THREADS, "kvstrata-load", use_given_cores)
         # What waits for a slower tier must not hold up what is there.
         self._awaiting = ThreadPoolExecutor(NUM_AWAITING_THREADS, "kvstrata-wait", use_given_cores)
-        # Ranks spin while they wait for each other: beside that a thread that yields would starve,
-        # and its store be dropped.
-        yields = yield_to_the_engine if world == 1 else use_given_cores
-        self._storing = ThreadPoolExecutor(1, "kvstrata-store", yields)
-        # The engine that decodes waits for these.
-        self._lending = ThreadPoolExecutor(1, "kvstrata-lend", use_given_cores)
-        self._jobs: list[StoreJob] = []
         self._changed = threading.Condition()
         self._num_loading = 0
         self._under_way: set[str] = set()
@@ -217,37 +162,12 @@ class Transfers:
             cut, self._cut = self._cut, {}
         return cut
 
-    def begin_store(self, store: Store, client: NodeClient, cost: float) -> None:
-        """Begin a store of blocks that the engine has filled, unless too many are waiting."""
-        self._jobs = [job for job in self._jobs if not job.ended.is_set()]
-        mine = [one for one in self._payloads.values() if one.stores and one.table == store.group]
-        if len(self._jobs) + len(mine) > MAX_WAITING_STORES * len(self._payloads):
-            self._tally.add("stores_dropped_total", 1, "too many wait")
-            return
-        after = self._copier.mark()
-        threads = self._lending if store.lend else self._storing
-        for payloads in mine:
-            job = StoreJob(store, after, cost)
-            self._jobs.append(job)
-            threads.submit(self._store, job, payloads, client)
-
-    def fence(self, blocks: set[int] | None = None) -> None:
-        """Return when no store reads these blocks any more (None: no block at all)."""
-        deadline = time.monotonic() + self._deadlines.request
-        for job in self._jobs:
-            if job.cancelled or (blocks is not None and job.blocks.isdisjoint(blocks)):
-                continue
-            if not job.settle(max(0.0, deadline - time.monotonic())):
-                logger.warning("KVStrata: a store was dropped, its blocks are needed")
-                self._tally.add("stores_dropped_total", 1, "its blocks are needed")
-
     def settle(self) -> None:
         """Return when no copy is under way; loads end at their deadline at the latest."""
         with self._changed:
             while self._num_loading:
                 self._changed.wait()
-        for job in self._jobs:
-            job.settle(0.0)
+        self.stores.settle()
 
     @property
     def read_portable(self) -> bool:
@@ -275,8 +195,7 @@ class Transfers:
         """End the threads, and what they do. Repeatable."""
         self._loading.shutdown(wait=True, cancel_futures=True)
         self._awaiting.shutdown(wait=True, cancel_futures=True)
-        for threads in (self._storing, self._lending):
-            threads.shutdown(wait=True)
+        self.stores.close()
 
     def _load(
         self,
@@ -412,57 +331,6 @@ class Transfers:
         except DeadlineExceeded:
             return []
         return offsets_of(arrived.offsets).tolist()
-
-    def _store(self, job: StoreJob, payloads: Payloads, client: NodeClient) -> None:
-        """One store of one of the worker's objects, from reservation to commit; never raises."""
-        try:
-            with spanning(self._tracer, "kvstrata.store", job.store.trace) as trace:
-                self._store_chunks(job, payloads, client, trace)
-        except KVStrataError as error:
-            logger.warning("KVStrata: a store was dropped: %s", error)
-            self._tally.add("stores_dropped_total", 1, "the node failed it")
-        except Exception:
-            logger.exception("KVStrata: a store died of a bug")
-            self._tally.add("stores_dropped_total", 1, "a bug")
-        finally:
-            job.ended.set()
-
-    def _store_chunks(
-        self, job: StoreJob, payloads: Payloads, client: NodeClient, trace: str
-    ) -> None:
-        store, patience = job.store, self._deadlines.request
-        reserved: p.Reserved = client.reserve(
-            store.namespace,
-            store.prefix,
-            store.first,
-            payloads.part,
-            payloads.template_of(store),
-            job.cost,
-            store.weights,
-            store.owner,
-            store.lend,
-            trace,
-            store.priority,
-            store.tiers,
-            store.marks,
-        ).wait(patience)
-        offsets = offsets_of(reserved.offsets)
-        given = [i for i, offset in enumerate(offsets) if offset >= 0]
-        checksums = [NOT_WRITTEN] * len(offsets)
-        per_chunk = len(store.blocks) // len(offsets)
-        try:
-            if given and job.begin_copy():
-                blocks = [b for i in given for b in store.blocks[i * per_chunk :][:per_chunk]]
-                addresses = [payload_address(client.pool, offsets[i]) for i in given]
-                sums = fill(self._copier, payloads, store.tail_tokens, addresses, blocks,
-                            job.after, job.ended)  # fmt: skip
-                for i, checksum in zip(given, sums, strict=True):
-                    checksums[i] = checksum
-        finally:
-            if given:
-                done: p.Done = client.commit(reserved.reservation, checksums).wait(patience)
-                stored = done.count * payloads.template.raw_length
-                self._tally.add("stored_bytes_total", stored)
 
 
 def _of_node(client: NodeClient | None, load: Load) -> NodeClient:

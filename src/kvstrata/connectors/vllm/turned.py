@@ -6,8 +6,8 @@ them, so that nothing of the engine's is read and each block is written once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,20 @@ Floats = npt.NDArray[np.float32]
 
 CACHE_BYTES = 1 << 19
 """Of some layers' rows, as float32: a part of the cache that a core has to itself."""
+
+
+class Share(NamedTuple):
+    """Rows of some tokens as one prompt had them.
+
+    Args:
+        rows: to copy.
+        was: position of the first of them there.
+        weight: how much they count; of all that are mixed 1 together.
+    """
+
+    rows: StoredRows
+    was: int
+    weight: float
 
 
 class Sheet:
@@ -78,17 +92,56 @@ class Sheet:
             CorruptObject: there is no such position.
         """
         count = len(rows.tokens)
+        turns = [] if was == position else self._turns(was, position, count)
+
+        def of_layers(layers: slice) -> Elements:
+            some = rows.of_layers(layers)
+            return self._turned(some, layers, turns) if turns else some
+
+        self._take(position, count, of_layers)
+
+    def mix(self, shares: Sequence[Share], position: int) -> None:
+        """Take the weighted mean of rows of the same tokens; what lies before them is written.
+
+        Turned and added in float32, in the order of the shares, and rounded once.
+
+        Args:
+            shares: at least one; as many rows of each, no more than fit on a sheet.
+            position: of the first of them in this prompt; all lie in the span.
+
+        Raises:
+            CorruptObject: as `put`.
+        """
+        count, dtype = len(shares[0].rows.tokens), self._pages.group.dtype
+        turns = [self._turns(one.was, position, count) for one in shares]
+
+        def of_layers(layers: slice) -> Elements:
+            total: Floats | None = None
+            for share, turn in zip(shares, turns, strict=True):
+                numbers = floats(share.rows.of_layers(layers), dtype)
+                for rotary, cos, sin in turn:
+                    mine = self._mine(rotary, layers)
+                    keys = numbers[mine, 0]
+                    rotate(keys, cos, sin, interleaved=rotary.interleaved)
+                    numbers[mine, 0] = keys
+                numbers *= np.float32(share.weight)
+                total = numbers if total is None else total + numbers
+            assert total is not None
+            return words(total, dtype)
+
+        with np.errstate(all="ignore"):  # stored rows may be no numbers, and then stay none
+            self._take(position, count, of_layers)
+
+    def _take(self, position: int, count: int, of_layers: Callable[[slice], Elements]) -> None:
+        """Put rows where they belong, some layers at a time."""
         assert count <= self._size
         first, within = divmod(position - self._span.start, self._size)
         for number in [one for one in self._touched if one < first]:
             self._write(number)
-        turns = [] if was == position else self._turns(was, position, count)
         here = min(count, self._size - within)
         one, two = self._halves[first % 2], self._halves[(first + 1) % 2]
         for layers in self._layers:
-            some = rows.of_layers(layers)
-            if turns:
-                some = self._turned(some, layers, turns)
+            some = of_layers(layers)
             one[layers, :, :, within : within + here] = some[:, :, :, :here]
             if here < count:
                 two[layers, :, :, : count - here] = some[:, :, :, here:]
@@ -146,14 +199,17 @@ class Sheet:
         dtype = self._pages.group.dtype
         turned: Elements = rows.copy()
         for rotary, cos, sin in turns:
-            mine = [
-                one - layers.start for one in rotary.layers if layers.start <= one < layers.stop
-            ]
-            some: Any = slice(None) if len(mine) == len(rows) else mine
-            keys = floats(rows[some, 0], dtype)
+            mine = self._mine(rotary, layers)
+            keys = floats(rows[mine, 0], dtype)
             rotate(keys, cos, sin, interleaved=rotary.interleaved)
-            turned[some, 0] = words(keys, dtype)
+            turned[mine, 0] = words(keys, dtype)
         return turned
+
+    def _mine(self, rotary: Rotary, layers: slice) -> Any:
+        """Which of some layers turn by a table, as an index among them."""
+        mine = [one - layers.start for one in rotary.layers if layers.start <= one < layers.stop]
+        whole = min(layers.stop, self._pages.group.num_layers) - layers.start
+        return slice(None) if len(mine) == whole else mine
 
 
 def floats(elements: Elements, dtype: str) -> Floats:

@@ -175,7 +175,7 @@ class WorkerSide:
             overwritten.update(load.blocks)
         for blend in meta.blends:
             overwritten.update(blend.table[blend.start // self._block :])
-        self._transfers.fence(overwritten)
+        self._transfers.stores.fence(overwritten)
 
     def bind(self, meta: StepMetadata) -> None:
         """Begin this step's asynchronous loads."""
@@ -259,7 +259,7 @@ class WorkerSide:
                 chunk_cost(seconds) if timed and meta.num_tokens >= self._chunk else 0.0,
             )
         if self._drain_always:
-            self._transfers.fence()
+            self._transfers.stores.fence()
 
     def loads_ended(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended since the last step, and those of them that failed."""
@@ -299,7 +299,7 @@ class WorkerSide:
 
         They come back at the same addresses, so that nothing is to be done then.
         """
-        self._transfers.fence()
+        self._transfers.stores.fence()
         self._transfers.settle()
 
     def close(self) -> None:
@@ -359,7 +359,7 @@ class WorkerSide:
                     # What was loaded may be lossy, and must not go through a lossy codec again.
                     store = store.computed()
                 if store.blocks:
-                    self._transfers.begin_store(store, self._client, cost)
+                    self._transfers.stores.begin(store, self._client, cost)
 
     def _follow(self, meta: StepMetadata) -> None:
         """Stay with the scheduler's node: leave a dead one's memory before joining the next."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstrata.node.coding.recoding import warm_up
+from kvstrata.node.coding.recoding import NO_CODEC, warm_up
 from kvstrata.quality.choice import RAW, Candidate, Place
 
 if TYPE_CHECKING:
@@ -26,10 +26,6 @@ MARGIN = 1.2
 BEYOND_DECODING = 1e9
 """A tier that brings more bytes a second for each core is faster than any decoder; so that nobody
 need import one to see."""
-
-NO_CODEC = (ImportError, OSError, RuntimeError)
-"""What a machine raises on which codecs do not work: numba is broken, or finds no folder to keep
-what it compiled in."""
 
 
 class Choice(ABC):
@@ -44,6 +40,8 @@ class Choice(ABC):
     name: str
     lossless: bool
     needs_speed = False
+    always_raw = False
+    """Whether `of` has no codec for anything any more, so that nobody need ask it."""
 
     @abstractmethod
     def of(self, weights: str, compute_s: float, place: Place | None) -> Codec | None:
@@ -96,7 +94,10 @@ class Exact(Choice):
         with self._lock:
             if not self._decided and place is not None:
                 self._decided = True  # raw, should it fail: the caller counts that, once
-                self._codec = _sooner_than_raw(place)
+                try:
+                    self._codec = _sooner_than_raw(place)
+                finally:
+                    self.always_raw = self._codec is None
                 logger.info("%s reads %.0f MB/s: it stores %s", place.name,
                             place.bytes_per_s / 1e6, self.name)  # fmt: skip
             return self._codec

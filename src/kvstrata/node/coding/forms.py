@@ -14,8 +14,8 @@ import numpy as np
 
 from kvstrata.codecs import Codec, Payload, framing
 from kvstrata.errors import CorruptObject, LayoutMismatch
+from kvstrata.header import ObjectHeader
 from kvstrata.layout import ITEM_BYTES, WORDS, Bytes, Elements
-from kvstrata.objects import ObjectHeader
 from kvstrata.selection import kept as k
 
 _LENGTH = np.dtype("<u4")

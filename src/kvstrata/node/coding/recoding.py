@@ -18,18 +18,10 @@ import msgspec
 import numpy as np
 
 from kvstrata.errors import CorruptObject, Incompatible, LayoutMismatch, UsageError
+from kvstrata.header import GROUP_BITS, NOT_ENCRYPTED, SEALED_BYTES, ObjectHeader
 from kvstrata.layout import ITEM_BYTES, Bytes, LayerGroup, native_order
 from kvstrata.node.coding.scratch import Scratch
-from kvstrata.objects import (
-    GROUP_BITS,
-    HEADER_BYTES,
-    NOT_ENCRYPTED,
-    SEALED_BYTES,
-    ObjectHeader,
-    checksum,
-    stored_bytes,
-    verify_object,
-)
+from kvstrata.objects import HEADER_BYTES, checksum, encode, stored_bytes, verify_object
 from kvstrata.objects import decode as decode_header
 from kvstrata.parts import PERHAPS_LOSSY
 from kvstrata.producers import apart, with_producer
@@ -37,6 +29,11 @@ from kvstrata.producers import apart, with_producer
 if TYPE_CHECKING:
     from kvstrata.codecs import Codec
     from kvstrata.node.coding.sealing import KeyRing
+
+
+NO_CODEC = (ImportError, OSError, RuntimeError)
+"""What a machine raises on which codecs do not work: numba is broken, or finds no folder to keep
+what it compiled in."""
 
 
 def warm_up(codec: Codec) -> None:
@@ -56,13 +53,21 @@ def warm_up(codec: Codec) -> None:
                 decode(codec, payload, encoded[:size], raw)
 
 
+def get_ready_to_decode(family: str, parameters: bytes) -> None:
+    """Warm up the codec of such objects; where there is none, whoever reads one says so."""
+    from kvstrata.codecs import stored_codec
+
+    with contextlib.suppress(Incompatible, UsageError, *NO_CODEC):
+        warm_up(stored_codec(family, parameters))
+
+
 def stamped(page: memoryview, epoch: int) -> bytes:
     """A header page out of a slot, as a tier of this epoch has it.
 
     Raises:
         CorruptObject: it is damaged.
     """
-    return msgspec.structs.replace(_own_header(page), epoch=epoch).encode()
+    return encode(msgspec.structs.replace(_own_header(page), epoch=epoch))
 
 
 class Encoded(NamedTuple):
@@ -124,7 +129,7 @@ def encoded_object(
             stored_length=size,
             stored_checksum=checksum(whole[HEADER_BYTES:end]),
         )
-        whole[:HEADER_BYTES] = stored.encode()
+        whole[:HEADER_BYTES] = encode(stored)
     except BaseException:
         scratch.give(buffer)
         raise
@@ -241,7 +246,7 @@ def _decoded(header: ObjectHeader, data: memoryview, into: memoryview) -> Object
         raw_checksum=digest,
         stored_checksum=digest,
     )
-    into[:HEADER_BYTES] = header.encode()
+    into[:HEADER_BYTES] = encode(header)
     into[end:] = bytes(len(into) - end)
     return header
 

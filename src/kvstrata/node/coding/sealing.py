@@ -16,14 +16,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
-from kvstrata.objects import (
-    CHECKSUM_BYTES,
-    HEADER_BYTES,
-    NOT_ENCRYPTED,
-    SEALED_BYTES,
-    ObjectHeader,
-    checksum,
-)
+from kvstrata.header import CHECKSUM_BYTES, NOT_ENCRYPTED, SEALED_BYTES, ObjectHeader
+from kvstrata.objects import HEADER_BYTES, checksum, encode
 
 if not hasattr(AESGCM, "encrypt_into"):
     raise ImportError("this cryptography has no AESGCM.encrypt_into: it is older than 47")
@@ -91,7 +85,7 @@ class KeyRing:
         )
         into[end:] = bytes(len(into) - end)
         sealed = msgspec.structs.replace(sealed, stored_checksum=checksum(into[HEADER_BYTES:end]))
-        into[:HEADER_BYTES] = sealed.encode()
+        into[:HEADER_BYTES] = encode(sealed)
         return sealed
 
     def open(self, header: ObjectHeader, data: memoryview, into: memoryview) -> ObjectHeader:
@@ -132,7 +126,7 @@ class KeyRing:
         )
         if problem := opened.problem():
             raise CorruptObject(f"header of what was encrypted: {problem}")
-        into[:HEADER_BYTES] = opened.encode()
+        into[:HEADER_BYTES] = encode(opened)
         into[HEADER_BYTES + size :] = bytes(len(into) - HEADER_BYTES - size)
         return opened
 
@@ -173,7 +167,7 @@ def _xor(one: bytes, other: bytes) -> bytes:
 
 
 def _authenticated(header: ObjectHeader) -> bytes:
-    page = bytearray(header.encode())
+    page = bytearray(encode(header))
     for field in _NOT_AUTHENTICATED:
         page[field] = bytes(field.stop - field.start)
     return bytes(page)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
+
+from kvstrata.node.common.spares import Name
 
 
 class Cause(str, Enum):
@@ -32,6 +35,9 @@ class Watcher(Protocol):
     def entered(self, tier: str, key: bytes, part: int) -> None:
         """An object of a chunk can be found in a tier."""
 
+    def found(self, tier: str, names: Sequence[Name]) -> None:
+        """So can these, by chunk and part, which a scan of a slower tier has found."""
+
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         """It cannot any more."""
 
@@ -53,6 +59,11 @@ class Changes:
         """See `Watcher`."""
         for one in self._watchers:
             one.entered(tier, key, part)
+
+    def found(self, tier: str, names: Sequence[Name]) -> None:
+        """See `Watcher`."""
+        for one in self._watchers:
+            one.found(tier, names)
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         """See `Watcher`."""

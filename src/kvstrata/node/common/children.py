@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from kvstrata.objects import MARK_BYTES, MARK_TOKENS
+from kvstrata.header import MARK_BYTES, MARK_TOKENS
 
 MAX_CHILDREN = 1 << 17
 """Those that are remembered, the last ones that came or were of use: 50 MB, 17 million tokens."""

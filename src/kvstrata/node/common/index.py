@@ -7,8 +7,9 @@ of no use.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Generic, TypeVar
 
 from kvstrata.node.common.changes import Cause, Changes
@@ -97,6 +98,10 @@ class Index(Generic[E]):
         """All chunk keys; not to be kept across a change."""
         return self._chunks.keys()
 
+    def latest(self, count: int) -> list[bytes]:
+        """The keys of the chunks that came last."""
+        return list(itertools.islice(reversed(self._chunks), count))
+
     def claim(self, nbytes: int) -> bool:
         """Set bytes aside for an object that is about to be written; False when they do not fit."""
         if self.used_bytes + nbytes > self.capacity_bytes:
@@ -165,6 +170,42 @@ class Index(Generic[E]):
         self._changes.entered(self._tier, key, part)
         return replaced  # type: ignore[return-value]
 
+    def adopt(self, found: Sequence[tuple[Name, E]]) -> bool:
+        """Enter what a scan found, of which nothing more is known; as `claim` and `put` of each.
+
+        What is here already stays as it is. False: not all of it fits, and nothing has changed.
+        """
+        sizes = [self._nbytes_of(entry) for _, entry in found]
+        if self.used_bytes + sum(sizes) > self.capacity_bytes:
+            return False
+        chunks, weights, new = self._chunks, dict[bytes, int](), list[Name]()
+        unknown: Tag | None = None
+        for (name, entry), nbytes in zip(found, sizes, strict=True):
+            key, part = name
+            flat = chunks.get(key)
+            if flat is None:
+                unknown = unknown or self.owners.tag(UNKNOWN)
+                self.owners.enter(unknown)
+                chunks[key] = (unknown, part, entry)
+                unknown.account.nbytes += nbytes
+                weights[key] = nbytes
+            elif part in flat[1::2]:
+                continue
+            else:
+                chunks[key] = (*flat, part, entry)
+                _tag(flat).account.nbytes += nbytes
+                weights.pop(key, None)  # it counts as used last
+                weights[key] = self.nbytes(key)
+            self.used_bytes += nbytes
+            new.append(name)
+        self.num_objects += len(new)
+        self._policy.insert_all(weights)
+        if self.owners.num_quotas:
+            for key, weight in weights.items():
+                self._count_late(_tag(chunks[key]).account, key, weight)
+        self._changes.found(self._tier, new)
+        return True
+
     def takes(self, key: bytes, owner: bytes) -> bool:
         """Whether an object of this owner may join a chunk: not where it fills another's quota."""
         flat = self._chunks.get(key)
@@ -184,11 +225,14 @@ class Index(Generic[E]):
         before.account.nbytes -= nbytes
         self.owners.leave(before)
         self._chunks[key] = (tag, *flat[1:])
-        if tag.account.policy is not None:
-            tag.account.policy.insert(key, nbytes, self.cost_of(key), self.priority_of(key))
-            tag.account.used((key,))
-            # It was here before anybody knew that it counts.
-            tag.account.ceiling_bytes = max(tag.account.ceiling_bytes, tag.account.used_bytes)
+        self._count_late(tag.account, key, nbytes)
+
+    def _count_late(self, account: Account, key: bytes, nbytes: int) -> None:
+        """Count a chunk, which was here before anybody knew, against its owner's quota."""
+        if account.policy is not None:
+            account.policy.insert(key, nbytes, self.cost_of(key), self.priority_of(key))
+            account.used((key,))
+            account.ceiling_bytes = max(account.ceiling_bytes, account.used_bytes)
 
     def amend(self, key: bytes, part: int, entry: E) -> None:
         """Note something new about an object that is here and keeps its size."""

@@ -6,10 +6,12 @@ Bounded: who is too slow is told that something is missing, and the node waits f
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvstrata.errors import UsageError
 from kvstrata.node.common.changes import Cause
+from kvstrata.node.common.spares import Name
 
 MOST_CHANGES = 1 << 16
 MOST_WAITING = 64
@@ -55,6 +57,11 @@ class Journal:
     def entered(self, tier: str, key: bytes, part: int) -> None:
         """See `Watcher`."""
         self._note(Change(tier, key, part, None))
+
+    def found(self, tier: str, names: Sequence[Name]) -> None:
+        """See `Watcher`."""
+        for name in names:
+            self.entered(tier, *name)
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         """See `Watcher`."""

@@ -18,6 +18,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 
 class Prefill(NamedTuple):
     """How fast an engine computes a prompt, as it measured itself; all zero: unknown.
@@ -93,20 +96,17 @@ def plan(
         prefill: of the engine; where it is unknown everything is loaded.
         first: number of the first of these chunks in its prompt.
     """
-    stop, coming = first + len(tiers), [0] * (len(links) + 1)
-    here = next((i for i, tier in enumerate(tiers) if tier), len(tiers))
-    best = Plan(here, 0.0, prefill.seconds(first + here, stop))
-    least, load_s = best.rest_s, 0.0
-    for number in range(here, len(tiers)):
-        tier = tiers[number]
-        if tier:
-            coming[tier] += nbytes[number]
-            load_s = max(load_s, links[tier - 1].seconds(coming[tier]))
-        rest_s = prefill.seconds(first + number + 1, stop)
-        if not prefill.known or load_s + rest_s <= least:
-            least = load_s + rest_s
-            best = Plan(number + 1, load_s, rest_s)
-    return best
+    num, stop = len(tiers), first + len(tiers)
+    here = _num_here(tiers)
+    load_s = _loading(tiers[here:], nbytes[here:], links)
+    if not prefill.known:
+        return Plan(num, float(load_s[-1]), 0.0)
+    kept = np.arange(here, num + 1)
+    rest_s = prefill.chunk_s * (num - kept)
+    rest_s += prefill.pair_s * (stop * stop - (first + kept) ** 2) / 2
+    taken = load_s + rest_s
+    best = len(taken) - 1 - int(np.argmin(taken[::-1]))  # of equal ones the most
+    return Plan(here + best, float(load_s[best]), float(rest_s[best]))
 
 
 #: of what the better of loading and computing takes, what a meeting may take to be worth it: part
@@ -142,14 +142,39 @@ def meeting(
         tier and links[tier - 1].bytes_per_s is None for tier in set(tiers)
     ):
         return None
-    here = next((i for i, tier in enumerate(tiers) if tier), len(tiers))
-    coming, load_s = [0] * (len(links) + 1), 0.0
-    best: Meeting | None = None
-    for place in range(len(tiers) - 1, here, -1):
-        if tier := tiers[place]:
-            coming[tier] += nbytes[place]
-            load_s = max(load_s, links[tier - 1].seconds(coming[tier]))
-        seconds = max(load_s, prefill.seconds(first + here, first + place))
-        if best is None or seconds < best.seconds:
-            best = Meeting(place, seconds)
-    return best
+    here = _num_here(tiers)
+    places = np.arange(len(tiers) - 1, here, -1)
+    if not len(places):
+        return None
+    load_s = _loading(tiers[:here:-1], nbytes[:here:-1], links)[1:]
+    prefill_s = prefill.chunk_s * (places - here)
+    prefill_s += prefill.pair_s * ((first + places) ** 2 - (first + here) ** 2) / 2
+    seconds = np.maximum(load_s, prefill_s)
+    best = int(np.argmin(seconds))  # of equal ones the last place
+    return Meeting(int(places[best]), float(seconds[best]))
+
+
+def _num_here(tiers: Sequence[int]) -> int:
+    """How many leading chunks are in host memory."""
+    return next((i for i, tier in enumerate(tiers) if tier), len(tiers))
+
+
+def _loading(
+    tiers: Sequence[int], nbytes: Sequence[int], links: Sequence[Link]
+) -> npt.NDArray[np.float64]:
+    """What loading the first 0, 1, 2, ... of these chunks takes, float64 seconds."""
+    num = len(tiers)
+    load_s = np.zeros(num + 1)
+    tier_of, nbytes_of = np.fromiter(tiers, np.int64, num), np.fromiter(nbytes, np.int64, num)
+    for tier, link in enumerate(links, 1):
+        mine = tier_of == tier
+        if not mine.any() or link.bytes_per_s is None:
+            continue
+        coming = np.cumsum(np.where(mine, nbytes_of, 0))
+        if link.bytes_per_s > 0:
+            each_s = (link.queued_bytes + coming) / link.bytes_per_s
+        else:
+            each_s = np.full(num, math.inf)
+        each_s = np.where(coming > 0, np.maximum(link.latency_s, each_s), 0.0)
+        load_s[1:] = np.maximum(load_s[1:], each_s)
+    return load_s

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 
 from kvstrata.canaries import ORDER, PART, Canaries
 from kvstrata.errors import TierUnavailable
+from kvstrata.header import NOBODY
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.host import HostMemory
-from kvstrata.objects import NOBODY, stored_bytes
+from kvstrata.objects import stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.tiers.marks import Whose
 

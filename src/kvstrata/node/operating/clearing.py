@@ -130,8 +130,7 @@ class Clearer:
             tiers: where.
             aged: whether some of what is here may be younger than what it covers.
         """
-        if not aged:
-            self._reservations.forget_marked(mark)
+        self._reservations.forget_marked(mark, aged=aged)
         here = self._host.index.owners.may_have(mark)
         named = [
             b

@@ -2,17 +2,21 @@
 
 Each chunk is read out of its tier, checked, and stored as the other tier stores. A move removes a
 chunk only once all of it stands in the other tier, so a node that dies on the way has it in one of
-them, or in both. What is cleared while it is on its way is not stored.
+them, or in both. Nor does a chunk leave before those that were asked for before it have come, or
+could not: of a prompt that is moved head first the other tier has the beginning and this one the
+end at any moment, and there is no hole, where a match would end. What is cleared while it is on its
+way is not stored.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from kvstrata.errors import CorruptObject, KVStrataError, TierUnavailable, UsageError
+from kvstrata.header import ObjectHeader
 from kvstrata.node.common.background import Threads
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.operating.jobs import Job, Stopped
@@ -20,7 +24,7 @@ from kvstrata.node.operating.places import Made, Places
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.single import Singly, unreachable
 from kvstrata.node.slots.slot import Slot
-from kvstrata.objects import ObjectHeader, verify_object
+from kvstrata.objects import verify_object
 from kvstrata.parts import PERHAPS_LOSSY, PORTABLE, identity, order_name
 from kvstrata.tiers.marks import Whose
 from kvstrata.wire.protocol import split
@@ -66,6 +70,7 @@ class Copier:
         self._places = places
         self._threads = threads
         self._on_way: set[OnWay] = set()
+        self._leaving: set[tuple[bytes, str]] = set()  # chunks, each with its tier
         self._filling: list[Slot] = []
         self._gate = asyncio.Semaphore(AT_ONCE)
 
@@ -101,13 +106,9 @@ class Copier:
                 for one in mine:
                     if not one.readable:
                         raise unreachable(one)
-                answers = await asyncio.gather(*[
-                    self._bring(job, key, source, target, made, moves)
-                    for key in some[place : place + AT_ONCE]
-                ], return_exceptions=True)  # fmt: skip
-                for answer in answers:
-                    if isinstance(answer, BaseException):
-                        raise answer
+                for answer in await self._bring_some(
+                    job, some[place : place + AT_ONCE], source, target, made, moves
+                ):
                     job.done += 1
                     absent += answer == "absent"
                     there += answer == "there"
@@ -190,31 +191,61 @@ class Copier:
         finally:
             host.unhold(slot)
 
-    async def _bring(
-        self, job: Job, key: bytes, source: str, target: str, made: Made, moves: bool
-    ) -> str:
-        """Bring one chunk; ``absent``, ``there`` already, ``failed`` or ``done``."""
+    async def _bring_some(
+        self, job: Job, keys: list[bytes], source: str, target: str, made: Made, moves: bool
+    ) -> list[str]:
+        """Bring a few chunks at once; of a move they leave when all of them have come.
+
+        Returns:
+            For each chunk ``absent``, ``there`` already, ``failed`` or ``done``.
+        """
+        with contextlib.ExitStack() as ways:
+            chunks = [
+                (ways.enter_context(self.on_way(key)), self._parts_seen(key, source, made))
+                for key in keys
+            ]
+            answers = await _all_of([
+                self._bring(job, way, seen, source, target, made) for way, seen in chunks
+            ])  # fmt: skip
+            if moves:
+                await _all_of([
+                    self._remove(job, way, seen, source, target, made)
+                    for (way, seen), answer in zip(chunks, answers, strict=True)
+                    if answer in ("there", "done")
+                ])  # fmt: skip
+        return answers
+
+    def _parts_seen(self, key: bytes, source: str, made: Made) -> dict[int, object]:
+        """What a tier has of each part of a chunk; those it can do without only if they are."""
         parts = made.parts or tuple(self._places.parts_of(key, source))
         seen = {part: self._seen(key, part, source, made) for part in parts}
         for part in made.optional:
             if seen[part] is None:
                 del seen[part]
-        parts = tuple(seen)
+        return seen
+
+    async def _bring(
+        self,
+        job: Job,
+        way: OnWay,
+        seen: dict[int, object],
+        source: str,
+        target: str,
+        made: Made,
+    ) -> str:
+        """Bring one chunk; ``absent``, ``there`` already, ``failed`` or ``done``."""
         answers: list[str] = []
-        with self.on_way(key) as way:
-            for part in parts:
-                if self._is_there(key, part, target, made):
-                    answers.append("there")
-                elif seen[part] is None:
-                    answers.append("absent")
-                else:
-                    answers.append(await self._bring_one(job, way, part, source, target))
-            if not parts or "absent" in answers:
-                return "absent"
-            if "failed" in answers:
-                return "failed"
-            if moves:
-                await self._remove(job, way, seen, source, target, made)
+        for part, before in seen.items():
+            if self._is_there(way.key, part, target, made):
+                answers.append("there")
+            elif before is None:
+                answers.append("absent")
+            else:
+                answers.append(await self._bring_one(job, way, part, source, target))
+        if not answers or "absent" in answers:
+            return "absent"
+        if "failed" in answers:
+            return "failed"
         return "there" if set(answers) == {"there"} else "done"
 
     async def _bring_one(self, job: Job, way: OnWay, part: int, source: str, target: str) -> str:
@@ -289,19 +320,32 @@ class Copier:
         self, job: Job, way: OnWay, seen: dict[int, object], source: str, target: str, made: Made
     ) -> None:
         """End a move: all of the chunk stands in the other tier, or it stays where it is."""
-        backing = self._places.named(source)
-        if not all(self._is_there(way.key, part, target, made) for part in seen):
+        stays = all(self._is_there(way.key, part, target, made) for part in seen)
+        # Another move may take it out of there for its being here.
+        if not stays or (way.key, target) in self._leaving:
+            if not way.wanted:
+                return  # it was cleared
             job.trouble(f"chunk {way.key.hex()} did not stay in {target}, so it stays in {source}")
             return
         if self._places.keeps(way.key, source) and not self._places.can_keep(target):
             job.trouble(f"chunk {way.key.hex()} is pinned, so it stays in {source} too")
             return
+        self._leaving.add((way.key, source))
+        try:
+            await self._remove_parts(job, way.key, seen, source)
+        finally:
+            self._leaving.discard((way.key, source))
+
+    async def _remove_parts(
+        self, job: Job, key: bytes, seen: dict[int, object], source: str
+    ) -> None:
+        backing = self._places.named(source)
         for part, before in seen.items():
             if backing is not None and before is not None:
-                if not await backing.remove(way.key, part, before, Cause.MOVED):
-                    job.trouble(f"object {identity(way.key, part).hex()} is still in {source}")
-            elif backing is None and self._places.host.get(way.key, part) is before:
-                self._places.host.drop_object(way.key, part, Cause.MOVED)
+                if not await backing.remove(key, part, before, Cause.MOVED):
+                    job.trouble(f"object {identity(key, part).hex()} is still in {source}")
+            elif backing is None and self._places.host.get(key, part) is before:
+                self._places.host.drop_object(key, part, Cause.MOVED)
 
     def _seen(self, key: bytes, part: int, tier: str, made: Made) -> object:
         """What tells the object that a tier has now from all others; None: it has none."""
@@ -332,6 +376,16 @@ def twice_lossy(stored: ObjectHeader, backing: Singly) -> str:
         f"{backing.name} stores with {choice.name}, and this may have been through a lossy codec "
         "already: nothing is encoded so a second time"
     )
+
+
+async def _all_of(works: Iterable[Awaitable[R]]) -> list[R]:
+    """Their answers, once all have ended; raises what the first of them raised that did."""
+    answers: list[R] = []
+    for answer in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(answer, BaseException):
+            raise answer
+        answers.append(answer)
+    return answers
 
 
 async def taken_in(packed: bytes) -> list[bytes]:

@@ -7,10 +7,13 @@ tier is remembered, too: a clear says only that a whole tier is empty.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple
 
+import numpy as np
+
 from kvstrata.node.common.changes import Cause
+from kvstrata.node.common.spares import Name
 from kvstrata.parts import MAX_PART
 
 REMEMBERED = 1 << 16
@@ -62,6 +65,19 @@ class Departures:
         self._turn += 1
         self._hold(name, self._tiers_of(name) | 1 << self._number(tier))
 
+    def found(self, tier: str, names: Sequence[Name]) -> None:
+        """See `Watcher`."""
+        self._turn += 1
+        bit, held = 1 << self._number(tier), self._held
+        alone = self._turn << _TIER_BITS | bit
+        for name in names_of([key for key, part in names if part <= MAX_PART]):
+            if name in held:
+                self._hold(name, self._tiers_of(name) | bit)
+            else:
+                held[name] = alone
+        while len(held) > self._most:
+            held.popitem(last=False)
+
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         """See `Watcher`."""
         if part > MAX_PART or cause is Cause.SPENT:
@@ -109,7 +125,9 @@ class Departures:
 
     def _tiers_of(self, name: int) -> int:
         """The tiers that a chunk is in, once it is noted from which it was cleared."""
-        turn, tiers = divmod(self._held.get(name, 0), 1 << _TIER_BITS)
+        if not (held := self._held.get(name, 0)):
+            return 0
+        turn, tiers = divmod(held, 1 << _TIER_BITS)
         if tiers and self._emptied and self._emptied[-1][0] > turn:
             for emptied, number, at in self._emptied:
                 if emptied > turn and tiers >> number & 1:
@@ -121,8 +139,9 @@ class Departures:
         if not tiers:
             self._held.pop(name, None)
             return
+        if name in self._held:
+            self._held.move_to_end(name)
         self._held[name] = self._turn << _TIER_BITS | tiers
-        self._held.move_to_end(name)
         if len(self._held) > self._most:
             self._held.popitem(last=False)
 
@@ -137,3 +156,11 @@ class Departures:
 def name_of(key: bytes) -> int:
     """What a chunk is remembered by."""
     return int.from_bytes(key[:NAME_BYTES], "little")
+
+
+def names_of(keys: Sequence[bytes]) -> list[int]:
+    """What each of these chunks is."""
+    names: list[int] = np.frombuffer(b"".join(keys), f"<u{NAME_BYTES}")[
+        :: 32 // NAME_BYTES
+    ].tolist()
+    return names

@@ -7,9 +7,12 @@ a chunk that stays is told once, neither twice nor not at all.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from kvstrata.node.common.changes import Cause
+from kvstrata.node.common.spares import Name
 
 BUCKET_BITS = 12
 """Keys are digests, so each of so many buckets has its share; to enter one moves only those there.
@@ -21,15 +24,23 @@ class _Keys:
 
     def __init__(self) -> None:
         self.buckets: dict[int, list[bytes]] = {}
+        self._unsorted: set[int] = set()
 
     def add(self, key: bytes) -> None:
-        bucket = self.buckets.setdefault(_bucket(key), [])
+        bucket = self.buckets.setdefault(_bucket(key), self._sorted(_bucket(key)))
         place = bisect_right(bucket, key)
         if not place or bucket[place - 1] != key:
             bucket.insert(place, key)
 
+    def add_all(self, keys: Sequence[bytes]) -> None:
+        """At less cost for each; whoever comes to a bucket next has it sorted."""
+        numbers = np.frombuffer(b"".join(keys), ">u2")[:: 32 // 2] >> 16 - BUCKET_BITS
+        for number, key in zip(numbers.tolist(), keys, strict=True):
+            self.buckets.setdefault(number, []).append(key)
+            self._unsorted.add(number)
+
     def discard(self, key: bytes) -> None:
-        bucket = self.buckets.get(_bucket(key), [])
+        bucket = self._sorted(_bucket(key))
         place = bisect_right(bucket, key)
         if place and bucket[place - 1] == key:
             del bucket[place - 1]
@@ -37,8 +48,15 @@ class _Keys:
     def after(self, key: bytes) -> Iterator[bytes]:
         first = _bucket(key) if key else 0
         for number in range(first, 1 << BUCKET_BITS):
-            if bucket := self.buckets.get(number):
+            if bucket := self._sorted(number):
                 yield from bucket[bisect_right(bucket, key) if number == first else 0 :]
+
+    def _sorted(self, number: int) -> list[bytes]:
+        bucket = self.buckets.get(number, [])
+        if number in self._unsorted:
+            self._unsorted.discard(number)
+            bucket[:] = sorted(set(bucket))
+        return bucket
 
 
 class Directory:
@@ -56,7 +74,12 @@ class Directory:
     def entered(self, tier: str, key: bytes, part: int) -> None:
         """See `Watcher`."""
         self._tiers[tier].add(key)
-        self._let_go()
+        if self._leaving:
+            self._let_go()
+
+    def found(self, tier: str, names: Sequence[Name]) -> None:
+        """See `Watcher`."""
+        self._tiers[tier].add_all([key for key, _ in names])
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         """See `Watcher`."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvstrata.node.common.changes import Cause
+from kvstrata.node.common.spares import Name
 from kvstrata.observe.counters import Counters
 
 
@@ -19,6 +22,10 @@ class Flow:
     def entered(self, tier: str, key: bytes, part: int) -> None:
         """An object came."""
         self._counters.add("entered_objects_total", tier=tier)
+
+    def found(self, tier: str, names: Sequence[Name]) -> None:
+        """These came."""
+        self._counters.add("entered_objects_total", len(names), tier=tier)
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         """An object left."""

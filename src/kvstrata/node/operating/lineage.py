@@ -8,10 +8,11 @@ remembered for the last chunks, however long they stay in any tier.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvstrata.node.common.changes import Cause
+from kvstrata.node.common.spares import Name
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.objects import HEADER_BYTES, Kinship, kinship
 
@@ -62,6 +63,9 @@ class Lineage:
         self._known[key] = _Known(found, self._now())
         if len(self._known) > MAX_KNOWN:
             del self._known[next(iter(self._known))]
+
+    def found(self, tier: str, names: Sequence[Name]) -> None:
+        """See `Watcher`. Their headers are not in host memory."""
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:
         """See `Watcher`. What a chunk descends from stays true."""

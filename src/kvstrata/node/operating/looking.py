@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from kvstrata.errors import CorruptObject, Incompatible, UsageError
+from kvstrata.header import ObjectHeader
 from kvstrata.node.common.background import Threads
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.slices import Work, in_slices
@@ -19,7 +20,7 @@ from kvstrata.node.operating.places import HOST, Made, Places
 from kvstrata.node.service.entries import size_of
 from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.service.single import Seen, unreachable
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, decode, verify_object
+from kvstrata.objects import HEADER_BYTES, decode, verify_object
 from kvstrata.parts import identity
 from kvstrata.tiers.marks import UNKNOWN
 from kvstrata.wire import operating as o

@@ -20,6 +20,7 @@ from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.index import Index
 from kvstrata.node.common.pinned import Pinned
 from kvstrata.node.common.slices import Work, in_slices
+from kvstrata.node.common.spares import Name
 from kvstrata.node.operating.copying import taken_in
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.ledger import Pin, Unpin, together
@@ -217,6 +218,10 @@ class Pinning:
 
     def entered(self, tier: str, key: bytes, part: int) -> None:
         if key in self._wanted:
+            self._guard(key)
+
+    def found(self, tier: str, names: Sequence[Name]) -> None:
+        for key in self._wanted and self._wanted.keys() & {key for key, _ in names}:
             self._guard(key)
 
     def left(self, tier: str, key: bytes, part: int, cause: Cause) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from kvstrata.errors import KVStrataError, TierUnavailable, UsageError
+from kvstrata.header import NOBODY
 from kvstrata.node.operating.copying import Copier, taken_in
 from kvstrata.node.operating.explaining import Looked
 from kvstrata.node.operating.jobs import Job
@@ -21,7 +22,6 @@ from kvstrata.node.operating.places import HOST, Made, Places
 from kvstrata.node.service.backing import Question
 from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.node.slots.leases import Lease, LeaseTable
-from kvstrata.objects import NOBODY
 from kvstrata.parts import order_name
 from kvstrata.transfer import peers as peers_protocol
 from kvstrata.transfer.tcp import Address

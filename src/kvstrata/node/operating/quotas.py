@@ -11,13 +11,13 @@ from collections.abc import Awaitable
 from typing import Any
 
 from kvstrata.errors import UsageError
+from kvstrata.header import NOBODY
 from kvstrata.node.common.index import Index
 from kvstrata.node.common.slices import in_slices
 from kvstrata.node.operating.pinning import checked_owner
 from kvstrata.node.service.ledger import MAX_QUOTAS, Keeping, Quota
 from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.node.slots.host import HostMemory
-from kvstrata.objects import NOBODY
 from kvstrata.wire import protocol as p
 
 EVICT_SLICE = 8

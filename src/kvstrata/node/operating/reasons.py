@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass
 
-import numpy as np
 from msgspec.structs import replace
 
 from kvstrata.node.common.changes import Changes
 from kvstrata.node.common.slices import Work
-from kvstrata.node.operating.departures import NAME_BYTES, Departures, name_of
+from kvstrata.node.operating.departures import Departures, name_of, names_of
 from kvstrata.node.operating.kin import Asked, Kin
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.owned import OwnedBacking
@@ -108,7 +107,7 @@ class Reasons:
         """Say the same of the next chunks behind the first one, by runs of what is alike."""
         first = runs[0][0]
         stranger = first if first.why in _OF_STRANGERS else Reason(Why.NEVER, 1)
-        names = np.frombuffer(b"".join(keys), f"<u{NAME_BYTES}")[:: 32 // NAME_BYTES].tolist()
+        names = names_of(keys)
         held = self._held_among(set(keys))
         known = self.departures.among(set(names))
         writing, parts = self._reservations.is_being_written, missing.parts

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from kvstrata.errors import KVStrataError, UsageError
-from kvstrata.node.coding.choosing import NO_CODEC, Always, Choice
-from kvstrata.node.coding.recoding import warm_up
+from kvstrata.node.coding.choosing import Always, Choice
+from kvstrata.node.coding.recoding import NO_CODEC, warm_up
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.operating.copying import ASK_CHUNKS, AT_ONCE, Copier, Lent, OnWay, taken_in
 from kvstrata.node.operating.directory import Directory

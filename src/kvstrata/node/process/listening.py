@@ -1,7 +1,7 @@
 """A node's door for other nodes: a TCP socket, a thread for each connection.
 
-A thread finds what is asked for on the node's loop, where it is held still, and sends it from the
-slot. Nobody gets further than a hello without a secret of the deployment.
+A thread sends what is asked for from its slot, and says then whether that lay still meanwhile.
+Nobody gets further than a hello without a secret of the deployment.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent import futures
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from kvstrata.node.common.background import report_bug
 from kvstrata.node.lending import Lender
 from kvstrata.node.node import Node
 from kvstrata.node.process.loans import Loans
+from kvstrata.node.slots.slot import Slot, SlotState
 from kvstrata.observe.counters import Counters
 from kvstrata.secret import Secrets
 from kvstrata.transfer import nixl
@@ -45,6 +46,8 @@ TIMEOUT_S = 10.0
 IDLE_S = 3600.0
 EVERYWHERE = ("0.0.0.0", "::")
 """Where one can listen, and nobody can be found."""
+TELL_S = 0.02
+"""For how long the loop may not know yet what has been sent."""
 SLICE = 256
 """Names that are looked up without a turn for others."""
 
@@ -82,6 +85,8 @@ class PeerServer:
         self._fetch = fetch
         self._loop = asyncio.get_running_loop()
         self._connections: set[socket.socket] = set()
+        self._sent: deque[Slot] = deque()
+        self._telling = False
         self._lock = threading.Lock()
         self._closed = False
         try:
@@ -139,7 +144,8 @@ class PeerServer:
             connections = list(self._connections)
         for one in connections:
             with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                # Not that of TLS, which would let its thread send in the clear for a moment.
+                socket.socket.shutdown(one, socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while not self._closed:
@@ -165,8 +171,9 @@ class PeerServer:
         try:
             who = "{}:{}".format(*connected.getpeername()[:2])
             connected.settimeout(HELLO_S)
-            secured = self._tls.wrap_socket(connected, server_side=True) if self._tls else connected
-            with contextlib.closing(Channel(secured, HELLO_S)) as channel:
+            if self._tls is not None:
+                connected = self._secured(connected, self._tls)
+            with contextlib.closing(Channel(connected, HELLO_S)) as channel:
                 if self._is_one_of_us(channel, who):
                     self._answer_all(channel)
         except (OSError, KVStrataError) as error:
@@ -175,9 +182,31 @@ class PeerServer:
         except Exception as error:
             report_bug(self._counters, "a peer's connection", error)
         finally:
-            connected.close()
-            with self._lock:
-                self._connections.discard(connected)
+            self._forget(connected)
+
+    def _secured(self, connected: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
+        """The same connection by TLS, which is what is to be hung up on from now on.
+
+        Raises:
+            OSError: the other end does not speak it.
+        """
+        secured = tls.wrap_socket(connected, server_side=True, do_handshake_on_connect=False)
+        with self._lock:
+            self._connections.discard(connected)
+            self._connections.add(secured)
+        try:
+            if self._closed:
+                raise ConnectionError("the node has ended")
+            secured.do_handshake()
+        except BaseException:
+            self._forget(secured)
+            raise
+        return secured
+
+    def _forget(self, connected: socket.socket) -> None:
+        connected.close()
+        with self._lock:
+            self._connections.discard(connected)
 
     def _is_one_of_us(self, channel: Channel, who: str) -> bool:
         handshake = p.Handshake(self._known, [] if self._by_nixl is None else [p.NIXL])
@@ -240,30 +269,32 @@ class PeerServer:
         return sizes
 
     def _send(self, channel: Channel, name: bytes, most: int) -> None:
-        with self._held(name) as lent:
-            if lent.view is None:
-                channel.send(p.Data(0))
-            elif len(lent.view) > most:
-                channel.send(p.Data(-1))
-            else:
-                channel.send(p.Data(len(lent.view)), lent.view)
-                lent.gone = True
-
-    @contextlib.contextmanager
-    def _held(self, name: bytes) -> Iterator[_Held]:
-        """An object that lies still meanwhile."""
-        slot = self._on_loop(lambda: self._lender.lend(name))
+        # Not on the loop, whose turn would cost as much as the bytes: whether the object lay still
+        # is known once it is sent.
+        slot = self._lender.find(name)
         if slot is None:
-            yield _Held()
-            return
-        held = _Held(self._lender.view(slot))
-        try:
-            yield held
-        finally:
-            held.view = None
-            give_back = partial(self._lender.give_back, slot, by="tcp" if held.gone else "")
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and the pool with it
-                self._loop.call_soon_threadsafe(give_back)
+            channel.send(p.Data(0))
+        elif slot.nbytes > most:
+            channel.send(p.Data(-1))
+        else:
+            channel.send_object(p.Data(slot.nbytes), self._lender.view(slot))
+            stayed = slot.state is SlotState.READY
+            channel.send_verdict(p.Sent(stayed))
+            if stayed:
+                self._note_sent(slot)
+
+    def _note_sent(self, slot: Slot) -> None:
+        """Have the loop hear of it, some time soon."""
+        self._sent.append(slot)
+        if not self._telling:
+            self._telling = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._loop.call_later, TELL_S, self._tell_sent)
+
+    def _tell_sent(self) -> None:
+        self._telling = False
+        while self._sent:
+            self._lender.sent(self._sent.popleft(), by="tcp")
 
     def _on_loop(self, work: Callable[[], R]) -> R:
         """Have it done on the node's loop.
@@ -291,11 +322,3 @@ class PeerServer:
             if done.cancel():
                 raise TimeoutError(f"the node has been busy for {TIMEOUT_S:g} s") from error
             return done.result()
-
-
-@dataclass
-class _Held:
-    """An object, if it is here; ``gone`` once the other end has it."""
-
-    view: memoryview | None = None
-    gone: bool = False

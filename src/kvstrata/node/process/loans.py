@@ -17,8 +17,6 @@ from kvstrata.transfer import nixl
 from kvstrata.transfer import peers as p
 from kvstrata.transfer.tcp import LoopChannel
 
-LOAN_S = 10.0
-"""How long an object is lent; who has it for longer has lost it."""
 MAX_LOANS = 256
 """At once over one connection, so that nobody holds a whole pool still: four times as many as a
 node reads at once."""
@@ -104,7 +102,7 @@ class Loans:
         if slot.nbytes > most:
             self._lender.give_back(slot)
             return p.Lent(number, -1, 0)
-        until = self._loop.time() + LOAN_S
+        until = self._loop.time() + p.LOAN_S
         if not self._lent and self._watch is None:
             self._watch = self._loop.call_at(until, self._look)
         self._lent[number] = _Loan(slot, until)
@@ -122,7 +120,7 @@ class Loans:
         if self._lent:
             until = next(iter(self._lent.values())).until
             if until <= self._loop.time():
-                self._end(TimeoutError(f"it did not give back a loan in {LOAN_S:g} s"))
+                self._end(TimeoutError(f"it did not give back a loan in {p.LOAN_S:g} s"))
             else:
                 self._watch = self._loop.call_at(until, self._look)
 

@@ -36,7 +36,8 @@ from kvstrata.wire.sockets import beside, prepare_folder, remove_dead, socket_pa
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
-COLLECT_EVERY = (500, 1, 1_000_000)
+COLLECT_EVERY = (200, 1, 2_500_000)
+"""Young objects a few at a time, since a look at them holds the loop; all objects hardly ever."""
 # Who starts a node on demand connects as soon as it listens.
 STARTUP_GRACE_S = 60.0
 

@@ -110,29 +110,20 @@ class Asking:
         each: int,
         still: Callable[[], bool],
     ) -> None:
-        """One round of batches side by side; of what is not there nothing is noted behind it."""
+        """One round of batches side by side. A hole is not the end: another tier may fill it."""
         self._counters.add("lookup_rounds_total", tier=self._store.name)
         count = min(len(question.keys), max(1, MAX_ASKED // each))
         size = max(1, batch // each)
-        starts = range(0, count, size)
         batches = [
             self._look(question, [
                 (number, part, where)
                 for number in range(start, min(start + size, count))
                 for part, where in self._copies(question.parts, wheres)
             ])
-            for start in starts
+            for start in range(0, count, size)
         ]  # fmt: skip
-        for start, found in zip(starts, await asyncio.gather(*batches), strict=True):
-            wanted = {
-                number: set(question.parts) for number in range(start, min(start + size, count))
-            }
-            for number, part, _, _ in found:
-                wanted[number].discard(part)
-            end = next((number for number, lacking in wanted.items() if lacking), count)
-            await self._note(question, [one for one in found if one[0] < end], still)
-            if end < count:
-                return
+        for found in await asyncio.gather(*batches):
+            await self._note(question, found, still)
 
     async def _ask_backwards(
         self, question: Question, wheres: Sequence[Where], still: Callable[[], bool]

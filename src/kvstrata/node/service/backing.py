@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvstrata.header import ObjectHeader
 from kvstrata.node.coding.choosing import Choice
 from kvstrata.node.coding.scratch import Scratch
 from kvstrata.node.common.background import Tasks
@@ -21,7 +22,6 @@ from kvstrata.node.service.calls import TierCalls, nothing
 from kvstrata.node.service.health import Health
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.turns import Turns
-from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
 from kvstrata.parts import at_level
 from kvstrata.quality.choice import Place

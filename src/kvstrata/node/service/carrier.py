@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
+from kvstrata.header import ObjectHeader
 from kvstrata.node.coding.choosing import Choice
 from kvstrata.node.coding.recoding import (
     Encoded,
@@ -26,7 +27,7 @@ from kvstrata.node.service.calls import nothing
 from kvstrata.node.service.moves import Read, Writing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.turns import Turn
-from kvstrata.objects import HEADER_BYTES, ObjectHeader
+from kvstrata.objects import HEADER_BYTES
 from kvstrata.parts import at_level, identity, order_name
 from kvstrata.tiers.base import Outcome, Put, Store
 from kvstrata.tiers.marks import Marks, Whose
@@ -309,7 +310,7 @@ class Carrier(Backing):
             CorruptObject: ``data`` is not what its writer made a checksum of.
             TierUnavailable: encoding hangs.
         """
-        if choice is None:
+        if choice is None or choice.always_raw:
             return None
         place = self.place()
 

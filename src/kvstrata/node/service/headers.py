@@ -13,10 +13,12 @@ from collections.abc import Callable
 from functools import partial
 
 from kvstrata.errors import CorruptObject, Incompatible
+from kvstrata.header import ObjectHeader
 from kvstrata.node.common.index import Index
 from kvstrata.node.service.calls import TierCalls
-from kvstrata.objects import ObjectHeader, decode
+from kvstrata.objects import decode
 from kvstrata.parts import identity
+from kvstrata.producers import apart
 from kvstrata.tiers.base import Outcome, OwnedTier
 from kvstrata.tiers.marks import Marks, Whose
 
@@ -68,6 +70,20 @@ class Headers:
                     if header is not None and there and lacks(key):
                         learn(key, part, header)
             await asyncio.sleep(time.monotonic() - begun)
+
+    async def codecs(self) -> set[tuple[str, bytes]]:
+        """What the objects of the last chunks are encoded with: family and parameters.
+
+        Raises:
+            TierUnavailable: they cannot be read.
+        """
+        keys = self._index.latest(BATCH)
+        ids = [identity(key, part) for key in keys for part, _ in self._index.objects(key)]
+        if not ids:
+            return set()
+        headers = await self._calls.call("header", partial(self._headers, ids[:BATCH]))
+        known = [header for header in headers if header is not None and header.codec != "raw"]
+        return {(header.codec, apart(header.codec_parameters)[1]) for header in known}
 
     def _headers(self, ids: list[bytes]) -> list[ObjectHeader | None]:
         """In a thread: of each object, unless it is none that could be served."""

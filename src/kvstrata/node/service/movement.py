@@ -12,9 +12,11 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
+from kvstrata.header import ObjectHeader
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.planner import Link
+from kvstrata.node.common.slices import Work, at_once
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.promotions import Lane, Load, Promotion, Wanted
@@ -23,7 +25,6 @@ from kvstrata.node.service.write_behind import WriteBehind
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.leases import LeaseTable, is_wanted
 from kvstrata.node.slots.slot import Slot, SlotState
-from kvstrata.objects import ObjectHeader
 from kvstrata.observe.counters import Counters
 from kvstrata.observe.tracing import Tracer
 from kvstrata.parts import at_level, order_name
@@ -183,10 +184,10 @@ class Movement:
         self._unwanted.extend(reversed(list(slots)))
         self._call_off()
 
-    def write_behind(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
-        """Queue the published objects of a commit, head first, for every slower tier."""
-        for behind in self.behind:
-            behind.add(origin, objects)
+    def write_behind(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> Work[None]:
+        """Queue the published objects of a commit, head first, for every slower tier; in slices."""
+        for queueing in [behind.add(origin, objects) for behind in self.behind]:
+            yield from queueing
 
     def forget(self, keys: set[bytes] | None) -> None:
         """Publish and write nothing that is on its way of these chunks (None: of all)."""
@@ -249,6 +250,8 @@ class Movement:
             one = self._promotions[slot]
             assert (one.wanted.key, one.wanted.part) == name
             assert not one.settled
+        for behind in self.behind:
+            behind.check_integrity()
 
     def _have_turn(self, lane: Lane, promotion: Promotion, level: int | None) -> None:
         """The stream lets an object be read at this level; None: not at all."""
@@ -366,7 +369,7 @@ class Movement:
             if lossless and backing.find(key, part, None) is None:
                 origin = Origin([key], part, order, promotion.cost, "", header.namespace, "",
                                 promotion.priority, promotion.tiers, header.is_tail)  # fmt: skip
-                behind.add(origin, [(key, promotion.slot)])
+                at_once(behind.add(origin, [(key, promotion.slot)]))
 
     def _settle(
         self, promotion: Promotion, header: ObjectHeader | None, outcome: str = "failed"

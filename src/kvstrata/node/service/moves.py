@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvstrata.header import ObjectHeader
 from kvstrata.node.service.turns import Name
-from kvstrata.objects import ObjectHeader
 from kvstrata.tiers.base import Outcome
 
 

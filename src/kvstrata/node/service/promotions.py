@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+from kvstrata.header import NOBODY, ObjectHeader
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.streaming import Stream
 from kvstrata.node.slots.slot import Slot
-from kvstrata.objects import NOBODY, ObjectHeader
 from kvstrata.observe.tracing import Span, Tracer
 
 

@@ -7,9 +7,11 @@ holds already.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from kvstrata.node.common.index import Index
+from kvstrata.node.common.slices import HOLD_S
 from kvstrata.node.service.calls import TierCalls
 from kvstrata.node.service.probe import PROBE_KEY
 from kvstrata.node.service.removals import Removals
@@ -17,7 +19,8 @@ from kvstrata.node.service.turns import Name
 from kvstrata.parts import named
 from kvstrata.tiers.base import Found
 
-SLICE = 256
+SLICE = 32
+"""Objects that are entered together; after them others may have their turn."""
 
 
 class Scan:
@@ -27,7 +30,7 @@ class Scan:
         index: to enter objects into.
         removals: what is to go again.
         calls: into the tier.
-        entry: an index entry for an object of that size.
+        entries: index entries for objects of these sizes.
         make_room: evicts for so many bytes and claims them; False if it cannot.
     """
 
@@ -36,7 +39,7 @@ class Scan:
         index: Index[int],
         removals: Removals,
         calls: TierCalls,
-        entry: Callable[[int], int],
+        entries: Callable[[Iterable[int]], list[int]],
         make_room: Callable[[int], Awaitable[bool]],
     ) -> None:
         self.done = False
@@ -46,7 +49,7 @@ class Scan:
         self._index = index
         self._removals = removals
         self._calls = calls
-        self._entry = entry
+        self._entries = entries
         self._make_room = make_room
         self._num_clears = 0
         self._forgotten = {PROBE_KEY}
@@ -60,10 +63,16 @@ class Scan:
         """
         clears = self._num_clears
         while (batch := await self._next(batches)) is not None:
+            stop = time.perf_counter() + HOLD_S
             for start in range(0, len(batch), SLICE):
-                for found in batch[start : start + SLICE]:
-                    await self._enter(found, clears)
-                await asyncio.sleep(0)
+                few = batch[start : start + SLICE]
+                if not self._enter(few, clears):
+                    for found in few:
+                        if not self._enter([found], clears):
+                            await self._enter_or_remove(found, clears)
+                if time.perf_counter() >= stop:
+                    await asyncio.sleep(0)
+                    stop = time.perf_counter() + HOLD_S
         self.done = True
         self._forgotten.clear()
         self.let_go()
@@ -100,19 +109,24 @@ class Scan:
         finally:
             self.hangs = False
 
-    async def _enter(self, found: Found, clears: int) -> None:
-        """Index what a scan found that began after so many clears, or see to its removal."""
-        key, part = named(found.object_id)
-        if self._index.get(key, part) is not None or (key, part) in self._removals:
-            return
+    def _enter(self, few: list[Found], clears: int) -> bool:
+        """Index what a scan found that began after so many clears; False: there is more to it."""
+        names = [named(found.object_id) for found in few]
+        if clears != self._num_clears or not self._forgotten.isdisjoint([key for key, _ in names]):
+            return False
+        here = zip(names, self._entries(found.nbytes for found in few), strict=True)
+        return self._index.adopt([one for one in here if one[0] not in self._removals])
 
-        def wanted() -> bool:
-            return clears == self._num_clears and key not in self._forgotten
-
+    async def _enter_or_remove(self, found: Found, clears: int) -> None:
+        """Make room for what a scan found and index it, or see to its removal."""
+        name = key, part = named(found.object_id)
         nbytes = found.nbytes
-        room = wanted() and (self._index.claim(nbytes) or await self._make_room(nbytes))
-        if room and wanted():
-            self._index.put(key, part, self._entry(nbytes))
+        if self._index.get(key, part) is not None or name in self._removals:
+            return
+        room = self._wanted(key, clears) and await self._make_room(nbytes)
+        if room and self._wanted(key, clears):
+            (entry,) = self._entries([nbytes])
+            self._index.put(key, part, entry)
             return
         # Cleared while the scan ran, or beyond a budget smaller than last time's.
         if not room:
@@ -120,3 +134,6 @@ class Scan:
         self._removals.add(key, part, nbytes)
         if key in self._forgotten:
             self.struck.setdefault(key, []).append((key, part))
+
+    def _wanted(self, key: bytes, clears: int) -> bool:
+        return clears == self._num_clears and key not in self._forgotten

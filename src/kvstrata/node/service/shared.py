@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from kvstrata.errors import ReadOnly, TierUnavailable
+from kvstrata.header import ObjectHeader
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.standing import alone
 from kvstrata.node.service.asking import Asking
@@ -30,7 +31,7 @@ from kvstrata.node.service.single import Singly
 from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
 from kvstrata.node.service.weeding import Weeding
-from kvstrata.objects import HEADER_BYTES, NAMESPACE_FIELD, ObjectHeader
+from kvstrata.objects import HEADER_BYTES, NAMESPACE_FIELD
 from kvstrata.parts import PORTABLE, at_level
 from kvstrata.tiers.base import Outcome, SharedTier, Stat
 from kvstrata.tiers.marks import Mark

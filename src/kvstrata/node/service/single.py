@@ -11,12 +11,13 @@ from abc import abstractmethod
 from typing import Any, NamedTuple
 
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
+from kvstrata.header import ObjectHeader
 from kvstrata.node.coding.choosing import Choice
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.service.carrier import Carrier
 from kvstrata.node.service.moves import Read, Writing
 from kvstrata.node.service.origin import Origin
-from kvstrata.objects import HEADER_BYTES, ObjectHeader, stored_bytes, verify_object
+from kvstrata.objects import HEADER_BYTES, stored_bytes, verify_object
 from kvstrata.objects import decode as decode_header
 from kvstrata.parts import identity
 from kvstrata.tiers.base import Outcome, Stat

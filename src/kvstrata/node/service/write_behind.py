@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 
 from kvstrata.errors import CorruptObject
 from kvstrata.node.common.background import Tasks, report_bug
 from kvstrata.node.common.changes import Cause
+from kvstrata.node.common.slices import Work
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.slots.host import HostMemory
@@ -25,19 +26,21 @@ from kvstrata.parts import identity
 logger = logging.getLogger(__name__)
 
 
-STRIKE_SLICE = 256
+ADD_SLICE = 64
+STRIKE_SLICE = 128
 TOUCH_SLICE = 1024
 
 
 class _Commit:
     """The objects of one commit on their way into the tier."""
 
-    __slots__ = ("keys", "nbytes", "num_left", "origin", "span", "spared")
+    __slots__ = ("keys", "left", "nbytes", "num_left", "origin", "span", "spared")
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin, objects: list[tuple[bytes, Slot]]) -> None:
         self.origin = origin
-        self.keys: list[bytes] = []
-        self.num_left = 0
+        self.keys = [key for key, _ in objects]
+        self.left = objects  # that are not queued yet
+        self.num_left = len(objects)  # that are not written yet
         self.spared: asyncio.Task[set[bytes]] | None = None  # which of them need no writing
         self.span: Span | None = None
         self.nbytes = 0  # that were written
@@ -80,58 +83,103 @@ class WriteBehind:
         self._counters = counters
         self._tasks = tasks
         self._tracer = tracer
-        self._queue: deque[_Job] = deque()
+        self._queue: OrderedDict[_Job, None] = OrderedDict()
+        self._queued: dict[bytes, list[_Job]] = {}  # the same by chunk
         self._struck: deque[_Job] = deque()  # forgotten, and still to be let go
         self._striking = False
         self._jobs: set[_Job] = set()
         self._begun: set[_Job] = set()  # of which some are still asked about
+        self._adding: set[_Commit] = set()  # of which some are not queued yet
         self._num_writers = 0
         self._flushes: list[tuple[set[_Job], asyncio.Future[None]]] = []
 
-    def add(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> None:
-        """Queue the published objects of a commit, head first, if the tier may have them.
+    def add(self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]) -> Work[None]:
+        """Take the published objects of a commit, head first, if the tier may have them.
 
         When the queue is full it is the tail that is skipped. Yet tails are written first, so
         that the tier, now and after a restart, finds heads more recently used than their tails.
+
+        Returns:
+            What queues them, in slices.
         """
+        commit = _Commit(origin, self._take(origin, objects))
+        if origin.trace and self._tracer is not None and commit.left:
+            name = f"kvstrata.{self.backing.name}.write"
+            commit.span = self._tracer.start(name, origin.trace)
+        self._adding.add(commit)
+        return self._enqueue_slices(commit)
+
+    def _take(
+        self, origin: Origin, objects: Sequence[tuple[bytes, Slot]]
+    ) -> list[tuple[bytes, Slot]]:
+        """Those of a commit's objects that will be written; they are held and counted."""
         backing = self.backing
         if origin.tiers and backing.name not in origin.tiers:
-            return
+            return []
         if origin.is_tail and backing.must_be_asked:
-            return  # nobody asks for what only marks can find
+            return []  # nobody asks for what only marks can find
         if not backing.writable:
             self._skipped(len(objects), "tier")
-            return
-        commit = _Commit(origin)
-        jobs, room = [], backing.queue_bytes - self.queued_bytes
+            return []
+        taken, room = [], backing.queue_bytes - self.queued_bytes
         for key, slot in objects:
             if slot.nbytes <= room:
                 room -= slot.nbytes
                 self._host.hold(slot)
-                jobs.append(_Job(commit, key, slot))
+                taken.append((key, slot))
         self.queued_bytes = backing.queue_bytes - room
-        self._skipped(len(objects) - len(jobs), "queue")
-        commit.num_left, commit.keys = len(jobs), [job.key for job in jobs]
-        if origin.trace and self._tracer is not None and jobs:
-            commit.span = self._tracer.start(f"kvstrata.{backing.name}.write", origin.trace)
-        self._jobs.update(jobs)
-        self._queue.extend(reversed(jobs))
-        for _ in range(min(len(self._queue), backing.num_threads - self._num_writers)):
+        self._skipped(len(objects) - len(taken), "queue")
+        return taken
+
+    def _enqueue_slices(self, commit: _Commit) -> Work[None]:
+        while self._enqueue(commit, ADD_SLICE):
+            yield None
+
+    def _enqueue(self, commit: _Commit, most: int) -> bool:
+        """Queue the next objects of a commit, the last first; whether there are more of them."""
+        for _ in range(min(most, len(commit.left))):
+            job = _Job(commit, *commit.left.pop())
+            self._jobs.add(job)
+            self._queue[job] = None
+            self._queued.setdefault(job.key, []).append(job)
+        for _ in range(min(len(self._queue), self.backing.num_threads - self._num_writers)):
             self._num_writers += 1
             self._tasks.spawn("a writer", self._write())
+        if not commit.left:
+            self._adding.discard(commit)
+        return bool(commit.left)
+
+    def _enqueue_all(self) -> None:
+        """Queue now what would have been in the slices to come."""
+        for commit in list(self._adding):
+            self._enqueue(commit, len(commit.left))
 
     def forget(self, keys: set[bytes] | None) -> None:
         """Write nothing that has not begun of these chunks (None: of all)."""
-        queue, self._queue = self._queue, deque()
+        self._enqueue_all()
         for job in self._begun:
             job.forgotten = job.forgotten or keys is None or job.key in keys
-        for job in queue:
-            struck = keys is None or job.key in keys
-            (self._struck if struck else self._queue).append(job)
+        if keys is None:
+            self._struck.extend(self._queue)
+            self._queue, self._queued = OrderedDict(), {}
+        else:
+            for key in keys:
+                for job in self._queued.pop(key, ()):
+                    del self._queue[job]
+                    self._struck.append(job)
         self._strike_some()
         if self._struck and not self._striking:
             self._striking = True
             self._tasks.spawn("an end of writes", self._strike_rest())
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless each job is in its place, and all of them are counted."""
+        assert self._queue.keys() == {job for jobs in self._queued.values() for job in jobs}
+        assert all(job.key == key for key, jobs in self._queued.items() for job in jobs)
+        assert all(self._queued.values())
+        slots = [job.slot for job in (*self._queue, *self._begun, *self._struck)]
+        slots += [slot for commit in self._adding for _, slot in commit.left]
+        assert self.queued_bytes == sum(slot.nbytes for slot in slots)
 
     def _skipped(self, count: int, why: str) -> None:
         if count:
@@ -152,6 +200,7 @@ class WriteBehind:
 
     def flush(self) -> asyncio.Future[None]:
         """Done once what is queued now has been written, or given up."""
+        self._enqueue_all()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._jobs:
             self._flushes.append((set(self._jobs), done))
@@ -172,7 +221,7 @@ class WriteBehind:
 
         try:
             while self._queue and not given_up:
-                job = self._queue.popleft()
+                job = self._next()
                 self._begun.add(job)
                 try:
                     await self._write_one(job, give_up)
@@ -184,6 +233,15 @@ class WriteBehind:
                     self._let_go(job)
         finally:
             self._num_writers -= not given_up
+
+    def _next(self) -> _Job:
+        """Take the next job out of the queue."""
+        job, _ = self._queue.popitem(last=False)
+        same = self._queued[job.key]
+        same.remove(job)
+        if not same:
+            del self._queued[job.key]
+        return job
 
     async def _write_one(self, job: _Job, give_up: Callable[[], None]) -> None:
         slot, commit = job.slot, job.commit

@@ -86,7 +86,12 @@ def longest(
 
 
 def spread(
-    rows: Sequence[Row], start: int, stop: int, shape: Sequence[Stretch], width: int
+    rows: Sequence[Row],
+    start: int,
+    stop: int,
+    shape: Sequence[Stretch],
+    width: int,
+    orders: frozenset[str] | None = None,
 ) -> bytes:
     """Offsets of chunks, of all of their parts: `NEEDLESS` for those that are not needed.
 
@@ -96,6 +101,7 @@ def spread(
         stop: number behind the last one.
         shape: the stretches of the rows.
         width: how many parts there are.
+        orders: as of `offsets_of_rows`.
 
     Returns:
         Signed 64-bit numbers, chunk by chunk.
@@ -104,7 +110,7 @@ def spread(
     for one in shape:
         low, high = max(start, one.start), min(stop, one.stop)
         if low < high and one.columns:
-            packed = offsets_of_rows(rows[low:high])
+            packed = offsets_of_rows(rows[low:high], orders)
             some = np.frombuffer(packed, "<i8").reshape(high - low, len(one.columns))
             offsets[low - start : high - start, list(one.columns)] = some
     return offsets.tobytes()

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from kvstrata.header import NOBODY
 from kvstrata.memory.allocator import SlotAllocator
 from kvstrata.memory.pool import Pool
 from kvstrata.node.common.changes import Cause
@@ -24,7 +25,7 @@ from kvstrata.node.common.owners import Account
 from kvstrata.node.slots.quotas import HostQuotas
 from kvstrata.node.slots.room import chunks_to_drop
 from kvstrata.node.slots.slot import Row, Slot, SlotState
-from kvstrata.objects import CREATED_FIELD, NOBODY
+from kvstrata.objects import CREATED_FIELD
 from kvstrata.observe.counters import Counters
 from kvstrata.policies.base import Policy
 from kvstrata.tiers.marks import UNKNOWN, Whose
@@ -354,13 +355,20 @@ class HostMemory:
 
     def _drop_spare(self) -> bool:
         """Evict an object that no match has come to need, if there is one that may go."""
-        while (spare := self.index.spare()) is not None:
-            key, part = spare
-            slot = self.index.get(key, part)
-            if slot is not None and not slot.holds and not self._is_leased(key, slot):
-                self.drop_object(key, part, Cause.EVICTED)
-                return True
-        return False
+        later: list[tuple[bytes, int]] = []
+        try:
+            while (spare := self.index.spare()) is not None:
+                key, part = spare
+                slot = self.index.get(key, part)
+                if key in self._spared:
+                    later.append(spare)
+                elif slot is not None and not slot.holds and not self._is_leased(key, slot):
+                    self.drop_object(key, part, Cause.EVICTED)
+                    return True
+            return False
+        finally:
+            for spare in later:
+                self.index.spares.pass_over(spare)
 
     def _is_leased(self, key: bytes, slot: Slot) -> bool:
         rows = [shape[key] for shape in self._rows.values() if key in shape]

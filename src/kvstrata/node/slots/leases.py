@@ -51,8 +51,17 @@ class Lease:
         """Number of chunks still leased."""
         return len(self.rows)
 
-    def extend(self, rows: Sequence[Row]) -> None:
-        """Let further chunks belong to it."""
+    def extend(self, rows: Sequence[Row], *, here: bool = False) -> None:
+        """Let further chunks belong to it.
+
+        Args:
+            rows: of the chunks.
+            here: whether each is known to be filled, in an order that its reader reads.
+        """
+        if here and self.ready == len(self.rows) and not (self.failed or self.listeners):
+            self.rows += rows
+            self.ready += len(rows)
+            return
         self.rows += rows
         for row in rows:
             if row.num_filling:
@@ -89,8 +98,9 @@ class Lease:
     def offsets(self, start: int, stop: int) -> bytes:
         """Of the objects of some of its chunks, see `Row.packed_offsets` and `spread`."""
         if self.shape:
-            return spread(self.rows, start, min(stop, len(self.rows)), self.shape, self.width)
-        return offsets_of_rows(self.rows[start:stop])
+            stop = min(stop, len(self.rows))
+            return spread(self.rows, start, stop, self.shape, self.width, self.orders)
+        return offsets_of_rows(self.rows[start:stop], self.orders)
 
     def settled(self, have: int) -> bool:
         """Whether a client that has ``have`` chunks can be told something new, or the end."""
@@ -179,8 +189,8 @@ class LeaseTable:
         client.leases.add(lease.id)
         return lease
 
-    def extend(self, lease: Lease, rows: Sequence[Row]) -> None:
-        """Hold these rows still, too."""
+    def extend(self, lease: Lease, rows: Sequence[Row], *, here: bool = False) -> None:
+        """Hold these rows still, too; see `Lease.extend`."""
         charged = 0
         for row in rows:
             if row.num_leases == 0:
@@ -195,7 +205,7 @@ class LeaseTable:
             lease.client.holder.leased_cap_bytes = self.per_client_bytes
             self.leased_bytes += charged
             self._cap_bytes = self.total_bytes
-        lease.extend(rows)
+        lease.extend(rows, here=here)
 
     def release(self, lease: Lease, keep: int = 0) -> list[Slot]:
         """End a lease but for its first ``keep`` chunks; repeatable.
@@ -208,6 +218,7 @@ class LeaseTable:
             return unwanted
         keep = max(0, keep)
         dropped, lease.rows = lease.rows[keep:], lease.rows[:keep]
+        freed = 0  # summed up: of thousands of rows a call for each shows
         for row in dropped:
             row.num_leases -= 1
             if row.num_leases == 0:
@@ -217,10 +228,13 @@ class LeaseTable:
                         for slot in row.slots
                         if slot.rows is not None and (len(slot.rows) == 1 or not is_wanted(slot))
                     ]
-                else:
-                    self._discharge(row)
+                elif (payer := row.payer) is not None:
+                    payer.leased_bytes -= row.nbytes
+                    freed += row.nbytes
+                    row.payer = None
                 if row.pinned or row.passed_over is not None:
                     self._host.let_go(row)
+        self.leased_bytes -= freed
         if not lease.rows:
             del self._leases[lease.id]
             lease.client.leases.discard(lease.id)

@@ -14,19 +14,11 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import cast
 
 from kvstrata.errors import UsageError
+from kvstrata.header import MARK_BYTES, MARK_TOKENS, GroupKind, Kind, ObjectHeader
 from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.node.slots.slot import Slot
-from kvstrata.objects import (
-    HEADER_BYTES,
-    MARK_BYTES,
-    MARK_TOKENS,
-    GroupKind,
-    Kind,
-    ObjectHeader,
-    saved_s,
-    stored_bytes,
-)
+from kvstrata.objects import HEADER_BYTES, encode, page_like, saved_s, stored_bytes
 from kvstrata.observe.tracing import checked
 from kvstrata.parts import KEPT, MAX_PART, PORTABLE, order_name
 from kvstrata.policies.base import PRIORITIES
@@ -47,16 +39,17 @@ TOUCH_SLICE = 1024
 class Reservation:
     """Slots that a client may write into until it commits; None where it got none.
 
-    The chunks are ``prefix[first:]``; those in ``unwanted`` were cleared meanwhile.
+    The chunks are ``prefix[first:]``; those in ``unwanted`` were cleared meanwhile. Its objects are
+    dated ``created_ns`` once it is being finished.
 
     Raises:
         UsageError: the request describes objects that cannot exist.
     """
 
     __slots__ = (
-        "chunk_tokens", "client", "cost", "distinct", "first", "id", "lend", "marks", "namespace",
-        "order", "owner", "part", "prefix", "priority", "slots", "template", "tiers", "trace",
-        "unwanted", "weights", "whose",
+        "_page", "chunk_tokens", "client", "cost", "created_ns", "distinct", "first", "id", "lend",
+        "marks", "namespace", "order", "owner", "part", "prefix", "priority", "slots", "template",
+        "tiers", "trace", "unwanted", "weights", "whose",
     )  # fmt: skip
 
     def __init__(self, id: int, client: Client, message: p.Reserve, prefix: list[bytes]) -> None:
@@ -79,6 +72,8 @@ class Reservation:
         self.marks = message.marks
         self.slots: list[Slot | None] = []
         self.unwanted: set[bytes] = set()
+        self.created_ns = 0
+        self._page = b""  # the one that those of its other chunks are made after
         if not 0 <= self.first < len(self.prefix):
             raise UsageError(f"chunk {self.first} of {len(self.prefix)} cannot be reserved")
         if not 0 <= self.part <= MAX_PART:
@@ -108,7 +103,7 @@ class Reservation:
         if self.marks and len(self.marks) != num_marks * MARK_BYTES:
             raise UsageError(f"{len(self.marks)} bytes of marks, not {num_marks} marks")
         # Keys are 32 bytes each, so what holds for the last chunk's header holds for all.
-        if problem := self.header(len(self.prefix) - 1, bytes(16), 0).problem():
+        if problem := self.header(len(self.prefix) - 1, bytes(16)).problem():
             raise UsageError(f"object header: {problem}")
 
     @property
@@ -126,7 +121,7 @@ class Reservation:
         size = self.num_marks * MARK_BYTES
         return self.marks[(number - self.first) * size :][:size]
 
-    def header(self, number: int, checksum: bytes, now_ns: int) -> ObjectHeader:
+    def header(self, number: int, checksum: bytes) -> ObjectHeader:
         """The header of chunk ``prefix[number]``; each tier puts its own epoch into it."""
         template, start = self.template, number * self.chunk_tokens
         is_state = template.group_kind == "recurrent"
@@ -145,7 +140,7 @@ class Reservation:
             codec="raw",
             codec_parameters=with_producer(template.producer),
             epoch=0,
-            created_ns=now_ns,
+            created_ns=self.created_ns,
             raw_length=template.raw_length,
             stored_length=template.raw_length,
             raw_checksum=checksum,
@@ -157,6 +152,15 @@ class Reservation:
             positions=template.positions,
             marks=self.marks_of(number),
         )
+
+    def page(self, number: int, checksum: bytes) -> bytes:
+        """The header page of chunk ``prefix[number]``, in a commit; its pages differ in little."""
+        if not self._page or self.template.group_kind == "recurrent":
+            self._page = encode(self.header(number, checksum))
+            return self._page
+        key, parent = self.prefix[number], self.prefix[number - 1] if number else NO_PARENT
+        start, marks = number * self.chunk_tokens, self.marks_of(number)
+        return page_like(self._page, key, parent, start, checksum, marks)
 
 
 class ReservationTable:
@@ -294,10 +298,11 @@ class ReservationTable:
         In slices, of which the first ends it for everybody else; none if it is short.
 
         Returns:
-            What was published, head first; the caller ends the hold on each slot.
+            What was published, head first; the caller ends the hold on each slot. Of these chunks
+            some may be ``unwanted`` by then: nothing else may have them.
         """
         written: list[tuple[bytes, Slot]] = []
-        now_ns = self._date(reservation.whose)
+        reservation.created_ns = self._date(reservation.whose)
         reservation.client.reservations.discard(reservation.id)
         del self._reservations[reservation.id]
         self.finishing.add(reservation)
@@ -322,8 +327,8 @@ class ReservationTable:
                 self._host.discard(slot)
                 self._host.unhold(slot)
             else:
-                header = reservation.header(reservation.first + number, checksums[number], now_ns)
-                self._publish(reservation, key, slot, header)
+                page = reservation.page(reservation.first + number, checksums[number])
+                self._publish(reservation, key, slot, page)
                 written.append((key, slot))
         # Tails before heads: what is used last is evicted last.
         for stop in range(reservation.first if written else 0, 0, -TOUCH_SLICE):
@@ -333,16 +338,14 @@ class ReservationTable:
         self.finishing.discard(reservation)
         return written[::-1]
 
-    def _publish(
-        self, reservation: Reservation, key: bytes, slot: Slot, header: ObjectHeader
-    ) -> None:
+    def _publish(self, reservation: Reservation, key: bytes, slot: Slot, page: bytes) -> None:
         view = self._host.pool.view(slot.offset, slot.nbytes)
-        view[:HEADER_BYTES] = header.encode()
-        padding = slot.nbytes - HEADER_BYTES - header.stored_length
-        view[HEADER_BYTES + header.stored_length :] = bytes(padding)
+        view[:HEADER_BYTES] = page
+        end = HEADER_BYTES + reservation.template.raw_length
+        view[end:] = bytes(slot.nbytes - end)
         order, whose = reservation.order, reservation.whose
         cost = reservation.cost
-        if header.group_kind == "recurrent":
+        if reservation.template.group_kind == "recurrent":
             cost = saved_s(view, cost, alone=key not in self._host.index)
         self._host.publish(key, reservation.part, slot, order, cost, whose, reservation.priority)
 
@@ -351,20 +354,29 @@ class ReservationTable:
         yield from self.finish(reservation, [NOT_WRITTEN] * len(reservation.slots))
 
     def forget(self, keys: set[bytes] | None) -> None:
-        """Publish nothing of what is being written of these chunks (None: of all)."""
+        """Publish nothing of what is being written of these chunks (None: of all).
+
+        What has been published of a commit that is not finished goes nowhere from there either.
+        """
         for (key, _), reservation in self._writing.items():
             if keys is None or key in keys:
                 reservation.unwanted.add(key)
+        for reservation in self.finishing:
+            chunks = reservation.distinct
+            reservation.unwanted |= chunks if keys is None else chunks & keys
 
     def is_being_written(self, key: bytes, parts: Sequence[int]) -> bool:
         """Whether somebody writes one of a chunk's objects now."""
         return bool(self._writing) and any((key, part) in self._writing for part in parts)
 
-    def forget_marked(self, mark: Mark) -> None:
-        """The same of all that is whose a mark says."""
+    def forget_marked(self, mark: Mark, *, aged: bool) -> None:
+        """The same of all that a mark covers; ``aged``: what is not committed yet is younger."""
         for (key, _), reservation in self._writing.items():
-            if mark.fits(reservation.whose):
+            if not aged and mark.fits(reservation.whose):
                 reservation.unwanted.add(key)
+        for reservation in self.finishing:
+            if mark.covers(reservation.whose, reservation.created_ns):
+                reservation.unwanted |= reservation.distinct
 
     def filling(self) -> Iterable[Slot]:
         """The slots that clients are filling."""

@@ -14,6 +14,8 @@ from kvstrata.node.common.owners import Account
 from kvstrata.node.slots.clients import Holder
 from kvstrata.wire import protocol as p
 
+_ARRIVING = array("q", [p.ARRIVING]).tobytes()
+
 
 class SlotState(IntEnum):
     """FILLING: bytes are on their way in. READY: published. GONE: never to be read again."""
@@ -100,7 +102,9 @@ class Row:
 
     def in_orders(self, orders: frozenset[str]) -> bool:
         """Whether a reader of these byte orders can read what is here of it."""
-        return self.order in orders or all(
+        if self.order in orders or self.num_filling == len(self.slots):
+            return True
+        return all(
             slot.order in orders for slot in self.slots if slot.state is not SlotState.FILLING
         )
 
@@ -108,6 +112,8 @@ class Row:
         """Offsets of its slots as signed 64-bit numbers, `ARRIVING` for those not filled yet."""
         if self.offsets:
             return self.offsets
+        if self.num_filling == len(self.slots):  # so is most of what has just been promoted
+            return _ARRIVING * self.num_filling
         numbers = [p.ARRIVING if slot.order is None else slot.offset for slot in self.slots]
         return array("q", numbers).tobytes()
 
@@ -118,6 +124,16 @@ class Row:
             self.order = first
 
 
-def offsets_of_rows(rows: Iterable[Row]) -> bytes:
-    """The offsets of all their slots, row by row."""
-    return b"".join([row.packed_offsets() for row in rows])
+def offsets_of_rows(rows: Iterable[Row], orders: frozenset[str] | None = None) -> bytes:
+    """The offsets of all their slots, row by row.
+
+    Args:
+        rows: to be told of.
+        orders: that the reader reads; of what has come in another one it is `ARRIVING`. None: any.
+    """
+    return b"".join([
+        (row.offsets or row.packed_offsets())
+        if orders is None or row.order in orders or row.in_orders(orders)
+        else _ARRIVING * len(row.slots)
+        for row in rows
+    ])  # fmt: skip

@@ -1,7 +1,8 @@
-"""Which plan and ratio a bound allows: the cheapest that the model's own measured table keeps."""
+"""Which plan a bound on quality allows: the cheapest one that the model's measured table keeps."""
 
 from __future__ import annotations
 
+from kvstrata.blend import BY_DEVIATION, Rule
 from kvstrata.errors import KVStrataError
 from kvstrata.quality.blending.table import BlendTable, Row, find
 from kvstrata.quality.bound import Bound
@@ -9,12 +10,12 @@ from kvstrata.quality.bound import Bound
 # Of computing every token. A run of tokens is one sequence of a batch, and short runs are slow:
 # tokens here and there were seen to cost about twice as much as whole edges. Where they are is
 # found out by computing all of the first layer and half of the second.
-_PER_TOKEN = {"none": 0.0, "edges": 1.0, "deviation": 2.0}
-_CHECK_LAYERS = {"deviation": 1.5}
+_PER_TOKEN = {"none": 0.0, "edges": 1.0, "deviation": 2.0, "share": 2.0}
+_CHECK_LAYERS = dict.fromkeys(BY_DEVIATION, 1.5)
 
 
-def pick_blend(weights: str, bound: Bound) -> tuple[str, float] | str:
-    """The cheapest plan and ratio that keep a bound, or in words why there is none.
+def pick_blend(weights: str, bound: Bound) -> Rule | str:
+    """The cheapest rule that keeps a bound, or in words why there is none.
 
     A plan keeps it by the worse end of its 95% interval. Computing all tokens is no reuse, and is
     never picked: such a request is served exactly.
@@ -30,11 +31,11 @@ def pick_blend(weights: str, bound: Bound) -> tuple[str, float] | str:
     if table is None:
         return "no table says what blending does to this model: kvstrata quality MODEL --blend"
     keeping = [row for row in table.rows if row.plan in _PER_TOKEN and bound.meets(row)]
-    keeping = [row for row in keeping if row.ratio < 1]
+    keeping = [row for row in keeping if row.computed < 1]
     if not keeping:
         return f"no plan that was measured on {table.model} keeps {bound}"
     best = min(keeping, key=lambda row: (cost(row, table), row.plan))
-    return best.plan, best.ratio
+    return best.rule
 
 
 def cost(row: Row, table: BlendTable) -> float:

@@ -15,7 +15,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """One row, under `HEADINGS`."""
     return (
         row.plan,
-        f"{row.ratio:g}" if row.ratio else "-",
+        _how_many(row),
         percent(row.computed),
         spread(row.kl_mean, small),
         small(row.kl_p95.value),
@@ -26,6 +26,12 @@ def cells(row: Row) -> tuple[str, ...]:
         spread(row.answer_nats, lambda value: f"{value:+.3f}"),
         spread(row.retrieval, percent),
     )
+
+
+def _how_many(row: Row) -> str:
+    if row.bound is not None:
+        return f"bound {row.bound:g}"
+    return f"{row.ratio:g}" if row.ratio else "-"
 
 
 def markdown(table: BlendTable) -> str:

@@ -30,11 +30,13 @@ def plot(table: BlendTable, path: Path) -> None:
     start = table.row("none", 0.0)
     lines: dict[str, list[Any]] = {}
     for row in table.rows:
-        lines.setdefault(row.plan, []).append(row)
-    for plan, rows in lines.items():
+        name = row.plan if row.bound is None else f"{row.plan}, by a bound"
+        lines.setdefault(name, []).append(row)
+    for name, rows in lines.items():
+        plan = rows[0].plan
         if plan in ("all", "none"):
             continue
-        if plan in PLANS:
+        if plan in PLANS and rows[0].ratio:
             rows = [start, *rows]
         shares = [100 * row.computed for row in rows]
         values = [max(row.kl_mean.value, _FLOOR) for row in rows]
@@ -51,7 +53,7 @@ def plot(table: BlendTable, path: Path) -> None:
             marker="o" if many else "x",
             linestyle="-" if many else "",
             capsize=2,
-            label=plan,
+            label=name,
             **style,
         )
     axes.axhline(start.kl_mean.value, color="0.8", linewidth=1, zorder=0)

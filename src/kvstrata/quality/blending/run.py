@@ -82,7 +82,7 @@ def measure(
                 left_out[way.plan] = str(error)
         tell(f"window {len(found)} of {count}: {time.monotonic() - began:.0f} s")
     of = {
-        (way.plan, way.ratio): gathered
+        way.rule: gathered
         for way, gathered in zip(chosen, samples, strict=True)
         if way.plan not in left_out
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvstrata.blend import Rule
 from kvstrata.quality.blending.samples import Sample
 from kvstrata.quality.blending.table import Row
 from kvstrata.quality.metrics import estimate
@@ -15,35 +16,35 @@ from kvstrata.quality.scores import RELIABLE
 from kvstrata.quality.table import Estimate
 
 _CHOOSING = ("edges", "deviation", "share")  # what is compared with as many random tokens
+NONE = Rule("none", 0.0)
 
 Samples = Sequence[Sample]
 """Of one way, for each window."""
 
 
 def scored(
-    of: Mapping[tuple[str, float], Samples],
+    of: Mapping[Rule, Samples],
     found: Sequence[Sequence[bool]],
     own_gap: Collection[str] = (),
 ) -> tuple[Row, ...]:
     """The rows of a table.
 
     Args:
-        of: samples by plan and ratio; of ``none`` too.
+        of: samples by what each went by; of ``none`` too.
         found: for each window, whether the exact cache finds each document's fact.
         own_gap: plans whose gap is their own at ratio 0.
     """
-    random = {ratio: _kl(samples) for (plan, ratio), samples in of.items() if plan == "random"}
-    random[0.0] = _kl(of["none", 0.0])
+    random = {rule.ratio: _kl(samples) for rule, samples in of.items() if rule.plan == "random"}
+    random[0.0] = _kl(of[NONE])
     rows = []
-    for (plan, ratio), samples in of.items():
-        gap = _kl(of[plan, 0.0]) if plan in own_gap else random[0.0]
-        rows.append(_row(plan, ratio, samples, gap, random, np.array(found)))
+    for rule, samples in of.items():
+        gap = _kl(of[Rule(rule.plan, 0.0)]) if rule.plan in own_gap else random[0.0]
+        rows.append(_row(rule, samples, gap, random, np.array(found)))
     return tuple(rows)
 
 
 def _row(
-    plan: str,
-    ratio: float,
+    rule: Rule,
     samples: Samples,
     gap: npt.NDArray[np.float64],
     random: Mapping[float, npt.NDArray[np.float64]],
@@ -54,10 +55,11 @@ def _row(
 
     kl = _kl(samples)
     computed = _mean([sample.computed for sample in samples])
-    beats = plan in _CHOOSING and 0 < computed <= max(random)
+    beats = rule.plan in _CHOOSING and 0 < computed <= max(random)
     return Row(
-        plan=plan,
-        ratio=ratio,
+        plan=rule.plan,
+        ratio=rule.ratio,
+        bound=rule.bound,
         computed=computed,
         kl_mean=estimate(list(kl), _mean),
         kl_p95=estimate([sample.kl for sample in samples], _p95),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from kvstrata.blend import Rule
 from kvstrata.errors import CorruptObject, UsageError
 from kvstrata.quality.table import Estimate, cache_folder, read_table, replace_file
 
@@ -23,6 +24,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     Args:
         plan: as a request names it, or a method of `kvstrata.quality.blending.ways`.
         ratio: of the reused tokens, how many the plan may compute anew.
+        bound: where that is what it went by, instead of a ratio; see `kvstrata.blend.choose`.
         computed: of the reused tokens, how many it did; a token in some of the layers counts by
             their share.
         kl_mean, kl_p95: nats a position of a continuation: the mean, the 95th percentile.
@@ -50,6 +52,12 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     answer_nats: Estimate
     retrieval: Estimate | None
     found: tuple[float, ...]
+    bound: float | None = None
+
+    @property
+    def rule(self) -> Rule:
+        """What the plan went by."""
+        return Rule(self.plan, self.ratio, self.bound)
 
 
 class BlendTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,16 +93,16 @@ class BlendTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     rows: tuple[Row, ...]
     left_out: dict[str, str]
 
-    def row(self, plan: str, ratio: float) -> Row:
-        """One plan at one ratio.
+    def row(self, plan: str, ratio: float, bound: float | None = None) -> Row:
+        """One plan at one ratio, or by one bound.
 
         Raises:
             UsageError: it was not measured.
         """
         for row in self.rows:
-            if (row.plan, row.ratio) == (plan, ratio):
+            if row.rule == (plan, ratio, bound):
                 return row
-        raise UsageError(f"the table of {self.model} has no {plan} at {ratio:g}")
+        raise UsageError(f"the table of {self.model} has no {Rule(plan, ratio, bound)}")
 
 
 def path_for(weights: str) -> Path:
@@ -135,11 +143,12 @@ def load(path: Path) -> BlendTable:
         CorruptObject: it is no table.
     """
     table = read_table(path, BlendTable, VERSION, "blending")
-    if table.layers < 1 or not all(0 <= row.ratio <= 1 for row in table.rows):
-        raise CorruptObject(f"{path}: a model without layers, or a ratio above 1")
+    shares = [share for row in table.rows for share in (row.ratio, row.bound) if share is not None]
+    if table.layers < 1 or not all(0 <= share <= 1 for share in shares):
+        raise CorruptObject(f"{path}: a model without layers, or a ratio or bound above 1")
     return table
 
 
 def ratios(rows: Sequence[Row], plan: str) -> list[float]:
     """The ratios that a plan was measured at, ascending."""
-    return sorted(row.ratio for row in rows if row.plan == plan)
+    return sorted(row.ratio for row in rows if row.plan == plan and row.bound is None)

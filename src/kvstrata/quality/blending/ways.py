@@ -13,18 +13,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvstrata.blend import choose
-from kvstrata.blend.others import anchor_weights, high_deviation
-from kvstrata.codecs.elements import Floats, from_float32, to_float32
+from kvstrata.blend import BY_DEVIATION, Rule, choose
+from kvstrata.blend.anchors import anchor_weights, sketch
+from kvstrata.blend.segments import USUAL_RATIO
+from kvstrata.codecs.elements import from_float32, to_float32
 from kvstrata.layout import Elements
 from kvstrata.quality.blending.prompts import Order, Prompt
 from kvstrata.quality.blending.rows import recompute
 from kvstrata.quality.models import DTYPE
 
 RATIOS = (0.05, 0.15, 0.30, 0.50)
+BOUNDS = (0.5, 0.3, 0.1)
+"""Of the deviation of all reused tokens, how much those may have that are left as they are."""
 SHARE_RATIO = 0.50
-
-_NEAR_TOKENS = 64  # before a document, which say how like two prefixes are
+"""Of the tokens no more can be a standard deviation above their mean."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Way:
     """One row of the table.
 
     Args:
-        plan, ratio: what it is called.
+        plan, ratio, bound: what it is called.
         make: from a prompt, and the tokens that will follow it, to a cache.
         by_question: whether it makes another cache for other tokens that follow.
         own_gap: whether it reuses something else than documents in another order, so that its gap
@@ -61,6 +63,12 @@ class Way:
     make: Callable[[Prompt, Sequence[int]], Made]
     by_question: bool = False
     own_gap: bool = False
+    bound: float | None = None
+
+    @property
+    def rule(self) -> Rule:
+        """What it is called."""
+        return Rule(self.plan, self.ratio, self.bound)
 
 
 def ways(ratios: Sequence[float] = RATIOS) -> list[Way]:
@@ -69,18 +77,17 @@ def ways(ratios: Sequence[float] = RATIOS) -> list[Way]:
     Args:
         ratios: that plans are measured at, besides none and all of the tokens.
     """
-    planned = [
-        Way(plan, ratio, _planned(plan, ratio))
-        for plan in ("random", "edges", "deviation")
-        for ratio in ratios
+    rules = [
+        *(Rule(plan, ratio) for plan in ("random", "edges", "deviation") for ratio in ratios),
+        *(Rule("deviation", 1.0, bound) for bound in BOUNDS),
+        Rule("share", SHARE_RATIO),
     ]
     return [
         Way("unturned", 0.0, lambda prompt, _: Made(prompt.unturned, 0.0)),
         Way("none", 0.0, lambda prompt, _: Made(prompt.loaded, 0.0)),
-        *planned,
-        Way("share", SHARE_RATIO, _shared),
-        Way("anchors", 0.0, lambda prompt, _: Made(_anchored(prompt), 0.0)),
-        Way("all", 1.0, _planned("all", 1.0)),
+        *map(_planned, rules),
+        *(Way("anchors", ratio, _anchored(ratio)) for ratio in (0.0, USUAL_RATIO)),
+        _planned(Rule("all", 1.0)),
     ]
 
 
@@ -90,45 +97,44 @@ def computed_anew(prompt: Prompt, chosen: Sequence[int]) -> Made:
     return Made(kv, len(chosen) / prompt.num_reused)
 
 
-def _planned(plan: str, ratio: float) -> Callable[[Prompt, Sequence[int]], Made]:
+def _planned(rule: Rule) -> Way:
+    """A plan of the engine's."""
+
     def make(prompt: Prompt, _: Sequence[int]) -> Made:
-        deviation = prompt.deviation if plan == "deviation" else None
-        return computed_anew(prompt, choose(plan, ratio, prompt.reused, deviation, prompt.seed))
+        deviation = prompt.deviation if rule.plan in BY_DEVIATION else None
+        chosen = choose(*rule[:2], prompt.reused, deviation, prompt.seed, rule.bound)
+        return computed_anew(prompt, chosen)
+
+    return Way(rule.plan, rule.ratio, make, bound=rule.bound)
+
+
+def _anchored(ratio: float) -> Callable[[Prompt, Sequence[int]], Made]:
+    def make(prompt: Prompt, _: Sequence[int]) -> Made:
+        chosen = choose("anchors", ratio, prompt.reused)
+        kv = recompute(prompt.model, _mean(prompt), prompt.asked.ids, chosen)
+        return Made(kv, len(chosen) / prompt.num_reused)
 
     return make
 
 
-def _shared(prompt: Prompt, _: Sequence[int]) -> Made:
-    return computed_anew(prompt, high_deviation(SHARE_RATIO, prompt.reused, prompt.deviation))
-
-
-def _anchored(prompt: Prompt) -> Elements:
+def _mean(prompt: Prompt) -> Elements:
     """Each document's KV between those that it had in the prompts that it was seen in."""
     orders = [prompt.stored, *prompt.observed]
     loads = [to_float32(kv, DTYPE) for kv in (prompt.loaded, *prompt.other_loads)]
-    # Values of the first layer are of the token alone: an embedding that the cache has at hand.
-    values = loads[0][0, 1]
-    mixed = loads[0].copy()
+    mean = loads[0].copy()
     for number in prompt.asked.documents:
         tokens = prompt.asked.places[number]
         place = slice(tokens.start, tokens.stop)
-        anchors = np.array([_before(prompt, order, number, values) for order in orders])
-        weights = anchor_weights(_before(prompt, prompt.asked, number, values), anchors)
-        mixed[:, :, :, place] = sum(
+        here, *there = (_before(order, number) for order in (prompt.asked, *orders))
+        mean[:, :, :, place] = sum(
             np.float32(weight) * load[:, :, :, place]
-            for weight, load in zip(weights, loads, strict=True)
+            for weight, load in zip(anchor_weights(here, there), loads, strict=True)
         )
-    words = np.empty(mixed.shape, np.uint16)
-    from_float32(mixed, DTYPE, words)
+    words = np.empty(mean.shape, np.uint16)
+    from_float32(mean, DTYPE, words)
     return words
 
 
-def _before(prompt: Prompt, order: Order, number: int, values: Floats) -> Floats:
-    """Mean of (H, T, D) over the tokens before a document in an order, as one row."""
-    place = order.documents.index(number)
-    tokens = range(prompt.head)
-    if place:
-        tokens = prompt.asked.places[order.documents[place - 1]]
-    last = tokens[-_NEAR_TOKENS:]
-    mean: Floats = values[:, last.start : last.stop].mean(axis=1).reshape(-1)
-    return mean
+def _before(order: Order, number: int) -> bytes:
+    """A sketch of what lies before a document in an order."""
+    return sketch(order.ids[: order.places[number].start])

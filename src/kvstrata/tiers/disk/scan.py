@@ -12,6 +12,8 @@ import re
 import shutil
 import struct
 import sys
+from functools import lru_cache
+from stat import S_ISREG
 from typing import NamedTuple
 
 PAGE = 4096
@@ -21,7 +23,8 @@ RECORD = struct.Struct(">Q36sQ")
 # Records that follow, names that are nobody's, stale files that were removed.
 HEADER = struct.Struct(">QQQ")
 
-_NAME = re.compile(r"([0-9a-f]{72})-([1-9a-f][0-9a-f]{0,14})-(0|[1-9a-f][0-9a-f]{0,14})\.kvo")
+_ID_DIGITS = 72
+_REST = re.compile(r"-([1-9a-f][0-9a-f]{0,14})-(0|[1-9a-f][0-9a-f]{0,14})\.kvo")
 
 
 class StoredName(NamedTuple):
@@ -39,13 +42,25 @@ def file_name(object_id: bytes, nbytes: int, epoch: int) -> str:
 
 def parse_name(name: str) -> StoredName | None:
     """The inverse of `file_name`; None for what that would never make."""
-    match = _NAME.fullmatch(name)
+    rest = _parse_rest(name[_ID_DIGITS:])
+    if rest is None:
+        return None
+    digits = name[:_ID_DIGITS]
+    try:
+        object_id = bytes.fromhex(digits)
+    except ValueError:
+        return None
+    return StoredName(object_id, *rest) if object_id.hex() == digits else None
+
+
+@lru_cache(1024)  # a folder has few sizes and epochs
+def _parse_rest(rest: str) -> tuple[int, int] | None:
+    """Size and epoch, which stand behind the id."""
+    match = _REST.fullmatch(rest)
     if match is None:
         return None
-    nbytes = int(match[2], 16)
-    if nbytes % PAGE:
-        return None
-    return StoredName(bytes.fromhex(match[1]), nbytes, int(match[3], 16))
+    nbytes, epoch = int(match[1], 16), int(match[2], 16)
+    return None if nbytes % PAGE else (nbytes, epoch)
 
 
 class Walk:
@@ -65,52 +80,51 @@ class Walk:
         self._epoch = epoch
         self._owner = owner
         self._living = f".{token}.tmp"
-        for shard in self._list(objects):
+        try:
+            with os.scandir(objects) as entries:
+                shards = list(entries)
+        except FileNotFoundError:  # a clear took it away
+            shards = []
+        for shard in shards:
             if len(shard.name) != 2 or not shard.is_dir(follow_symlinks=False):
                 self.num_malformed += 1
                 continue
-            for entry in self._list(shard.path):
-                self._see(shard.name, entry)
+            try:
+                fd = os.open(shard.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue
+            try:
+                for name in os.listdir(fd):
+                    self._see(shard.name, fd, name)
+            finally:
+                os.close(fd)
         self.records.sort()
 
-    def _list(self, folder: str) -> list[os.DirEntry[str]]:
-        # Whole, before anything is removed from it; a folder that a clear took away is empty.
+    def _see(self, shard: str, fd: int, name: str) -> None:
+        if name.endswith(".tmp"):
+            if not name.endswith(self._living):
+                self._remove(fd, name)
+            return
+        stored = parse_name(name)
         try:
-            with os.scandir(folder) as entries:
-                return list(entries)
-        except FileNotFoundError:
-            return []
-
-    def _see(self, shard: str, entry: os.DirEntry[str]) -> None:
-        if entry.name.endswith(".tmp"):
-            if not entry.name.endswith(self._living):
-                self._remove(entry)
-            return
-        stored = parse_name(entry.name)
-        if stored is None or entry.name[:2] != shard or not entry.is_file(follow_symlinks=False):
-            self.num_malformed += 1
-            return
-        if stored.epoch < self._epoch:
-            self._remove(entry)
-            return
-        if stored.epoch > self._epoch:  # written after a clear that this walk does not know of
-            return
-        try:
-            status = entry.stat(follow_symlinks=False)
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
         except FileNotFoundError:  # evicted meanwhile
             return
-        if status.st_size != stored.nbytes:  # cut short by a power loss
-            self._remove(entry)
+        if stored is None or name[:2] != shard or not S_ISREG(status.st_mode):
+            self.num_malformed += 1
             return
-        last_use = max(0, status.st_mtime_ns)
-        self.records.append(RECORD.pack(last_use, stored.object_id, stored.nbytes))
+        object_id, nbytes, epoch = stored
+        if epoch < self._epoch or (epoch == self._epoch and status.st_size != nbytes):
+            self._remove(fd, name)  # cleared, or cut short by a power loss
+        elif epoch == self._epoch:  # a later one was written after a clear unknown to this walk
+            self.records.append(RECORD.pack(max(0, status.st_mtime_ns), object_id, nbytes))
 
-    def _remove(self, entry: os.DirEntry[str]) -> None:
+    def _remove(self, fd: int, name: str) -> None:
         # Once the owner is dead another may own the folder, and write under names unknown here.
         if self._owner == 0 or os.getppid() != self._owner:
             return
         try:
-            os.unlink(entry.path)
+            os.unlink(name, dir_fd=fd)
         except OSError:
             return
         self.num_removed += 1

@@ -31,7 +31,7 @@ from kvstrata.tiers.journal import FileJournal
 
 logger = logging.getLogger(__name__)
 
-SCAN_BATCH = 4096
+SCAN_BATCH = 1024
 TRASH_WAIT_S = 5.0
 NUM_LOCKS = 16
 
