@@ -26,7 +26,8 @@ from benchmarks.disaggregated.asking import Talker
 from benchmarks.lmcache_client.servers import Server
 
 from kvstrata.testing.engine import engine_environment
-from kvstrata.testing.serving import HOST, MODEL, Program, Streamed, free_port, on_core, stream
+from kvstrata.testing.ports import HOST, free_port
+from kvstrata.testing.serving import MODEL, Program, Streamed, on_core, stream
 from kvstrata.testing.workplace import Workplace
 
 NAME = "disaggregated"

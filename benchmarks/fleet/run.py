@@ -27,7 +27,7 @@ from benchmarks.stores.run import STORES, started
 
 from kvstrata.cli.counting import total
 from kvstrata.testing.engine import Answer, Engine
-from kvstrata.testing.serving import HOST, free_port
+from kvstrata.testing.ports import HOST, free_port
 from kvstrata.testing.workplace import Workplace, wait_ready, wait_stored
 from kvstrata.wire import protocol as p
 

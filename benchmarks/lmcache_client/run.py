@@ -28,7 +28,7 @@ from benchmarks.lmcache_client.servers import (
 
 from kvstrata.testing.engine import engine_environment
 from kvstrata.testing.models import smollm2
-from kvstrata.testing.serving import free_port
+from kvstrata.testing.ports import free_port
 from kvstrata.testing.workplace import Workplace
 
 NAME = "lmcache_client"

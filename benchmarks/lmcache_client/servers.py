@@ -11,7 +11,8 @@ from typing import Any
 from benchmarks.common import CHUNK_TOKENS
 
 from kvstrata.testing import serving
-from kvstrata.testing.serving import ANSWER_S, HOST, MODEL, Program, free_port
+from kvstrata.testing.ports import HOST, free_port
+from kvstrata.testing.serving import ANSWER_S, MODEL, Program
 
 MAX_MODEL_TOKENS = 4096
 

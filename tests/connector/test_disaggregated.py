@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from tests.connector.rig import Rig, prompt
 from vllm import SamplingParams
 
 from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER, prefill_elsewhere
+from kvstrata.testing.ports import HOST, free_port
 
 
 class Pair(NamedTuple):
@@ -296,8 +296,7 @@ def test_with_a_disk_below(make_rig: Callable[..., Rig], tmp_path: Any) -> None:
 def test_200_requests_while_nodes_die_at_random(make_rig: Callable[..., Rig]) -> None:
     """Either side's node, before, while or after a prompt is computed; nothing leaks."""
     draw = random.Random(5)
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+    address = f"{HOST}:{free_port()}"
     common = {"deadlines.load": "500ms", "deadlines.attach": "2s"}
     first = make_rig(extra={"network.listen": address, **common})
     second = make_rig(extra={"peer.named": "loopback", "peer.lookup_timeout": "100ms", **common})

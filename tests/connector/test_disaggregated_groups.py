@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from tests.connector.test_disaggregated import Pair, decode, params, prefill, re
 
 from kvstrata.connectors.naming import prefill_elsewhere
 from kvstrata.connectors.vllm import elsewhere
+from kvstrata.testing.ports import HOST, free_port
 
 Make = Callable[..., Rig]
 
@@ -242,8 +242,7 @@ def test_two_ranks(make_rig: Make, kinds: tuple[str, ...]) -> None:
 def test_requests_while_nodes_die_at_random(make_rig: Make, kinds: tuple[str, ...]) -> None:
     """Either side's node, before, while or after a prompt is computed; nothing leaks."""
     draw = random.Random(7)
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+    address = f"{HOST}:{free_port()}"
     common: dict[str, Any] = {"deadlines.load": "500ms", "deadlines.attach": "2s"}
     common |= {"chunk_tokens": BLOCK if "state" in kinds else CHUNK}
     options: dict[str, Any] = {"kinds": kinds, "num_blocks": 200}

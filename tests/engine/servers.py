@@ -14,7 +14,8 @@ from tests.engine.children import ONE_THREAD
 from tests.engine.service import Serviced
 
 from kvstrata.errors import NodeUnavailable
-from kvstrata.testing.serving import HOST, MODEL, Program, Server, free_port
+from kvstrata.testing.ports import HOST, free_port
+from kvstrata.testing.serving import MODEL, Program, Server
 
 __all__ = ["HOST", "Program", "Site", "events", "free_port"]
 

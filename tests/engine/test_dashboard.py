@@ -16,7 +16,7 @@ from tests.engine.plain import Plain, Texts
 from tests.engine.shared import SETTINGS
 from tests.support.browsers import CHROMIUM, LOOK_MS, Look, chromium
 
-from kvstrata.testing.serving import HOST, free_port
+from kvstrata.testing.ports import HOST, free_port
 from kvstrata.testing.workplace import wait_ready
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]

@@ -20,13 +20,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.engine.engine import NEW_TOKENS, Prompt
 from tests.engine.place import eventually
 from tests.engine.plain import Plain, Texts
-from tests.engine.servers import HOST, Program, Site, events, free_port
+from tests.engine.servers import Program, Site, events
 from tests.engine.shared import Engines
 
 from kvstrata.cli.counting import total
 from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER
 from kvstrata.observe.catalogue import ENGINE_PREFIX
 from kvstrata.testing.engine import engine_environment
+from kvstrata.testing.ports import HOST, free_port
 
 pytestmark = pytest.mark.engine
 

@@ -11,10 +11,10 @@ from tests.engine.engine import CHUNK, Engine, Prompt, request
 from tests.engine.kinds import ALWAYS, KINDS, NEW, Kind
 from tests.engine.place import Place, eventually
 from tests.engine.plain import Texts
-from tests.engine.servers import HOST, free_port
 from tests.engine.test_parallel import detached
 
 from kvstrata.connectors.naming import COMPUTE_FOR_ANOTHER, prefill_elsewhere
+from kvstrata.testing.ports import HOST, free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

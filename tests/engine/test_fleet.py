@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +15,8 @@ import pytest
 from tests.engine.engine import Engine, Prompt, whole_chunks
 from tests.engine.place import Place, eventually
 from tests.engine.plain import Plain, Texts
+
+from kvstrata.testing.ports import HOST, free_port
 
 pytestmark = pytest.mark.engine
 
@@ -76,8 +77,7 @@ def members(
 ) -> Iterator[tuple[Member, Member]]:
     """The first one answers other nodes; the second one is such a node."""
     secret = tmp_path_factory.mktemp("deployment") / "secret"
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+    address = f"{HOST}:{free_port()}"
     with ExitStack() as ends:
         made = []
         stores = start_stores(ends, tmp_path_factory.mktemp("stores"))

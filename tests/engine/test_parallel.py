@@ -85,7 +85,7 @@ def test_preemption(narrow: tuple[Place, Engine], texts: Texts) -> None:
     whole = engine.free_blocks()
     engine.call("preempted")
     num_preempted = num_loaded = num_equal = num_answers = 0
-    for number in range(6):
+    for number in range(3):
         asked = [request(prompt, 160) for prompt in texts.of(*(260 + 17 * i for i in range(6)))]
         engine.forget()
         answers = engine.answers(asked, in_turn=False)
@@ -105,7 +105,7 @@ def test_preemption(narrow: tuple[Place, Engine], texts: Texts) -> None:
         place.check()
     assert num_preempted > 0
     assert num_loaded > 0
-    assert num_answers >= 30
+    assert num_answers >= 15
     # What was resumed was computed in other batches; still most answers agree to the end.
     assert num_equal > num_answers // 2
 
@@ -165,7 +165,7 @@ def test_speculative_decoding(smollm2: Path, texts: Texts) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     # Texts that repeat themselves, so that many drafts are right and many are not. Each ends
     # shortly before a chunk does, and the answer goes beyond it.
-    prompts = [text * 2 for text in texts.of(50, 114, 178, 242)]
+    prompts = [text * 2 for text in texts.of(50, 178)]
     with Place(smollm2) as place:
         engine = place.engine(speculative_config=drafts, disable_log_stats=False)
         check_cold_and_warm(place, engine, Plain(engine), prompts)

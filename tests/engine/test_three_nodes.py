@@ -21,8 +21,9 @@ from tests.engine.checked_node import CODE
 from tests.engine.engine import Engine, Prompt, request
 from tests.engine.place import Place, eventually
 from tests.engine.plain import Texts
-from tests.engine.servers import HOST, free_port
 from tests.engine.shared import Engines
+
+from kvstrata.testing.ports import HOST, free_port
 
 pytestmark = pytest.mark.engine
 

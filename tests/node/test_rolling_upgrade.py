@@ -20,7 +20,8 @@ from tests.support.nodes import chunk_keys
 from tests.support.releases import NEWER, OLDER, THIS, Release, ReleaseNode
 
 from kvstrata.errors import Incompatible
-from kvstrata.testing.servers.redis import RedisServer, free_port, installed
+from kvstrata.testing.ports import free_port
+from kvstrata.testing.servers.redis import RedisServer, installed
 from kvstrata.wire.launch import connect
 
 MINE, THEIRS, LATER = (chunk_keys(5, prompt) for prompt in range(3))

@@ -26,7 +26,7 @@ from tests.support.forked import Forked, fork_server
 
 from kvstrata.errors import UsageError
 from kvstrata.testing.engine import Process, last_words
-from kvstrata.testing.serving import HOST, free_port
+from kvstrata.testing.ports import HOST, free_port
 from kvstrata.testing.sglang import spelled
 
 SHIMS = Path(__file__).parent / "shims"

@@ -15,7 +15,8 @@ from tests.engine.plain import Texts
 from tests.transformers.place import Place, eventually
 
 from kvstrata.testing.models import Tokenizer, tiny_llama
-from kvstrata.testing.serving import Program, free_port
+from kvstrata.testing.ports import free_port
+from kvstrata.testing.serving import Program
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "transformers.md"

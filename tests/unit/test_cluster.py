@@ -22,7 +22,8 @@ from kvstrata.fleet import commands
 from kvstrata.fleet.members import Member
 from kvstrata.keys import KeyChain, Namespace, owner_digest
 from kvstrata.objects import HEADER_BYTES, checksum
-from kvstrata.testing.servers.redis import free_port, installed
+from kvstrata.testing.ports import free_port
+from kvstrata.testing.servers.redis import installed
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
 from kvstrata.wire.namespaces import Described

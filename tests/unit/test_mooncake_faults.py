@@ -11,7 +11,8 @@ import pytest
 from tests.support.mooncakes import LASTS_S, MIB, tier_of
 
 from kvstrata.errors import TierFull, TierUnavailable
-from kvstrata.testing.servers.mooncake import MooncakeServer, free_port, installed
+from kvstrata.testing.ports import free_port
+from kvstrata.testing.servers.mooncake import MooncakeServer, installed
 from kvstrata.testing.shared import MARGIN_S, name
 from kvstrata.testing.stores import FAILED, HIT, MISS, PAGE, filled, has, read_one, write
 from kvstrata.tiers.mooncake import client as clients

@@ -93,7 +93,8 @@ class FleetDemo(Story):
     def _started(self, model: Path, shared: Path) -> Iterator[Fleet]:
         """All processes, warmed up."""
         from kvstrata.testing.engine import engine_environment
-        from kvstrata.testing.serving import HOST, Program, Server, free_port, on_core
+        from kvstrata.testing.ports import HOST, free_port
+        from kvstrata.testing.serving import Program, Server, on_core
         from kvstrata.testing.workplace import Workplace, wait_ready
 
         (shared / "store").mkdir()

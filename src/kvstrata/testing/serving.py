@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,20 +20,13 @@ from typing import Any, NamedTuple
 
 from kvstrata.errors import UsageError
 from kvstrata.testing.engine import ENGINE_OPTIONS, engine_environment, last_words
+from kvstrata.testing.ports import HOST, free_port
 
-HOST = "127.0.0.1"
 MODEL = "model"
 """What each server calls the model that it serves."""
 START_S = 600.0
 ANSWER_S = 600.0
 FORGET_S = 30.0
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server((HOST, 0)) as reserved:
-        port: int = reserved.getsockname()[1]
-        return port
 
 
 class Streamed(NamedTuple):

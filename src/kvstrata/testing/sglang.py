@@ -16,7 +16,8 @@ from typing import Any
 
 from kvstrata.errors import UsageError
 from kvstrata.testing.engine import Answer, engine_environment
-from kvstrata.testing.serving import ANSWER_S, FORGET_S, HOST, Program, free_port
+from kvstrata.testing.ports import HOST, free_port
+from kvstrata.testing.serving import ANSWER_S, FORGET_S, Program
 
 CONNECTOR: Mapping[str, object] = {
     "backend_name": "kvstrata",

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvstrata.testing.ground import Server
+from kvstrata.testing.ports import HOST, free_port
 from kvstrata.tiers.mooncake.client import library
 from kvstrata.tiers.mooncake.settings import Settings, parse_master
 
@@ -38,13 +39,6 @@ def program() -> str:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     return os.path.join(spec.submodule_search_locations[0], "mooncake_master")
-
-
-def free_port() -> int:
-    """One on loopback that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Lender:
@@ -99,7 +93,7 @@ class MooncakeServer(Server):
         metadata: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        host, port = "127.0.0.1", port or free_port()
+        host, port = HOST, port or free_port()
         self.address = f"{host}:{port}"
         self.metadata = "P2PHANDSHAKE"
         self.lenders: list[Lender] = []

