@@ -18,11 +18,12 @@ from kvstrata.node.coding.sealing import KeyRing
 from kvstrata.node.node import Node
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.owned import OwnedBacking
+from kvstrata.node.service.puts import SMALL_BYTES
 from kvstrata.node.slots.clients import Client
 from kvstrata.objects import HEADER_BYTES, checksum, stored_bytes
 from kvstrata.observe.counters import Counters
 from kvstrata.policies import create_policy
-from kvstrata.tiers.base import OwnedTier
+from kvstrata.tiers.base import Limits, OwnedTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
@@ -265,8 +266,11 @@ async def until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
 class GatedTier(MemoryTier):
     """A tier in memory whose verbs wait at a gate while it is shut.
 
-    ``held`` is what it holds in bytes at this moment, ``most`` what it ever held.
+    ``held`` is what it holds in bytes at this moment, ``most`` what it ever held. Each object is
+    written by a call of its own.
     """
+
+    limits = Limits(batch_bytes=SMALL_BYTES)
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ that long, however many wait. What a hung call holds stays held until its thread
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -33,6 +34,11 @@ def half_the_cores() -> int:
 
 def nothing() -> None:
     """What is to be done where nobody waits."""
+
+
+def _settle(ended: asyncio.Future[bool], how: bool) -> None:
+    if not ended.done():
+        ended.set_result(how)
 
 
 class Timed(Generic[R]):
@@ -76,7 +82,8 @@ class Lane:
         self.deadline_s = deadline_s
         self._clock = clock
         self._trip = trip
-        self._num_waiting = 0
+        self._waiting: set[asyncio.Future[bool]] = set()  # true: it ended; false: it hangs
+        self._watching: asyncio.TimerHandle | None = None
         self._num_stuck = 0
         self._num_ended = 0
         self._last_progress = clock()
@@ -84,7 +91,7 @@ class Lane:
     @property
     def num_under_way(self) -> int:
         """Calls that wait for a thread, or run and were not given up."""
-        return self._num_waiting
+        return len(self._waiting)
 
     @property
     def stuck(self) -> bool:
@@ -103,15 +110,18 @@ class Lane:
             TierUnavailable: it was given up and will not run.
             RuntimeError: there is no thread for it.
         """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[bool] = loop.create_future()
         call = self._threads.submit(work)
-        future = asyncio.wrap_future(call)
-        if not self._num_waiting:
+        call.add_done_callback(lambda _: self._tell(loop, ended))
+        if not self._waiting:
             self._last_progress = self._clock()
-        self._num_waiting += 1
+        self._waiting.add(ended)
+        self._watch(loop)
         try:
-            hung = not await self._ends_or_others_do(future)
+            hung = not await ended
         finally:
-            self._num_waiting -= 1
+            self._waiting.discard(ended)
         if hung:
             trouble = TierUnavailable(f"no {what} has ended for {self.deadline_s:g} s")
             cancelled = call.cancel()
@@ -121,30 +131,54 @@ class Lane:
             if cancelled:
                 raise trouble
             try:
-                await asyncio.wait({future})
+                await asyncio.wait({asyncio.wrap_future(call)})
             finally:
                 self._num_stuck -= 1
         self._last_progress = self._clock()
         self._num_ended += 1
-        return future.result()
+        if call.cancelled():  # the lane was closed
+            raise asyncio.CancelledError
+        return call.result()
+
+    def wait_for(self, deadline_s: float) -> None:
+        """Wait so long from now on."""
+        self.deadline_s = deadline_s
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+            self._watch(asyncio.get_running_loop())
 
     def close(self) -> None:
         """Cancel what has not begun."""
         self._threads.close()
 
-    async def _ends_or_others_do(self, future: asyncio.Future[R]) -> bool:
-        """Wait for a call; False once no call at all has ended for as long as the deadline."""
-        while not future.done():
+    @staticmethod
+    def _tell(loop: asyncio.AbstractEventLoop, ended: asyncio.Future[bool]) -> None:
+        """A call has come to its end, in its thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+            loop.call_soon_threadsafe(_settle, ended, True)
+
+    def _watch(self, loop: asyncio.AbstractEventLoop, grace: int | None = None) -> None:
+        """Look again when those that wait may have waited in vain.
+
+        Args:
+            grace: how many calls had ended when the deadline had passed; None: it has not.
+        """
+        if self._watching is None and self._waiting:
             left = self._last_progress + self.deadline_s - self._clock()
-            if left > 0:
-                await asyncio.wait({future}, timeout=left)
-                continue
+            after = left if grace is None else GRACE_S
+            self._watching = loop.call_later(after, self._look, loop, grace)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, grace: int | None) -> None:
+        self._watching = None
+        if self._last_progress + self.deadline_s > self._clock():
+            self._watch(loop)
+        elif grace != self._num_ended:
             # Time passes for a stopped process, too: let its threads come to their end first.
-            before = self._num_ended
-            await asyncio.wait({future}, timeout=GRACE_S)
-            if not future.done() and self._num_ended == before:
-                return False
-        return True
+            self._watch(loop, self._num_ended)
+        else:
+            for ended in self._waiting:
+                _settle(ended, False)
 
 
 class TierCalls:
@@ -185,8 +219,8 @@ class TierCalls:
     def wait_for(self, deadline_s: float) -> None:
         """Take a lane in which no call ends for this long as hung, from now on."""
         for lane in (self._reads, self._questions, self._others):
-            lane.deadline_s = deadline_s
-        self._encodes.deadline_s = max(deadline_s, ENCODE_DEADLINE_S)
+            lane.wait_for(deadline_s)
+        self._encodes.wait_for(max(deadline_s, ENCODE_DEADLINE_S))
 
     @property
     def stuck(self) -> bool:

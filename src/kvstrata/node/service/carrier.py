@@ -19,17 +19,16 @@ from kvstrata.node.coding.recoding import (
     encoded_object,
     restored_object,
     sealed_object,
-    stamped,
 )
 from kvstrata.node.common.background import report_bug
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.calls import nothing
 from kvstrata.node.service.moves import Read, Writing
 from kvstrata.node.service.origin import Origin
+from kvstrata.node.service.puts import Puts
 from kvstrata.node.service.turns import Turn
-from kvstrata.objects import HEADER_BYTES
 from kvstrata.parts import at_level, identity, order_name
-from kvstrata.tiers.base import Outcome, Put, Store
+from kvstrata.tiers.base import Outcome, Store
 from kvstrata.tiers.marks import Marks, Whose
 
 if TYPE_CHECKING:
@@ -46,6 +45,9 @@ UNKNOWN_S = 1.0
 class Carrier(Backing):
     """What moves a tier's objects; the arguments are those of `Backing`."""
 
+    writes_together = False
+    """Whether several small objects are better written by one thread than by several."""
+
     def __init__(self, store: Store, **others: Any) -> None:
         super().__init__(store, **others)
         self.marks = Marks()
@@ -53,6 +55,8 @@ class Carrier(Backing):
         self.under_way: set[object] = set()
         """Reads, writes and copies, which may bring what was there before a mark."""
         self._writes: set[Writing] = set()
+        most = self.num_threads if self.writes_together else 1
+        self._puts = Puts(self.tier, self._calls, self._pages, self._tasks, most)
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
@@ -355,28 +359,3 @@ class Carrier(Backing):
         except Exception as error:
             report_bug(self._counters, "encryption", error)
             return None
-
-    async def _put(
-        self,
-        name: bytes,
-        data: memoryview,
-        epoch: int,
-        give_up: Callable[[], None],
-        *,
-        if_absent: bool = False,
-    ) -> Outcome:
-        """Write one object, under an epoch of this tier's.
-
-        Raises:
-            CorruptObject: its header is damaged.
-            TierUnavailable: as `TierCalls.read`.
-        """
-
-        def work() -> Outcome:
-            with self._pages.buffer(HEADER_BYTES) as page:
-                page[:] = stamped(data[:HEADER_BYTES], epoch)
-                put = Put(name, page, data[HEADER_BYTES:], if_absent)
-                (outcome,) = self.tier.write([put])
-            return outcome
-
-        return await self._calls.call("write", work, give_up)

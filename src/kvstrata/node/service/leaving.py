@@ -43,6 +43,7 @@ class Leaving(Singly):
     """
 
     tier: OwnedTier
+    writes_together = True
 
     def __init__(self, tier: OwnedTier, capacity_bytes: int, policy: Policy, **others: Any) -> None:
         super().__init__(tier, **others)

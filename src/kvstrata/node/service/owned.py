@@ -34,6 +34,7 @@ from kvstrata.node.service.leaving import Leaving
 from kvstrata.node.service.moves import Writing
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.probe import Probe
+from kvstrata.node.service.puts import Stored
 from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
 from kvstrata.objects import saved_s
@@ -235,7 +236,8 @@ class OwnedBacking(Leaving):
         try:
             if writing.wanted and self.writable:
                 outcome = Outcome.FAILED
-                outcome = await self._put(identity(*name), data, self.tier.epoch, hang)
+                stored = Stored(identity(*name), data, self.tier.epoch, if_absent=False)
+                outcome = await self._puts.put(stored, hang)
         except TierUnavailable as error:
             self.trip(error)
         finally:

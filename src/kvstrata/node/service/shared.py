@@ -27,6 +27,7 @@ from kvstrata.node.service.moves import Writing
 from kvstrata.node.service.names import Seen, Where
 from kvstrata.node.service.origin import Origin
 from kvstrata.node.service.presence import Presence
+from kvstrata.node.service.puts import Stored
 from kvstrata.node.service.single import Singly
 from kvstrata.node.service.turns import Turn
 from kvstrata.node.service.uses import Uses
@@ -339,9 +340,8 @@ class SharedBacking(Singly):
         where = Where(epoch, bytes(data[NAMESPACE_FIELD]), order)
         self._seen_so_far.note(where.namespace, [order], [name[1]])
         try:
-            outcome = await self._put(
-                where.name(*name), data, epoch, hang, if_absent=not writing.replaces
-            )
+            stored = Stored(where.name(*name), data, epoch, if_absent=not writing.replaces)
+            outcome = await self._puts.put(stored, hang)
         except TierUnavailable as error:
             self.trip(error)
             return False
