@@ -85,7 +85,8 @@ class WriteBehind:
         self._tracer = tracer
         self._queue: OrderedDict[_Job, None] = OrderedDict()
         self._queued: dict[bytes, list[_Job]] = {}  # the same by chunk
-        self._struck: deque[_Job] = deque()  # forgotten, and still to be let go
+        # forgotten, and still to be let go
+        self._struck: deque[OrderedDict[_Job, None]] = deque()
         self._striking = False
         self._jobs: set[_Job] = set()
         self._begun: set[_Job] = set()  # of which some are still asked about
@@ -159,14 +160,15 @@ class WriteBehind:
         self._enqueue_all()
         for job in self._begun:
             job.forgotten = job.forgotten or keys is None or job.key in keys
+        struck: OrderedDict[_Job, None] = OrderedDict()
         if keys is None:
-            self._struck.extend(self._queue)
-            self._queue, self._queued = OrderedDict(), {}
+            struck, self._queue, self._queued = self._queue, struck, {}
         else:
             for key in keys:
                 for job in self._queued.pop(key, ()):
                     del self._queue[job]
-                    self._struck.append(job)
+                    struck[job] = None
+        self._struck.append(struck)
         self._strike_some()
         if self._struck and not self._striking:
             self._striking = True
@@ -177,7 +179,7 @@ class WriteBehind:
         assert self._queue.keys() == {job for jobs in self._queued.values() for job in jobs}
         assert all(job.key == key for key, jobs in self._queued.items() for job in jobs)
         assert all(self._queued.values())
-        slots = [job.slot for job in (*self._queue, *self._begun, *self._struck)]
+        slots = [job.slot for jobs in (self._queue, self._begun, *self._struck) for job in jobs]
         slots += [slot for commit in self._adding for _, slot in commit.left]
         assert self.queued_bytes == sum(slot.nbytes for slot in slots)
 
@@ -187,10 +189,16 @@ class WriteBehind:
             self._counters.add("write_behind_skipped_total", count, tier=name, why=why)
 
     def _strike_some(self) -> None:
-        for _ in range(min(len(self._struck), STRIKE_SLICE)):
-            job = self._struck.popleft()
-            self._settle(job)
-            self._let_go(job)
+        left = STRIKE_SLICE
+        while self._struck and left:
+            struck = self._struck[0]
+            for _ in range(min(len(struck), left)):
+                job, _ = struck.popitem(last=False)
+                self._settle(job)
+                self._let_go(job)
+                left -= 1
+            if not struck:
+                self._struck.popleft()
 
     async def _strike_rest(self) -> None:
         while self._struck:
