@@ -237,7 +237,7 @@ class Movement:
             waiting.update(mine)
             assert len(lane.busy) <= lane.backing.num_threads
             assert all(one.begun for one in lane.busy)
-            assert lane.busy or not mine or not lane.backing.readable, "nobody reads"
+            assert lane.busy or lane.due or not (mine and lane.backing.readable), "nobody reads"
         for slot, one in self._promotions.items():
             assert slot.holds > 0
             assert one.slot is slot
@@ -269,7 +269,7 @@ class Movement:
         # To call one off gives the next of its stream a turn, which comes back here. Not within
         # each other: a stream may have thousands that nobody wants any more.
         if not lane.pumping:
-            lane.pumping = True
+            lane.pumping, lane.due = True, False
             try:
                 self._begin_some(lane)
             finally:
@@ -292,6 +292,7 @@ class Movement:
             lane.busy.add(promotion)
             self._tasks.spawn("a promotion", self._promote(lane, promotion))
         # So many were called off that others shall be served first.
+        lane.due = True
         asyncio.get_running_loop().call_soon(self._pump, lane)
 
     def _call_off_one(self, promotion: Promotion, outcome: str) -> None:

@@ -133,7 +133,7 @@ class Lane:
     """The promotions out of one tier: as many are under way as the tier has threads to read.
 
     One whose deadline has passed is not among the ``busy`` any more. While it is ``pumping``,
-    somebody is about to begin what waits.
+    somebody is about to begin what waits; when that is ``due``, somebody soon will.
     """
 
     def __init__(self, backing: Backing) -> None:
@@ -142,7 +142,7 @@ class Lane:
         self.waiting: deque[Promotion] = deque()
         self.busy: set[Promotion] = set()
         self.streams: list[Stream] = []
-        self.pumping = False
+        self.pumping = self.due = False
 
     def share(self) -> float | None:
         """What the tier brings to one of the streams that are under way."""

@@ -79,10 +79,12 @@ class Removals:
 
     def condemn_chunk(self, key: bytes, cause: Cause) -> list[Name]:
         """Do so with all objects of a chunk; their names."""
-        names = [(key, part) for part, _ in self._index.objects(key)]
-        for name in names:
-            self.condemn(*name, cause)
-        return names
+        # In one go: whoever hears of it finds nothing of the chunk here any more.
+        objects = self._index.pop_chunk(key, cause)
+        for part, entry in objects:
+            self._index.claim_existing(size_of(entry))
+            self.add(key, part, size_of(entry))
+        return [(key, part) for part, _ in objects]
 
     def gone(self, key: bytes, part: int) -> None:
         """What was here under this name has gone, or a new object has taken its place."""
