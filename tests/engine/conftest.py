@@ -11,6 +11,7 @@ import pytest
 from tests.engine.engine import Prompt
 from tests.engine.plain import LENGTHS, Plain, Texts
 from tests.engine.shared import Engines, Shared
+from tests.support import products
 
 from kvstrata.testing import models
 
@@ -19,6 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 _HERE = Path(__file__).parent
+ALL = os.environ.get("KVSTRATA_TEST_ALL") == "1"
+DEAR = "takes minutes without AVX-512; KVSTRATA_TEST_ALL=1 runs it"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.engine)
             if not installed:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+            elif item.get_closest_marker("dear") and not products.ARE_FAST and not ALL:
+                item.add_marker(pytest.mark.skip(reason=DEAR))
 
 
 @pytest.hookimpl(tryfirst=True)

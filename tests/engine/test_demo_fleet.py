@@ -14,6 +14,7 @@ from kvstrata.errors import UsageError
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.dear
 def test_one_document_by_every_way(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

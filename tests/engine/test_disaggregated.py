@@ -345,6 +345,7 @@ class Clients:
             self.counts[what] += 1
 
 
+@pytest.mark.dear
 def test_200_requests_while_engines_and_nodes_die(sides: Sides, right: Right) -> None:
     """At moments of chance; whoever is left answers, and afterwards all of it works again."""
     draw = random.Random(11)

@@ -19,6 +19,7 @@ from kvstrata.testing import models
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.dear
 def test_windows_beside_full_attention(gemma3: Path, engines: Engines) -> None:
     """Gemma 3's windows reach back four chunks, its full attention to the beginning."""
     from transformers import AutoTokenizer

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 from tests.engine import pages_child
 from tests.engine.children import Child, surroundings
+from tests.support import products
 
 from kvstrata.layout import LayerGroup, native_order
 from kvstrata.quality.corpus import english_text
@@ -148,7 +149,7 @@ def test_self_test_accepts_the_order_and_no_other(plain: Run) -> None:
 
 
 @pytest.mark.skipif(
-    "avx512f" not in Path("/proc/cpuinfo").read_text(),
+    not products.ARE_FAST,
     reason="vLLM keeps fp8 KV only where the processor has AVX-512",
 )
 def test_fp8(tmp_path: Path) -> None:

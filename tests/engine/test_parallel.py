@@ -116,6 +116,7 @@ TP_OPTIONS: dict[str, Any] = {"tensor_parallel_size": 2, "max_model_len": 4096, 
 TP_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
+@pytest.mark.dear
 def test_two_ranks(tiny_llama: Path, texts: Texts) -> None:
     """Each rank its own shard; a chunk without one of them is absent."""
     prompts = texts.of(*FEWER)
@@ -160,6 +161,7 @@ def test_two_ranks(tiny_llama: Path, texts: Texts) -> None:
         place.check()
 
 
+@pytest.mark.dear
 def test_speculative_decoding(smollm2: Path, texts: Texts) -> None:
     """Drafts out of the prompt itself: rejected ones are never stored."""
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
@@ -197,6 +199,7 @@ def test_speculative_decoding(smollm2: Path, texts: Texts) -> None:
         place.check()
 
 
+@pytest.mark.dear
 def test_compiled_in_several_processes(tiny_llama: Path, texts: Texts) -> None:
     """torch.compile, and the engine core in a process of its own, as a server runs it."""
     prompts = texts.of(*FEWER)

@@ -7,8 +7,11 @@ there, of the same numbers, and rounds what comes out.
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
+ARE_FAST = "avx512f" in Path("/proc/cpuinfo").read_text()
+"""Whether this processor multiplies bfloat16 as fast as it should."""
 LARGE = 1 << 16
 """Elements of a weight; smaller ones are not worth it."""
 
