@@ -67,7 +67,7 @@ def start_stores(ends: ExitStack, folder: Path) -> dict[str, str]:
     }
     for store in STORES:
         # A busy machine may take a second for an answer. A clear waits as long as an epoch lasts.
-        options |= {f"{store}.epoch_every": "2s", f"{store}.lookup_timeout": "10s"}
+        options |= {f"{store}.epoch_every": "4s", f"{store}.lookup_timeout": "10s"}
     return options
 
 
@@ -133,6 +133,7 @@ def test_what_one_stored_another_finds_in_every_store(
         second.place.node.clear(tiers=STORES[:number] or ["host"])
         before = second.hits()
         second.forget()
+        eventually(partial(second.hears, store), f"the second node hears of {store}")
         answers = second.engine.answers(prompts)
         assert [answer.cached for answer in answers] == whole, store
         assert [answer.tokens for answer in answers] == plain.warm(prompts), store
