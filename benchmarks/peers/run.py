@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks.common import Options, Row, expect, main, say, spread
 from benchmarks.peers.owner import INDEX, payload, raw_agent
 
+from kvstrata.brought import checksum_of
 from kvstrata.config import Config, load_config
 from kvstrata.config.network import TRUSTED
 from kvstrata.memory.pool import Pool
@@ -146,7 +147,8 @@ def ours(config: Config, pool: Pool, seed: int, count: int) -> Side:
     def read(number: int, into: memoryview) -> None:
         (length,) = tier.read([names[number]], [into])
         expect(length == len(into), f"the peer gave {length} of {len(into)} bytes")
-        verify_object(into, ids[number])
+        assert isinstance(length, int)
+        verify_object(into, ids[number], checksum_of(length))
 
     return Side(f"peer over {config.network.transport}", read)
 

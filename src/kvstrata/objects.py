@@ -43,6 +43,7 @@ _CHECKSUM = slice(16, 32)
 _VARYING = struct.Struct("<16x16s32x32s32sQ16xQ16s16sQQ")
 _PLACE = struct.Struct("<32s32sQ"), 64
 _SUMS = struct.Struct("<16s16s"), 160
+_STORED_LENGTH = struct.Struct("<Q"), 152
 _NUM_MARKS = struct.Struct("<I"), _PAGE.size + 64
 MAX_ALIKE = 256
 """Kinds of headers that are remembered, so that the next one is decoded in a third of the time."""
@@ -292,14 +293,15 @@ def _fields_since_2(page: bytes) -> dict[str, Any]:
     }
 
 
-def verify_object(buffer: Buffer, object_id: bytes) -> ObjectHeader:
+def verify_object(buffer: Buffer, object_id: bytes, made: bytes | None = None) -> ObjectHeader:
     """Check a whole object: header, identity, length, padding, payload checksum.
 
-    Costs one pass over the payload, in which the GIL is released.
+    Costs one pass over the payload, in which the GIL is released; unless that was made before.
 
     Args:
         buffer: header page, payload and padding; exactly `stored_bytes` long.
         object_id: the 36 bytes it was asked for by.
+        made: the payload's checksum, where whoever brought these bytes here has made it of them.
     Raises:
         CorruptObject: the message says which check failed.
         Incompatible: as `decode`.
@@ -314,9 +316,16 @@ def verify_object(buffer: Buffer, object_id: bytes) -> ObjectHeader:
     end = HEADER_BYTES + header.stored_length
     if view[end:].tobytes().strip(b"\0"):
         raise CorruptObject("padding behind the payload is not zero")
-    if checksum(view[HEADER_BYTES:end]) != header.stored_checksum:
+    if (made or checksum(view[HEADER_BYTES:end])) != header.stored_checksum:
         raise CorruptObject("payload checksum does not match")
     return header
+
+
+def payload_end(page: Buffer) -> int:
+    """Where the payload behind a header page ends, as the page says, which is not checked here."""
+    field, at = _STORED_LENGTH
+    length: int = field.unpack_from(page, at)[0]
+    return HEADER_BYTES + length
 
 
 def stored_bytes(stored_length: int) -> int:

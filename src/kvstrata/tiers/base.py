@@ -115,7 +115,9 @@ class Store(ABC):
         """Read each whole object into its buffer; the object's size, or MISS or FAILED.
 
         A buffer may be larger than the object; one that is smaller is FAILED. The bytes are not
-        verified here. After MISS or FAILED the buffer holds anything.
+        verified here; a store through whose hands they pass anyway may say what their checksum is,
+        by a size that is a `kvstrata.brought.Brought`. After MISS or FAILED the buffer holds
+        anything.
         """
 
     @abstractmethod

@@ -171,6 +171,7 @@ class FaultyTier(OwnedTier):
                 nbytes = answers[i]
                 if not isinstance(nbytes, int):
                     break
+                answers[i] = int(nbytes)  # a checksum that came with it is of other bytes now
                 if isinstance(effect, FlipBit):
                     self._flip(into[i][:nbytes], effect)
                 elif isinstance(effect, ShortRead):

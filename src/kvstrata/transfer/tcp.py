@@ -16,7 +16,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import xxhash
+
+from kvstrata.brought import Brought
 from kvstrata.errors import Incompatible, PeerRefused, TierUnavailable
+from kvstrata.objects import HEADER_BYTES, payload_end
 from kvstrata.secret import Secrets
 from kvstrata.transfer import peers as p
 
@@ -32,6 +36,9 @@ are late by up to an eighth. A call that ends late has a whole tier taken as hun
 WITHIN_BYTES = 1 << 17
 """What the kernel keeps of what is sent within one machine, where nothing is ever under way: so
 little stays in a core's cache until it is received, as what it would keep by itself does not."""
+PIECE_BYTES = 1 << 18
+"""Of an object, what is received before a checksum is made of it: it lies in a core's own cache
+until then, and is yet so much that few calls are made for a whole one."""
 KEEPALIVE_S = 20
 """How often the kernel asks a silent connection whether its other end is still there."""
 
@@ -72,6 +79,8 @@ class Channel:
         self._ahead = b""
         self._verdict = bytearray(p.LINE_BYTES)
         self._limits = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
+        self.near = False
+        """Whether the other end is in the same machine."""
         #: what the other end said of itself, once it has proved that it knows a secret
         self.hello: p.Hello | None = None
         self.agent: bytes | None = None
@@ -84,13 +93,15 @@ class Channel:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
-            if connected.getsockname()[0] == connected.getpeername()[0]:
+            self.near = connected.getsockname()[0] == connected.getpeername()[0]
+            if self.near:
                 connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WITHIN_BYTES)
 
     def begin(self, timeout_s: float) -> None:
         """All that is sent and received until the next call of this may take so long together."""
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
+        self._note_limit()
 
     def send(self, message: p.Request | p.Reply) -> None:
         """Send a message.
@@ -140,15 +151,35 @@ class Channel:
             self.begin(rest_s)
         return self._next(length_of(self._next(_LENGTH.size)))
 
-    def receive_object(self, into: memoryview) -> None:
+    def receive_object(self, into: memoryview) -> bytes:
         """An object's bytes, into their place; and the verdict, which is what `receive` is for.
 
+        Returns:
+            Its payload's checksum.
         Raises:
             OSError: they did not come, or not in time.
         """
-        # All in one call, in which nobody waits for this thread.
-        count = self._fill(into, self._verdict)
+        starts = range(0, len(into), PIECE_BYTES)
+        *pieces, last = [into[start : start + PIECE_BYTES] for start in starts]
+        made, skip = xxhash.xxh3_128(), HEADER_BYTES
+        # Other threads wait for the interpreter, so little is done with each of them.
+        receive, now, add = self._socket.recv_into, time.monotonic, made.update
+        for piece in pieces:
+            came = 0
+            if not self._ahead and now() < self._waits_until:
+                try:
+                    came = receive(piece, 0, socket.MSG_WAITALL)
+                except BlockingIOError:  # too late, or soon
+                    came = 0
+            if came < PIECE_BYTES:
+                self._fill(piece[came:])
+            add(piece[skip:])
+            skip = 0
+        count = self._fill(last, self._verdict)
         self._ahead += self._verdict[:count]
+        if len(into) >= HEADER_BYTES:
+            add(into[starts[-1] + skip : payload_end(into)])
+        return made.digest()
 
     def close(self) -> None:
         """Hang up. Repeatable."""
@@ -222,9 +253,15 @@ class Channel:
         elif not LEAST * left <= self._limits[limit] <= MOST * left:
             # Not for each call: what is left now is about what was left the last time.
             self._limits[limit] = within = FIRST * left
+            self._note_limit()
             # None at all would be for ever.
             seconds, microseconds = int(within), int(within % 1 * 1e6) or 1
             self._socket.setsockopt(socket.SOL_SOCKET, limit, _TIMEVAL.pack(seconds, microseconds))
+
+    def _note_limit(self) -> None:
+        """Until when what is received may begin without a word to the kernel (`_wait`)."""
+        limit = self._limits[socket.SO_RCVTIMEO]
+        self._waits_until = self._deadline - limit / MOST if limit and not self._tls else 0.0
 
 
 class LoopChannel:
@@ -363,7 +400,7 @@ def introduce(channel: Channel, where: str) -> None:
 
 
 def fetch(channel: Channel, name: bytes, into: memoryview, where: str) -> int:
-    """Have an object brought to its place; its size, 0: it is not there, -1: it is larger.
+    """Have an object brought to its place; its size (`Brought`), 0: not there, -1: it is larger.
 
     Raises:
         OSError, PeerRefused, Incompatible: as of `ask`.
@@ -373,11 +410,11 @@ def fetch(channel: Channel, name: bytes, into: memoryview, where: str) -> int:
         raise Incompatible("it sends what nobody asked for")
     if data.nbytes <= 0:
         return data.nbytes
-    channel.receive_object(into[: data.nbytes])
+    checksum = channel.receive_object(into[: data.nbytes])
     sent = hear(channel, where)
     if not isinstance(sent, p.Sent):
         raise Incompatible("it does not say whether its bytes are whole")
-    return data.nbytes if sent.stayed else 0
+    return Brought(data.nbytes, checksum) if sent.stayed else 0
 
 
 def ask(channel: Channel, request: p.Request, where: str) -> p.Reply:

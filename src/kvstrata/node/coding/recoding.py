@@ -165,6 +165,7 @@ def restored_object(
     into: memoryview,
     keys: KeyRing | None,
     scratch: Scratch,
+    made: bytes | None = None,
 ) -> ObjectHeader:
     """Check a whole object as a tier kept it, and write it raw into a slot.
 
@@ -175,6 +176,7 @@ def restored_object(
             has no keys.
         keys: of a tier with encryption.
         scratch: where an object lies between being opened and being decoded.
+        made: as of `verify_object`.
     Returns:
         The header that now stands in the slot.
     Raises:
@@ -183,7 +185,7 @@ def restored_object(
             or not encrypted, where there are keys.
         UsageError: a good object, but too long or too short for the slot.
     """
-    header = verify_object(data, object_id)
+    header = verify_object(data, object_id, made)
     if keys is None:
         if header.encryption_key != NOT_ENCRYPTED:
             name = header.encryption_key.hex()

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from kvstrata.brought import checksum_of
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
 from kvstrata.header import ObjectHeader
 from kvstrata.node.coding.choosing import Choice
@@ -133,17 +134,17 @@ class Carrier(Backing):
             if nbytes == len(into) and self._keys is None:
                 length = self._fetch(stored_as, into)
                 if length == len(into):
-                    return self._restored(into, name, into)
+                    return self._restored(into, name, into, checksum_of(length))
                 if isinstance(length, Outcome):
                     return Read(length)
                 with self._scratch.buffer(length) as stored:
                     stored[:] = into[:length]
-                    return self._restored(stored, name, into)
+                    return self._restored(stored, name, into, checksum_of(length))
             with self._scratch.buffer(nbytes) as stored:
                 length = self._fetch(stored_as, stored)
                 if isinstance(length, Outcome):
                     return Read(length)
-                return self._restored(stored[:length], name, into)
+                return self._restored(stored[:length], name, into, checksum_of(length))
 
         with self.moving():
             return await self._judge(key, part, lambda: self._calls.read(work, give_up))
@@ -162,9 +163,11 @@ class Carrier(Backing):
         except TierUnavailable as error:
             self.trip(error)
 
-    def _restored(self, data: memoryview, name: bytes, into: memoryview) -> Read:
+    def _restored(
+        self, data: memoryview, name: bytes, into: memoryview, made: bytes | None
+    ) -> Read:
         begun = time.perf_counter()
-        header = restored_object(data, name, into, self._keys, self._scratch)
+        header = restored_object(data, name, into, self._keys, self._scratch, made)
         return Read(HIT, header, len(data), time.perf_counter() - begun)
 
     def _checked(self, data: memoryview, name: bytes) -> ObjectHeader:

@@ -10,6 +10,7 @@ import mmap
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
+from kvstrata.brought import checksum_of
 from kvstrata.errors import CorruptObject, Incompatible, TierUnavailable, UsageError
 from kvstrata.header import ObjectHeader
 from kvstrata.node.coding.choosing import Choice
@@ -114,14 +115,14 @@ class Singly(Carrier):
                 length = self._ask(stored_as, room)
                 if isinstance(length, Outcome):
                     return Read(length)
-                stored = verify_object(room[:length], name)
+                stored = verify_object(room[:length], name, checksum_of(length))
                 nbytes = stored_bytes(stored.raw_length)
                 if nbytes > most_bytes:
                     raise UsageError(f"{nbytes} bytes when raw; {most_bytes} at most")
                 buffer = self._scratch.take(nbytes)
                 data = memoryview(buffer)[:nbytes]
                 try:
-                    read = self._restored(room[:length], name, data)
+                    read = self._restored(room[:length], name, data, checksum_of(length))
                 except BaseException:
                     self._scratch.give(buffer)
                     raise
