@@ -113,7 +113,8 @@ def servers(
     environment = with_overlay(lmcache_folder, engine_environment({}))
     # Blocks are hashed alike in daemon and engine only with the same seed.
     environment |= {"PYTHONHASHSEED": "0", "LMCACHE_CHUNK_SIZE": str(CHUNK_TOKENS)}
-    place = Workplace(model, {"host.capacity": f"{gib}GiB"}, service=True)
+    settings = {"host.capacity": f"{gib}GiB", "inside": "on"}  # as users have it
+    place = Workplace(model, settings, service=True)
     with place, ExitStack() as stack:
         port = free_port()
         cache = daemon(environment, port, gib, place.folder / "daemon.log")
