@@ -26,6 +26,8 @@ from kvstrata.testing.workplace import Workplace
 
 WARM, OWN, AGAIN, LAST = "warm", "own", "own again", "warm again"
 NUM_RUNNING = 2
+GAPS_TIMES = 3
+"""Turns of gaps in a round: of those of one, the last hundredth would be five in a whole run."""
 
 
 def round_of(
@@ -137,7 +139,8 @@ def measure(options: Options) -> list[Row]:
                 clients.how.clear()
                 round_of(clients, order, in_flight, times[in_flight])
                 how[in_flight] += clients.how
-            round_of(clients, order, 2, gaps, max_tokens=1, running=running)
+            for _ in range(GAPS_TIMES):
+                round_of(clients, order, 2, gaps, max_tokens=1, running=running)
             say(f"round {number + 1} of {rounds}")
         agreement = clients.agreement()
     rows = []
