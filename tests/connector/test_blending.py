@@ -162,7 +162,9 @@ def test_what_a_slow_tier_has_is_brought(make_blends: Make) -> None:
     (told,) = rig.blends
     assert sum(piece.count for piece in told.pieces) > len(A) + len(B) + len(C)
     record = last(rig)
-    assert record["tier_tokens"] == {tier.name: record["loaded_tokens"]}
+    # Part of it may be there by then, brought for this very request.
+    assert record["tier_tokens"].keys() in ({tier.name}, {tier.name, "host"})
+    assert sum(record["tier_tokens"].values()) == record["loaded_tokens"]
     rig.check()
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,6 @@ from kvstrata.transfer import peers as p
 from kvstrata.transfer import tcp
 from kvstrata.transfer.peers import NIXL
 from kvstrata.transfer.tcp import Address, Channel
-
-NUM_READS = 40
-"""At once: more than there are cores, which are not many here."""
 
 
 @pytest.fixture
@@ -74,13 +69,12 @@ class Liar:
         answer: Callable[[Channel, p.Request], None],
         delay_s: float = 0.0,
         ways: Sequence[str] = (),
-        host: str = "127.0.0.1",
     ) -> None:
         self._answer = answer
         self._delay_s = delay_s
         self._ways = ways
-        self._listener = socket.create_server((host, 0))
-        self.address = Address(host, self._listener.getsockname()[1])
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = Address("127.0.0.1", self._listener.getsockname()[1])
         self.connections: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -557,54 +551,6 @@ class TestFailures:
             tier.read([bytes(60)], [memoryview(bytearray(SLOT))])
         assert time.monotonic() - begun < 0.2, "it is left alone"
         tier.close()
-
-    @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
-    def test_within_a_machine_few_objects_come_at_a_time(self, host: str) -> None:
-        """More only take the cores from each other; elsewhere one waits for the network."""
-        at_once, most, lock = 0, 0, threading.Lock()
-        all_here = threading.Event()
-
-        def answer(channel: Channel, request: p.Request) -> None:
-            nonlocal at_once, most
-            with lock:
-                at_once += 1
-                most = max(most, at_once)
-                if at_once == NUM_READS:
-                    all_here.set()
-            all_here.wait(0.3)
-            with lock:
-                at_once -= 1
-            channel.send(p.Data(0))
-
-        other = Liar(answer, host=host)
-        peer = one_peer.Peer(other.address, by_tcp)
-        peer._connected(5.0, lambda channel: None)  # it is known from then on where it is
-        with ThreadPoolExecutor(NUM_READS) as threads:
-            room = memoryview(bytearray(SLOT))
-            reads = [threads.submit(peer.read, bytes(60), room, 20.0) for _ in range(NUM_READS)]
-            assert [read.result() for read in reads] == [0] * NUM_READS
-        most_near = min(NUM_READS, len(os.sched_getaffinity(0)) + 1)
-        assert most == (NUM_READS if host == "127.0.0.2" else most_near)
-        peer.close()
-        other.close()
-
-    def test_who_waits_for_a_turn_is_told_in_time(self) -> None:
-        """That a peer says nothing, which those whose turn it was have found out."""
-        silent = Liar(lambda channel, request: None)
-        peer = one_peer.Peer(silent.address, by_tcp)
-        peer._connected(5.0, lambda channel: None)
-        begun = time.monotonic()
-        with ThreadPoolExecutor(NUM_READS) as threads:
-            room = memoryview(bytearray(SLOT))
-            reads = [threads.submit(peer.read, bytes(60), room, 0.5) for _ in range(NUM_READS)]
-            for read in reads:
-                with pytest.raises(TierUnavailable, match=str(silent.address)):
-                    read.result()
-        assert time.monotonic() - begun < 2.0
-        assert peer.failed
-        assert peer._turns.qsize() == len(os.sched_getaffinity(0)) + 1, "all turns are over"
-        peer.close()
-        silent.close()
 
     def test_a_connection_that_was_idle_for_long_is_made_anew(
         self, monkeypatch: pytest.MonkeyPatch

@@ -5,8 +5,6 @@ A node that fails is left alone for a while, longer each time.
 
 from __future__ import annotations
 
-import os
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -48,10 +46,6 @@ class Peer:
         self._lock = threading.Lock()
         self._idle: list[tuple[Channel, float]] = []
         self._line: Line | None = None
-        self._near = False
-        self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for _ in range(len(os.sched_getaffinity(0)) + 1):
-            self._turns.put(None)
         self._again_at = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._closed = False
@@ -81,22 +75,6 @@ class Peer:
             if line is not None:
                 size = len(into)
                 return self._judged(lambda: borrower.fetch(line, name, target, size, deadline))
-        if not self._near:
-            return self._fetch(name, into, deadline)
-        # Both ends of it are in this machine: more objects at a time than keep all cores busy only
-        # take them from each other.
-        try:
-            self._turns.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise TierUnavailable(f"{self._where}: it was busy for {timeout_s:g} s") from None
-        try:
-            if self.failed:
-                raise TierUnavailable(self.trouble)
-            return self._fetch(name, into, deadline)
-        finally:
-            self._turns.put(None)
-
-    def _fetch(self, name: bytes, into: memoryview, deadline: float) -> int:
         left_s = deadline - time.monotonic()
         return self._connected(left_s, lambda channel: fetch(channel, name, into, self._where))
 
@@ -131,7 +109,6 @@ class Peer:
 
         def connected() -> R:
             channel = self._take() or self._connect(self.address, timeout_s)
-            self._near = channel.near
             try:
                 channel.begin(deadline - time.monotonic())
                 answer = work(channel)

@@ -415,8 +415,10 @@ class RequestState:
         """Tokens that were loaded, by the tier that they came from."""
         tokens, left = {}, self.loaded_tokens
         for tier, chunks in self.hit_chunks.items():
-            tokens[tier] = min(left, chunks * chunk_tokens)  # a load may be cut within a chunk
-            left -= tokens[tier]
+            # A load may be cut within a chunk, so there may be nothing left for the last one.
+            if count := min(left, chunks * chunk_tokens):
+                tokens[tier] = count
+            left -= count
         return tokens
 
 
