@@ -15,7 +15,7 @@ SOURCES = Path(__file__).parent.parent / "src"
 
 STOREYS = (
     "errors",
-    "units layout header objects brought producers parts secret keys pagekeys heads identity cores "
+    "units tables layout header objects brought producers parts secret keys pagekeys heads identity cores "
     "descriptors canaries",
     "observe",
     "memory",

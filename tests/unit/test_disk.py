@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from tests.support.mounts import SOURCES, in_private_mount
 
 from kvstrata.errors import ConfigError, Incompatible, TierFull, TierUnavailable
+from kvstrata.tables import Table
 from kvstrata.testing.stores import (
     FAILED,
     HIT,
@@ -77,11 +78,11 @@ class TestDiskTierBeforeItsScan(OwnedTierContract):
             _sizes_complete = property(lambda self: False, lambda self, complete: None)
 
             @property
-            def _sizes(self) -> dict[bytes, int]:
-                return {}
+            def _sizes(self) -> Table[int]:
+                return Table()
 
             @_sizes.setter
-            def _sizes(self, sizes: dict[bytes, int]) -> None:
+            def _sizes(self, sizes: Table[int]) -> None:
                 pass
 
         return Unscanned(folder)

@@ -933,7 +933,7 @@ class TestDeadlines:
             store(node, you, keys, order="other/order", nbytes=2 * RAW)
             await flush(node, you)
             before = backing.index.used_bytes
-            tier._objects[identity(keys[0], 0)] = tier._objects.pop(identity(keys[0], 0))
+            tier._objects.move_to_end(identity(keys[0], 0))
             tier.open()
             await until(lambda: not node.movement.filling())
             assert backing.index.used_bytes == before > 0

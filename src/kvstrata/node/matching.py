@@ -253,11 +253,11 @@ class Matcher:
     def _take_head(self, search: Search) -> bool:
         """Lease the next chunks that lie in host memory, whole; whether another is next."""
         parts, orders, place = search.parts, search.orders, len(search.tiers)
-        known, room = self._host.rows_of(parts), self._leases.room_for(search.client)
+        known, room = self._host.rows_of(parts).pieces, self._leases.room_for(search.client)
         rows: list[Row] = []
         left, others = SLICE, False
-        keys = search.keys[place : min(place + SLICE, search.stop)]
-        for key, row in zip(keys, map(known.get, keys), strict=True):
+        for key in search.keys[place : min(place + SLICE, search.stop)]:
+            row = known[key[0]].get(key)
             if row is None:
                 row = self._host.ready_row(key, parts)
                 left -= 2 * len(parts)  # its slots were looked for, and gathered

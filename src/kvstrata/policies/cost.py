@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 
 from kvstrata.policies.base import Policy, check_arguments, unknown_key
+from kvstrata.tables import Table
 
 LOOKS_PER_POP = 256
 WEIGHT = 4.0
@@ -51,7 +52,7 @@ class CostAware(Policy):
 
     def __init__(self, capacity_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(capacity_bytes, clock)
-        self._entries: dict[bytes, _Entry] = {}
+        self._entries: Table[_Entry] = Table()
         # One item per entry that is not parked, plus those of removed entries. A use raises an
         # entry's priority but not its item, which is corrected when it comes up. Until then it
         # is a lower bound, so the lowest item that needs no correction is the lowest entry.
@@ -92,7 +93,7 @@ class CostAware(Policy):
             heappush(self._new, (entry.priority, entry.order, entry))
 
     def remove(self, key: bytes) -> None:
-        entry = self._entries.pop(key, None)
+        entry = self._entries.pop(key)
         if entry is None:
             return
         self._total_bytes -= entry.nbytes
@@ -109,7 +110,7 @@ class CostAware(Policy):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: bytes) -> bool:
         return key in self._entries
 
     def keys(self) -> Iterator[bytes]:
@@ -176,7 +177,8 @@ class CostAware(Policy):
             self._dead_items = 0
 
     def _evicted(self, key: bytes, nbytes: int) -> None:
-        self._inflation = max(self._inflation, self._entries.pop(key).priority)
+        self._inflation = max(self._inflation, self._entries[key].priority)
+        del self._entries[key]
 
     def check_integrity(self) -> None:
         super().check_integrity()
@@ -184,10 +186,10 @@ class CostAware(Policy):
         items = list(self._items())
         queued = {entry.key: entry for _, _, entry in items if entry.live}
         assert not parked.keys() & queued.keys(), "a key stands in two places"
-        assert parked.keys() | queued.keys() == self._entries.keys()
+        assert parked.keys() | queued.keys() == set(self._entries)
         assert all(self._entries[key] is entry for key, entry in queued.items())
         assert len(items) == len(queued) + self._dead_items
         assert self._dead_items <= len(items) // 2, "removed keys pile up"
-        total = sum(entry.nbytes for entry in self._entries.values())
+        total = sum(entry.nbytes for _, entry in self._entries.items())
         assert total == self._total_bytes, f"{total} bytes held, {self._total_bytes} counted"
         assert all(item[:2] <= (item[2].priority, item[2].order) for item in items)

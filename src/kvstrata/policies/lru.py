@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
 from kvstrata.policies.base import Policy, check_arguments, unknown_key
+from kvstrata.tables import Queue
 
 ROUNDS_PER_POP = 256
 
@@ -21,11 +21,10 @@ class LRU(Policy):
 
     def __init__(self, capacity_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(capacity_bytes, clock)
-        # Not a plain dictionary: that one gets slow at its front as keys are taken from there.
-        self._sizes: OrderedDict[bytes, int] = OrderedDict()
-        self._first: OrderedDict[bytes, int] = OrderedDict()  # those of priority -1
+        self._sizes: Queue[int] = Queue()
+        self._first: Queue[int] = Queue()  # those of priority -1
         # What a walk has passed: older than all in `_sizes`, to which it goes back.
-        self._passed: OrderedDict[bytes, int] = OrderedDict()
+        self._passed: Queue[int] = Queue()
         self._turned: list[bytes] | None = None  # what went round since a walk began
 
     def insert(self, key: bytes, nbytes: int, cost: float = 0.0, priority: int = 0) -> None:
@@ -43,7 +42,7 @@ class LRU(Policy):
     def insert_all(self, sizes: dict[bytes, int]) -> None:
         # A scan finds many at once: no call for each.
         elsewhere = len(self) > len(self._sizes) or self._priorities
-        if elsewhere or not self._sizes.keys().isdisjoint(sizes):
+        if elsewhere or any(map(self._sizes.__contains__, sizes)):
             super().insert_all(sizes)
             return
         check_arguments(min(sizes.values(), default=1), 0.0, 0)
@@ -56,30 +55,26 @@ class LRU(Policy):
         if key in queue:
             queue.move_to_end(key)
             return
-        nbytes = self._passed.pop(key, None) or self.parking.discard(key)
+        nbytes = self._passed.pop(key) or self.parking.discard(key)
         if nbytes is None:
             raise unknown_key(key)
         queue[key] = nbytes
 
     def touch_all(self, keys: Iterable[bytes]) -> None:
         # A match touches hundreds of keys at once, in two tiers: no call for each.
-        sizes, move_to_end = self._sizes, self._sizes.move_to_end
-        rounds = self._rounds
-        elsewhere = bool(self._first or self._passed or len(self.parking))
-        for key in keys:
-            if key in sizes:
-                move_to_end(key)
-                if rounds:
-                    rounds.pop(key, None)
-            elif elsewhere and key in self:
-                self.touch(key)
+        keys = list(keys)
+        absent = self._sizes.use_all(keys)
+        if self._rounds:
+            for key in keys:
+                self._rounds.pop(key, None)
+        if absent and len(self) > len(self._sizes):
+            for key in absent:
+                if key in self:
+                    self.touch(key)
+            self._sizes.use_all(keys)  # those that came back stand behind the others
 
     def remove(self, key: bytes) -> None:
-        nbytes = (
-            self._queue_for(key).pop(key, None)
-            or self._passed.pop(key, None)
-            or self.parking.discard(key)
-        )
+        nbytes = self._queue_for(key).pop(key) or self._passed.pop(key) or self.parking.discard(key)
         if nbytes is not None:
             self._total_bytes -= nbytes
             self._forget_priority(key)
@@ -87,7 +82,7 @@ class LRU(Policy):
     def __len__(self) -> int:
         return len(self._sizes) + len(self._first) + len(self._passed) + len(self.parking)
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: bytes) -> bool:
         return (
             key in self._sizes or key in self._first or key in self._passed or key in self.parking
         )
@@ -124,7 +119,7 @@ class LRU(Policy):
             self._sizes.move_to_end(key, last=False)
             yield None
 
-    def _queue_for(self, key: bytes) -> OrderedDict[bytes, int]:
+    def _queue_for(self, key: bytes) -> Queue[int]:
         return self._first if self._priorities.get(key, 0) < 0 else self._sizes
 
     def _pop(self) -> tuple[bytes, int] | None:
@@ -145,7 +140,9 @@ class LRU(Policy):
         super().check_integrity()
         parked = dict(self.parking.items())
         queues = (self._first, self._passed, self._sizes)
-        places = [parked.keys(), *(queue.keys() for queue in queues)]
+        for queue in queues:
+            queue.check_integrity()
+        places = [set(parked), *map(set, queues)]
         assert len(set().union(*places)) == len(self), "a key stands in two places"
         assert all(self.priority_of(key) < 0 for key in self._first)
         assert not any(self.priority_of(key) < 0 for key in (*self._passed, *self._sizes))

@@ -8,10 +8,10 @@ queues are measured in bytes, leased keys are passed over, and one eviction give
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from kvstrata.policies.base import Policy, check_arguments, unknown_key
+from kvstrata.tables import Queue, Table
 
 SMALL_SHARE = 0.1
 MAX_HITS = 3  # two bits, as in the paper
@@ -34,11 +34,11 @@ class S3FIFO(Policy):
     def __init__(self, capacity_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(capacity_bytes, clock)
         self._small_target = int(capacity_bytes * SMALL_SHARE)
-        self._small: OrderedDict[bytes, int] = OrderedDict()  # key -> size, oldest first
-        self._main: OrderedDict[bytes, int] = OrderedDict()
-        self._first: OrderedDict[bytes, int] = OrderedDict()  # those of priority -1
-        self._ghost: OrderedDict[bytes, int] = OrderedDict()
-        self._hits: dict[bytes, int] = {}  # only keys used since they entered; at most MAX_HITS
+        self._small: Queue[int] = Queue()  # key -> size, oldest first
+        self._main: Queue[int] = Queue()
+        self._first: Queue[int] = Queue()  # those of priority -1
+        self._ghost: Queue[int] = Queue()
+        self._hits: Table[int] = Table()  # only keys used since they entered; at most MAX_HITS
         self._small_bytes = 0
         self._ghost_bytes = 0
 
@@ -61,7 +61,7 @@ class S3FIFO(Policy):
         wanted = self.parking.discard(key)
         if wanted is not None:
             self._total_bytes -= wanted
-        ghost = self._ghost.pop(key, None)
+        ghost = self._ghost.pop(key)
         if ghost is not None:
             self._ghost_bytes -= ghost
         if priority < 0:
@@ -79,7 +79,7 @@ class S3FIFO(Policy):
             self._first.move_to_end(key)
             return
         if self._queue_of(key) is not None:
-            self._hits[key] = min(self._hits.get(key, 0) + 1, MAX_HITS)
+            self._hits[key] = min((self._hits.get(key) or 0) + 1, MAX_HITS)
             return
         nbytes = self.parking.discard(key)
         if nbytes is None:
@@ -95,13 +95,13 @@ class S3FIFO(Policy):
         self._total_bytes -= nbytes
         if queue is self._small:
             self._small_bytes -= nbytes
-        self._hits.pop(key, None)
+        self._hits.pop(key)
         self._forget_priority(key)
 
     def __len__(self) -> int:
         return len(self._first) + len(self._small) + len(self._main) + len(self.parking)
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: bytes) -> bool:
         return key in self._small or key in self._main or key in self._first or key in self.parking
 
     def keys(self) -> Iterator[bytes]:
@@ -111,7 +111,7 @@ class S3FIFO(Policy):
         yield from self._small
         yield from self._main
 
-    def _queue_of(self, key: bytes) -> OrderedDict[bytes, int] | None:
+    def _queue_of(self, key: bytes) -> Queue[int] | None:
         if key in self._small:
             return self._small
         if key in self._first:
@@ -129,15 +129,15 @@ class S3FIFO(Policy):
             if self._small and (self._small_bytes > self._small_target or not self._main):
                 key, nbytes = self._small.popitem(last=False)
                 self._small_bytes -= nbytes
-                unused = self._hits.pop(key, 0) < HITS_TO_STAY
+                unused = (self._hits.pop(key) or 0) < HITS_TO_STAY
             else:
                 key, nbytes = self._main.popitem(last=False)
-                hits = self._hits.pop(key, 0)
+                hits = self._hits.pop(key) or 0
                 unused = hits == 0
                 if hits > 1:
                     self._hits[key] = hits - 1
             if turns_left < 0 or (unused and not self._goes_round(key)):
-                self._hits.pop(key, None)
+                self._hits.pop(key)
                 return key, nbytes
             self._main[key] = nbytes
         return None
@@ -152,10 +152,10 @@ class S3FIFO(Policy):
     def check_integrity(self) -> None:
         super().check_integrity()
         parked = dict(self.parking.items())
-        places = [
-            parked.keys(), self._first.keys(), self._small.keys(), self._main.keys(),
-            self._ghost.keys(),
-        ]  # fmt: skip
+        queues = (self._first, self._small, self._main, self._ghost)
+        for queue in queues:
+            queue.check_integrity()
+        places = [set(parked), *map(set, queues)]
         assert len(set().union(*places)) == sum(map(len, places)), "a key stands in two places"
         assert all(self.priority_of(key) < 0 for key in self._first)
         assert not any(self.priority_of(key) < 0 for key in (*self._small, *self._main))
@@ -166,5 +166,5 @@ class S3FIFO(Policy):
         assert total == self._total_bytes, f"{total} bytes held, {self._total_bytes} counted"
         assert sum(self._ghost.values()) == self._ghost_bytes
         assert self._ghost_bytes <= self.capacity_bytes - self._small_target
-        assert self._hits.keys() <= self._small.keys() | self._main.keys()
-        assert all(0 < hits <= MAX_HITS for hits in self._hits.values())
+        assert set(self._hits) <= {*self._small, *self._main}
+        assert all(0 < hits <= MAX_HITS for _, hits in self._hits.items())

@@ -12,6 +12,7 @@ import numpy as np
 from kvstrata.errors import TierUnavailable
 from kvstrata.layout import Bytes
 from kvstrata.objects import HEADER_BYTES
+from kvstrata.tables import Queue
 from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
 
 
@@ -35,7 +36,7 @@ class MemoryTier(OwnedTier):
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._objects: dict[bytes, _Object] = {}  # least recently used first
+        self._objects: Queue[_Object] = Queue()  # least recently used first
         self._num_writes = 0
         self._epoch = 0
         self._closed = False
@@ -77,7 +78,7 @@ class MemoryTier(OwnedTier):
                     outcomes.append(Outcome.MISS)
                     continue
                 self._num_writes += 1
-                self._objects.pop(put.object_id, None)
+                self._objects.pop(put.object_id)
                 self._objects[put.object_id] = _Object(data, str(self._num_writes), self._clock())
                 outcomes.append(Outcome.HIT)
         return outcomes
@@ -96,7 +97,7 @@ class MemoryTier(OwnedTier):
     def touch(self, ids: Sequence[bytes]) -> None:
         with self._open():
             for object_id in ids:
-                one = self._objects.pop(object_id, None)
+                one = self._objects.pop(object_id)
                 if one is not None:
                     self._objects[object_id] = one._replace(last_used=self._clock())
 

@@ -11,6 +11,7 @@ import struct
 from typing import NamedTuple
 
 from kvstrata.header import MARK_BYTES, MARK_TOKENS
+from kvstrata.tables import Queue, Table
 
 MAX_CHILDREN = 1 << 17
 """Those that are remembered, the last ones that came or were of use: 50 MB, 17 million tokens."""
@@ -52,8 +53,8 @@ class Children:
     def __init__(self, most: int = MAX_CHILDREN) -> None:
         self._most = most
         # Tokens, tokens of a whole chunk, marks: one bytes object costs a third of a tuple.
-        self._known: dict[bytes, bytes] = {}
-        self._alike: dict[bytes, bytes | tuple[bytes, ...]] = {}  # the one key, or several
+        self._known: Queue[bytes] = Queue()
+        self._alike: Table[bytes | tuple[bytes, ...]] = Table()  # the one key, or several
 
     def __len__(self) -> int:
         return len(self._known)
@@ -89,7 +90,7 @@ class Children:
 
     def leave(self, key: bytes) -> None:
         """Remember it no more, if it was."""
-        known = self._known.pop(key, None)
+        known = self._known.pop(key)
         if known is not None:
             first = known[_FIRST]
             alike = tuple(one for one in self._keys(first) if one != key)
@@ -108,8 +109,7 @@ class Children:
 
     def clear(self) -> None:
         """Remember nothing any more."""
-        self._known.clear()
-        self._alike.clear()
+        self._known, self._alike = Queue(), Table()
 
     def alike(self, marks: bytes) -> list[Child]:
         """What begins as a prompt goes on, the most of it first, the latest first of equals.
@@ -143,14 +143,14 @@ class Children:
         assert len(self._known) <= self._most
         listed = [key for first in self._alike for key in self._keys(first)]
         assert len(listed) == len(set(listed))
-        assert set(listed) == self._known.keys()
+        assert set(listed) == set(self._known)
         for first in self._alike:
             assert 0 < len(self._keys(first)) <= MAX_ALIKE
             assert all(self._known[key][_SIZES.size :].startswith(first)
                        for key in self._keys(first))  # fmt: skip
 
     def _keys(self, first: bytes) -> tuple[bytes, ...]:
-        alike = self._alike.get(first, ())
+        alike = (self._alike.get(first) if first else None) or ()
         return (alike,) if isinstance(alike, bytes) else alike
 
 

@@ -7,7 +7,6 @@ of no use.
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Generic, TypeVar
@@ -18,6 +17,7 @@ from kvstrata.node.common.pinned import Pinned
 from kvstrata.node.common.slices import Work
 from kvstrata.node.common.spares import Name, Spares
 from kvstrata.policies.base import Policy
+from kvstrata.tables import Table
 from kvstrata.tiers.marks import UNKNOWN, Whose
 
 E = TypeVar("E")
@@ -49,7 +49,7 @@ class Index(Generic[E]):
         self._policy = policy
         self._nbytes_of = nbytes_of
         # A flat tuple (tag, part, entry, part, entry, ...) costs a third of a dict per chunk.
-        self._chunks: dict[bytes, tuple[object, ...]] = {}
+        self._chunks: Table[tuple[object, ...]] = Table()
         self._tier, self._changes = "", Changes()
 
     def tell(self, tier: str, changes: Changes) -> None:
@@ -64,7 +64,8 @@ class Index(Generic[E]):
 
     def among(self, keys: Set[bytes]) -> set[bytes]:
         """Which of these chunks are here."""
-        return self._chunks.keys() & keys
+        pieces = self._chunks.pieces
+        return {key for key in keys if key in pieces[key[0]]}
 
     def get(self, key: bytes, part: int) -> E | None:
         """The entry of one object, or None."""
@@ -77,11 +78,11 @@ class Index(Generic[E]):
 
     def objects(self, key: bytes) -> Iterator[tuple[int, E]]:
         """Parts and entries of one chunk."""
-        flat = self._chunks.get(key, ())
+        flat = self._chunks.get(key) or ()
         for i in range(1, len(flat), 2):
             yield flat[i], flat[i + 1]  # type: ignore[misc]
 
-    def parts(self) -> dict[bytes, tuple[object, ...]]:
+    def parts(self) -> Table[tuple[object, ...]]:
         """Key to (tag, part, entry, part, entry, ...) of all that is here: some ms a million."""
         return self._chunks.copy()
 
@@ -94,13 +95,13 @@ class Index(Generic[E]):
         flat = self._chunks.get(key)
         return UNKNOWN if flat is None else _tag(flat).whose
 
-    def keys(self) -> Iterable[bytes]:
+    def keys(self) -> Iterator[bytes]:
         """All chunk keys; not to be kept across a change."""
-        return self._chunks.keys()
+        return iter(self._chunks)
 
     def latest(self, count: int) -> list[bytes]:
-        """The keys of the chunks that came last."""
-        return list(itertools.islice(reversed(self._chunks), count))
+        """The keys of so many chunks that came last, about."""
+        return self._chunks.latest(count)
 
     def claim(self, nbytes: int) -> bool:
         """Set bytes aside for an object that is about to be written; False when they do not fit."""
@@ -178,10 +179,11 @@ class Index(Generic[E]):
         sizes = [self._nbytes_of(entry) for _, entry in found]
         if self.used_bytes + sum(sizes) > self.capacity_bytes:
             return False
-        chunks, weights, new = self._chunks, dict[bytes, int](), list[Name]()
+        pieces, weights, new = self._chunks.pieces, dict[bytes, int](), list[Name]()
         unknown: Tag | None = None
         for (name, entry), nbytes in zip(found, sizes, strict=True):
             key, part = name
+            chunks = pieces[key[0]]
             flat = chunks.get(key)
             if flat is None:
                 unknown = unknown or self.owners.tag(UNKNOWN)
@@ -202,7 +204,7 @@ class Index(Generic[E]):
         self._policy.insert_all(weights)
         if self.owners.num_quotas:
             for key, weight in weights.items():
-                self._count_late(_tag(chunks[key]).account, key, weight)
+                self._count_late(_tag(self._chunks[key]).account, key, weight)
         self._changes.found(self._tier, new)
         return True
 
@@ -242,7 +244,7 @@ class Index(Generic[E]):
 
     def pop(self, key: bytes, part: int, cause: Cause) -> E | None:
         """Take one object out and return its entry."""
-        rest, entry = _without(self._chunks.get(key, ()), part)
+        rest, entry = _without(self._chunks.get(key) or (), part)
         if entry is None:
             return None
         self.spares.forget((key, part))
@@ -258,7 +260,8 @@ class Index(Generic[E]):
         """Take a whole chunk out."""
         objects = list(self.objects(key))
         if objects:
-            tag = _tag(self._chunks.pop(key))
+            tag = _tag(self._chunks[key])
+            del self._chunks[key]
             nbytes = sum(self._nbytes_of(entry) for _, entry in objects)
             self._left(key, tag, nbytes, len(objects), gone=True)
         spares = self.spares if len(self.spares) else None
@@ -268,21 +271,22 @@ class Index(Generic[E]):
             self._changes.left(self._tier, key, part, cause)
         return objects
 
-    def clear(self) -> dict[bytes, tuple[object, ...]]:
+    def clear(self) -> Iterator[tuple[bytes, tuple[object, ...]]]:
         """Forget all chunks, in no time however many there are; their bytes stay claimed.
 
         Returns:
-            What was here: key to (tag, part, entry, part, entry, ...).
+            What was here, to be gone through in slices: keys with (tag, part, entry, part, entry,
+            ...). To let go of it takes time, too, so nothing else holds it.
         """
-        chunks, self._chunks = self._chunks, {}
-        self._policy = self._policy.emptied()
+        chunks, self._chunks = self._chunks, Table()
+        policy, self._policy = self._policy, self._policy.emptied()
         self.owners.clear()
         self.spares.clear()
         self.pinned.clear()
         self.claimed_bytes = self.used_bytes
         self.num_objects = 0
         self._changes.emptied(self._tier)
-        return chunks
+        return _drained(chunks, policy)
 
     def cost_of(self, key: bytes) -> float:
         """What computing a chunk takes, as far as the policy minds it; 0: unknown."""
@@ -413,7 +417,7 @@ class Index(Generic[E]):
         total = sum(
             self._nbytes_of(entry) for key in self._chunks for _, entry in self.objects(key)
         )
-        count = sum(len(flat) // 2 for flat in self._chunks.values())
+        count = sum(len(flat) // 2 for _, flat in self._chunks.items())
         held: dict[bytes, int] = {}
         chunks: dict[bytes, int] = {}
         for key, flat in self._chunks.items():
@@ -442,6 +446,15 @@ class Index(Generic[E]):
         assert len(self._policy) == len(self._chunks)
         assert all(key in self._policy for key in self._chunks)
         self._policy.check_integrity()
+
+
+def _drained(
+    chunks: Table[tuple[object, ...]], policy: Policy
+) -> Iterator[tuple[bytes, tuple[object, ...]]]:
+    """What was cleared, taken out one by one."""
+    for key, flat in chunks.drain():
+        policy.remove(key)
+        yield key, flat
 
 
 def _tag(flat: tuple[object, ...]) -> Tag:

@@ -6,15 +6,14 @@ tier is remembered, too: a clear says only that a whole tier is empty.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple
-
-import numpy as np
 
 from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.spares import Name
 from kvstrata.parts import MAX_PART
+from kvstrata.tables import Queue
 
 REMEMBERED = 1 << 16
 """Chunks whose departure is remembered, and as many that entered last: 32 MiB at most."""
@@ -52,8 +51,8 @@ class Departures:
         # The order in which things happened: how often something entered or was emptied.
         self._turn = 0
         self._emptied: deque[tuple[int, int, float]] = deque(maxlen=EMPTYINGS)  # turn, tier, when
-        self._held: OrderedDict[int, int] = OrderedDict()  # turn of the last word, bits of tiers
-        self._gone: OrderedDict[int, int] = OrderedDict()  # milliseconds, tier, cause
+        self._held: Queue[int] = Queue()  # turn of the last word, bits of tiers
+        self._gone: Queue[int] = Queue()  # milliseconds, tier, cause
 
     # as a watcher
 
@@ -70,7 +69,7 @@ class Departures:
         self._turn += 1
         bit, held = 1 << self._number(tier), self._held
         alone = self._turn << _TIER_BITS | bit
-        for name in names_of([key for key, part in names if part <= MAX_PART]):
+        for name in [name_of(key) for key, part in names if part <= MAX_PART]:
             if name in held:
                 self._hold(name, self._tiers_of(name) | bit)
             else:
@@ -93,11 +92,11 @@ class Departures:
 
     # asked
 
-    def among(self, names: Set[int]) -> set[int]:
+    def among(self, names: Set[bytes]) -> set[bytes]:
         """Which of these chunks may have left."""
-        return (self._gone.keys() & names) | (self._held.keys() & names)
+        return {name for name in names if name in self._gone or name in self._held}
 
-    def of(self, name: int) -> Departure | None:
+    def of(self, name: bytes) -> Departure | None:
         """How a chunk that is in none of the tiers left the last of them; None: nobody knows."""
         self._hold(name, self._tiers_of(name))
         if (packed := self._gone.get(name)) is None:
@@ -123,9 +122,9 @@ class Departures:
             self._tiers.append(tier)
         return self._tiers.index(tier)
 
-    def _tiers_of(self, name: int) -> int:
+    def _tiers_of(self, name: bytes) -> int:
         """The tiers that a chunk is in, once it is noted from which it was cleared."""
-        if not (held := self._held.get(name, 0)):
+        if not (held := self._held.get(name)):
             return 0
         turn, tiers = divmod(held, 1 << _TIER_BITS)
         if tiers and self._emptied and self._emptied[-1][0] > turn:
@@ -135,9 +134,9 @@ class Departures:
                     self._note(name, number, Cause.CLEARED, at)
         return tiers
 
-    def _hold(self, name: int, tiers: int) -> None:
+    def _hold(self, name: bytes, tiers: int) -> None:
         if not tiers:
-            self._held.pop(name, None)
+            self._held.pop(name)
             return
         if name in self._held:
             self._held.move_to_end(name)
@@ -145,7 +144,7 @@ class Departures:
         if len(self._held) > self._most:
             self._held.popitem(last=False)
 
-    def _note(self, name: int, number: int, cause: Cause, at: float) -> None:
+    def _note(self, name: bytes, number: int, cause: Cause, at: float) -> None:
         when = int((at - self._began) / STEP_S)
         self._gone[name] = (when << _TIER_BITS | number) << _CAUSE_BITS | _CAUSES.index(cause)
         self._gone.move_to_end(name)
@@ -153,14 +152,6 @@ class Departures:
             self._gone.popitem(last=False)
 
 
-def name_of(key: bytes) -> int:
+def name_of(key: bytes) -> bytes:
     """What a chunk is remembered by."""
-    return int.from_bytes(key[:NAME_BYTES], "little")
-
-
-def names_of(keys: Sequence[bytes]) -> list[int]:
-    """What each of these chunks is."""
-    names: list[int] = np.frombuffer(b"".join(keys), f"<u{NAME_BYTES}")[
-        :: 32 // NAME_BYTES
-    ].tolist()
-    return names
+    return key[:NAME_BYTES]

@@ -15,6 +15,7 @@ from kvstrata.node.common.changes import Cause
 from kvstrata.node.common.spares import Name
 from kvstrata.node.slots.host import HostMemory
 from kvstrata.objects import HEADER_BYTES, Kinship, kinship
+from kvstrata.tables import Queue
 
 MAX_KNOWN = 1 << 16
 """Chunks of which it is remembered: about 20 MB at most."""
@@ -38,7 +39,7 @@ class Lineage:
     def __init__(self, host: HostMemory, now: Callable[[], float] = time.time) -> None:
         self._host = host
         self._now = now
-        self._known: dict[bytes, _Known] = {}
+        self._known: Queue[_Known] = Queue()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -50,7 +51,7 @@ class Lineage:
 
     def used(self, key: bytes) -> None:
         """A match has ended with this chunk: it and all before it were used."""
-        if (known := self._known.pop(key, None)) is not None:
+        if (known := self._known.pop(key)) is not None:
             self._known[key] = known._replace(used=self._now())
 
     def entered(self, tier: str, key: bytes, part: int) -> None:
@@ -62,7 +63,7 @@ class Lineage:
         found = kinship(self._host.pool.view(slot.offset, HEADER_BYTES))
         self._known[key] = _Known(found, self._now())
         if len(self._known) > MAX_KNOWN:
-            del self._known[next(iter(self._known))]
+            self._known.popitem(last=False)
 
     def found(self, tier: str, names: Sequence[Name]) -> None:
         """See `Watcher`. Their headers are not in host memory."""

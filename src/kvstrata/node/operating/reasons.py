@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from kvstrata.node.common.changes import Changes
 from kvstrata.node.common.slices import Work
-from kvstrata.node.operating.departures import Departures, name_of, names_of
+from kvstrata.node.operating.departures import Departures, name_of
 from kvstrata.node.operating.kin import Asked, Kin
 from kvstrata.node.service.backing import Backing
 from kvstrata.node.service.owned import OwnedBacking
@@ -107,7 +107,7 @@ class Reasons:
         """Say the same of the next chunks behind the first one, by runs of what is alike."""
         first = runs[0][0]
         stranger = first if first.why in _OF_STRANGERS else Reason(Why.NEVER, 1)
-        names = names_of(keys)
+        names = [name_of(key) for key in keys]
         held = self._held_among(set(keys))
         known = self.departures.among(set(names))
         writing, parts = self._reservations.is_being_written, missing.parts
@@ -209,7 +209,7 @@ class Reasons:
         """Which of these chunks are in one of the node's own tiers."""
         return self._host.index.among(keys).union(*(one.index.among(keys) for one in self._owned))
 
-    def _left(self, name: int) -> Reason | None:
+    def _left(self, name: bytes) -> Reason | None:
         left = self.departures.of(name)
         return None if left is None else Reason(
             Why(left.cause.value), 1, left.tier, ago_s=self._ago(left.at)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.node.common.background import Tasks
 from kvstrata.node.common.index import Index
+from kvstrata.node.common.slices import Work, in_slices
 from kvstrata.node.service.calls import TierCalls
 from kvstrata.node.service.entries import size_of
 from kvstrata.node.service.health import Health
 from kvstrata.node.service.removals import Removals
 from kvstrata.node.service.turns import Turn, Turns
+
+SLICE = 64
+
+Chunk: TypeAlias = tuple[bytes, tuple[object, ...]]
+"""A key, and what an index has of it."""
 
 
 class Clears:
@@ -65,7 +72,7 @@ class Clears:
         self,
         verb: Callable[[], None],
         turn: Turn,
-        chunks: dict[bytes, tuple[object, ...]],
+        chunks: Iterator[Chunk],
         held: int,
         count: int,
         answer: asyncio.Future[int],
@@ -85,8 +92,7 @@ class Clears:
             try:
                 await self._calls.call("clear", verb, give_up)
             except TierUnavailable as error:
-                self.nbytes -= held
-                self._doom(chunks)
+                await _done(self._doom(chunks))
                 self._health.trip(error)
                 fail(str(error))
                 return
@@ -95,10 +101,25 @@ class Clears:
         self._health.worked()
         if not answer.done():
             answer.set_result(count)
+        await _done(_let_go(chunks))
 
-    def _doom(self, chunks: dict[bytes, tuple[object, ...]]) -> None:
-        for key, flat in chunks.items():
+    def _doom(self, chunks: Iterator[Chunk]) -> Work[None]:
+        for number, (key, flat) in enumerate(chunks, 1):
             for part, entry in zip(flat[1::2], flat[2::2], strict=True):
                 assert isinstance(part, int)
                 assert isinstance(entry, int)
+                self.nbytes -= size_of(entry)
                 self._removals.add(key, part, size_of(entry))
+            if number % SLICE == 0:
+                yield None
+
+
+def _let_go(chunks: Iterator[Chunk]) -> Work[None]:
+    for number, _ in enumerate(chunks, 1):
+        if number % SLICE == 0:
+            yield None
+
+
+async def _done(work: Work[None]) -> None:
+    if (rest := in_slices(work)) is not None:
+        await rest

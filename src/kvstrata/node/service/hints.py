@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from kvstrata.node.service.names import Where
+from kvstrata.tables import Queue
 
 LIFE_S = 10.0
 """For which a hint makes another question needless; a read of what has gone by then is a miss."""
@@ -39,7 +40,7 @@ class Hints:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._chunks: dict[bytes, dict[int, Hint]] = {}  # the oldest first
+        self._chunks: Queue[dict[int, Hint]] = Queue()  # the oldest first
         self._num_hints = 0
         self._refused: dict[tuple[bytes, int, Where], float] = {}
 
@@ -55,17 +56,17 @@ class Hints:
 
     def last(self, key: bytes, part: int) -> Hint | None:
         """The last word on an object, however old."""
-        return self._chunks.get(key, _NONE).get(part)
+        return (self._chunks.get(key) or _NONE).get(part)
 
     def of(self, key: bytes) -> Iterable[tuple[int, Hint]]:
         """The last word on each object of a chunk."""
-        return self._chunks.get(key, _NONE).items()
+        return (self._chunks.get(key) or _NONE).items()
 
     def note(self, key: bytes, part: int, where: Where, nbytes: int) -> None:
         """An object was seen, or must be there."""
         if self._refused and self._clock() < self._refused.get((key, part, where), 0.0):
             return
-        chunk = self._chunks.pop(key, None) or {}
+        chunk = self._chunks.pop(key) or {}
         self._num_hints += part not in chunk
         chunk[part] = Hint(where, nbytes, self._clock() + LIFE_S)
         self._chunks[key] = chunk
@@ -74,7 +75,7 @@ class Hints:
 
     def forget(self, key: bytes, part: int) -> None:
         """An object is not there after all."""
-        chunk = self._chunks.get(key, {})
+        chunk = self._chunks.get(key) or {}
         if chunk.pop(part, None) is not None:
             self._num_hints -= 1
             if not chunk:
@@ -82,7 +83,7 @@ class Hints:
 
     def forget_chunk(self, key: bytes) -> None:
         """None of a chunk's objects is."""
-        self._num_hints -= len(self._chunks.pop(key, _NONE))
+        self._num_hints -= len(self._chunks.pop(key) or _NONE)
 
     def refuse(self, key: bytes, part: int, where: Where) -> None:
         """An object is there that is of no use here: do not find it again so soon."""
@@ -93,7 +94,7 @@ class Hints:
 
     def clear(self) -> None:
         """Nothing that was seen is there any more."""
-        self._chunks, self._num_hints = {}, 0
+        self._chunks, self._num_hints = Queue(), 0
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the count is right and within its bound."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Set
 from functools import partial
 from typing import Any
@@ -113,7 +112,7 @@ class OwnedBacking(Leaving):
 
     async def read_headers(self, lacks: Callable[[bytes], bool]) -> None:
         """Learn from the headers of what a scan found, of those chunks whose header is lacked."""
-        keys = list(self.index.keys())  # what was used last is the last
+        keys, self._scan.keys = self._scan.keys, []
         while keys:
             try:
                 await self._headers.read(keys, lacks, self._learn)
@@ -176,7 +175,7 @@ class OwnedBacking(Leaving):
         if not self.ledger.saved and self.readable:
             with contextlib.suppress(TierUnavailable):
                 await self.save()
-        used = deque(await self._uses.take())
+        used = await self._uses.take()
         try:
             while used and self.readable:
                 keys = [used.popleft() for _ in range(min(len(used), SLICE))]

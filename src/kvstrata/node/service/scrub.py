@@ -17,9 +17,7 @@ async def scrub(backing: OwnedBacking) -> None:
     """
     while True:
         marks, all_read = backing.settled_marks(), backing.scrub_bytes_per_s > 0
-        # What came last, or was used last before a restart, comes first: what it says is of use.
-        keys = list(backing.index.keys()) if backing.scrub_bytes_per_s else []
-        for key in reversed(keys):
+        for key in list(backing.index.keys()) if backing.scrub_bytes_per_s else []:
             for part, _ in list(backing.index.objects(key)):
                 while not (backing.readable and backing.scrub_bytes_per_s):
                     await asyncio.sleep(IDLE_S)

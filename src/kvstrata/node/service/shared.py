@@ -45,6 +45,8 @@ LONGEST_S = 0.15
 """A store that is far away is waited for longer than its timeout says: one and a half of its round
 trips, but never more than this."""
 TOUCH_SLICE = 256
+USES_SLICE = 16
+"""Chunks that were used whose names are made without a pause."""
 
 
 class SharedBacking(Singly):
@@ -202,21 +204,29 @@ class SharedBacking(Singly):
         used = await self._uses.take()
         if self._health.read_only:
             return  # notes of uses are written, too
-        names = [
-            hint.where.name(key, part)
-            for key in used
-            for part, hint in self._hints.of(key)
-            if hint.where.epoch == self.epoch
-        ]
         try:
-            for start in range(0, len(names), TOUCH_SLICE):
-                some = names[start : start + TOUCH_SLICE]
-                if self.readable:
-                    await self._calls.call("note of use", partial(self.tier.touch, some))
+            while used and self.readable:
+                names: list[bytes] = []
+                while used and len(names) < TOUCH_SLICE:
+                    names += self._names_of(
+                        used.popleft() for _ in range(min(len(used), USES_SLICE))
+                    )
+                    await asyncio.sleep(0)
+                if names:
+                    await self._calls.call("note of use", partial(self.tier.touch, names))
             if self.readable:
                 await self._calls.call("upkeep", self.tier.upkeep)
         except TierUnavailable as error:
             self.trip(error)
+
+    def _names_of(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Of the objects of these chunks that were seen in the present epoch."""
+        return [
+            hint.where.name(key, part)
+            for key in keys
+            for part, hint in self._hints.of(key)
+            if hint.where.epoch == self.epoch
+        ]
 
     def _when_off(self) -> None:
         self._presence.lose()

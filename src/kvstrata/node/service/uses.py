@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from kvstrata.tables import Table
+
 SLICE = 256
 MAX_USES = 1 << 18
 
@@ -23,13 +25,16 @@ class Uses:
         while self._num_keys > MAX_USES:
             self._num_keys -= len(self._prefixes.popleft())
 
-    async def take(self) -> list[bytes]:
+    async def take(self) -> deque[bytes]:
         """Keys noted since the last time, each once: the last used last, tails before heads."""
         prefixes, self._prefixes, self._num_keys = self._prefixes, deque(), 0
-        seen: dict[bytes, None] = {}
-        for keys in reversed(prefixes):
+        seen, used = Table[None](), deque[bytes]()
+        while prefixes:
+            keys = prefixes.pop()
             for start in range(0, len(keys), SLICE):
                 for key in keys[start : start + SLICE]:
-                    seen.setdefault(key)
+                    if key not in seen:
+                        seen[key] = None
+                        used.appendleft(key)
                 await asyncio.sleep(0)
-        return list(seen)[::-1]
+        return used

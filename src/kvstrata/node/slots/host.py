@@ -28,10 +28,13 @@ from kvstrata.node.slots.slot import Row, Slot, SlotState
 from kvstrata.objects import CREATED_FIELD
 from kvstrata.observe.counters import Counters
 from kvstrata.policies.base import Policy
+from kvstrata.tables import Table
 from kvstrata.tiers.marks import UNKNOWN, Whose
 
-Rows = dict[tuple[int, ...], dict[bytes, Row]]
+Rows = dict[tuple[int, ...], Table[Row]]
 """By parts, and then by chunk."""
+
+_NO_ROWS = Table[Row]()
 
 MAX_SHAPES = 16
 """Sets of parts whose rows are kept; those of further ones are made for each lease."""
@@ -80,9 +83,9 @@ class HostMemory:
         """The ready slot of an object."""
         return self.index.get(key, part)
 
-    def rows_of(self, parts: tuple[int, ...]) -> dict[bytes, Row]:
+    def rows_of(self, parts: tuple[int, ...]) -> Table[Row]:
         """The rows of these parts that are known, by chunk; to be read only."""
-        return self._rows.get(parts, {})
+        return self._rows.get(parts, _NO_ROWS)
 
     def row(self, key: bytes, parts: tuple[int, ...], slots: Sequence[Slot]) -> Row:
         """The row of a chunk's parts, whose slots are those that are ready or being promoted."""
@@ -92,7 +95,7 @@ class HostMemory:
                 self._rows = {shape: rows for shape, rows in self._rows.items() if rows}
             if len(self._rows) >= MAX_SHAPES:
                 return Row(slots)
-            rows = self._rows[parts] = {}
+            rows = self._rows[parts] = Table()
         row = rows.get(key)
         if row is None:
             row = rows[key] = Row(slots)
@@ -285,7 +288,7 @@ class HostMemory:
         """Forget everything, now; how many objects. `give_back` frees their bytes."""
         count = self.index.num_objects
         rows, self._rows = self._rows, {}
-        self._leaving.append((iter(self.index.clear().items()), rows))
+        self._leaving.append((self.index.clear(), rows))
         return count
 
     def give_back(self, num_chunks: int) -> bool:

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.objects import HEADER_BYTES
+from kvstrata.tables import Table
 from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
 from kvstrata.tiers.disk.folder import DiskFolder, run_walk, unavailable
 from kvstrata.tiers.disk.quarantine import Quarantine
@@ -84,7 +85,7 @@ class DiskTier(OwnedTier):
         # Changes in the shards of one stripe, so that an id has one file; a clear takes all.
         self._locks = [threading.Lock() for _ in range(NUM_LOCKS)]
         # Of all objects once a scan has ended; until then the shard of the others is listed.
-        self._sizes: dict[bytes, int] = {}
+        self._sizes: Table[int] = Table()
         self._sizes_complete = False
         self._quarantine = Quarantine(self._folder.quarantine)
         try:
@@ -214,7 +215,7 @@ class DiskTier(OwnedTier):
             try:
                 self._advance_epoch()
                 # From here on nothing stored before can be found, whatever becomes of the files.
-                self._sizes, self._sizes_complete = {}, True
+                self._sizes, self._sizes_complete = Table(), True
                 self._folder.empty()
             except OSError as error:
                 raise unavailable(error, f"clear {self.path}") from error
@@ -375,7 +376,7 @@ class DiskTier(OwnedTier):
                 with contextlib.suppress(FileNotFoundError):
                     remove(self._path(object_id, nbytes))
                     outcome = Outcome.HIT
-            self._sizes.pop(object_id, None)
+            self._sizes.pop(object_id)
         return outcome
 
     def _path(self, object_id: bytes, nbytes: int) -> str:
