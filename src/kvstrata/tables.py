@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice, zip_longest
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 V = TypeVar("V")
 
@@ -97,6 +97,9 @@ class _Link(Generic[V]):
         self.value = value
 
 
+_NO_LINKS: tuple[dict[bytes, Any], ...] = ({},) * NUM_PIECES
+
+
 class Queue(Generic[V]):
     """Keys and values in the order in which the keys came, or were last moved to an end.
 
@@ -106,7 +109,8 @@ class Queue(Generic[V]):
     __slots__ = ("_first", "_last", "_links", "_num")
 
     def __init__(self) -> None:
-        self._links: tuple[dict[bytes, _Link[V]], ...] = Table[_Link[V]]().pieces
+        # Of many queues most stay empty.
+        self._links: tuple[dict[bytes, _Link[V]], ...] = _NO_LINKS
         self._num = 0
         self._first = self._last = b""
 
@@ -121,6 +125,8 @@ class Queue(Generic[V]):
 
     def __setitem__(self, key: bytes, value: V) -> None:
         """Put a key at the end; one that is there keeps its place."""
+        if self._links is _NO_LINKS:
+            self._links = Table[_Link[V]]().pieces
         piece = self._links[key[0]]
         link = piece.get(key)
         if link is not None:
@@ -229,8 +235,7 @@ class Queue(Generic[V]):
 
     def clear(self) -> None:
         """Take everything out."""
-        for piece in self._links:
-            piece.clear()
+        self._links = _NO_LINKS
         self._num = 0
         self._first = self._last = b""
 

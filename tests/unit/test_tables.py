@@ -122,4 +122,5 @@ def test_what_is_copied_in_one_go_is_a_small_part(
     for _ in range(50 * NUM_PIECES):
         table[dice.randbytes(32)] = 0
     pieces = table.pieces if isinstance(table, Table) else table._links
+    assert len({id(piece) for piece in pieces}) == NUM_PIECES
     assert max(map(len, pieces)) < 2 * 50

@@ -48,6 +48,8 @@ SLICE_OBJECTS = 16
 """Objects behind them that one slice looks for and promotes: that costs more."""
 SLICE_STARTS = 64
 """Objects that one slice begins to bring."""
+SLICE_RELEASED = 64
+"""Rows that one slice of a release lets go of."""
 SLICE_LOOKUPS = 32
 """Objects that one slice of a lookup looks for."""
 
@@ -202,6 +204,14 @@ class Matcher:
         """End a lease but for its first ``keep`` chunks, and what is promoted for nobody else."""
         if lease is not None:
             self._movement.unwanted(self._leases.release(lease, keep))
+
+    def release_slowly(self, lease: Lease, keep: int = 0) -> Work[None]:
+        """The same of a lease that may be long."""
+        # The last chunks first; what a boundary needs is of no use in part.
+        while not lease.shape and len(lease.rows) - max(0, keep) > SLICE_RELEASED:
+            self.release(lease, len(lease.rows) - SLICE_RELEASED)
+            yield None
+        self.release(lease, keep)
 
     def locate(
         self,

@@ -232,11 +232,14 @@ class Node:
         """Let go of all that a client holds: it is dead, or said that no copy is under way."""
         client.ended = True
         for number in list(client.leases):
-            self._matcher.release(self.leases[number])
+            self._end("a lease", self._matcher.release_slowly(self.leases[number]))
         for number in list(client.reservations):
-            rest = in_slices(self.reservations.abort(self.reservations[number]))
-            if rest is not None:
-                self._tasks.spawn("an end of a reservation", _finish(rest))
+            self._end("a reservation", self.reservations.abort(self.reservations[number]))
+
+    def _end(self, what: str, work: Work[None]) -> None:
+        rest = in_slices(work)
+        if rest is not None:
+            self._tasks.spawn(f"an end of {what}", _finish(rest))
 
     # reading
 
@@ -265,7 +268,7 @@ class Node:
                 raise UsageError(f"lease {lease.id} is of a match that is under way")
             if message.keep and lease.shape and message.keep != lease.boundary:
                 raise UsageError("what a boundary needs is of no use in part, so it ends whole")
-            self._matcher.release(lease, message.keep)
+            self._end("a lease", self._matcher.release_slowly(lease, message.keep))
 
     def lookup(self, client: Client, message: p.Lookup) -> p.Found | Awaitable[p.Found]:
         """Say where each chunk is; changes nothing."""

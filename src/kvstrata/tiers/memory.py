@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from kvstrata.tables import Queue
 from kvstrata.tiers.base import Found, Outcome, OwnedTier, Put, Stat
 
 
-class _Object(NamedTuple):
+@dataclass(slots=True)
+class _Object:
     """What is kept of an object."""
 
     data: Bytes
@@ -97,9 +98,10 @@ class MemoryTier(OwnedTier):
     def touch(self, ids: Sequence[bytes]) -> None:
         with self._open():
             for object_id in ids:
-                one = self._objects.pop(object_id)
+                one = self._objects.get(object_id)
                 if one is not None:
-                    self._objects[object_id] = one._replace(last_used=self._clock())
+                    one.last_used = self._clock()
+                    self._objects.move_to_end(object_id)
 
     def scan(self) -> Iterator[list[Found]]:
         with self._open():

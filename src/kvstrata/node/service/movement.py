@@ -61,7 +61,7 @@ class Movement:
         self.arriving: dict[tuple[bytes, int], Slot] = {}
         self._promotions: dict[Slot, Promotion] = {}
         self._unwanted: deque[Slot] = deque()
-        self._struck: deque[Promotion] = deque()  # forgotten before they had begun
+        self._struck: deque[Slot] = deque()  # forgotten before they had begun
         self._calling_off = False
         self._host = host
         self._leases = leases
@@ -157,7 +157,7 @@ class Movement:
 
     def give_up(self, slots: Iterable[Slot]) -> None:
         """What `promote` made these slots for, and `start` was not told of, does not come."""
-        self._struck.extend(self._promotions[slot] for slot in slots if self.prepared(slot))
+        self._struck.extend(slot for slot in slots if self.prepared(slot))
         self._call_off()
 
     def link(self, backing: Backing) -> Link:
@@ -191,11 +191,15 @@ class Movement:
 
     def forget(self, keys: set[bytes] | None) -> None:
         """Publish and write nothing that is on its way of these chunks (None: of all)."""
-        for name in [name for name in self.arriving if keys is None or name[0] in keys]:
-            slot = self.arriving.pop(name)
-            self._host.forget_rows(name[0])
-            if not (promotion := self._promotions[slot]).begun:
-                self._struck.append(promotion)
+        if keys is None:
+            struck, self.arriving = self.arriving, {}
+        else:
+            struck = {name: slot for name, slot in self.arriving.items() if name[0] in keys}
+            for name in struck:
+                del self.arriving[name]
+        for key in {key for key, _ in struck}:
+            self._host.forget_rows(key)
+        self._struck.extend(struck.values())
         self._call_off()
         for behind in self.behind:
             behind.forget(keys)
@@ -311,8 +315,8 @@ class Movement:
 
     def _call_off_some(self) -> None:
         for _ in range(min(len(self._struck), CALL_OFF_SLICE)):
-            struck = self._struck.pop()
-            if not (struck.begun or struck.settled):
+            struck = self._promotions.get(self._struck.pop())
+            if struck is not None and not (struck.begun or struck.settled):
                 self._call_off_one(struck, "failed")
         for _ in range(min(len(self._unwanted), CALL_OFF_SLICE)):
             slot = self._unwanted.popleft()
