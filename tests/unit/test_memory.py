@@ -99,10 +99,10 @@ class TestSlotAllocator:
     @pytest.mark.parametrize(
         "damage",
         [
-            lambda a: a._live.update({0: 2 * PAGE}),
+            lambda a: a._live.__setitem__(0, 2 * PAGE),
             lambda a: a._live.pop(0),
             lambda a: a._bins.clear(),
-            lambda a: a._free_at_end.clear(),
+            lambda a: a._free_at_end.pop(8 * PAGE),
             lambda a: a._sizes.append(PAGE),
             lambda a: setattr(a, "_allocated_bytes", 0),
             lambda a: setattr(a, "capacity_bytes", 9 * PAGE),

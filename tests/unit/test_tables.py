@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import types
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import pytest
+from tests.support.nodes import chunk_keys, flush, match, on_node, release, store
 
-from kvstrata.tables import NUM_PIECES, Queue, Table
+from kvstrata.node.node import Node
+from kvstrata.node.operating.directory import BUCKET_BITS
+from kvstrata.node.slots.clients import Client
+from kvstrata.policies import POLICIES
+from kvstrata.tables import NUM_PIECES, Offsets, Queue, Table
+from kvstrata.tiers.disk.tier import DiskTier
+from kvstrata.tiers.memory import MemoryTier
 
 DICE = random.Random(1)
 KEYS = [DICE.randbytes(DICE.randrange(1, 4)) for _ in range(60)]
@@ -114,6 +125,34 @@ def test_the_latest_are_about_the_latest() -> None:
     assert set(table.latest(len(keys))) == set(keys)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_offsets_are_a_dictionary(seed: int) -> None:
+    dice = random.Random(seed)
+    offsets, model = Offsets(4096), dict[int, int]()
+    for step in range(300):
+        offset = 4096 * dice.randrange(60)
+        action = dice.choice(["put", "put", "pop", "delete"])
+        if action == "put":
+            offsets[offset] = model[offset] = step
+        elif action == "pop":
+            assert offsets.pop(offset) == model.pop(offset, None)
+        elif offset in model:
+            del offsets[offset], model[offset]
+        assert offsets.get(offset) == model.get(offset)
+        assert len(offsets) == len(model)
+        assert dict(offsets.items()) == model
+    with pytest.raises(KeyError):
+        offsets[4096 * 60]
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 65, 256, 257, 512, 721, 768, 1024, 4096, 65536])
+def test_slots_of_one_size_are_spread(pages: int) -> None:
+    offsets = Offsets(4096)
+    for number in range(50 * NUM_PIECES):
+        offsets[4096 * pages * number] = 1
+    assert max(map(len, offsets._pieces)) < 4 * 50
+
+
 @pytest.mark.parametrize("kind", [Table, Queue])
 def test_what_is_copied_in_one_go_is_a_small_part(
     kind: type[Table[int]] | type[Queue[int]],
@@ -124,3 +163,44 @@ def test_what_is_copied_in_one_go_is_a_small_part(
     pieces = table.pieces if isinstance(table, Table) else table._links
     assert len({id(piece) for piece in pieces}) == NUM_PIECES
     assert max(map(len, pieces)) < 2 * 50
+
+
+ME, NUM_CHUNKS = "pid 1", 1000
+
+
+def collections_within(root: object) -> Iterator[dict[object, object] | set[object]]:
+    """Every dictionary and set that an object holds, however deep."""
+    seen, left = {id(root)}, [root]
+    while left:
+        one = left.pop()
+        if isinstance(one, (types.ModuleType, type)):
+            continue
+        if isinstance(one, (dict, OrderedDict, set)):
+            yield one
+        # A function holds all that its module does, too.
+        within = [one.__closure__] if isinstance(one, types.FunctionType) else gc.get_referents(one)
+        left += [new for new in within if id(new) not in seen]
+        seen.update(map(id, within))
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_nothing_of_a_node_is_one_collection_of_all_chunks(
+    policy: str, kind: str, tmp_path: Path
+) -> None:
+    """Fails where what every chunk adds to would be copied in one go."""
+
+    async def test(node: Node) -> None:
+        me, keys = Client(ME), chunk_keys(NUM_CHUNKS)
+        for start in range(0, NUM_CHUNKS, 100):
+            assert store(node, me, keys[start : start + 100]) == 100
+            await flush(node, me)
+            release(node, me, match(node, me, keys[start : start + 100]).lease)
+        assert len(node.host.index) == NUM_CHUNKS
+        assert node.backings[0].holdings()["num_chunks"] == NUM_CHUNKS
+        large = [list(one) for one in collections_within(node) if len(one) >= NUM_CHUNKS // 2]
+        buckets = range(1 << BUCKET_BITS)
+        assert [one[-1] for one in large if not all(key in buckets for key in one)] == []
+
+    tier = DiskTier(tmp_path) if kind == "disk" else MemoryTier()
+    on_node(test, slots=NUM_CHUNKS, tier=tier, tier_slots=NUM_CHUNKS, policy=policy)

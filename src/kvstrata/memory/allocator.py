@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from kvstrata.errors import UsageError
+from kvstrata.tables import Offsets
 
 ALIGNMENT = 4096
 
@@ -32,9 +33,9 @@ class SlotAllocator:
             raise UsageError(f"capacity {capacity_bytes} does not hold one slot of {alignment}")
         self.alignment = alignment
         self.capacity_bytes = capacity_bytes // alignment * alignment
-        self._live: dict[int, int] = {}  # offset -> size
-        self._free_size: dict[int, int] = {}  # offset -> size
-        self._free_at_end: dict[int, int] = {}  # offset + size -> offset
+        self._live = Offsets(alignment)  # offset -> size
+        self._free_size = Offsets(alignment)  # offset -> size
+        self._free_at_end = Offsets(alignment)  # offset + size -> offset
         self._bins: dict[int, dict[int, None]] = {}  # size -> offsets, a stack with removal
         self._sizes: list[int] = []  # the keys of _bins, ascending
         self._last_size = 0
@@ -86,7 +87,7 @@ class SlotAllocator:
         Raises:
             UsageError: no live allocation begins at `offset`; nothing has changed.
         """
-        size = self._live.pop(offset, None)
+        size = self._live.pop(offset)
         if size is None:
             raise UsageError(f"no allocation begins at offset {offset}")
         self._allocated_bytes -= size
@@ -122,9 +123,9 @@ class SlotAllocator:
         assert live_bytes == self._allocated_bytes
         assert self._sizes == sorted(self._bins)
         binned = {offset: size for size, bin_ in self._bins.items() for offset in bin_}
-        assert binned == self._free_size
+        assert binned == dict(self._free_size.items())
         ends = {offset + size: offset for offset, size in self._free_size.items()}
-        assert ends == self._free_at_end
+        assert ends == dict(self._free_at_end.items())
 
     def _add_free(self, offset: int, size: int) -> None:
         self._free_size[offset] = size
@@ -152,9 +153,7 @@ class Trial:
     Good until something is allocated or freed.
     """
 
-    def __init__(
-        self, live: dict[int, int], free_size: dict[int, int], free_at_end: dict[int, int]
-    ) -> None:
+    def __init__(self, live: Offsets, free_size: Offsets, free_at_end: Offsets) -> None:
         self._live = live
         self._free_size = free_size
         self._free_at_end = free_at_end
@@ -168,10 +167,11 @@ class Trial:
             How many allocations of ``nbytes`` that adds, ``nbytes`` being aligned.
         """
         begin, end = offset, offset + self._live[offset]
-        after = self._end.pop(end, 0) or end + self._free_size.get(end, 0)
+        after = self._end.pop(end, 0) or end + (self._free_size.get(end) or 0)
         before = self._begin.pop(begin, None)
         if before is None:
-            before = self._free_at_end.get(begin, begin)
+            free = self._free_at_end.get(begin)
+            before = begin if free is None else free
         self._end[before], self._begin[after] = after, before
         return (after - before) // nbytes - (after - end) // nbytes - (begin - before) // nbytes
 
