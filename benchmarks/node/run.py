@@ -24,10 +24,11 @@ from benchmarks.node.asking import (
     SEED,
     SLOT,
     TEMPLATE,
+    fill_folder,
     random_keys,
     row,
 )
-from benchmarks.node.holds import RANKS, bench_holds
+from benchmarks.node.holds import RANKS, bench_holds, bench_scan_holds
 
 from kvstrata.config import Config, load_config
 from kvstrata.errors import KVStrataError
@@ -36,9 +37,7 @@ from kvstrata.node.common.children import MAX_CHILDREN, Children
 from kvstrata.node.service.owned import OwnedBacking
 from kvstrata.objects import HEADER_BYTES, checksum
 from kvstrata.observe.counters import Counters
-from kvstrata.parts import identity
 from kvstrata.policies import create_policy
-from kvstrata.tiers.disk.scan import file_name
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient, offsets_of
@@ -99,15 +98,6 @@ def pressure(config: Config, begin: Event, stop: Event, stored: Any) -> None:
         due = max(due + 16 / STORED_PER_S, time.monotonic() - 0.1)
         time.sleep(max(0.0, due - time.monotonic()))
     client.close()
-
-
-def fill_folder(folder: Path, count: int) -> None:
-    """What an earlier process left: names of the right form (a scan reads no file)."""
-    for key in random_keys(count, SEED):
-        shard = folder / "objects" / key[:1].hex()
-        shard.mkdir(parents=True, exist_ok=True)
-        with open(shard / file_name(identity(key, 0), SLOT, 0), "wb") as file:
-            file.truncate(SLOT)
 
 
 def bench_match(seconds: float, num_files: int) -> None:
@@ -239,8 +229,10 @@ def main() -> None:
     quick = parser.parse_args().quick
     print(f"{os.cpu_count()} CPUs, Python {sys.version.split()[0]}")
     row("what", "measured", "must reach")
-    bench_match(1.0 if quick else 5.0, 10_000 if quick else 100_000)
+    num_files = 10_000 if quick else 100_000
+    bench_match(1.0 if quick else 5.0, num_files)
     bench_holds(3 if quick else 10)
+    bench_scan_holds(2 if quick else 5, num_files)
     context = multiprocessing.get_context("spawn")
     for policy in ("lru", "s3fifo", "cost"):
         # In a process of its own: memory that was freed would hide what is taken.

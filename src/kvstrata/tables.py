@@ -271,8 +271,13 @@ class Queue(Generic[V]):
         for key in self:
             yield self[key]
 
+    def drain(self) -> Iterator[tuple[bytes, V]]:
+        """Take everything out, one by one, the last one first."""
+        while self._num:
+            yield self.popitem()
+
     def clear(self) -> None:
-        """Take everything out."""
+        """Take everything out, in one go."""
         self._links = _NO_LINKS
         self._num = 0
         self._first = self._last = b""

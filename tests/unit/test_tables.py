@@ -41,7 +41,7 @@ def test_a_queue_is_an_ordered_dictionary(seed: int) -> None:
     for step in range(400):
         key = dice.choice(keys)
         action = dice.choice(["put", "put", "pop", "delete", "first", "last", "end", "begin",
-                              "use", "use", "again", "update", "clear"])  # fmt: skip
+                              "use", "use", "again", "update", "clear", "drain"])  # fmt: skip
         if action == "put":
             queue[key] = model[key] = step
         elif action == "pop":
@@ -70,6 +70,9 @@ def test_a_queue_is_an_ordered_dictionary(seed: int) -> None:
             model.update(dict.fromkeys(some, -step))
         elif action == "clear" and dice.random() < 0.1:
             queue.clear()
+            model.clear()
+        elif action == "drain" and dice.random() < 0.1:
+            assert list(queue.drain()) == list(model.items())[::-1]
             model.clear()
         assert queue.get(key) == model.get(key)
         assert (key in queue) == (key in model)

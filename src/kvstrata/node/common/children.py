@@ -8,6 +8,9 @@ nothing here says whether the object is still anywhere.
 from __future__ import annotations
 
 import struct
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import NamedTuple
 
 from kvstrata.header import MARK_BYTES, MARK_TOKENS
@@ -17,6 +20,9 @@ MAX_CHILDREN = 1 << 17
 """Those that are remembered, the last ones that came or were of use: 50 MB, 17 million tokens."""
 MAX_ALIKE = 64
 """Of one parent and the same first 16 tokens, the last ones that came or were of use."""
+
+LET_GO = 16
+"""Of what was cleared, with each that comes."""
 
 _SIZES = struct.Struct("<HH")
 _FIRST = slice(_SIZES.size, _SIZES.size + MARK_BYTES)
@@ -55,6 +61,8 @@ class Children:
         # Tokens, tokens of a whole chunk, marks: one bytes object costs a third of a tuple.
         self._known: Queue[bytes] = Queue()
         self._alike: Table[bytes | tuple[bytes, ...]] = Table()  # the one key, or several
+        # What was cleared: to let go of all of it at once would take long.
+        self._leaving: deque[Iterator[object]] = deque()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -69,6 +77,8 @@ class Children:
 
     def enter(self, key: bytes, num_tokens: int, chunk_tokens: int, marks: bytes) -> None:
         """Remember an object; one without marks is nothing that could be found."""
+        if self._leaving and not sum(1 for _ in islice(self._leaving[0], LET_GO)):
+            self._leaving.popleft()
         entry = _SIZES.pack(num_tokens, chunk_tokens) + marks
         known = self._known.get(key)
         if not marks or known == entry:
@@ -109,6 +119,7 @@ class Children:
 
     def clear(self) -> None:
         """Remember nothing any more."""
+        self._leaving.append(chain(self._known.drain(), self._alike.drain()))
         self._known, self._alike = Queue(), Table()
 
     def alike(self, marks: bytes) -> list[Child]:
