@@ -15,8 +15,8 @@ SOURCES = Path(__file__).parent.parent / "src"
 
 STOREYS = (
     "errors",
-    "units tables layout header objects brought producers parts secret keys pagekeys heads identity cores "
-    "descriptors canaries",
+    "units tables layout header objects brought producers parts secret keys pagekeys heads "
+    "identity cores descriptors canaries",
     "observe",
     "memory",
     "codecs blend",
