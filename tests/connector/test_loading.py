@@ -248,8 +248,8 @@ def test_what_came_before_a_chunk_that_is_lost_is_used(
     tokens = prompt(200)
     rig.warm(tokens)
     rig.drop_host()
-    for name, (data, *_) in list(tier._objects.items()):
-        header = decode(data[:HEADER_BYTES].tobytes())
+    for name, one in list(tier._objects.items()):
+        header = decode(one.data[:HEADER_BYTES].tobytes())
         if header.start == lost * CHUNK and header.rank == ranks - 1:
             del tier._objects[name]
     before = len(rig.steps)

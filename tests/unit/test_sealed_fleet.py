@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ class TestShared:
             (name,) = fleet.names
             old = fleet.objects._objects[name]
             data = np.frombuffer(tampered(bytes(old.data)), np.uint8)
-            fleet.objects._objects[name] = type(old)(data, *old[1:])
+            fleet.objects._objects[name] = replace(old, data=data)
             assert await get(b, keys) == 0
             assert counted(b, CORRUPT, "fleet") == 1
             await until(lambda: not fleet.names)
