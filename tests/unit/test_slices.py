@@ -676,3 +676,67 @@ def test_of_more_parts_than_a_slice_takes_every_slice_takes_a_chunk() -> None:
             assert len(matched.tiers) == found
 
     on_node(test, slots=12)
+
+
+def asked(node: Node, client: Client, keys: list[bytes]) -> asyncio.Future[p.Matched]:
+    """What the server does with a match."""
+    answer = node.handle(client, p.Match(1, b"".join(keys), [0], [ORDER], [RAW]))
+    assert isinstance(answer, Awaitable)
+    return asyncio.ensure_future(answer)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def released_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "SLICE_RELEASED", 3)
+
+
+@pytest.mark.usefixtures("released_slowly")
+@pytest.mark.parametrize("keep", [-(1 << 60), 0, 5])
+def test_a_lease_ends_in_slices(keep: int) -> None:
+    """Fails where it ends at once, or never."""
+
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS) == 40
+        lease = (await asked(node, me, KEYS)).lease
+        node.handle(me, p.Release(lease, keep))
+        assert 20 * SLOT < me.leased_bytes < 40 * SLOT
+        node.check_integrity()
+        await until(lambda: me.leased_bytes == max(0, keep) * SLOT)
+        assert len(node.leases) == bool(keep > 0)
+
+    on_node(test, slots=40)
+
+
+@pytest.mark.usefixtures("released_slowly")
+def test_what_a_client_asks_next_finds_its_lease_ended() -> None:
+    """Fails where a cap counts what its process has said that it needs no more."""
+
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        also_me = Client(ME, me.holder)
+        assert await store(node, me, KEYS[:20]) == 20
+        assert await store(node, me, KEYS[20:]) == 20
+        lease = (await asked(node, me, KEYS[:20])).lease
+        node.handle(me, p.Release(lease, 0))
+        assert me.leased_bytes
+        matched = await asked(node, also_me, KEYS[20:])
+        assert matched.tiers == bytes(20)
+        assert me.leased_bytes == 20 * SLOT
+
+    on_node(test, slots=40, per_client=0.5)
+
+
+@pytest.mark.usefixtures("released_slowly")
+def test_who_has_died_holds_nothing_soon() -> None:
+    async def test(node: Node) -> None:
+        me = Client(ME)
+        assert await store(node, me, KEYS) == 40
+        await asked(node, me, KEYS)
+        node.end(me)
+        assert me.leased_bytes
+        node.check_integrity()
+        await until(lambda: not me.leased_bytes)
+        assert len(node.leases) == 0
+
+    on_node(test, slots=40)

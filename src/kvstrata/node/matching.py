@@ -92,6 +92,7 @@ class Matcher:
         self._backings = backings
         self._counters = counters
         self._answers = answers
+        self._ending: dict[int, tuple[Lease, int]] = {}  # releases under way, and what is kept
         self.planning = planning
         self.used: Callable[[bytes], None] = lambda key: None  # the last that a match found
         self._foresight = Foresight(host, movement, expecting, backings, self.locate)
@@ -206,12 +207,20 @@ class Matcher:
             self._movement.unwanted(self._leases.release(lease, keep))
 
     def release_slowly(self, lease: Lease, keep: int = 0) -> Work[None]:
-        """The same of a lease that may be long."""
+        """The same of a lease that may be long; see `end_releases`."""
+        self._ending[lease.id] = lease, keep
         # The last chunks first; what a boundary needs is of no use in part.
         while not lease.shape and len(lease.rows) - max(0, keep) > SLICE_RELEASED:
             self.release(lease, len(lease.rows) - SLICE_RELEASED)
             yield None
         self.release(lease, keep)
+        self._ending.pop(lease.id, None)
+
+    def end_releases(self, client: Client) -> None:
+        """Have released what this client's process releases: what it asks next comes after that."""
+        for lease, keep in list(self._ending.values()):
+            if lease.client.holder is client.holder:
+                self.release(lease, keep)
 
     def locate(
         self,

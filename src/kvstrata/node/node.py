@@ -226,6 +226,8 @@ class Node:
     def handle(self, client: Client, message: p.Request) -> Answer:
         """Answer one request: at once, later, or not at all (see the protocol page)."""
         p.check_limits(message)
+        if not isinstance(message, p.Release):
+            self._matcher.end_releases(client)
         return self._handlers[type(message)](client, message)
 
     def end(self, client: Client) -> None:
