@@ -720,8 +720,9 @@ def test_what_a_client_asks_next_finds_its_lease_ended() -> None:
         lease = (await asked(node, me, KEYS[:20])).lease
         node.handle(me, p.Release(lease, 0))
         assert me.leased_bytes
-        matched = await asked(node, also_me, KEYS[20:])
-        assert matched.tiers == bytes(20)
+        answer = asked(node, also_me, KEYS[20:])
+        assert node.leases.get(lease) is None
+        assert (await answer).tiers == bytes(20)
         assert me.leased_bytes == 20 * SLOT
 
     on_node(test, slots=40, per_client=0.5)
