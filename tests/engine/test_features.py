@@ -45,7 +45,8 @@ def three_times(
     local = engine.answers(asked)
     engine.forget()
     warm = engine.answers(asked)
-    assert [answer.cached for answer in warm] == [answer.cached for answer in local]
+    records = json.dumps(place.node.status()["requests"][-len(asked) :])
+    assert [answer.cached for answer in warm] == [answer.cached for answer in local], records
     assert [answer.tokens for answer in warm] == [answer.tokens for answer in local]
     place.check()
     return Answers(cold, local, warm)
