@@ -59,7 +59,7 @@ class Headers:
         """
         while keys:
             some, keys[-BATCH:] = keys[: -BATCH - 1 : -1], []
-            parts = [(key, part) for key in dict.fromkeys(some) if lacks(key)
+            parts = [(key, part) for key in some if lacks(key)
                      for part, _ in itertools.islice(self._index.objects(key), 1)]  # fmt: skip
             begun = time.monotonic()
             if parts:

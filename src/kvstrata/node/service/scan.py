@@ -44,7 +44,7 @@ class Scan:
     ) -> None:
         self.done = False
         self.hangs = False
-        #: chunks of what was found, the last used last; some twice
+        #: chunks that were found and not known, the last used last
         self.keys: list[bytes] = []
         #: what was found after its chunk had been forgotten, and is to go: by chunk
         self.struck: dict[bytes, list[Name]] = {}
@@ -68,7 +68,8 @@ class Scan:
             stop = time.perf_counter() + HOLD_S
             for start in range(0, len(batch), SLICE):
                 few = batch[start : start + SLICE]
-                self.keys.extend(named(found.object_id)[0] for found in few)
+                here = (named(found.object_id)[0] for found in few)
+                self.keys.extend(dict.fromkeys(key for key in here if key not in self._index))
                 if not self._enter(few, clears):
                     for found in few:
                         if not self._enter([found], clears):
