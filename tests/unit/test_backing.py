@@ -491,7 +491,7 @@ class TestScrub:
                 await until(
                     lambda n=number: node.counters.get("corrupt_objects_total", tier="memory") == n  # type: ignore[misc]
                 )
-                assert key not in backing.index
+                await until(lambda key=key: key not in backing.index)  # type: ignore[misc]
             assert node.counters.get("tier_reads_total", tier="memory", outcome="hit") > 0
 
         on_node(test, tier=tier, scrub_bytes_per_s=1e12)
