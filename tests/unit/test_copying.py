@@ -111,6 +111,14 @@ def test_from_any_to_any(source: str, target: str, moves: bool, options: dict[st
         tiers, payloads = await load(node)
         assert tiers == [OWNED.index(target)] * 3
         assert payloads == [chunk(number) for number in range(3)]
+        for backing in node.backings:
+            for _ in range(1000):
+                await backing.upkeep()
+                if not backing.scratch_bytes:
+                    break
+                await asyncio.sleep(0.01)
+            else:
+                pytest.fail(f"{backing.name} was not given back all its buffers")
 
     on_real_node(test, options)
 

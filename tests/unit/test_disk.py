@@ -510,6 +510,31 @@ def test_a_vanished_folder(tier: DiskTier, folder: Path) -> None:
     other.close()
 
 
+def test_another_folder_in_its_place_is_not_served(tier: DiskTier, folder: Path) -> None:
+    """Nor is it written to, though all that is asked for lies in it: a mount over ours, say."""
+    write(tier, [(object_id(1), filled(PAGE, 1))])
+    shutil.copytree(folder, folder.with_name("copy"))
+    folder.rename(folder.with_name("old"))
+    folder.with_name("copy").rename(folder)
+    before = files(folder)
+    for call in (
+        lambda: read_one(tier, object_id(1), PAGE),
+        lambda: has(tier, [object_id(1)]),
+        lambda: tier.touch([object_id(1)]),
+        lambda: tier.delete([object_id(1)]),
+        lambda: write(tier, [(object_id(1), filled(PAGE, 2))]),
+    ):
+        with pytest.raises(TierUnavailable, match="not the folder that was opened"):
+            call()
+    assert files(folder) == before
+
+
+def test_nobody_else_may_look_into_a_folder_of_ours(tier: DiskTier, folder: Path) -> None:
+    write(tier, [(object_id(1), filled(PAGE, 1))])
+    for path in (folder, folder / "objects", folder / "quarantine", folder / "lock"):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+
+
 def test_shards_that_vanish_are_made_again(tier: DiskTier, folder: Path) -> None:
     write(tier, [(object_id(1), filled(PAGE, 1))])
     shutil.rmtree(folder / "objects")

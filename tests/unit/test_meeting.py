@@ -91,6 +91,33 @@ def test_it_is_never_slower_than_loading(
     assert plan(tiers, [MB] * len(tiers), links, prefill).load_s <= all_s + 1e-9
 
 
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=12),
+    st.integers(0, 30),
+    st.floats(0.01, 1.0),
+    st.floats(0.0, 0.1),
+    st.floats(0.1, 100.0),
+    st.floats(0.1, 100.0),
+)
+def test_no_other_place_is_sooner(
+    tiers: list[int], first: int, chunk_s: float, pair_s: float, one: float, two: float
+) -> None:
+    """Every place that they could meet at, one by one; the chunks may be a prompt's later ones."""
+    links, prefill = [Link(one * MB), Link(two * MB)], Prefill(chunk_s, pair_s)
+    here = next((i for i, tier in enumerate(tiers) if tier), len(tiers))
+
+    def seconds(place: int) -> float:
+        loads = [links[n - 1].seconds(tiers[place:].count(n) * MB) for n in (1, 2)]
+        return max(*loads, prefill.seconds(first + here, first + place))
+
+    sooner = min(map(seconds, range(here + 1, len(tiers))), default=None)
+    met = meeting(tiers, [MB] * len(tiers), links, prefill, first)
+    assert (met is None) == (sooner is None)
+    if met is not None:
+        assert met.seconds == pytest.approx(sooner)
+        assert met.seconds == pytest.approx(seconds(met.at))
+
+
 async def ask(node: Node, client: Client, keys: Sequence[bytes], chunk_s: float) -> p.Matched:
     answer = node.match(
         client, p.Match(1, b"".join(keys), [0], [ORDER], [RAW], chunk_s=chunk_s, meet=True)
