@@ -1,9 +1,11 @@
-"""What holds for every test: an engine that was asked for must be there; no example has a time."""
+"""What holds for every test: no node of its process hits a bug; an engine asked for is there."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,3 +31,34 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"KVSTRATA_REQUIRE_ENGINE={required}, but {module} is not installed: scripts/{script}"
         )
+
+
+class _Bugs(logging.Handler):
+    """What `report_bug` has said."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage()
+        if "died of a bug" in said:
+            error = record.exc_info[1] if record.exc_info else None
+            self.said.append(f"{said}: {error!r}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A node goes on after a bug, so a test may not notice one; it fails unless it is one of bugs.
+
+    A process of its own has a log of its own, and is not watched.
+    """
+    bugs, logger = _Bugs(), logging.getLogger("kvstrata.node.common.background")
+    logger.addHandler(bugs)
+    try:
+        result = yield
+    finally:
+        logger.removeHandler(bugs)
+    if bugs.said and item.get_closest_marker("bugs") is None:
+        pytest.fail("a bug was hit: " + "; ".join(bugs.said))
+    return result

@@ -614,6 +614,7 @@ class TestPriority:
         threads.close()
 
 
+@pytest.mark.bugs
 def test_a_task_that_dies_of_a_bug_is_heard_of_and_one_that_is_called_off_is_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_broken_codec_leaves_objects_raw(
     assert "no such instruction" in caplog.text
 
 
+@pytest.mark.bugs
 def test_a_bug_in_a_codec_is_counted_once_and_leaves_objects_raw(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:

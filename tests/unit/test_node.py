@@ -722,6 +722,7 @@ class TestSlowerTiers:
 
         on_node(test, tier=ReadOnly(), clock=clock)
 
+    @pytest.mark.bugs
     @pytest.mark.parametrize("error", [TierUnavailable("gone"), ValueError("a bug")])
     @pytest.mark.parametrize("verb", ["read", "write", "delete", "clear", "touch"])
     def test_a_tier_that_dies_or_has_a_bug_costs_misses_only(
@@ -763,6 +764,7 @@ class TestSlowerTiers:
 
         on_node(test, tier=tier, clock=clock)
 
+    @pytest.mark.bugs
     def test_a_scan_that_fails_is_begun_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backoff_module, "FIRST_BACKOFF_S", 0.001)
         tier = FaultyTier(MemoryTier())

@@ -23,6 +23,7 @@ def broken(error: Exception) -> Callable[..., Any]:
     return warm_up
 
 
+@pytest.mark.bugs
 @pytest.mark.parametrize(
     ("error", "why", "bug"),
     [

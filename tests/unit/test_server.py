@@ -351,6 +351,7 @@ class TestGarbage:
         assert store(client, KEYS) == 3
         client.close()
 
+    @pytest.mark.bugs
     def test_a_bug_is_logged_counted_and_answered(
         self,
         node: InProcessNode,
