@@ -22,7 +22,8 @@ from tests.support.nodes import NAMESPACE, ORDER, OTHER, RAW, SLOT, chunk_keys
 from kvstrata.config import load_config
 from kvstrata.config.network import TRUSTED
 from kvstrata.errors import ConfigError, Incompatible, TierUnavailable
-from kvstrata.node.process import loans
+from kvstrata.node.process import listening, loans
+from kvstrata.node.process.listening import PeerServer
 from kvstrata.node.service.names import Where
 from kvstrata.tiers import one_peer
 from kvstrata.tiers import peer as peer_tier
@@ -391,6 +392,41 @@ class TestWhoMayConnect:
             a.until(lambda: len(connections) > 1)
             a.close()
             assert not connections
+
+    def test_the_end_waits_until_nothing_is_sent_any_more(
+        self, fleet: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is sent lies in host memory, which goes next."""
+        forget = PeerServer._forget
+
+        def late(server: PeerServer, connected: socket.socket) -> None:
+            time.sleep(0.3)
+            forget(server, connected)
+
+        monkeypatch.setattr(PeerServer, "_forget", late)
+        a = fleet()
+        assert a.inprocess.peers is not None
+        connections = a.inprocess.peers._connections
+        with socket.create_connection(a.address):
+            a.until(lambda: bool(connections))
+            a.close()
+            assert not connections
+
+    @pytest.mark.parametrize("tls", [False, True])
+    def test_who_says_nothing_is_hung_up_on(
+        self,
+        fleet: Callable[..., Member],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        tls: bool,
+    ) -> None:
+        """Each holds one of so many connections."""
+        monkeypatch.setattr(listening, "HELLO_S", 0.2)
+        a = fleet(**(certificates(tmp_path) if tls else {}))
+        with socket.create_connection(a.address) as connected:
+            connected.settimeout(10.0)
+            with contextlib.suppress(ConnectionError):
+                assert not connected.recv(4096)
 
 
 class TestFailures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import resource
@@ -212,6 +213,21 @@ class TestEnds:
         assert set(os.listdir("/proc/self/fd")) == before
         assert node.run(lambda: node.server.num_clients) == 1
         client.close()
+
+    def test_who_comes_as_the_node_ends_is_hung_up_on(self, node: InProcessNode) -> None:
+        ours, theirs = socket.socketpair()
+
+        async def come_and_go() -> None:
+            node.server.adopt(theirs)
+            await node.server.close()
+
+        node.run(come_and_go)
+        assert theirs.fileno() < 0, "left to the garbage collector"
+        ours.settimeout(10.0)
+        with contextlib.suppress(ConnectionResetError):
+            while ours.recv(4096):  # the node's first word
+                pass
+        ours.close()
 
     def test_a_socket_that_breaks_as_it_is_taken_over_is_no_bug(self, node: InProcessNode) -> None:
         async def broken(*_: Any) -> Any:
