@@ -26,6 +26,7 @@ from tests.support.nodes import (
     on_node,
     owned,
     payload,
+    store,
     template,
     until,
     write,
@@ -428,6 +429,23 @@ class TestPins:
             assert (await pin(node, keys)).tiers == {"host": 0, "memory": 4}
             await clear(node, client(), None, ["memory"])
             await until(lambda: len(node.host.index.pinned) == 4)
+
+        run(with_tier(tier), test)
+
+    def test_host_memory_keeps_a_chunk_of_which_a_slower_tier_lacks_a_part(self) -> None:
+        tier = GatedTier()
+
+        async def test(node: Node) -> None:
+            keys = chunk_keys(2)
+            store(node, client(), keys)
+            await flush(node, client())
+            assert (await pin(node, keys)).tiers == {"host": 0, "memory": 2}
+            tier.shut("write")
+            store(node, client(), keys, part=1)
+            await until(lambda: len(node.host.index.pinned) == 2)
+            tier.open()
+            await flush(node, client())
+            await until(lambda: not len(node.host.index.pinned))
 
         run(with_tier(tier), test)
 
