@@ -327,6 +327,7 @@ class HostMemory:
             for key, row in rows.items():
                 assert row.kept
                 assert not row.failed
+                assert row.passed_over is None or row.num_leases, "passed over, and not told since"
                 for part, slot in zip(parts, row.slots, strict=True):
                     if slot.state is SlotState.FILLING:
                         assert slot.rows is not None
@@ -335,6 +336,9 @@ class HostMemory:
                         assert self.index.get(key, part) is slot, (
                             "a row of slots that are not there"
                         )
+        for key in self.index.keys():
+            for _, slot in self.index.objects(key):
+                assert slot.passed_over is None or slot.holds, "passed over, and not told since"
         filling = {slot for slot in self._loose if slot.state is SlotState.FILLING}
         for account in self.index.owners:
             mine = [slot.nbytes for slot in filling if slot.account is account]
