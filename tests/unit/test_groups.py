@@ -364,6 +364,30 @@ def test_without_room_it_is_a_lower_boundary_that_is_whole() -> None:
     on_node(test, slots=16, tier=GatedTier())
 
 
+@pytest.mark.parametrize("needs", [{FULL: 0}, WINDOWED], ids=["full", "windowed"])
+def test_a_match_that_dies_of_a_bug_leaves_no_lease(
+    needs: Needs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes would be held as long as the client lives."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    async def test(node: Node) -> None:
+        keys = chunk_keys(4)
+        for part in needs:
+            await store_part(node, ME, keys, part)
+        with monkeypatch.context() as patch:
+            patch.setattr(node._matcher._answers, "of", broken)
+            with pytest.raises(ZeroDivisionError):
+                await match_needs(node, ME, keys, needs)
+        assert ME.leased_bytes == 0
+        assert node.status(ME, p.Status(1)).state["leases"]["count"] == 0
+        assert await load_needs(node, ME, keys, needs) == 4
+
+    on_node(test, slots=20)
+
+
 def test_a_needs_that_goes_with_nothing_is_refused() -> None:
     async def test(node: Node) -> None:
         keys = b"".join(chunk_keys(2))
