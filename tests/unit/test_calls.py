@@ -12,7 +12,7 @@ import pytest
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.node.service import calls
-from kvstrata.node.service.calls import Lane
+from kvstrata.node.service.calls import Lane, Timed
 
 LONG_S = 1000.0
 
@@ -48,6 +48,19 @@ def test_what_it_returns_and_what_it_raises() -> None:
         assert bench.lane.num_under_way == 0
 
     asyncio.run(test())
+
+
+def test_what_a_call_took_is_known_though_it_raises() -> None:
+    def work() -> None:
+        time.sleep(0.02)
+        raise OSError
+
+    timed = Timed(work)
+    assert timed.seconds is None
+    with pytest.raises(OSError):
+        timed()
+    assert timed.seconds is not None
+    assert 0.02 <= timed.seconds < 30
 
 
 def test_a_call_that_does_not_end_is_given_up() -> None:

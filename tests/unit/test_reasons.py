@@ -11,7 +11,9 @@ from tests.support.asking import Prompt, a_node, prompt
 from tests.support.histories import CASES, Case, Found, History
 from tests.support.nodes import clear, store
 
+from kvstrata.errors import TierUnavailable
 from kvstrata.observe.reasons import Why
+from kvstrata.tiers.memory import MemoryTier
 from kvstrata.wire import protocol as p
 
 SEEDS = range(2)
@@ -54,6 +56,29 @@ def test_of_a_very_mixed_prompt_the_beginning_is_told() -> None:
             assert len(runs) == p.MAX_REASONS
             assert [run[0] for run in runs[:4]] == ["cleared", "never stored"] * 2
             assert runs[-1][1] == 200 - p.MAX_REASONS + 1
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_why_what_is_there_did_not_come(off: bool) -> None:
+    """An engine knows only that a load ended early; the node knows how its tier is."""
+
+    async def play() -> None:
+        async with a_node((MemoryTier(), 40)) as asker:
+            whole = prompt(random.Random(1), 2)
+            await asker.keep(whole)
+            (backing,) = asker.node.backings
+            if off:
+                backing.trip(TierUnavailable("no route"))
+            failed = {"why": "the load failed", "tokens": 256, "key": whole.keys[0].hex()}
+            record = {"request": "a", "prompt_tokens": 256, "seconds": 0.0, "reasons": [failed]}
+            asker.node.handle(asker.client, p.Record(record))
+            (told,) = asker.node.status(asker.client, p.Status(1)).state["requests"]
+            reason = dict(told["reasons"][0])
+            expected = ("tier off", backing.state) if off else ("deadline", "load")
+            assert (reason["why"], reason["detail"], reason["tier"]) == (*expected, "memory")
+            assert "no route" in reason["detail"] or not off
 
     asyncio.run(play())
 
