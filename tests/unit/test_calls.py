@@ -53,11 +53,11 @@ def test_what_it_returns_and_what_it_raises() -> None:
 def test_what_a_call_took_is_known_though_it_raises() -> None:
     def work() -> None:
         time.sleep(0.02)
-        raise OSError
+        raise OSError("gone")
 
     timed = Timed(work)
     assert timed.seconds is None
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="gone"):
         timed()
     assert timed.seconds is not None
     assert 0.02 <= timed.seconds < 30
