@@ -335,6 +335,24 @@ def test_a_lease_keeps_it_from_being_evicted_and_can_be_cut() -> None:
     on_node(test, slots=4)
 
 
+def test_what_was_used_last_is_evicted_last() -> None:
+    async def test(node: Node) -> None:
+        engine = Engine(node)
+        first, second = [1] * 30, [2] * 30
+        engine.store(first)
+        engine.store(second)
+        assert (await engine.brought(first)).num_tokens == 30
+        (used,), (other,) = engine.keys(first), engine.keys(second)
+        seed = 2
+        while other in node.host.index:
+            seed += 1
+            engine.store([seed] * 30)
+            assert used in node.host.index
+        assert seed > 3
+
+    on_node(test, slots=4)
+
+
 def test_no_more_is_leased_than_may_be() -> None:
     async def test(node: Node) -> None:
         engine = Engine(node)
