@@ -579,6 +579,19 @@ class TestPins:
 
         run(with_tier(GatedTier()), test)
 
+    def test_one_of_which_a_clear_took_some_is_of_the_rest_in_the_journal(self) -> None:
+        tier, keys = Lasting(), chunk_keys(3)
+
+        async def test(node: Node) -> None:
+            keep(node, keys, ANNA)
+            await flush(node, client())
+            await pin(node, keys)
+            await clear(node, client(), keys[1:])
+            (left,) = Ledger(tier.journal).pins.values()
+            assert left.keys == keys[0], "the next node would keep a cleared prompt's next copy"
+
+        run(with_tier(tier), test)
+
     @pytest.mark.parametrize("by_keys", [True, False])
     def test_one_that_a_clear_ended_is_not_in_the_journal_any_more(self, by_keys: bool) -> None:
         tier, keys = Lasting(), chunk_keys(2)
