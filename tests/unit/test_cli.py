@@ -36,6 +36,8 @@ from kvstrata.node.process.inprocess import InProcessNode
 from kvstrata.node.process.run import bind
 from kvstrata.node.service.calls import ENCODE_DEADLINE_S
 from kvstrata.node.service.probe import PROBE_KEY
+from kvstrata.tiers.base import Outcome
+from kvstrata.tiers.disk.tier import DiskTier
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import NodeClient
 from kvstrata.wire.sockets import beside, socket_path
@@ -679,7 +681,12 @@ def test_doctor_says_when_reads_hang(
     steps = round_trip.round_trip(client, serving.config)
     advance(steps, "disk write")
     ended = threading.Event()
-    monkeypatch.setattr("kvstrata.tiers.disk.tier.DiskTier.read", lambda *_: ended.wait(60))
+
+    def hangs(tier: DiskTier, ids: list[bytes], into: object) -> list[Outcome]:
+        ended.wait(60)
+        return [Outcome.MISS] * len(ids)
+
+    monkeypatch.setattr(DiskTier, "read", hangs)
     check = next(steps)
     assert (check.name, check.result) == ("disk read", "FAIL")
     assert "0 of 16 chunks came back" in check.message or "only 0 of 16" in check.message

@@ -113,6 +113,7 @@ def test_the_last_are_remembered_and_those_that_run(monkeypatch: pytest.MonkeyPa
     on_table(test)
 
 
+@pytest.mark.bugs
 @pytest.mark.parametrize(
     ("work", "note"),
     [

@@ -161,6 +161,7 @@ def test_each_has_its_own_outcome() -> None:
     asyncio.run(test())
 
 
+@pytest.mark.bugs
 @pytest.mark.parametrize("error", [TierFull("no room"), ValueError("a bug")])
 def test_a_call_that_fails_fails_them_all(error: Exception) -> None:
     async def test() -> None:

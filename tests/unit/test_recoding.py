@@ -312,6 +312,7 @@ def test_lengths_must_fit_the_parts() -> None:
     on_node(test)
 
 
+@pytest.mark.bugs
 def test_a_codec_that_fails_costs_nothing_but_space(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = chunk_keys(2)
 
