@@ -477,6 +477,25 @@ class TestCorruption:
         on_node(test, tier=tier, num_threads=1)
 
 
+def test_what_has_taken_its_place_is_not_removed() -> None:
+    """A move takes away what it has copied, and nothing else."""
+
+    async def test(node: Node) -> None:
+        backing, (key,) = owned(node), chunk_keys(1)
+        store(node, ME, [key])
+        await flush(node, ME)
+        copied = backing.seen(key, 0)
+        await clear(node, ME)
+        store(node, ME, [key])
+        await flush(node, ME)
+        assert not await backing.remove(key, 0, copied, Cause.MOVED)
+        assert key in backing.index
+        assert await backing.remove(key, 0, backing.seen(key, 0), Cause.MOVED)
+        assert key not in backing.index
+
+    on_node(test, tier=MemoryTier())
+
+
 class TestScrub:
     def test_it_goes_round_and_round(self, monkeypatch: pytest.MonkeyPatch) -> None:
         tier = MemoryTier()

@@ -210,6 +210,18 @@ class TestReserveAndCommit:
 class TestBadRequests:
     """Each is refused in words, and the node lives."""
 
+    @pytest.mark.parametrize("tiers", [[], ["host"]])
+    def test_a_clear_of_half_a_key(self, tiers: list[str]) -> None:
+        async def test(node: Node) -> None:
+            me = Client(ME)
+            store(node, me, chunk_keys(1))
+            for packed in (bytes(31), bytes(33)):
+                with pytest.raises(Incompatible, match="32"):
+                    await node.clear(me, p.Clear(1, packed, tiers))
+            assert len([*node.host.index.keys()]) == 1
+
+        on_node(test)
+
     @pytest.mark.parametrize("parts", [[], [0, 0], [-1], [1 << 32]])
     def test_parts(self, parts: list[int]) -> None:
         async def test(node: Node) -> None:

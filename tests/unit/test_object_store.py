@@ -226,6 +226,16 @@ class TestInAFolder(OfThisTier, SharedStoreContract):
         (server.path / place).mkdir(exist_ok=True)
         return ObjectStoreTier(f"file://{server.path / place}", capacity_bytes=capacity_bytes)
 
+    def test_no_empty_folder_is_left_of_what_is_deleted(self, place: str) -> None:
+        """Or each namespace and epoch of the past would leave one."""
+        tier = self.make_tier(self.server, place)
+        assert write(tier, [(name(1), filled(PAGE, 1))]) == [HIT]
+        folder = (self.server.path / place / path_of(name(1))).parent
+        assert folder.is_dir()
+        assert tier.delete([name(1)]) == [HIT]
+        assert not folder.exists()
+        tier.close()
+
 
 def test_names_and_paths() -> None:
     path = path_of(bytes(range(60)))

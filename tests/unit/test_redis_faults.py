@@ -25,7 +25,7 @@ from kvstrata.testing.servers.redis import RedisServer, installed
 from kvstrata.testing.shared import MARGIN_S, name
 from kvstrata.testing.stores import HIT, MISS, PAGE, empty, filled, has, put, read_one, write
 from kvstrata.tiers.redis import client
-from kvstrata.tiers.redis.connections import PlainConnection
+from kvstrata.tiers.redis.connections import Buffers, PlainConnection
 from kvstrata.tiers.redis.tier import RedisTier
 
 pytestmark = pytest.mark.skipif(not installed(), reason="there is no redis-server here")
@@ -396,3 +396,19 @@ def test_a_connection_that_another_thread_closes_while_it_is_looked_at(
     connection.connect()
     assert not connection.can_read()
     connection.disconnect()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b":5\r\n", b"+OK\r\n", b"$5x\r\n", b"$-2\r\n", b"HTTP/1.1 400 Bad Request\r\n", b"\r\n"],
+)
+def test_what_is_no_value_ends_the_connection(answer: bytes) -> None:
+    """Of what follows it nobody knows what it is an answer to."""
+    ours, theirs = socket.socketpair()
+    connection = PlainConnection(socket_timeout=5.0)
+    connection._sock, connection._into = ours, Buffers([memoryview(bytearray(PAGE))])
+    theirs.sendall(answer)
+    with pytest.raises(redis.InvalidResponse, match="no value, but"):
+        connection.read_response()
+    assert ours.fileno() < 0
+    theirs.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,6 +40,8 @@ from kvstrata.node.service.shared import SharedBacking
 from kvstrata.node.slots.clients import Client, Holder
 from kvstrata.parts import PORTABLE
 from kvstrata.tiers.base import Outcome
+from kvstrata.tiers.memory import MemoryTier
+from kvstrata.wire import operating as o
 from kvstrata.wire import protocol as p
 from kvstrata.wire.client import offsets_of
 
@@ -837,3 +840,24 @@ def test_a_tier_in_service_says_so() -> None:
         assert reserve(a, ME, chunk_keys(1))[0]
 
     of_fleet(test, members=1)
+
+
+def test_a_move_takes_nothing_away_that_the_store_does_not_take() -> None:
+    async def test(fleet: Fleet, node: Node) -> None:
+        keys = chunk_keys(3)
+        memory, shared = node.backings
+        shared.tier.limits = replace(shared.tier.limits, batch_bytes=SLOT // 2)
+        store(node, ME, keys)
+        await flush(node, ME)
+        await clear(node, ME, tiers=["host"])
+        where = {"parts": [0], "orders": [ORDER], "namespace": NAMESPACE}
+        message = o.Move(1, b"".join(keys), "memory", "fleet", **where)
+        started = at_once(node.handle(ME, message))
+        job = node.operations.jobs.get(started.job)
+        assert job is not None
+        await until(lambda: not job.running)
+        assert not fleet.names
+        assert [memory.find(key, 0, None) is not None for key in keys] == [True] * 3
+        assert job.told().done == 0 or job.told().troubles
+
+    of_fleet(test, members=1, owned=MemoryTier())

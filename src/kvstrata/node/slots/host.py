@@ -336,7 +336,7 @@ class HostMemory:
                         assert self.index.get(key, part) is slot, (
                             "a row of slots that are not there"
                         )
-        for key in self.index.keys():
+        for key in list(self.index.keys()):
             for _, slot in self.index.objects(key):
                 assert slot.passed_over is None or slot.holds, "passed over, and not told since"
         filling = {slot for slot in self._loose if slot.state is SlotState.FILLING}
