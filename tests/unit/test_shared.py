@@ -850,9 +850,9 @@ def test_a_move_takes_nothing_away_that_the_store_does_not_take() -> None:
         store(node, ME, keys)
         await flush(node, ME)
         await clear(node, ME, tiers=["host"])
-        where = {"parts": [0], "orders": [ORDER], "namespace": NAMESPACE}
-        message = o.Move(1, b"".join(keys), "memory", "fleet", **where)
+        message = o.Move(1, b"".join(keys), "memory", "fleet", [0], [ORDER], NAMESPACE)
         started = at_once(node.handle(ME, message))
+        assert isinstance(started, o.Started)
         job = node.operations.jobs.get(started.job)
         assert job is not None
         await until(lambda: not job.running)
