@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +18,6 @@ from kvstrata.testing.engine import CONNECTOR
 from kvstrata.testing.workplace import wait_ready
 
 PATIENCE_S = 240.0
-TURN = Path(tempfile.gettempdir()) / f"kvstrata-tests-{os.getuid()}-ranks.lock"
-"""Ranks spin while they wait for each other: two such engines on two cores starve each other."""
 
 
 class Place(Serviced):
@@ -38,7 +34,6 @@ class Place(Serviced):
         }  # fmt: skip
         super().__init__(model, {**defaults, **(settings or {})}, service)
         self._was_stopped = False
-        self._turn: int | None = None
         self._refused: dict[str, float] = {}
 
     def engine(  # type: ignore[override]
@@ -52,14 +47,7 @@ class Place(Serviced):
         new_tokens: int = NEW_TOKENS,
         **options: Any,
     ) -> Engine:
-        """Begin to start an engine; the first one with KVStrata starts the node.
-
-        One of several ranks waits until no other test has such an engine.
-        """
-        ranks = ("tensor_parallel_size", "pipeline_parallel_size")
-        if self._turn is None and any(options.get(name, 1) > 1 for name in ranks):
-            self._turn = os.open(TURN, os.O_CREAT | os.O_WRONLY, 0o600)
-            fcntl.flock(self._turn, fcntl.LOCK_EX)
+        """Begin to start an engine; the first one with KVStrata starts the node."""
         if with_kvstrata:
             options["kv_transfer_config"] = {
                 **connector,
@@ -75,9 +63,6 @@ class Place(Serviced):
         """End every process here and wait for that; the folder stays."""
         self._node, self._refused, self._was_stopped = None, {}, False
         super().end()
-        if self._turn is not None:
-            os.close(self._turn)
-            self._turn = None
 
     def set(self, option: str, value: str) -> None:
         """One more of KVStrata's options, for what is started from now on."""
