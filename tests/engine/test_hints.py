@@ -79,6 +79,7 @@ def test_each_hint_does_what_it_says(client: Client, texts: Texts) -> None:
     ]
     for prompt, hints, loaded in used:
         assert client.say(prompt, **hints)["stored_chunks"] == 3
+        client.node.flush()  # what waits to be written goes with what is cleared
         client.node.clear(tiers=["host"])
         assert client.say(prompt, store=False)["loaded_tokens"] == loaded
 
